@@ -1,0 +1,223 @@
+"""stllava-eval: prepare | run | score | leaderboard. Heavy imports sit inside the commands, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from stllava_eval import __version__
+from stllava_eval.errors import InputError
+
+DATASETS = ("vqarad", "slake", "pathvqa")
+TASKS = (*(name + prompt for name in DATASETS for prompt in ("", "_short", "_options")), "medvqa")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code: 0 done, 2 wrong call."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.command(arguments) or 0
+    except InputError as error:
+        print(f"stllava-eval: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, whose help `docs/cli.md` repeats."""
+    top = _command(
+        argparse.ArgumentParser,
+        prog="stllava-eval",
+        description="Evaluate medical vision-language models. Research only; not for clinical use.",
+        examples=["stllava-eval prepare --sample", "stllava-eval run --tasks vqarad", "stllava-eval leaderboard"],
+    )
+    top.add_argument("--version", action="version", version=f"stllava-med {__version__}")
+    commands = top.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    prepare = _command(
+        commands.add_parser,
+        name="prepare",
+        help="check an official split and write it under $STLLAVA_HOME/data",
+        description="Check an official split, counts and images, and write it as one Parquet file with a manifest "
+        "under $STLLAVA_HOME/data. A split with other counts is refused.",
+        examples=[
+            "stllava-eval prepare --sample",
+            "stllava-eval prepare vqarad --from ~/downloads/vqa_rad",
+            "stllava-eval prepare slake --from ~/downloads/slake --split train",
+            "stllava-eval prepare pathvqa --from flaviagiammarino/path-vqa",
+        ],
+    )
+    prepare.add_argument("dataset", nargs="?", choices=DATASETS, help="data set (default with --sample: all three)")
+    prepare.add_argument(
+        "--from", dest="source", metavar="SOURCE", help="folder, archive or hub id (default: the data set's hub copy)"
+    )
+    prepare.add_argument("--split", default="test", help="test, train, validation, ... (default: test)")
+    prepare.add_argument(
+        "--sample",
+        action="store_true",
+        help="write the small sample sets, all splits, from images in installed packages",
+    )
+    prepare.set_defaults(command=_prepare)
+
+    run = _command(
+        commands.add_parser,
+        name="run",
+        help="answer and score the tasks with a checkpoint, through lmms-eval",
+        description="Answer and score the tasks with a checkpoint. The same as `lmms-eval --model stllava_med`, "
+        "with wrong input refused before any work and the run folder where you want it.",
+        examples=[
+            "stllava-eval run --tasks vqarad,slake",
+            "stllava-eval run --tasks medvqa --checkpoint llava-hf/llava-1.5-7b-hf --out runs/llava",
+        ],
+    )
+    run.add_argument(
+        "--tasks", default=",".join(DATASETS), help=f"comma-separated, of {', '.join(TASKS)} (default: %(default)s)"
+    )
+    run.add_argument("--checkpoint", metavar="DIR_OR_HUB_ID", help="what to evaluate (default: see docs/cli.md)")
+    run.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one under $STLLAVA_HOME/runs)")
+    run.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time (default: 16)")
+    run.add_argument("--limit", type=int, metavar="N", help="first N questions of each task (default: all)")
+    run.add_argument(
+        "--images",
+        choices=("own", "other", "black"),
+        default="own",
+        help="show each question its own image, another question's, or a black one (default: own)",
+    )
+    run.set_defaults(command=_run)
+
+    score = _command(
+        commands.add_parser,
+        name="score",
+        help="score a file of answers, without a model",
+        description="Score a JSONL file of answers against the prepared test split. Lines are ours (id, answer), of "
+        "the LLaVA family (question_id, text) or lmms-eval's samples. Ids are the data set's own.",
+        examples=[
+            "stllava-eval score --task vqarad --answers runs/a/answers.jsonl",
+            "stllava-eval score --task slake --answers samples_slake.jsonl --json",
+        ],
+    )
+    score.add_argument("--task", required=True, choices=TASKS[:-1], metavar="TASK", help="the task that was answered")
+    score.add_argument("--answers", required=True, type=Path, metavar="FILE", help="JSONL file of answers")
+    score.add_argument(
+        "--json", action="store_true", help="print value, n, images, low and high of every score as JSON"
+    )
+    score.set_defaults(command=_score)
+
+    board = _command(
+        commands.add_parser,
+        name="leaderboard",
+        help="print the scores of runs beside image-blind baselines",
+        description="Print the scores of run folders beside answers that never look at an image: constants, the "
+        "commonest training words, the commonest training answer to each question. Intervals are 95 %, "
+        "clustered by image.",
+        examples=[
+            "stllava-eval leaderboard runs/a runs/b",
+            "stllava-eval leaderboard --tasks vqarad,slake",
+        ],
+    )
+    board.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: image-blind rows only)")
+    board.add_argument("--tasks", help="comma-separated (default: those of the runs, else all that are prepared)")
+    board.add_argument("--json", action="store_true", help="print every number as JSON")
+    board.set_defaults(command=_leaderboard)
+    return top
+
+
+def _command(make: type | object, examples: Sequence[str], **options: str) -> argparse.ArgumentParser:
+    epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
+    name = [options.pop("name")] if "name" in options else []
+    return make(*name, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from stllava_eval import datasets
+
+    if arguments.sample:
+        if arguments.source:
+            raise InputError("--sample makes its own images; leave --from out.")
+        from stllava_eval.sample import write_sample
+
+        manifests = write_sample([arguments.dataset] if arguments.dataset else DATASETS)
+    elif not arguments.dataset:
+        raise InputError(f"no data set named. Pass one of {', '.join(DATASETS)}, or --sample.")
+    else:
+        manifests = [datasets.prepare(arguments.dataset, arguments.split, arguments.source)]
+    for manifest in manifests:
+        print(datasets.describe(manifest))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    tasks = arguments.tasks.split(",")
+    if unknown := [task for task in tasks if task not in TASKS]:
+        raise InputError(f"--tasks {', '.join(unknown)}: unknown. Tasks are {', '.join(TASKS)}.")
+    if arguments.batch_size < 1 or (arguments.limit is not None and arguments.limit < 1):
+        raise InputError("--batch-size and --limit are whole numbers from 1 on.")
+    if arguments.out is not None:
+        if (arguments.out / "run.json").exists():
+            raise InputError(f"{arguments.out} holds a run already. Choose another folder, or delete that one.")
+        os.environ["STLLAVA_RUN"] = str(arguments.out)
+    from stllava_eval.answering import checkpoint_folder, default_checkpoint
+    from stllava_eval.datasets import prepare_on_first_use
+    from stllava_eval.runs import dataset_of
+
+    checkpoint = arguments.checkpoint or default_checkpoint()
+    checkpoint_folder(checkpoint)
+    os.environ["STLLAVA_CHECKPOINT"] = checkpoint  # not in --model_args, which splits a path at its commas
+    for name in DATASETS if "medvqa" in tasks else dict.fromkeys(map(dataset_of, tasks)):
+        prepare_on_first_use(name, "test")
+
+    from lmms_eval.__main__ import cli_evaluate
+
+    sys.argv = [
+        *("lmms-eval", "--model", "stllava_med", "--tasks", arguments.tasks),
+        *("--model_args", f"images={arguments.images}"),
+        *("--batch_size", str(arguments.batch_size)),
+        *(("--limit", str(arguments.limit)) if arguments.limit else ()),
+    ]
+    cli_evaluate()
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from stllava_eval.leaderboard import score_text
+    from stllava_eval.runs import read_answers, score_table
+
+    scored = score_table(arguments.task, read_answers(arguments.answers, arguments.task))
+    if scored.unanswered:
+        print(
+            f"stllava-eval: {len(scored.unanswered)} questions have no answer and are in no mean: "
+            + ", ".join(scored.unanswered),
+            file=sys.stderr,
+        )
+    if arguments.json:
+        rows = [asdict(row) for row in scored.rows]
+        print(json.dumps({"format": 1, "scores": rows, "unanswered": scored.unanswered}, indent=1, ensure_ascii=False))
+    else:
+        print(score_text(scored))
+    return 0
+
+
+def _leaderboard(arguments: argparse.Namespace) -> int:
+    from stllava_eval.leaderboard import board, board_text
+
+    tasks = arguments.tasks.split(",") if arguments.tasks else None
+    if tasks and (unknown := [task for task in tasks if task not in TASKS[:-1]]):
+        raise InputError(f"--tasks {', '.join(unknown)}: unknown. Tasks are {', '.join(TASKS[:-1])}.")
+    table = board(arguments.runs, tasks)
+    print(
+        json.dumps([asdict(row) for row in table], indent=1, ensure_ascii=False)
+        if arguments.json
+        else board_text(table)
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Where data, checkpoints and runs live, and how a file appears there: whole or not at all."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stllava_eval.errors import InputError
+
+
+def home() -> Path:
+    """`$STLLAVA_HOME`, by default `~/.cache/stllava-med`. Not created here."""
+    return Path(os.environ.get("STLLAVA_HOME") or Path.home() / ".cache" / "stllava-med").expanduser()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it becomes `path` when the block ends without an error.
+
+    A reader, or the next run after a kill, sees the old file or the new one and never half of one.
+
+    Raises:
+        InputError: The disk is full, or the folder cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or error}). Free some space or choose another folder."
+        ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys, atomically.
+
+    Raises:
+        InputError: See `whole_file`.
+    """
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,313 @@
+"""A run folder: what was asked and answered, by what, and how it scored; written, read and re-scored.
+
+`run.json` says what decided the answers, `answers.jsonl` holds one line per question, `scores.json` the means with
+their intervals. Scores never depend on the run: `score_table` makes them from answers and the prepared split alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stllava_eval.errors import InputError
+from stllava_eval.home import home, whole_file, write_json
+
+if TYPE_CHECKING:
+    from stllava_eval.answering import Answer
+
+FORMAT = 1
+PACKAGES = ("stllava-med", "lmms-eval", "torch", "transformers", "tokenizers", "pillow", "nltk", "numpy")
+FIXED_FIELDS = ("id", "image_id", "image_sha256", "image", "question", "reference", "kind")  # the rest are categories
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One mean: of which score, over which questions, with its 95 % interval clustered by image.
+
+    `category` is `all` or `field=value`; `value`, `low`, `high` are in the score's own unit (shares in [0, 1], words in
+    words) and None where there is nothing to say (no question; one image has no interval).
+    """
+
+    task: str
+    metric: str
+    signature: str
+    category: str
+    value: float | None
+    n: int
+    images: int
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The score table of one task, and the ids of questions without an answer: they are in no mean."""
+
+    rows: list[ScoreRow]
+    unanswered: list[str]
+
+
+def dataset_of(task: str) -> str:
+    """`vqarad_short` -> `vqarad`: the data set that a task asks about."""
+    return task.split("_")[0]
+
+
+def answered(task: str, doc: Mapping[str, Any], text: str, answer: str, generated: Answer | None) -> dict[str, Any]:
+    """One line of `answers.jsonl`: the question's row, the text that the model saw, and its answer."""
+    return {
+        "task": task,
+        **{name: value for name, value in doc.items() if name != "image"},
+        "text": text,
+        "answer": answer,
+        "tokens": generated.tokens if generated else None,
+        "ended": generated.ended if generated else None,
+    }
+
+
+def write_run(rows: Sequence[Mapping[str, Any]], decided_by: Mapping[str, Any]) -> Path:
+    """Write a run folder from `answered` rows (of several tasks, in any order, padding repeats included).
+
+    The folder is `$STLLAVA_RUN`, else a new one under `$STLLAVA_HOME/runs`.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    by_task: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    for row in rows:
+        by_task[row["task"]][row["id"]] = row
+    folder = _new_folder(str(decided_by["checkpoint"]["name"]))
+    tasks = {}
+    scores: list[ScoreRow] = []
+    ordered: list[Mapping[str, Any]] = []
+    for task in sorted(by_task):
+        manifest, split_rows = _prepared(dataset_of(task))
+        answers = by_task[task]
+        asked = [row for row in split_rows if row["id"] in answers]
+        preset = prompt_preset(list(answers.values()))
+        tasks[task] = {
+            "data": {
+                name: manifest[name] for name in ("edition", "official", "sample", "sha256_rows", "sha256_pixels")
+            },
+            "prompt": preset,
+            "questions": len(asked),
+            "of": len(split_rows),
+            "cut": sum(row["ended"] is False for row in answers.values()),
+        }
+        scores += _score(task, asked, {name: row["answer"] for name, row in answers.items()}, manifest, preset).rows
+        ordered += [answers[row["id"]] for row in asked]
+    deciding = {**decided_by, "tasks": tasks}
+    fingerprint = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    with whole_file(folder / "answers.jsonl") as unfinished:
+        unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered), encoding="utf-8")
+    write_json(folder / "scores.json", {"format": FORMAT, "scores": [asdict(row) for row in scores]})
+    write_json(  # last: a folder with run.json is whole
+        folder / "run.json",
+        {
+            "format": FORMAT,
+            "command": shlex.join(sys.argv),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "fingerprint": fingerprint,
+            "versions": {name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
+            "commit": _commit(),
+            **deciding,
+        },
+    )
+    return folder
+
+
+def prompt_preset(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which preset of `questions.PROMPTS` gives every row's text, or `custom`."""
+    from stllava_eval.questions import PROMPTS, text
+
+    for preset in PROMPTS:
+        if all(row["text"] == text(row, {"prompt": preset}) for row in rows):
+            return preset
+    return "custom"
+
+
+def data_hashes() -> dict[str, str]:
+    """Per prepared data set, the hash of its test split's rows and decoded images."""
+    from stllava_eval.datasets import DATASETS, read_manifest
+
+    hashes = {}
+    for name in DATASETS:
+        try:
+            manifest = read_manifest(name, "test")
+        except InputError:  # not prepared, so no answer of it can be in a cache or a run
+            continue
+        hashes[name] = f"{manifest.sha256_rows} {manifest.sha256_pixels}"
+    return hashes
+
+
+def score_table(task: str, answers: Mapping[str, str], prompt: str = "bare") -> Scored:
+    """Score answers, by question id, against the prepared test split of `task`.
+
+    Failed requests of API adapters and missing ids are unanswered: counted and listed, in no mean.
+
+    Raises:
+        InputError: The split is not prepared, or an id is not of it.
+    """
+    manifest, rows = _prepared(dataset_of(task))
+    unknown = sorted(set(answers) - {row["id"] for row in rows})
+    if unknown:
+        raise InputError(
+            f"{task}: {len(unknown)} unknown ids ({_some(unknown)}). Ids are the data set's own, as in "
+            f"{manifest['dataset']} {manifest['split']} ({manifest['edition']}), for example {rows[0]['id']}."
+        )
+    return _score(task, rows, answers, manifest, prompt)
+
+
+def _score(
+    task: str, rows: Iterable[Mapping[str, Any]], answers: Mapping[str, str], manifest: Mapping[str, Any], prompt: str
+) -> Scored:
+    from stllava_eval.metrics import SCORES, is_failed_request, score
+    from stllava_eval.statistics import mean_clustered
+
+    cells: dict[tuple[str, str], tuple[list[float], list[str]]] = defaultdict(lambda: ([], []))
+    unanswered = []
+    for row in rows:
+        answer = answers.get(row["id"])
+        if answer is None or is_failed_request(answer):
+            unanswered.append(row["id"])
+            continue
+        groups = ["all"] + [f"{name}={row[name]}" for name in row if name not in FIXED_FIELDS and row[name]]
+        for metric, value in score(answer, row["reference"], row["kind"], row["question"]).items():
+            for group in groups:
+                values, images = cells[metric, group]
+                values.append(value)
+                images.append(row["image_id"])
+    data = f"{manifest['dataset']} {manifest['split']} {manifest['edition']}"
+    table = []
+    for (metric, group), (values, images) in cells.items():
+        estimate = mean_clustered(values, images)
+        signature = f"{SCORES[metric].signature}|{data}|prompt {prompt}"
+        table.append(
+            ScoreRow(
+                task,
+                metric,
+                signature,
+                group,
+                estimate.value,
+                estimate.n,
+                estimate.clusters,
+                estimate.low,
+                estimate.high,
+            )
+        )
+    order = list(SCORES)
+    table.sort(key=lambda row: (row.category != "all", row.category, order.index(row.metric)))
+    return Scored(table, unanswered)
+
+
+def read_answers(file: Path, task: str) -> dict[str, str]:
+    """The answers in a JSONL file, by question id.
+
+    Lines are ours (`id`, `answer`), of the LLaVA family (`question_id`, `text`) or lmms-eval's samples of our tasks.
+    Lines that name another task are left out.
+
+    Raises:
+        InputError: The file is missing, empty or not JSONL, a line lacks an id or an answer, or an id comes twice.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}). Pass a JSONL file of answers.") from error
+    answers: dict[str, str] = {}
+    repeated = []
+    doc_ids: list[str] | None = None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(
+                f"{file}:{number}: not JSON ({error}). Each line is one object with id and answer."
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(f"{file}:{number}: not an object. Each line is one object with id and answer.")
+        if row.get("task", task) != task:
+            continue
+        if "doc_id" in row and doc_ids is None:
+            doc_ids = [doc["id"] for doc in _prepared(dataset_of(task))[1]]
+        name, answer = _id_and_answer(row, doc_ids)
+        if name is None or answer is None:
+            raise InputError(f"{file}:{number}: no {'answer' if name else 'id'}. A line has id and answer, both text.")
+        if name in answers:
+            repeated.append(name)
+        answers[name] = answer
+    if repeated:
+        raise InputError(
+            f"{file}: {len(repeated)} ids come twice ({_some(repeated)}). Keep one answer for each question."
+        )
+    if not answers:
+        raise InputError(f"{file}: no answers of {task}. Each line is one object with id and answer.")
+    return answers
+
+
+def _id_and_answer(row: Mapping[str, Any], doc_ids: Sequence[str] | None) -> tuple[str | None, str | None]:
+    if "doc_id" in row and doc_ids is not None:  # lmms-eval's samples: the id is in each score's record
+        records = [value for value in row.values() if isinstance(value, dict) and "image_id" in value and "id" in value]
+        place = row["doc_id"]
+        fallback = doc_ids[place] if isinstance(place, int) and 0 <= place < len(doc_ids) else None
+        answer = row.get("filtered_resps") or row.get("resps")
+        while isinstance(answer, list) and answer:
+            answer = answer[0]
+        return (records[0]["id"] if records else fallback), (answer if isinstance(answer, str) else None)
+    name = next((row[key] for key in ("id", "question_id", "qid") if row.get(key) is not None), None)
+    answer = next((row[key] for key in ("answer", "text") if isinstance(row.get(key), str)), None)
+    return (None if name is None else str(name)), answer
+
+
+def _prepared(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The manifest and the rows, without images, of the prepared test split."""
+    from stllava_eval.datasets import read_manifest, read_split
+
+    return asdict(read_manifest(name, "test")), read_split(name, "test", images=False).to_list()
+
+
+def _new_folder(checkpoint: str) -> Path:
+    if chosen := os.environ.get("STLLAVA_RUN"):
+        return Path(chosen)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    stem = f"{stamp}-{Path(checkpoint).name}"
+    folder, number = home() / "runs" / stem, 1
+    while folder.exists():
+        number += 1
+        folder = home() / "runs" / f"{stem}-{number}"
+    return folder
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of our own checkout, with `+changes` if files differ from it; None for an installed wheel."""
+    top = Path(__file__).resolve().parent.parent
+    if not (top / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "-C", top, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run(["git", "-C", top, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")

@@ -1,0 +1,1 @@
+"""The lmms-eval task files: data only."""
