@@ -1,0 +1,599 @@
+"""One answer and its reference -> scores.
+
+Two families, always both: `*_llavamed` repeats the published scoring script bug for bug, so that its numbers stand
+beside published tables; the others say what their names say. `SCORES` lists what is computed, `score` computes it.
+
+Source of the published family: LLaVA-Med v1.0.0 (github.com/microsoft/LLaVA-Med, `llava/eval/run_eval.py`,
+`run_eval_batch.py` and `eval_metrics/`), whose licence is for research only. This is written from a description of
+what it computes and held to its outputs on 620 cases.
+"""
+
+import math
+import re
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from stllava_eval.errors import InputError
+
+# The scores of one question share its words, and questions share references; remembering more would only cost memory.
+_remembered = lru_cache(maxsize=2048)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published family
+
+_PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!')
+_DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+_PERIOD_BEFORE_NO_DIGIT = re.compile(r"\.(?!\d)")
+_PERIODS_REMOVED_PER_PASS = 32  # the script hands re.UNICODE (= 32) to `sub` where the count belongs
+_ARTICLES = frozenset({"a", "an", "the"})
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
+_DIGITS_LLAVAMED = {word: _DIGITS[word] for word in _NUMBERS[:11]} | {"none": "0"}
+
+
+def _without_one_apostrophe(contractions: str) -> dict[str, str]:
+    """Every spelling that leaves out exactly one apostrophe -> the contraction."""
+    return {
+        word[: mark.start()] + word[mark.end() :]: word
+        for word in contractions.split()
+        for mark in re.finditer("'", word)
+    }
+
+
+# What the VQA v2 normalisation puts right. Its I'm, I've and I'd've are not here: they never match lower-case text.
+_CONTRACTIONS = _without_one_apostrophe(
+    """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't
+    not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll
+    what're what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't
+    would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've"""
+) | {"somebody'd": "somebodyd"}  # the one pair that the original has the wrong way round
+
+
+@_remembered
+def normalize_llavamed(text: str) -> str:
+    """`text` as the published script sees it after one pass of its normalisation.
+
+    What surprises:
+    - A mark such as `-` becomes a space, but is deleted everywhere if it stands next to a space somewhere in `text`
+      or if `text` has a comma between digits: "x-ray" -> "x ray", "x-ray - chest" -> "xray chest".
+    - `:` `'` `%` and all marks outside ASCII stay glued to their word.
+    - Only the first 32 periods go, so a second pass can change the result. Recall, precision, F1 and exact match look
+      at two passes, BLEU and the contains rules at one.
+    - "none" and "zero" are both "0"; "a", "an" and "the" vanish, also from "vitamin A".
+
+    >>> normalize_llavamed("The T2-weighted MRI shows two lesions.")
+    't2 weighted mri shows 2 lesions'
+    """
+    text = text.lower()
+    digit_comma_digit = _DIGIT_COMMA_DIGIT.search(text) is not None
+    replacements = {
+        ord(mark): "" if digit_comma_digit or f"{mark} " in text or f" {mark}" in text else " "
+        for mark in _PUNCTUATION.intersection(text)
+    }
+    text = _PERIOD_BEFORE_NO_DIGIT.sub("", text.translate(replacements), count=_PERIODS_REMOVED_PER_PASS)
+    words = (_DIGITS_LLAVAMED.get(word, word) for word in text.split())
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+@_remembered
+def _counts_llavamed(text: str) -> Counter[str]:
+    return Counter(normalize_llavamed(normalize_llavamed(text)).split())
+
+
+def _hits_llavamed(answer: str, reference: str) -> int:
+    """How many words of the answer are in the reference: each of its repetitions is one more hit."""
+    wanted = _counts_llavamed(reference)
+    return sum(count for word, count in _counts_llavamed(answer).items() if word in wanted)
+
+
+def recall_llavamed(answer: str, reference: str) -> float:
+    """The published "recall" of open questions, in [0, 1]: hits / (hits + reference words that the answer lacks).
+
+    A hit is a word of the *answer*, so saying it again raises the score. 0 where either side has no words.
+
+    Source: `calculate_f1score` in LLaVA-Med v1.0.0; "proportion of correctly predicted words" of STLLaVA-Med's Table 2.
+
+    >>> recall_llavamed("lung lung lung", "right lung")  # 3 hits, "right" missing
+    0.75
+    """
+    hits = _hits_llavamed(answer, reference)
+    found = _counts_llavamed(answer)
+    missing = sum(count for word, count in _counts_llavamed(reference).items() if word not in found)
+    return hits / (hits + missing) if hits else 0.0
+
+
+def precision_llavamed(answer: str, reference: str) -> float:
+    """Share of the answer's words that are in the reference, repetitions included, in [0, 1]; 0 for no words.
+
+    Source: `calculate_f1score` in LLaVA-Med v1.0.0.
+
+    >>> precision_llavamed("bad bad bad lung", "lung")
+    0.25
+    """
+    hits = _hits_llavamed(answer, reference)
+    return hits / _counts_llavamed(answer).total() if hits else 0.0
+
+
+def f1_llavamed(answer: str, reference: str) -> float:
+    """Harmonic mean of `precision_llavamed` and `recall_llavamed`, in [0, 1]; 0 where both are.
+
+    Source: `calculate_f1score` in LLaVA-Med v1.0.0; the F1 of STLLaVA-Med's Table 2.
+    """
+    return _harmonic_mean(precision_llavamed(answer, reference), recall_llavamed(answer, reference))
+
+
+def exact_match_llavamed(answer: str, reference: str) -> float:
+    """Distinct reference words found / words of the answer, in [0, 1]: a precision, not an exact match.
+
+    Source: `calculate_exactmatch` in LLaVA-Med v1.0.0, printed as "exact match score".
+
+    >>> exact_match_llavamed("CT", "CT scan")
+    1.0
+    """
+    found = _counts_llavamed(answer)
+    return len(found.keys() & _counts_llavamed(reference).keys()) / found.total() if found else 0.0
+
+
+def bleu_llavamed(answer: str, reference: str, n: Literal[1, 2, 3] | None = None) -> float:
+    """BLEU as the published script gets it from nltk, in [0, 1].
+
+    Without `n`, 1- to 4-grams count equally; with it, only n-grams do (not 1- to n-grams). No smoothing: an order
+    without a match counts as 2.2e-308, so most short answers score about 1e-154 or 1e-231 rather than 0, and a right
+    answer of two words does not score 1. It is 0 where not one word matches.
+
+    Source: nltk 3.10.4 `sentence_bleu` with its default smoothing, which LLaVA-Med v1.0.0 calls. Computed here because
+    nltk warns on such answers and takes a second to import.
+    """
+    return _bleu(
+        normalize_llavamed(answer).split(), normalize_llavamed(reference).split(), (1, 2, 3, 4) if n is None else (n,)
+    )
+
+
+def open_accuracy_llavamed_batch(answer: str, reference: str) -> float:
+    """1 where the reference stands in the answer as a substring, else 0; an empty reference is in every answer.
+
+    Source: `run_eval_batch.py` in LLaVA-Med v1.0.0.
+    """
+    return float(normalize_llavamed(reference) in normalize_llavamed(answer))
+
+
+def open_accuracy_llavamed(answer: str, reference: str, candidates: Sequence[str]) -> float:
+    """1 where, of all `candidates`, the reference is the first with the largest share of its words in the answer.
+
+    The order of `candidates` decides ties, an answer without any hit names the first, and a reference that is not
+    among them cannot be hit.
+
+    Args:
+        answer: What the model said.
+        reference: The gold.
+        candidates: The open answers of the training set. The authors never released their list.
+
+    Source: `run_eval.py` in LLaVA-Med v1.0.0.
+
+    Raises:
+        InputError: There are no candidates.
+    """
+    if not candidates:
+        raise InputError("open_accuracy_llavamed: no candidates. Pass the open answers of the training set.")
+    found = _counts_llavamed(answer).keys()
+
+    def share_found(candidate: str) -> float:
+        wanted = _counts_llavamed(candidate).keys()
+        return len(wanted & found) / len(wanted) if wanted else 0.0
+
+    return float(normalize_llavamed(max(candidates, key=share_found)) == normalize_llavamed(reference))
+
+
+def closed_llavamed(answer: str, reference: str) -> float:
+    """1 where the answer holds the letters of "yes" or "no" and those of the reference, else 0.
+
+    Letters, not words: "normal" and "cannot" hold "no", "eyes" holds "yes", and "yes and no" is right for either
+    reference. A choice such as "left" scores only where some word of the answer holds "no" or "yes".
+
+    Source: `run_eval.py` in LLaVA-Med since commit b9a98a7 (2023-12-11).
+
+    >>> closed_llavamed("The heart is normal in size.", "no"), closed_llavamed("left", "left")
+    (1.0, 0.0)
+    """
+    text = normalize_llavamed(answer)
+    return float(("yes" in text or "no" in text) and normalize_llavamed(reference) in text)
+
+
+def closed_llavamed_batch(answer: str, reference: str) -> float:
+    """1 where the answer holds the letters of the reference, else 0.
+
+    Differs from `closed_llavamed` on references other than yes and no only.
+
+    Source: `run_eval_batch.py` in LLaVA-Med v1.0.0; the numbers in its notebook come from it.
+    """
+    return float(normalize_llavamed(reference) in normalize_llavamed(answer))
+
+
+def closed_llavamed_before_fix(answer: str, reference: str) -> float | None:
+    """`closed_llavamed` before commit b9a98a7; None where the old script left the question out of its mean.
+
+    It left out every answer with "yes" or "no" that did not hold the reference, that is, nearly every wrong one. For
+    reading tables made before 2023-12-11; not in `SCORES`.
+    """
+    text = normalize_llavamed(answer)
+    if "yes" not in text and "no" not in text:
+        return 0.0
+    return 1.0 if normalize_llavamed(reference) in text else None
+
+
+def commonest_words(references: Iterable[str], k: int) -> str:
+    """The k most frequent words of `references`, as one answer that looks at no image; ties go by alphabet.
+
+    Words are those of `normalize_llavamed`. Given the open answers of a training set, its `recall_llavamed` is what a
+    model must beat: on SLAKE's English test 10 words get 42.0 (STLLaVA-Med without DPO: 40.13).
+
+    >>> commonest_words(["Left lung", "right lung", "Right"], 2)
+    'lung right'
+    """
+    counts = Counter(word for reference in references for word in normalize_llavamed(reference).split())
+    return " ".join(sorted(counts, key=lambda word: (-counts[word], word))[:k])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clean family
+
+_APOSTROPHES = str.maketrans(dict.fromkeys("‘’ʼ´′", "'"))
+_THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_WORD = re.compile(r"\d+(?:\.\d+)*|[^\W\d_][^\W_]*(?:'[^\W_]+)*")
+
+
+def _folded(text: str) -> str:
+    """`text` without differences of case, width, ligature, accent or apostrophe; zero-width marks are gone."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKD", text.translate(_APOSTROPHES)).casefold()
+        text = "".join(letter for letter in text if unicodedata.category(letter) not in ("Mn", "Cf"))
+    return text.lower().replace("`", "'")
+
+
+@_remembered
+def folded_words(text: str) -> tuple[str, ...]:
+    """The words that the clean scores compare.
+
+    Unicode is folded (NFKD, case, accents, curly apostrophes, µ to μ), number words up to twelve are digits, "a", "an"
+    and "the" are dropped unless nothing else is there. A word is a number with its decimals, or letters and digits
+    that start with a letter, with an apostrophe inside or not; every other mark separates, and so do dashes of any
+    kind. One form for all: "x-ray" is "x ray", "5cm" is "5 cm", "1,000" is "1000".
+
+    Not done: plurals, synonyms, abbreviations, and Chinese, where a run of characters is one word.
+
+    >>> folded_words("Two T2‑weighted lesions, 2.5cm: Sjögren’s?")
+    ('2', 't2', 'weighted', 'lesions', '2.5', 'cm', "sjogren's")
+    """
+    found = [_DIGITS.get(word, word) for word in _WORD.findall(_THOUSANDS_COMMA.sub("", _folded(text)))]
+    return tuple(word for word in found if word not in _ARTICLES) or tuple(found)
+
+
+def _wanted(reference: str) -> tuple[str, ...]:
+    if wanted := folded_words(reference):
+        return wanted
+    raise InputError(f"reference {reference!r}: has no words, so nothing can be right. Leave the question out.")
+
+
+def _found(answer: str, reference: str) -> int:
+    """How many of the reference's words the answer has; one said twice counts twice only if it is wanted twice."""
+    return (Counter(folded_words(answer)) & Counter(_wanted(reference))).total()
+
+
+def recall(answer: str, reference: str) -> float:
+    """Share of the reference's words that the answer has, in [0, 1].
+
+    Each word counts as often as the reference has it. A long answer loses nothing for its extra words: read it beside
+    `precision` and `words`.
+
+    Raises:
+        InputError: The reference has no words.
+
+    >>> recall("lung lung lung", "right lung")
+    0.5
+    """
+    return _found(answer, reference) / len(_wanted(reference))
+
+
+def precision(answer: str, reference: str) -> float:
+    """Share of the answer's words that the reference has, in [0, 1]; 0 for an answer without words.
+
+    Raises:
+        InputError: The reference has no words.
+
+    >>> precision("a mass in the lung", "lung")  # mass, in, lung
+    0.3333333333333333
+    """
+    return _found(answer, reference) / max(1, len(folded_words(answer)))
+
+
+def f1(answer: str, reference: str) -> float:
+    """Harmonic mean of `precision` and `recall`, in [0, 1]; 0 where both are.
+
+    Source: the F1 of SQuAD (arXiv:1606.05250), with the words of `folded_words`.
+
+    Raises:
+        InputError: The reference has no words.
+    """
+    return _harmonic_mean(precision(answer, reference), recall(answer, reference))
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 where answer and reference are the same words in the same order, else 0.
+
+    Raises:
+        InputError: The reference has no words.
+    """
+    return float(folded_words(answer) == _wanted(reference))
+
+
+def bleu1(answer: str, reference: str) -> float:
+    """`precision`, times exp(1 - reference words / answer words) for an answer shorter than its reference; in [0, 1].
+
+    BLEU of single words: references have two or three, too few for the longer n-grams of the usual BLEU-4.
+
+    Source: Papineni et al. (ACL 2002), section 2, N = 1.
+
+    Raises:
+        InputError: The reference has no words.
+    """
+    return _bleu(folded_words(answer), _wanted(reference), (1,))
+
+
+def closed_accuracy(answer: str, reference: str, question: str = "") -> float:
+    """1 where `verdict` is "right", else 0; an unparsed answer is not right.
+
+    Raises:
+        InputError: The reference has no words.
+    """
+    return float(verdict(answer, reference, question) == "right")
+
+
+def unparsed(answer: str, reference: str, question: str = "") -> float:
+    """1 where `verdict` is "unparsed", else 0. A rate to read beside `closed_accuracy`: here lower is better.
+
+    Raises:
+        InputError: The reference has no words.
+    """
+    return float(verdict(answer, reference, question) == "unparsed")
+
+
+@_remembered
+def verdict(answer: str, reference: str, question: str = "") -> Literal["right", "wrong", "unparsed"]:
+    """Does the answer choose what the reference chooses?
+
+    The options are yes and no where the reference is one of them, else what `choices` reads from the question. An
+    answer names an option by its words in a row ("normal" is not in "abnormal"). It is right if it names the
+    reference's option and no other, unparsed if it names none, and otherwise wrong: "yes and no" is wrong.
+
+    Strict on purpose, so that no wording is worth more than a plain verdict:
+    - Only the words yes and no are verdicts. "no evidence of" says no. "not" says nothing by itself, since it denies
+      whatever follows: "not seen" is a no, but "not sure" is none and "yes, not enlarged" is a yes.
+    - "MRI, not CT" names both and is wrong; "yes, there is no effusion" too.
+    - Where the question offers nothing that fits the reference, the reference is the only known option and any other
+      choice is unparsed rather than wrong. Neither scores.
+
+    Raises:
+        InputError: The reference has no words.
+
+    >>> verdict("The left side.", "Left", "Is the lesion on the left or right?")
+    'right'
+    >>> verdict("There is no evidence of fracture.", "no"), verdict("It is abnormal.", "no")
+    ('right', 'unparsed')
+    """
+    wanted = " ".join(_wanted(reference))
+    options = ("yes", "no") if wanted in ("yes", "no") else choices(question)
+    if not _named(wanted, options):
+        options = (*options, wanted)
+    named = _named(" ".join(folded_words(answer)), options)
+    if not named:
+        return "unparsed"
+    return "right" if named == _named(wanted, options) else "wrong"
+
+
+_LAST_OR = re.compile(r"(.*)\bor\b([^,]*)", re.DOTALL)
+_CLAUSE_BEFORE_LIST = re.compile(r"\s*(?:which|what|where)\b[^,]*,")
+
+
+@_remembered
+def choices(question: str) -> tuple[str, ...]:
+    """The options a closed question offers, as words joined by spaces; empty where it has no "or".
+
+    Two forms, those of VQA-RAD and SLAKE. "Which ..., A, B or C?" is a list with a start and an end. In "Is it A, B or
+    C ...?" neither is marked: the first option is as long as the second, and of the last one word is taken (of both
+    two, if they are "A x or B x").
+
+    >>> choices("Which plane is the image scanned, transverse plane or coronal plane?")
+    ('transverse plane', 'coronal plane')
+    >>> choices("Is this a T1 weighted, T2 weighted, or FLAIR image?")
+    ('t1 weighted', 't2 weighted', 'flair')
+    """
+    offer = _LAST_OR.match(_folded(question))
+    if offer is None:
+        return ()
+    before, last = offer[1], folded_words(offer[2])
+    clause = _CLAUSE_BEFORE_LIST.match(before)
+    start = clause.end() if clause else 0
+    parts = [part for text in re.split(r",|\bor\b", before[start:]) if (part := folded_words(text))]
+    if not clause and parts:
+        # an option has at most two words here, so the last longer part is the clause that the first option ends
+        first, *middle = parts[max((i for i, part in enumerate(parts) if len(part) > 2), default=0) :]
+        alike = first[-1:] == last[1:2]
+        first_length = len(middle[0]) if middle else 1 + alike
+        parts, last = [first[-first_length:], *middle], last[: 1 + alike]
+    return tuple(" ".join(option) for option in (*parts, last) if option)
+
+
+def _named(text: str, options: tuple[str, ...]) -> set[str]:
+    """The options whose words stand in `text`, words joined by spaces."""
+    if not options:
+        return set()
+    pattern, option_of = _naming(options)
+    return {option_of[phrase] for phrase in pattern.findall(text)}
+
+
+@lru_cache(maxsize=1024)
+def _naming(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
+    """What finds an option in words, and the option that each phrase names.
+
+    An option is named in full, or by the words that set it apart: "T1" names "T1 weighted" beside "T2 weighted". The
+    longest phrase wins, so "upper left" does not name "left" as well.
+    """
+    option_of = {option: option for option in options}
+    for option in options:
+        shared = {word for other in options if other != option for word in other.split()}
+        if own := " ".join(word for word in option.split() if word not in shared):
+            option_of.setdefault(own, option)
+    phrases = "|".join(re.escape(phrase) for phrase in sorted(option_of, key=len, reverse=True))
+    return re.compile(rf"(?<!\S)(?:{phrases})(?!\S)"), option_of
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the answer is like, whatever the reference
+
+
+def words(answer: str) -> int:
+    """Length of the answer in words, divided by white space."""
+    return len(answer.split())
+
+
+_REFUSALS = re.compile(
+    # Our choice. "I cannot see a mass" and "I'm unable to find one" are answers, so what cannot be done is named too.
+    r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+    r"|\bi(?: am|'m) (?:sorry|not qualified|not a (?:doctor|physician|radiologist|medical))"
+    r"|\bi (?:do not|don't) know\b"
+    r"|\b(?:i (?:cannot|can't|can not|could not|couldn't|won't|will not)|i(?: am|'m) (?:unable|not able) to) "
+    r"(?:(?:answer|analy[sz]e|assess|assist|comment|comply|determine|diagnose|help|interpret|offer|provide|say|tell)\b"
+    r"|(?:access|open|process|see|view)(?: the| this| any| your)? (?:medical )?(?:image|picture|photo|scan)s?\b)"
+    r"|\b(?:cannot|can't|can not) be (?:answered|assessed|determined)\b"
+    r"|\b(?:not possible|impossible) to (?:answer|assess|determine|say|tell)\b"
+    # Gemini's filter kept the answer back: the system declined (lmms_eval/models/{simple,chat}/gemini.py).
+    r"|^\[safety_blocked:"
+)
+
+
+def is_refusal(answer: str) -> bool:
+    """Does the answer decline to answer, by the patterns above?
+
+    Counted beside the scores, not instead of them: "I'm sorry, but yes" is a refusal here and scored all the same.
+
+    >>> is_refusal("I’m unable to interpret medical images."), is_refusal("I cannot see a fracture.")
+    (True, False)
+    """
+    return _REFUSALS.search(_folded(answer)) is not None
+
+
+_FAILED_REQUESTS = (
+    # lmms_eval 0.7.3, below lmms_eval/models/
+    "[LMMS_EVAL_REQUEST_FAILED after ",  # simple/openai.py, simple/gemini.py, chat/{openai,async_openai,gemini}.py
+    "Error: can only concatenate str",  # chat/async_openai.py: the service sent a message without content
+    "Batch failed",  # simple/batch_gpt4.py
+    "[GENERATION_FAILED]",  # simple/{cosmos_wm,diffusers_wm_base,generation_api,magi1_wm,wan2_1_t2i}.py
+    "[ERROR] ",  # the same files
+)
+_FAILED_VIDEO = re.compile(r"Video .* (?:can not load|generate failed), check the source", re.DOTALL)
+
+
+def is_failed_request(answer: str) -> bool:
+    """Is this not an answer but the text that an lmms-eval adapter writes in its place when a request has failed?
+
+    Such a question belongs left out, counted and listed. Many adapters (`chat/_chat_base.py`, `simple/gpt4v.py`,
+    `simple/qwen_vl_api.py`, `simple/llava.py`, ...) write an empty string instead; a model can answer nothing too,
+    so an empty answer is not called failed here, and a run with many deserves a look at its log.
+
+    >>> is_failed_request("[LMMS_EVAL_REQUEST_FAILED after 5 retries] Connection error.")
+    True
+    """
+    return answer.startswith(_FAILED_REQUESTS) or _FAILED_VIDEO.fullmatch(answer) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number that every question of its kind gets."""
+
+    name: str
+    kind: Literal["open", "closed", "both"]
+    signature: str
+    """Name and version of the definition; values compare only where it is equal."""
+    published: bool
+    """Repeats a published script, so it may stand beside published tables."""
+    function: Callable[[str, str, str], float]
+    """(answer, reference, question) -> the score, in [0, 1] but for `words`."""
+
+
+def _of_answer_and_reference(
+    kind: Literal["open", "closed"], *functions: Callable[[str, str], float], published: bool
+) -> list[Score]:
+    def without_question(function: Callable[[str, str], float]) -> Callable[[str, str, str], float]:
+        return lambda answer, reference, question: function(answer, reference)
+
+    return [Score(f.__name__, kind, f"{f.__name__}|v1", published, without_question(f)) for f in functions]
+
+
+SCORES: dict[str, Score] = {
+    each.name: each
+    for each in (
+        *_of_answer_and_reference(
+            "open",
+            recall_llavamed,
+            precision_llavamed,
+            f1_llavamed,
+            exact_match_llavamed,
+            open_accuracy_llavamed_batch,
+            bleu_llavamed,
+            published=True,
+        ),
+        *_of_answer_and_reference("open", recall, precision, f1, exact_match, bleu1, published=False),
+        *_of_answer_and_reference("closed", closed_llavamed, closed_llavamed_batch, published=True),
+        Score("closed_accuracy", "closed", "closed_accuracy|v1", False, closed_accuracy),
+        Score("unparsed", "closed", "unparsed|v1", False, unparsed),
+        Score("words", "both", "words|v1", False, lambda answer, reference, question: float(words(answer))),
+        Score("refused", "both", "refused|v1", False, lambda answer, reference, question: float(is_refusal(answer))),
+    )
+}
+"""Every score by its name; `unparsed`, `words` and `refused` describe answers rather than rank them."""
+
+
+def score(answer: str, reference: str, kind: str, question: str) -> dict[str, float]:
+    """Every score of a question, by name.
+
+    Args:
+        answer: What the model said. A failed request is no answer: see `is_failed_request`.
+        reference: The gold.
+        kind: "open" or "closed".
+        question: What was asked: a closed question offers the options that `verdict` looks for.
+
+    Raises:
+        InputError: `kind` is neither, or the reference has no words.
+    """
+    if kind not in ("open", "closed"):
+        raise InputError(f"kind {kind!r}: a question is 'open' or 'closed'. Correct the data set's kinds.")
+    return {s.name: s.function(answer, reference, question) for s in SCORES.values() if s.kind in (kind, "both")}
+
+
+def _harmonic_mean(precision: float, recall: float) -> float:
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _bleu(answer: Sequence[str], reference: Sequence[str], orders: tuple[int, ...]) -> float:
+    """Geometric mean of the answer's n-gram precisions of these orders, times BLEU's penalty for a short answer."""
+    if not set(answer) & set(reference):
+        return 0.0
+    logarithms = []
+    for n in orders:
+        found = Counter(zip(*(answer[i:] for i in range(n)), strict=False))
+        wanted = Counter(zip(*(reference[i:] for i in range(n)), strict=False))
+        matches = (found & wanted).total()
+        logarithms.append(math.log(matches / found.total() if matches else sys.float_info.min) / len(orders))
+    penalty = min(1.0, math.exp(1 - len(reference) / len(answer)))
+    return penalty * math.exp(math.fsum(logarithms))

@@ -1,0 +1,147 @@
+"""What several tests share: a home folder, a small random LLaVA, a few rows of each data set."""
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+QUESTIONS = {
+    "vqarad": [("Is there a mass?", "yes", "closed"), ("What organ is shown?", "the left lung", "open")],
+    "slake": [("Is this a CT or an MRI?", "MRI", "closed"), ("Where is the liver?", "upper left", "open")],
+    "pathvqa": [("Are nuclei seen?", "no", "closed"), ("What stain is used?", "hematoxylin and eosin", "open")],
+}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    """An empty $STLLAVA_HOME."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("STLLAVA_HOME", str(folder))
+    monkeypatch.delenv("STLLAVA_CHECKPOINT", raising=False)
+    monkeypatch.delenv("STLLAVA_RUN", raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and golden values that lies beside the checkout."""
+    folder = Path(os.environ.get("STLLAVA_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"needs the reference data of the team: {folder} is not there (set STLLAVA_SHARED)")
+    return folder
+
+
+def png(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
+    """A one-coloured PNG."""
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def prepared(home) -> Path:
+    """A home in which each data set has four images with an open and a closed question each, marked as a sample."""
+    write_small_sets()
+    return home
+
+
+def write_small_sets(images: int = 4, shade: int = 0) -> None:
+    from stllava_eval.datasets import DATASETS, Row, write_split
+
+    for name, questions in QUESTIONS.items():
+        fields = DATASETS[name].categories
+        for split in ("train", "test"):
+            rows = [
+                Row(
+                    id=f"{split}-{image}-{number}",
+                    image=png((60 * image, 255 - 60 * image, (90 * image + shade) % 256)),
+                    image_id=f"{split}-{image}.png",
+                    question=question,
+                    reference=reference,
+                    kind=kind,
+                    categories={field: f"{field} {image % 2}" for field in fields},
+                )
+                for image in range(images)
+                for number, (question, reference, kind) in enumerate(questions)
+            ]
+            write_split(
+                name, split, rows, edition="for tests", official=False, sample=True, source="tests", licence="CC0-1.0"
+            )
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A random LLaVA whose answers depend on the image and the question and end by themselves."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, seed=0)
+    return folder
+
+
+def write_checkpoint(folder: Path, seed: int) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        PreTrainedTokenizerFast,
+    )
+
+    text = Tokenizer(models.BPE())
+    text.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    corpus = [question for rows in QUESTIONS.values() for row in rows for question in row[:2]]
+    text.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    text.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=text,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
+            ),
+            text_config=LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=2048,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=0,
+            ),
+            image_token_id=3,
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():  # wide enough that logits differ from row to row
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.12)
+        model.lm_head.weight[2] *= 2  # the end token comes up after some ten tokens
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)

@@ -1,0 +1,184 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import write_checkpoint, write_small_sets
+
+from stllava_eval.adapter import StllavaMed, StllavaMedSimple
+from stllava_eval.answering import Answerer
+
+TASKS = ["vqarad", "slake", "pathvqa"]
+
+
+def evaluate(lm, tasks=TASKS, **options):
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=False, model_name="stllava_med")
+    return simple_evaluate(lm, tasks=list(tasks), task_manager=manager, **options)
+
+
+def run_folders(home: Path) -> list[Path]:
+    return sorted((home / "runs").iterdir(), key=lambda folder: folder.stat().st_mtime_ns)
+
+
+def answers_of(folder: Path) -> dict[tuple[str, str], str]:
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    return {(row["task"], row["id"]): row["answer"] for row in rows}
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """How many questions each call of the answering engine was given."""
+    seen: list[int] = []
+    original = Answerer.answer
+
+    def answer(self, questions, *args, **kwargs):
+        seen.append(len(questions))
+        return original(self, questions, *args, **kwargs)
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    return seen
+
+
+def test_open_questions_get_open_scores_and_closed_ones_closed(prepared, checkpoint):
+    results = evaluate(StllavaMed(str(checkpoint)))
+    for task in TASKS:
+        assert [len(results["samples"][task]), results["n-samples"][task]["effective"]] == [8, 8]
+        kinds = {sample["target"]: {"recall", "closed_accuracy"} & set(sample) for sample in results["samples"][task]}
+        assert sorted(map(sorted, kinds.values())) == [["closed_accuracy"], ["recall"]]
+
+
+def test_lmms_evals_own_standard_error_is_clustered_by_image(prepared, checkpoint):
+    results = evaluate(StllavaMed(str(checkpoint)))["results"]["vqarad"]
+    # each image has one question of a kind, so clusters change nothing but n - 1: the two errors are known to agree
+    assert results["words_stderr_clustered,none"] > 0
+    assert results["recall_stderr_clustered,none"] != "N/A"
+
+
+def test_chat_and_simple_ask_the_same_and_answers_do_not_depend_on_the_batch(prepared, checkpoint):
+    for lm in (StllavaMed(str(checkpoint)), StllavaMedSimple(str(checkpoint), 3), StllavaMed(str(checkpoint), "16")):
+        evaluate(lm)
+    first, *others = [answers_of(folder) for folder in run_folders(prepared)]
+    assert len(first) == 24
+    assert len(set(first.values())) > 3
+    assert others == [first, first]
+
+
+def test_the_same_model_object_answers_again(prepared, checkpoint):
+    lm = StllavaMed(str(checkpoint))
+    for _ in range(2):
+        evaluate(lm, ["vqarad"])
+    one, two = run_folders(prepared)
+    assert answers_of(one) == answers_of(two)
+
+
+def test_other_images_change_answers_and_black_ones_make_them_blind(prepared, checkpoint):
+    for images in ("own", "other", "black"):
+        evaluate(StllavaMed(str(checkpoint), 8, images=images), ["vqarad"])
+    own, other, black = (answers_of(folder) for folder in run_folders(prepared))
+    # four images, so the other one is two further on
+    shift = {f"test-{image}-{number}": f"test-{(image + 2) % 4}-{number}" for image in range(4) for number in range(2)}
+    assert {name: other["vqarad", name] for name in shift} == {name: own["vqarad", far] for name, far in shift.items()}
+    assert len({black["vqarad", name] for name in shift}) <= 2
+
+
+def test_a_run_folder_says_what_decided_its_answers(prepared, checkpoint):
+    evaluate(StllavaMed(str(checkpoint), 4), ["vqarad_short", "slake"])
+    (folder,) = run_folders(prepared)
+    run = json.loads((folder / "run.json").read_text())
+    assert run["checkpoint"]["name"] == str(checkpoint)
+    assert len(run["checkpoint"]["sha256"]) == 64
+    assert {task: run["tasks"][task]["prompt"] for task in run["tasks"]} == {"slake": "bare", "vqarad_short": "short"}
+    assert run["tasks"]["slake"]["data"]["sample"] is True
+    assert (run["dtype"], run["device"], run["batch_size"]) == ("float32", "cpu", 4)
+
+
+def test_a_run_folder_holds_the_scores_that_lmms_eval_prints(prepared, checkpoint):
+    results = evaluate(StllavaMed(str(checkpoint), 4))["results"]
+    (folder,) = run_folders(prepared)
+    rows = [row for row in json.loads((folder / "scores.json").read_text())["scores"] if row["category"] == "all"]
+    ours = {(row["task"], row["metric"]): row["value"] for row in rows}
+    theirs = {
+        (task, key.split(",")[0]): value
+        for task in TASKS
+        for key, value in results[task].items()
+        if "," in key and "_stderr" not in key
+    }
+    assert ours == pytest.approx(theirs)
+    assert len(ours) == len(theirs) > 30
+
+
+def test_the_cache_serves_the_same_weights_images_and_prompts_only(prepared, checkpoint, tmp_path, calls):
+    cache = str(tmp_path / "cache")
+    weights = tmp_path / "weights"
+    shutil.copytree(checkpoint, weights)
+
+    def ask(tasks=("vqarad",), **options):
+        calls.clear()
+        evaluate("stllava_med", tasks, model_args=f"pretrained={weights}", use_cache=cache, **options)
+        return sum(calls)
+
+    assert ask() == 8
+    assert ask() == 0, "nothing has changed"
+    one, two = run_folders(prepared)
+    assert answers_of(one) == answers_of(two), "a run from the cache is recorded whole"
+    assert ask(["vqarad_short"]) == 8, "another prompt"
+    write_checkpoint(weights, seed=1)
+    assert ask() == 8, "other weights at the same path"
+    write_small_sets(shade=1)
+    assert ask() == 8, "other images under the same names"
+    assert ask(limit=3) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"images": "none"}, "images=none: unknown", id="images"),
+        pytest.param({"temperature": 1}, "temperature: unknown", id="an unknown argument"),
+        pytest.param({"dtype": "int8"}, "dtype 'int8' is unknown", id="dtype"),
+        pytest.param({"device": "tpu"}, "device 'tpu' cannot be used", id="device"),
+        pytest.param({"batch_size": "0"}, "--batch_size 0", id="batch size"),
+        pytest.param({"pretrained": "./nowhere"}, "./nowhere: no such folder", id="no checkpoint"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_2(prepared, checkpoint, capsys, options, message):
+    with pytest.raises(SystemExit) as exit_:
+        StllavaMed(**{"pretrained": str(checkpoint)} | options)
+    error = capsys.readouterr().err.strip()
+    assert exit_.value.code == 2
+    assert message in error
+    assert "\n" not in error
+
+
+def test_sampling_is_refused_rather_than_ignored(prepared, checkpoint, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(StllavaMed(str(checkpoint)), ["vqarad"], gen_kwargs="temperature=0.7,do_sample=True")
+    assert exit_.value.code == 2
+    assert "answers greedily" in capsys.readouterr().err
+
+
+def test_a_bug_while_answering_ends_the_process_though_lmms_eval_would_exit_0(
+    prepared, checkpoint, capsys, monkeypatch
+):
+    monkeypatch.setattr(Answerer, "_answer_batch", lambda self, batch: 1 / 0)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(StllavaMed(str(checkpoint)), ["vqarad"])
+    assert exit_.value.code == 1
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_some_of_its_weights_is_refused(prepared, checkpoint, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    weights = load_file(broken / "model.safetensors")
+    lost = next(name for name in weights if "vision" in name)
+    del weights[lost]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as exit_:
+        StllavaMed(str(broken))
+    assert exit_.value.code == 2
+    assert "1 weights are missing" in capsys.readouterr().err

@@ -1,0 +1,147 @@
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stllava_eval import cli as eval_cli
+from stllava_train import cli as train_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PARSERS = {"stllava-eval": eval_cli.parser, "stllava-train": train_cli.parser}
+
+
+def helps() -> dict[str, str]:
+    """`stllava-eval`, `stllava-eval run`, ... -> what --help prints, 100 columns wide."""
+    os.environ["COLUMNS"] = "100"
+    found = {}
+    for program, parser in PARSERS.items():
+        top = parser()
+        found[program] = top.format_help()
+        for action in top._subparsers._group_actions:
+            found |= {f"{program} {name}": sub.format_help() for name, sub in action.choices.items()}
+    return found
+
+
+def test_docs_and_help_say_the_same(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    documented = dict(re.findall(r"^## `(.+?)`\n\n```\n(.*?)```$", (ROOT / "docs" / "cli.md").read_text(), re.M | re.S))
+    assert documented == helps(), "run `python tests/test_cli.py` to write docs/cli.md anew"
+
+
+def test_every_example_in_the_help_is_a_call_that_parses():
+    examples = [
+        line.strip() for text in helps().values() for line in text.split("examples:")[-1].splitlines() if line.strip()
+    ]
+    assert len(examples) > 8
+    for example in examples:
+        program, *arguments = shlex.split(example)
+        PARSERS[program]().parse_args(arguments)
+
+
+@pytest.mark.parametrize("module", ["stllava_eval.cli", "stllava_train.cli"])
+def test_help_loads_nothing_heavy(module):
+    program = (
+        f"import sys, {module} as c; c.parser().format_help()\n"
+        "print(*{'torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'PIL', 'lmms_eval'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_score_gives_the_numbers_of_the_run_from_its_answers(prepared, checkpoint, tmp_path, capfd):
+    out = tmp_path / "run"
+    call = [sys.executable, "-m", "stllava_eval.cli", "run", "--tasks", "vqarad,slake", "--checkpoint", str(checkpoint)]
+    subprocess.run([*call, "--out", str(out), "--batch-size", "4"], check=True)
+    of_run = json.loads((out / "scores.json").read_text())["scores"]
+    for task in ("vqarad", "slake"):
+        capfd.readouterr()
+        assert eval_cli.main(["score", "--task", task, "--answers", str(out / "answers.jsonl"), "--json"]) == 0
+        rescored = json.loads(capfd.readouterr().out)
+        assert rescored["scores"] == [row for row in of_run if row["task"] == task]
+        assert rescored["unanswered"] == []
+
+
+def lmms_eval(*arguments: str, environment: dict[str, str] | None = None, launcher: tuple[str, ...] = ()):
+    program = [*launcher] or [str(Path(sys.executable).with_name("lmms-eval"))]
+    return subprocess.run(
+        [*program, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, **(environment or {})}
+    )
+
+
+BARE = ("--model", "stllava_med", "--tasks", "vqarad,slake,pathvqa")
+
+
+def test_the_bare_command_works_offline_on_what_is_prepared(prepared, checkpoint, tmp_path):
+    out = tmp_path / "run"
+    done = lmms_eval(*BARE, environment={"STLLAVA_CHECKPOINT": str(checkpoint), "STLLAVA_RUN": str(out)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(r"\|vqarad\s*\|.*closed_accuracy", done.stdout)
+    assert set(json.loads((out / "run.json").read_text())["tasks"]) == {"vqarad", "slake", "pathvqa"}
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param((sys.executable, "-m", "lmms_eval"), id="python -m"),
+        pytest.param((sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "lmms_eval"), id="accelerate"),
+        pytest.param(
+            (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lmms_eval"), id="torchrun"
+        ),
+    ],
+)
+def test_every_launcher_gives_the_answers_of_one_process(prepared, checkpoint, tmp_path, launcher):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert eval_cli.main is not None
+    environment = {"STLLAVA_CHECKPOINT": str(checkpoint), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    for out, start in ((one, ()), (other, launcher)):
+        done = lmms_eval(*BARE, environment={**environment, "STLLAVA_RUN": str(out)}, launcher=start)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert (one / "answers.jsonl").read_bytes() == (other / "answers.jsonl").read_bytes()
+    processes = json.loads((other / "run.json").read_text())["processes"]
+    assert processes == (2 if "--nproc_per_node" in launcher else 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["run", "--tasks", "vqarat"], "--tasks vqarat: unknown", id="task"),
+        pytest.param(["run", "--checkpoint", "{tmp}"], "it has no config.json", id="a folder that is no checkpoint"),
+        pytest.param(["run", "--batch-size", "0"], "from 1 on", id="batch size"),
+        pytest.param(["prepare"], "no data set named", id="prepare what"),
+        pytest.param(["prepare", "vqarad", "--from", "{tmp}"], "{tmp}", id="nothing to prepare from"),
+        pytest.param(
+            ["score", "--task", "vqarad", "--answers", "{tmp}/empty"], "no answers of vqarad", id="empty file"
+        ),
+        pytest.param(["score", "--task", "vqarad", "--answers", "{tmp}/none"], "cannot be read", id="no file"),
+        pytest.param(["leaderboard", "{tmp}"], "is not a run folder", id="no run"),
+        pytest.param(["leaderboard", "--tasks", "chess"], "--tasks chess: unknown", id="no such task"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(prepared, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").write_text("")
+    assert eval_cli.main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message.format(tmp=tmp_path) in error
+    assert "\n" not in error
+
+
+def test_without_data_the_bare_command_says_what_to_run_and_fails(home, checkpoint):
+    done = lmms_eval(*BARE, environment={"STLLAVA_CHECKPOINT": str(checkpoint), "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("stllava-eval:")]
+    assert "stllava-eval prepare vqarad" in line
+
+
+def write_docs() -> None:
+    parts = ["# The command line\n\nWhat `--help` prints; `tests/test_cli.py` holds the two together.\n"]
+    parts += [f"## `{name}`\n\n```\n{text}```\n" for name, text in helps().items()]
+    (ROOT / "docs" / "cli.md").write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    write_docs()

@@ -1,0 +1,141 @@
+import json
+
+import pytest
+
+from stllava_eval.errors import InputError
+from stllava_eval.leaderboard import board, board_text
+from stllava_eval.runs import read_answers, score_table
+
+REFERENCES = {0: "yes", 1: "the left lung"}  # of vqarad's two questions on each image, see conftest.py
+
+
+def answers(*, closed: str, opened: str, images=range(4)) -> dict[str, str]:
+    return {f"test-{image}-{number}": (closed, opened)[number] for image in images for number in range(2)}
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_scores_are_means_over_the_questions_of_their_kind(prepared):
+    scored = score_table("vqarad", answers(closed="Yes.", opened="the left side"))
+    overall = {row.metric: row for row in scored.rows if row.category == "all"}
+    assert (overall["closed_accuracy"].value, overall["closed_accuracy"].n, overall["closed_accuracy"].images) == (
+        1,
+        4,
+        4,
+    )
+    assert overall["recall_llavamed"].value == 0.5  # "the" is dropped: left of left, lung
+    assert overall["recall"].n == 4
+    assert overall["words"].n == 8
+
+
+def test_categories_have_rows_of_their_own(prepared):
+    scored = score_table("vqarad", answers(closed="no", opened="the left lung"))
+    of_organ = {
+        row.category: row for row in scored.rows if row.metric == "recall" and row.category.startswith("organ=")
+    }
+    assert {name: (row.n, row.value) for name, row in of_organ.items()} == {
+        "organ=organ 0": (2, 1),
+        "organ=organ 1": (2, 1),
+    }
+
+
+def test_a_signature_names_metric_data_and_prompt(prepared):
+    (row,) = [
+        row
+        for row in score_table("vqarad", answers(closed="no", opened="x"), "short").rows
+        if (row.metric, row.category) == ("recall", "all")
+    ]
+    assert row.signature == "recall|v1|vqarad test for tests|prompt short"
+
+
+def test_a_question_without_an_answer_is_listed_and_in_no_mean(prepared):
+    given = answers(closed="yes", opened="the left lung", images=range(1, 4))
+    given["test-1-0"] = "[LMMS_EVAL_REQUEST_FAILED after 5 retries] timeout"
+    scored = score_table("vqarad", given)
+    assert scored.unanswered == ["test-0-0", "test-0-1", "test-1-0"]
+    (closed,) = [row for row in scored.rows if (row.metric, row.category) == ("closed_accuracy", "all")]
+    assert (closed.value, closed.n) == (1.0, 2)
+
+
+def test_ids_that_the_split_does_not_have_are_refused_by_name(prepared):
+    with pytest.raises(InputError, match=r"vqarad: 1 unknown ids \(q7\).*for example test-0-0"):
+        score_table("vqarad", {"q7": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("row", "of"),
+    [
+        pytest.param({"id": "test-0-0", "answer": "yes"}, "test-0-0", id="ours"),
+        pytest.param({"question_id": "test-0-1", "text": "yes", "answer_id": "x"}, "test-0-1", id="LLaVA's"),
+        pytest.param(
+            {"doc_id": 3, "filtered_resps": ["yes"], "recall": {"score": 1, "id": "test-1-1", "image_id": "i"}},
+            "test-1-1",
+            id="lmms-eval's, by the id in its records",
+        ),
+        pytest.param(
+            {"doc_id": 3, "filtered_resps": ["yes"], "resps": [["yes"]]}, "test-1-1", id="lmms-eval's, by place"
+        ),
+    ],
+)
+def test_answers_are_read_from_every_form(prepared, tmp_path, row, of):
+    assert read_answers(write(tmp_path / "a.jsonl", [row]), "vqarad") == {of: "yes"}
+
+
+def test_lines_of_other_tasks_are_left_out(prepared, tmp_path):
+    rows = [{"task": "slake", "id": "1", "answer": "a"}, {"task": "vqarad", "id": "2", "answer": "b"}]
+    assert read_answers(write(tmp_path / "a.jsonl", rows), "vqarad") == {"2": "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("", "no answers of vqarad", id="empty"),
+        pytest.param('{"id": "1", "answer": "x"}\n{"id"', r"a.jsonl:2: not JSON", id="cut off"),
+        pytest.param("[1]", r"a.jsonl:1: not an object", id="a list"),
+        pytest.param('{"answer": "x"}', r"a.jsonl:1: no id", id="no id"),
+        pytest.param('{"id": "1"}', r"a.jsonl:1: no answer", id="no answer"),
+        pytest.param('{"id": "1", "answer": 3}', r"a.jsonl:1: no answer", id="not text"),
+        pytest.param('{"id": "1", "answer": "x"}\n' * 2, r"1 ids come twice \(1\)", id="twice"),
+    ],
+)
+def test_a_bad_file_of_answers_is_refused_with_its_line(prepared, tmp_path, text, message):
+    (tmp_path / "a.jsonl").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_answers(tmp_path / "a.jsonl", "vqarad")
+
+
+def test_the_board_has_image_blind_rows_and_says_that_the_data_is_a_sample(prepared):
+    rows = {row.system: row for row in board([], ["vqarad"])}
+    assert rows['always "yes"'].scores["closed_accuracy"].value == 1.0
+    assert rows['always "yes and no"'].scores["closed_llavamed"].value == 1.0  # gamed: both words are there
+    assert rows['always "yes and no"'].scores["closed_accuracy"].value == 0.0
+    assert rows["commonest answer"].scores["recall"].value == 1.0  # train and test ask the same here
+    text = board_text(list(rows.values()))
+    assert "SAMPLE DATA" in text
+    assert "not for clinical use" in text
+
+
+def test_blind_baselines_are_those_of_the_published_scorer(shared, home):
+    """Issue 2's table: constant answers on the official tests, from `golden/metrics/degenerate_baselines.json`."""
+    from stllava_eval.datasets import prepare
+
+    golden = json.loads((shared / "golden" / "metrics" / "degenerate_baselines.json").read_text())["rows"]
+    for name in ("vqarad", "slake"):
+        for split in ("train", "test"):
+            prepare(name, split, str(shared / "data" / name))
+    ours = {(row.task, row.system): row.scores for row in board([], ["vqarad", "slake"])}
+    task_of = {"vqa_rad_official_test": "vqarad", "slake_en_test": "slake"}
+    compared = 0
+    for row in golden:
+        constant = row["constant_answer"]
+        scores = ours.get((task_of[row["dataset"]], f'always "{constant}"'))
+        if scores is not None:
+            closed = scores["closed_llavamed"]
+            assert 100 * scores["recall_llavamed"].value == pytest.approx(row["recall"], abs=1e-9)
+            assert 100 * scores["f1_llavamed"].value == pytest.approx(row["f1"], abs=1e-9)
+            assert round(closed.value * closed.n) == row["closed_run_eval_hits"]
+            compared += 1
+    assert compared == 10

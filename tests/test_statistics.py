@@ -1,0 +1,157 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stllava_eval import metrics
+from stllava_eval.errors import InputError
+from stllava_eval.statistics import Estimate, bootstrap_clustered, mean_clustered
+
+SHARED = Path(os.environ.get("STLLAVA_SHARED") or Path(__file__).parents[2] / "shared")
+
+
+def test_the_standard_error_adds_up_the_deviations_within_an_image():
+    # mean 1/2; deviations: a +1, b -1; variance 2/1 * (1 + 1) / 4^2 = 1/4
+    estimate = mean_clustered([1, 1, 0, 0], ["a", "a", "b", "b"])
+    assert estimate == Estimate(value=0.5, n=4, clusters=2, low=0.0, high=1.0, standard_error=0.5)
+
+
+def test_deviations_that_cancel_within_an_image_do_not_count():
+    # mean 1/2; deviations: a 0, b +1/2, c -1/2; variance 3/2 * (1/4 + 1/4) / 4^2
+    estimate = mean_clustered([1, 0, 1, 0], ["a", "a", "b", "c"])
+    assert estimate.standard_error == pytest.approx((0.75 / 16) ** 0.5)
+
+
+def test_one_question_per_image_gives_the_textbook_interval():
+    # mean 13, s^2 = (9 + 1 + 1 + 9) / 3, standard error s / 2; t(0.975, 3) = 3.182446, t(0.95, 3) = 2.353363
+    error = (20 / 3) ** 0.5 / 2
+    estimate = mean_clustered([10, 12, 14, 16], ["a", "b", "c", "d"])
+    assert estimate.standard_error == pytest.approx(error)
+    assert (estimate.low, estimate.high) == pytest.approx((13 - 3.182446 * error, 13 + 3.182446 * error), rel=1e-6)
+    narrower = mean_clustered([10, 12, 14, 16], ["a", "b", "c", "d"], level=0.9)
+    assert (narrower.low, narrower.high) == pytest.approx((13 - 2.353363 * error, 13 + 2.353363 * error), rel=1e-6)
+
+
+def test_asking_everything_three_times_teaches_nothing():
+    scores, images = [1.0, 0.5, 0.0, 1.0, 0.25], ["a", "a", "b", "c", "d"]
+    once, thrice = mean_clustered(scores, images), mean_clustered(scores * 3, images * 3)
+    assert (once.n, thrice.n) == (5, 15)
+    assert thrice.standard_error == pytest.approx(once.standard_error)
+    assert (thrice.low, thrice.high) == pytest.approx((once.low, once.high))
+
+
+@pytest.mark.parametrize(
+    ("scores", "images", "low", "high"),
+    [
+        # all of 20 images right: (1 - level) / 2 = low^20; 10 of 20 images: the exact binomial interval for 10 of 20
+        pytest.param([1] * 20, range(20), 0.025 ** (1 / 20), 1.0, id="all right"),
+        pytest.param([0] * 20, range(20), 0.0, 1 - 0.025 ** (1 / 20), id="all wrong"),
+        pytest.param([1] * 40, [*range(20)] * 2, 0.025 ** (1 / 20), 1.0, id="images count, not questions"),
+        pytest.param([1, 0] * 20, [i // 2 for i in range(40)], 0.271957, 0.728043, id="all images half right"),
+        pytest.param([0.1] * 30, [i % 20 for i in range(30)], 0.01234853, 0.316983, id="0 but for rounding: 2 of 20"),
+        pytest.param([7] * 20, range(20), None, None, id="not shares"),
+    ],
+)
+def test_equal_scores_are_not_taken_for_certainty(scores, images, low, high):
+    estimate = mean_clustered(scores, [f"image{i}" for i in images])
+    assert estimate.standard_error == 0
+    expected = (low, high) if low is None else pytest.approx((low, high), rel=1e-5)
+    assert (estimate.low, estimate.high) == expected
+
+
+@pytest.mark.parametrize("estimate", [mean_clustered, bootstrap_clustered])
+def test_no_question_has_no_mean_and_one_image_no_interval(estimate):
+    assert estimate([], []) == Estimate(value=None, n=0, clusters=0, low=None, high=None, standard_error=None)
+    assert estimate([1, 0], ["a", "a"]) == Estimate(
+        value=0.5, n=2, clusters=1, low=None, high=None, standard_error=None
+    )
+
+
+@pytest.mark.parametrize("estimate", [mean_clustered, bootstrap_clustered])
+def test_scores_without_an_image_or_a_value_are_refused(estimate):
+    with pytest.raises(InputError, match="2 scores, 1 clusters"):
+        estimate([1, 0], ["a"])
+    with pytest.raises(InputError, match="score 1 is nan"):
+        estimate([1, float("nan")], ["a", "b"])
+
+
+ROWS = st.lists(st.tuples(st.floats(0, 1), st.sampled_from("abcdefgh")), min_size=1, max_size=40)
+
+
+@given(rows=ROWS, data=st.data())
+@settings(max_examples=50, deadline=None, derandomize=True)
+@pytest.mark.parametrize("estimate", [mean_clustered, lambda s, c: bootstrap_clustered(s, c, draws=50)])
+def test_the_order_of_rows_changes_nothing(estimate, rows, data):
+    shuffled = data.draw(st.permutations(rows))
+    assert estimate(*zip(*rows, strict=True)) == estimate(*zip(*shuffled, strict=True))
+
+
+@given(rows=ROWS)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_the_interval_of_a_share_holds_the_mean_and_stays_between_0_and_1(rows):
+    estimate = mean_clustered(*zip(*rows, strict=True))
+    if estimate.low is not None:
+        assert 0 <= estimate.low <= estimate.value <= estimate.high <= 1
+
+
+def correlated(random, images):
+    """Right or wrong answers to 1 to 20 questions on each image, images being easy or hard: 2 of 3 right on average."""
+    questions = random.integers(1, 21, size=images)
+    chances = np.repeat(random.beta(2, 1, size=images), questions)
+    names = np.repeat([f"image{i}" for i in range(images)], questions)
+    return (random.random(len(chances)) < chances).astype(float), names
+
+
+def test_the_interval_covers_the_truth_95_times_in_100_and_one_that_ignores_images_does_not():
+    random, runs, covered, covered_ignoring_images = np.random.default_rng(0), 1000, 0, 0
+    for _ in range(runs):
+        scores, images = correlated(random, 96)  # as many images as SLAKE's English test
+        estimate = mean_clustered(scores, images)
+        covered += estimate.low <= 2 / 3 <= estimate.high
+        ignoring = mean_clustered(scores, [str(i) for i in range(len(scores))])
+        covered_ignoring_images += ignoring.low <= 2 / 3 <= ignoring.high
+    # 950 +- 3 standard deviations of a binomial of 1000; seen: 941 and 684
+    assert covered == pytest.approx(950, abs=21)
+    assert covered_ignoring_images < 750
+
+
+@pytest.mark.parametrize("name", ["recall_llavamed", "f1", "words", "closed_llavamed", "closed_accuracy"])
+def test_closed_form_and_bootstrap_agree_on_real_questions(name):
+    path = SHARED / "golden/metrics/cases_random.json"
+    if not path.is_file():
+        pytest.skip(f"{path} is absent: put the shared material there or set STLLAVA_SHARED")
+    kind = "closed" if metrics.SCORES[name].kind == "closed" else "open"
+    cases = [case for case in json.loads(path.read_text(encoding="utf-8")) if case["answer_type"] == kind.upper()]
+    scores = [metrics.score(case["prediction"], case["reference"], kind, case["question"])[name] for case in cases]
+    images = [case["image"] for case in cases]
+    exact, drawn = mean_clustered(scores, images), bootstrap_clustered(scores, images)
+    assert (exact.value, exact.n, exact.clusters) == (drawn.value, drawn.n, drawn.clusters)
+    assert exact.clusters > 100
+    # 10,000 draws give the error to 1 % and an end to 0.03 errors; t - z, skew and unequal images add as much again
+    assert drawn.standard_error == pytest.approx(exact.standard_error, rel=0.03)
+    assert drawn.low == pytest.approx(exact.low, abs=0.1 * exact.standard_error)
+    assert drawn.high == pytest.approx(exact.high, abs=0.1 * exact.standard_error)
+
+
+def test_the_bootstrap_draws_images_with_all_their_questions():
+    # two images: a draw is (a, a), (a, b) or (b, b), so its mean is 1, 3/4 or 0, never anything between
+    estimate = bootstrap_clustered([1, 1, 1, 0], ["a", "a", "a", "b"], draws=2000)
+    assert (estimate.low, estimate.high) == (0, 1)
+    # chances 1/4, 1/2, 1/4: mean 5/8, variance 1/4 + 9/32 - 25/64
+    assert estimate.standard_error == pytest.approx((1 / 4 + 9 / 32 - 25 / 64) ** 0.5, rel=0.05)
+
+
+def test_the_bootstrap_keeps_differences_below_0_and_gives_equal_ones_no_interval():
+    assert bootstrap_clustered([-1, 0, -1, 0], ["a", "b", "c", "d"]).low == -1
+    assert bootstrap_clustered([0, 0, 0], ["a", "b", "c"]) == Estimate(0.0, 3, 3, None, None, 0.0)
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_seed_another():
+    scores, images = correlated(np.random.default_rng(1), 50)
+    first = bootstrap_clustered(scores, images, draws=700, seed=3)
+    assert bootstrap_clustered(scores, images, draws=700, seed=3) == first
+    assert bootstrap_clustered(scores, images, draws=700, seed=4).standard_error != first.standard_error
