@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -132,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
 def _command(make: type | object, examples: Sequence[str], **options: str) -> argparse.ArgumentParser:
     epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
     name = [options.pop("name")] if "name" in options else []
+    options["description"] = textwrap.fill(options["description"], 90)
     return make(*name, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore
 
 
@@ -149,7 +151,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
     else:
         manifests = [datasets.prepare(arguments.dataset, arguments.split, arguments.source)]
     for manifest in manifests:
-        print(datasets.describe(manifest))
+        counts = manifest.counts
+        print(
+            f"{manifest.dataset} {manifest.split} ({manifest.edition}): {counts['rows']} questions = "
+            f"{counts['closed']} closed + {counts['open']} open on {counts['images']} images"
+        )
     return 0
 
 

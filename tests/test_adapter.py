@@ -6,7 +6,7 @@ import pytest
 from conftest import write_checkpoint, write_small_sets
 
 from stllava_eval.adapter import StllavaMed, StllavaMedSimple
-from stllava_eval.answering import Answerer
+from stllava_eval.answering import Answer, Answerer
 
 TASKS = ["vqarad", "slake", "pathvqa"]
 
@@ -50,11 +50,17 @@ def test_open_questions_get_open_scores_and_closed_ones_closed(prepared, checkpo
         assert sorted(map(sorted, kinds.values())) == [["closed_accuracy"], ["recall"]]
 
 
-def test_lmms_evals_own_standard_error_is_clustered_by_image(prepared, checkpoint):
-    results = evaluate(StllavaMed(str(checkpoint)))["results"]["vqarad"]
-    # each image has one question of a kind, so clusters change nothing but n - 1: the two errors are known to agree
-    assert results["words_stderr_clustered,none"] > 0
-    assert results["recall_stderr_clustered,none"] != "N/A"
+def test_lmms_evals_own_standard_error_is_clustered_by_image(prepared, checkpoint, monkeypatch):
+    def answer(self, questions, batch_size, progress):
+        # two questions on each of four images; answers of 1, 1, 3, 3, 1, 1, 3, 3 words
+        yield from (Answer("yes" if place // 2 % 2 == 0 else "it is so", 1, True) for place in range(len(questions)))
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    results = evaluate(StllavaMed(str(checkpoint)), ["vqarad"])["results"]["vqarad"]
+    assert results["words,none"] == 2
+    # Miller's equation 4: (8 / 7) / 8 for the questions + 4 images x 2 x 1 / 8^2 for the pairs on one image
+    assert results["words_stderr_clustered,none"] == pytest.approx((1 / 7 + 1 / 8) ** 0.5)
+    assert results["words_stderr_clt,none"] == pytest.approx((1 / 7) ** 0.5)
 
 
 def test_chat_and_simple_ask_the_same_and_answers_do_not_depend_on_the_batch(prepared, checkpoint):

@@ -134,7 +134,7 @@ def test_without_data_the_bare_command_says_what_to_run_and_fails(home, checkpoi
     done = lmms_eval(*BARE, environment={"STLLAVA_CHECKPOINT": str(checkpoint), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("stllava-eval:")]
-    assert "stllava-eval prepare vqarad" in line
+    assert "run `stllava-eval prepare" in line
 
 
 def write_docs() -> None:

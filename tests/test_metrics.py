@@ -524,3 +524,18 @@ def test_importing_metrics_loads_nothing_heavy():
     code = f"import sys, stllava_eval.metrics; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.filterwarnings("ignore:\\s*The hypothesis contains:UserWarning")  # nltk's remark on every short answer
+def test_bleu_is_nltks():
+    import random
+
+    from nltk.translate.bleu_score import sentence_bleu
+
+    draw = random.Random(0)
+    weights = {None: (0.25,) * 4, 1: (1,), 2: (0, 1), 3: (0, 0, 1)}
+    for _ in range(300):
+        answer, reference = (draw.choices("lung mass left right seen".split(), k=draw.randint(1, 9)) for _ in "ar")
+        for n, weight in weights.items():
+            ours = metrics.bleu_llavamed(" ".join(answer), " ".join(reference), n)
+            assert ours == pytest.approx(sentence_bleu([reference], answer, weights=weight), abs=1e-12)

@@ -1,0 +1,1151 @@
+"""The three data sets: what was downloaded -> checked official splits on disk -> rows."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import pickle
+import re
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.resources import files as package_files
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
+
+from stllava_eval.errors import InputError
+from stllava_eval.home import home, whole_file, write_json
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+    from PIL.Image import Image
+
+log = logging.getLogger("stllava_eval")
+
+FORMAT = 1  # of the manifest
+LISTED = 20  # rows named in one message
+# pyarrow reads a row group's image column in one piece, which must stay below 2 GiB
+ROW_GROUP_BYTES = 2**30
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question about one image. The texts are exactly as distributed, VQA-RAD's tabs included."""
+
+    id: str  # the data set's own: public qid of VQA-RAD, qid of SLAKE, row number of the PathVQA split
+    image: bytes  # encoded file as distributed
+    image_id: str  # image name; the cluster of the statistics
+    question: str
+    reference: str
+    kind: str  # "open" | "closed"
+    categories: dict[str, str]  # organ, modality, question_type, ... as the set names them
+
+
+@dataclass(frozen=True)
+class Edition:
+    """A known form of a split. A count that we found documented nowhere is None, and not checked."""
+
+    name: str
+    rows: int
+    closed: int | None
+    images: int | None
+    official: bool = False  # the split as its authors published it
+    text: str | None = None  # first 16 hex digits of its `_text_hash`
+
+    @property
+    def open(self) -> int | None:
+        """Open questions."""
+        return None if self.closed is None else self.rows - self.closed
+
+    @property
+    def verified(self) -> bool:
+        """Every count is documented, so every count is checked."""
+        return self.closed is not None and self.images is not None
+
+    def __str__(self) -> str:
+        return f"the {self.name} {_counted(self.rows, self.closed, self.images)}"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One of the three sets: whose it is, what it holds, where it comes from."""
+
+    title: str
+    licence: str
+    citation: str
+    hub: str  # the copy prepared when no source is named
+    categories: dict[str, str]  # our column -> the set's own field
+    splits: dict[str, tuple[Edition, ...]]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared split is and came from: the JSON beside its parquet file."""
+
+    dataset: str
+    split: str
+    edition: str
+    official: bool
+    sample: bool
+    source: str  # as given
+    resolved: str  # absolute path, or owner/name@commit
+    licence: str
+    counts: dict[str, int]  # rows, open, closed, images
+    sha256_rows: str  # of everything but the images, in order
+    sha256_pixels: str  # of the decoded images, by image_id
+    sha256_file: str  # of the parquet file
+    notes: tuple[str, ...]
+
+
+# Counts: VQA-RAD and SLAKE counted on the authors' files, test/train of PathVQA as He et al. distribute it.
+DATASETS = {
+    "vqarad": Dataset(
+        title="VQA-RAD",
+        licence="CC0 1.0",
+        citation="Lau et al., Scientific Data 5:180251 (2018)",
+        hub="flaviagiammarino/vqa-rad",
+        categories={"organ": "image_organ", "question_type": "question_type", "phrase_type": "phrase_type"},
+        splits={
+            "train": (
+                Edition("public train", 1797, 1027, 313, official=True, text="10ec52e1429fbbb2"),
+                Edition("data_RAD train (with frame questions)", 3064, 1823, 314, text="0005cb3367a26284"),
+                # the hub copy drops 3 repeated rows and 1 shared with the test; no kinds, 940 answers are yes or no
+                Edition("deduplicated train", 1793, 940, 313),
+            ),
+            "test": (Edition("official test", 451, 272, 203, official=True, text="7f22162af081b04c"),),
+        },
+    ),
+    "slake": Dataset(
+        title="SLAKE",
+        licence="CC BY 4.0",
+        citation="Liu et al., ISBI 2021 (arXiv:2102.09542)",
+        hub="BoKelvin/SLAKE",
+        categories={
+            "modality": "modality",
+            "location": "location",
+            "content_type": "content_type",
+            "base_type": "base_type",
+            "language": "q_lang",
+        },
+        splits={
+            "train": (
+                Edition("official train", 4919, 1943, 450, official=True, text="af4ea7976131c395"),
+                Edition("train and validation in one", 5972, 2365, 546),  # OctoMed/SLAKE
+            ),
+            "validation": (Edition("official validation", 1053, 422, 96, official=True, text="a09e7ad95540d526"),),
+            "test": (Edition("official test", 1061, 416, 96, official=True, text="8530e509e563fd91"),),
+            "train_zh": (Edition("official Chinese train", 4916, 1938, 450, official=True, text="2ef053f3ba6f8045"),),
+            "validation_zh": (
+                Edition("official Chinese validation", 1046, 422, 96, official=True, text="e682e3734c1ebe39"),
+            ),
+            "test_zh": (Edition("official Chinese test", 1033, 420, 96, official=True, text="4cf2b024334cbb27"),),
+        },
+    ),
+    "pathvqa": Dataset(
+        title="PathVQA",
+        licence="MIT on the hub; the images belong to the publishers of the books: do not redistribute",
+        citation="He et al. (arXiv:2003.10286)",
+        hub="flaviagiammarino/path-vqa",
+        categories={"question_type": "question_type"},
+        # Train and validation: the hub card gives 32,795 rows in all, 32,632 without repeated ones, and its splits;
+        # published loaders give 6,279, which leaves 19,755. We found no reliable count of their closed questions.
+        splits={
+            "train": (
+                Edition("original train", 19755, None, None, official=True),
+                Edition("deduplicated train", 19654, None, None),
+            ),
+            "validation": (
+                Edition("original validation", 6279, None, None, official=True),
+                Edition("deduplicated validation", 6259, None, None),
+            ),
+            "test": (
+                Edition("official test", 6761, 3391, 858, official=True),
+                Edition("deduplicated test", 6719, 3362, None),
+            ),
+        },
+    ),
+}
+
+
+def prepare(name: str, split: str, source: str | Path | None = None, home_folder: Path | None = None) -> Manifest:
+    """Check a split against its known editions and write it under `home_folder` (default `$STLLAVA_HOME`).
+
+    Where the same source has been prepared and the file is whole, nothing is done.
+
+    Args:
+        name: A key of `DATASETS`.
+        split: A key of its `splits`.
+        source: A folder or archive with the authors' files or a hub copy's, or a hub id (default: the set's).
+
+    Raises:
+        InputError: The source cannot be read or is not an edition we know, an image is missing or broken, or the disk
+            is full. What was prepared before stays.
+    """
+    dataset = _known(name, split)
+    given = str(source or dataset.hub)
+    with _alone(name, split, home_folder):
+        done = _done(name, split, given, home_folder)
+        if done is not None:
+            log.info("%s %s is prepared from %s already: %s", name, split, given, _parquet(name, split, home_folder))
+            return done
+        path, resolved = _fetch(name, split, given)
+        with open_files(path) as files:
+            found, notes = _found_rows(name, split, files)
+            images, missing = _find_images(found, files)
+        present = ((row.place, image) for row, image in zip(found, images, strict=True) if image)
+        pixels = _decoded(f"{name} {split}", present, missing)
+        if (name, split) == ("vqarad", "test"):
+            rows, more = _official_vqarad(found, images, pixels)
+            notes += more
+        else:
+            rows = [_row(row, image, pixels[image]) for row, image in zip(found, images, strict=True)]
+        edition = _edition(name, split, rows, resolved)
+        same_text = edition.text in (None, _text_hash(rows)[:16])
+        notes += _doubts(edition, rows, same_text)
+        return _write(
+            name,
+            split,
+            rows,
+            pixels,
+            edition=edition.name,
+            official=edition.official and same_text,
+            sample=False,
+            source=given,
+            resolved=resolved,
+            licence=dataset.licence,
+            notes=tuple(notes),
+            home_folder=home_folder,
+        )
+
+
+def prepare_on_first_use(name: str, split: str) -> None:
+    """Prepare the split from the set's hub copy unless something, a sample included, is prepared.
+
+    Raises:
+        InputError: The hub cannot be reached, with what to run instead.
+    """
+    dataset = _known(name, split)
+    if _manifest(name, split).exists():
+        return
+    log.warning("%s %s is not prepared yet: fetching %s from the hub", name, split, dataset.hub)
+    prepare(name, split)
+
+
+def write_split(
+    name: str,
+    split: str,
+    rows: Sequence[Row],
+    *,
+    edition: str,
+    official: bool,
+    sample: bool,
+    source: str,
+    licence: str,
+    notes: Sequence[str] = (),
+    home_folder: Path | None = None,
+) -> Manifest:
+    """Write rows as `<home>/data/<name>/<split>.parquet` and `.json`. Equal rows give equal bytes.
+
+    Counts are not compared with an edition here: that is `prepare`'s half.
+
+    Raises:
+        InputError: An image cannot be decoded, two rows share an id, one image_id has two images, the disk is full, or
+            a sample would replace a real split.
+    """
+    _known(name, split)
+    pixels = _decoded(f"{name} {split}", ((row.id, row.image) for row in rows))
+    with _alone(name, split, home_folder):
+        return _write(
+            name,
+            split,
+            rows,
+            pixels,
+            edition=edition,
+            official=official,
+            sample=sample,
+            source=source,
+            resolved=source,
+            licence=licence,
+            notes=tuple(notes),
+            home_folder=home_folder,
+        )
+
+
+def read_manifest(name: str, split: str, home_folder: Path | None = None) -> Manifest:
+    """The manifest of a prepared split.
+
+    Raises:
+        InputError: Nothing is prepared, or by another version; with the command to run.
+    """
+    _known(name, split)
+    path = _manifest(name, split, home_folder)
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{name} {split} is not prepared: there is no {path}. "
+            f"Run `stllava-eval prepare {name} --from DIR`, or `stllava-eval prepare {name} --sample`."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}). Remove it and prepare {name} again.") from error
+    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+        raise InputError(f"{path}: not a manifest of format {FORMAT}. Remove it and prepare {name} again.")
+    try:
+        return Manifest(**{**fields, "notes": tuple(fields["notes"])})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a whole manifest ({error}). Remove it and prepare {name} again.") from error
+
+
+def read_split(name: str, split: str, images: bool = True, home_folder: Path | None = None) -> datasets.Dataset:
+    """The prepared split in memory: the columns of the parquet file, `image` as `{"bytes", "path"}`, not decoded.
+
+    It is built past the cache of `datasets`, which goes by a file's name and time and can serve what was there before.
+
+    Args:
+        name: See `prepare`.
+        split: See `prepare`.
+        images: Whether to hold the column `image`.
+        home_folder: See `prepare`.
+
+    Raises:
+        InputError: Nothing is prepared, or the file is not the one that its manifest describes.
+    """
+    import datasets
+    import pyarrow as pa
+
+    manifest = read_manifest(name, split, home_folder)
+    with _whole_parquet(manifest, home_folder) as file:
+        columns = [column for column in file.schema_arrow.names if images or column != "image"]
+        groups = [file.read_row_group(number, columns=columns) for number in range(file.num_row_groups)]
+    features = datasets.Features(
+        {name: datasets.Image(decode=False) if name == "image" else datasets.Value("string") for name in columns}
+    )
+    return datasets.Dataset(
+        pa.concat_tables(groups),
+        info=datasets.DatasetInfo(features=features),
+        # computing one would serialise every image
+        fingerprint=hashlib.sha256(f"{manifest.sha256_file} {images}".encode()).hexdigest()[:16],
+    )
+
+
+def read_rows(name: str, split: str, home_folder: Path | None = None) -> list[Row]:
+    """The prepared split as rows; rows of one image share its bytes.
+
+    Raises:
+        InputError: See `read_split`.
+    """
+    manifest = read_manifest(name, split, home_folder)
+    rows: list[Row] = []
+    shared: dict[bytes, bytes] = {}
+    with _whole_parquet(manifest, home_folder) as file:
+        for batch in file.iter_batches(batch_size=256):
+            for record in batch.to_pylist():
+                image = record.pop("image")["bytes"]
+                del record["image_sha256"]
+                own = {field: record.pop(field) for field in ("id", "image_id", "question", "reference", "kind")}
+                rows.append(Row(image=shared.setdefault(image, image), categories=record, **own))
+    return rows
+
+
+def decode(image: bytes) -> Image:
+    """The picture in an encoded file: RGB, 8 bit, upright by its EXIF orientation. Everyone opens images with this.
+
+    CMYK is converted as Pillow does, Adobe's inverted JPEGs included; transparency lies on black; 16-bit, 32-bit and
+    float grey is stretched from its own minimum to its maximum, since scans use few of the values that the type allows.
+
+    Raises:
+        InputError: The file is no image, is truncated, or is larger than Pillow's limit against decompression bombs.
+    """
+    import PIL.Image
+    import PIL.ImageOps
+
+    try:
+        with PIL.Image.open(io.BytesIO(image)) as opened:
+            opened.load()
+            upright = PIL.ImageOps.exif_transpose(opened)
+            if upright.mode == "F" or upright.mode.startswith("I"):
+                return _stretched(upright).convert("RGB")
+            if upright.has_transparency_data:
+                seen = upright.convert("RGBA")
+                return PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "black"), seen).convert("RGB")
+            return upright.convert("RGB")
+    except PIL.UnidentifiedImageError as error:
+        raise InputError(f"{len(image)} bytes are no image that Pillow knows. Download it again.") from error
+    except Exception as error:  # Pillow's readers raise nearly everything on a broken file, SyntaxError included
+        raise InputError(
+            f"an image of {len(image)} bytes cannot be decoded ({_one_line(error)}). Download it again."
+        ) from error
+
+
+def _stretched(grey: Image) -> Image:
+    import numpy as np
+    import PIL.Image
+
+    values = np.asarray(grey, dtype=np.float64)
+    finite = np.isfinite(values)
+    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
+    scaled = (np.where(finite, values, low) - low) / ((high - low) or 1.0)
+    return PIL.Image.fromarray(np.rint(255 * scaled).astype(np.uint8))
+
+
+def _pixel_hash(image: bytes) -> str:
+    """Hex sha256 of width, height and the decoded RGB pixels: equal for equal pictures in any encoding."""
+    picture = decode(image)
+    return hashlib.sha256(f"{picture.width}x{picture.height} ".encode() + picture.tobytes()).hexdigest()
+
+
+def _decoded(title: str, images: Iterable[tuple[str, bytes]], missing: Sequence[str] = ()) -> dict[bytes, str]:
+    """Image file -> `_pixel_hash`, each distinct file decoded once; every missing or unreadable one is named.
+
+    Args:
+        title: What the progress bar and the message say.
+        images: Row and its image.
+        missing: What to say of the missing ones.
+    """
+    from tqdm import tqdm
+
+    users: dict[bytes, list[str]] = defaultdict(list)
+    for row, image in images:
+        users[image].append(row)
+
+    def attempt(image: bytes) -> str | InputError:
+        try:
+            return _pixel_hash(image)
+        except InputError as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        progress = tqdm(pool.map(attempt, users), f"{title}: images", len(users), disable=None)
+        outcomes = dict(zip(users, progress, strict=True))
+    broken = [*missing]
+    for image, outcome in outcomes.items():
+        if isinstance(outcome, InputError):
+            broken.append(f"{users[image][0]} ({len(users[image])} rows): {outcome}")
+    if broken:
+        raise InputError(f"{title}: {len(broken)} missing or unreadable images. {_listed(broken)}")
+    return {image: str(outcome) for image, outcome in outcomes.items()}
+
+
+# From a source to files.
+
+
+@dataclass(frozen=True)
+class Files:
+    """What was handed in: paths in a folder or archive, in its own order. Nothing is unpacked onto the disk."""
+
+    place: str
+    names: tuple[str, ...]
+    open: Callable[[str], IO[bytes]]
+
+    def read(self, name: str) -> bytes:
+        """The whole file.
+
+        Raises:
+            InputError: It cannot be read, or the archive is damaged.
+        """
+        try:
+            with self.open(name) as file:
+                return file.read()
+        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
+            raise InputError(f"{self.place}: {name} cannot be read ({_one_line(error)}). Download it again.") from error
+
+
+@contextmanager
+def open_files(path: Path) -> Iterator[Files]:
+    """The files of a folder or of a zip or tar archive, and those of zip archives in it (SLAKE's imgs.zip).
+
+    Raises:
+        InputError: Neither a folder nor an archive, or an archive with a member that would leave its folder.
+    """
+    with ExitStack() as stack:
+        if path.is_dir():
+            outer = _folder(path)
+        elif zipfile.is_zipfile(path):
+            outer = _zip(str(path), stack.enter_context(path.open("rb")))
+        elif tarfile.is_tarfile(path):
+            outer = _tar(path, stack)
+        else:
+            raise InputError(f"{path} is neither a folder nor a zip or tar archive. Pass what holds the set's files.")
+        owners: dict[str, tuple[Files, str]] = {name: (outer, name) for name in outer.names}
+        for archive in [name for name in outer.names if name.lower().endswith(".zip")]:
+            # a member of an archive is slow to seek in
+            file = stack.enter_context(outer.open(archive) if path.is_dir() else io.BytesIO(outer.read(archive)))
+            inner = _zip(f"{path}: {archive}", file)
+            owners |= {f"{archive}/{name}": (inner, name) for name in inner.names}
+        yield Files(str(path), tuple(owners), lambda name: owners[name][0].open(owners[name][1]))
+
+
+def _folder(path: Path) -> Files:
+    names, seen = [], set()
+    for folder, below, found in os.walk(path, followlinks=True):
+        real = Path(folder).resolve()
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        names += [(Path(folder) / name).relative_to(path).as_posix() for name in sorted(found) if name[0] != "."]
+    return Files(str(path), tuple(names), lambda name: (path / name).open("rb"))
+
+
+def _zip(place: str, file: IO[bytes]) -> Files:
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{place} is not a whole zip archive ({error}). Download it again.") from error
+    members = [member for member in archive.infolist() if not member.is_dir()]
+    for member in members:
+        _refuse_escape(place, member.filename, stat.S_ISLNK(member.external_attr >> 16))
+    return Files(place, _without_litter(member.filename for member in members), archive.open)
+
+
+def _tar(path: Path, stack: ExitStack) -> Files:
+    try:
+        archive = stack.enter_context(tarfile.open(path))
+        members = [member for member in archive if not member.isdir()]
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is not a whole tar archive ({error}). Download it again.") from error
+    for member in members:
+        _refuse_escape(str(path), member.name, not member.isfile())
+    by_name = {member.name: member for member in members}
+    return Files(str(path), _without_litter(by_name), lambda name: archive.extractfile(by_name[name]))  # type: ignore
+
+
+def _refuse_escape(place: str, member: str, no_file: bool) -> None:
+    """Refuse a member that unpacked elsewhere would write or point outside its folder; we unpack nothing ourselves."""
+    path = PurePosixPath(member.replace("\\", "/"))
+    if no_file or path.is_absolute() or ".." in path.parts or re.match("[A-Za-z]:", member):
+        raise InputError(
+            f"{place}: {member!r} is a link or leads out of the archive's folder. Do not use this archive."
+        )
+
+
+def _without_litter(names: Iterable[str]) -> tuple[str, ...]:
+    """Without what macOS adds to archives: `__MACOSX/._synpic1.jpg` has an image's name and is none."""
+    return tuple(
+        name for name in names if not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+    )
+
+
+def _fetch(name: str, split: str, given: str) -> tuple[Path, str]:
+    """Where the source lies on this disk, downloaded if it is a hub id, and its full name."""
+    path = Path(given).expanduser()
+    if path.exists():
+        return path, str(path.resolve())
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
+        raise InputError(
+            f"{given}: no such folder or archive. Pass one with the files of {name}, or a hub id owner/name."
+        )
+    import huggingface_hub
+
+    part = split.removesuffix("_zh")
+    wanted = ["*.json", "*.jsonl", "*.pkl", "*.zip", f"*{part}*.parquet", f"*{part}/*.parquet"]
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(given, repo_type="dataset", allow_patterns=wanted, etag_timeout=5)
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{given} cannot be fetched from the hub ({_one_line(error)}). Download the files of {name} elsewhere "
+            f"and run `stllava-eval prepare {name} --from DIR`, or `stllava-eval prepare {name} --sample`."
+        ) from error
+    return folder, f"{given}@{folder.name}"
+
+
+# From files to rows. A record is a row in the source's own words.
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A row as its source has it; what the source lacks is None."""
+
+    place: str  # its id, or file and number, for messages
+    id: str
+    image: str | bytes  # its name in the source, or the file itself
+    image_id: str | None
+    question: str
+    reference: str
+    kind: str | None
+    categories: dict[str, str]
+
+
+def _found_rows(name: str, split: str, files: Files) -> tuple[list[_Found], list[str]]:
+    """The split's rows in the source's order, and notes for the manifest."""
+    part = split.removesuffix("_zh")
+    records, place = {"vqarad": _vqarad, "slake": _slake, "pathvqa": _pathvqa}[name](split, part, files)
+    found, broken = [], []
+    for number, record in enumerate(records):
+        try:
+            found.append(_found(name, record, number, place))
+        except InputError as error:
+            broken.append(str(error))
+    if broken:
+        raise InputError(f"{files.place}: {len(broken)} broken rows. {_listed(broken)}")
+    repeated = [id for id, times in Counter(row.id for row in found).items() if times > 1]
+    if repeated:
+        raise InputError(f"{files.place}: {place} has several rows of one id: {_listed(repeated)}. Ids are unique.")
+    notes = []
+    unknown = [row for row in found if row.kind is None]
+    if unknown and (name, split) != ("vqarad", "test"):
+        found = [replace(row, kind=row.kind or _yes_no_kind(row.reference)) for row in found]
+        notes.append(f"kind from the answer (closed: yes or no) in {len(unknown)} rows: {place} has no answer_type")
+    return found, notes
+
+
+def _vqarad(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], str]:
+    """The public file holds both splits, told apart by `phrase_type`; data_RAD's two are told apart by name."""
+    tables = {
+        name: records
+        for name in files.names
+        if name.endswith((".json", ".jsonl"))
+        and (records := _json_records(files, name))
+        and {"image_name", "question", "answer", "answer_type"} <= records[0].keys()
+    }
+    for name, records in tables.items():
+        if any(_is_test(record) for record in records):
+            return [record for record in records if _is_test(record) == (split == "test")], name
+    for name, records in tables.items():
+        if PurePosixPath(name).stem.startswith(split):
+            return records, name
+    return _parquet_records(
+        files, part, "VQA-RAD's public JSON file or data_RAD's trainset.json and testset.json, with the images"
+    )
+
+
+def _is_test(record: Mapping[str, Any]) -> bool:
+    return str(record.get("phrase_type")).startswith("test_")
+
+
+def _slake(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], str]:
+    """The rows of the split's language; a hub copy without `answer_type` needs SLAKE's own JSON file beside it."""
+    language = "zh" if split.endswith("_zh") else "en"
+    stem = part.replace("validation", "validate")
+    own, place = [], ""
+    for name in files.names:
+        if PurePosixPath(name).name in (f"{stem}.json", f"{part}.json", f"{part}.jsonl"):
+            own, place = _json_records(files, name), name
+    own = [record for record in own if record.get("q_lang") == language]
+    if own and not _parquet_names(files, part):
+        return own, place
+    records, place = _parquet_records(files, part, f"SLAKE's own {stem}.json with imgs/ or imgs.zip")
+    if records and "answer_type" in records[0]:
+        return [record for record in records if record.get("q_lang", "en") == language], place
+    if not own or [_line(record) for record in own] != [_line(record) for record in records]:
+        raise InputError(
+            f"{files.place}: {place} has no answer_type, and a closed answer of SLAKE need not be yes or no. "
+            f"Put SLAKE's own {stem}.json with the same rows beside it, or prepare BoKelvin/SLAKE."
+        )
+    return [{**record, "image": copy["image"]} for record, copy in zip(own, records, strict=True)], place
+
+
+def _pathvqa(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], str]:
+    """The authors' pickles: `*_vqa.pkl`, which names the question's type, before `*_qa.pkl`."""
+    short = part.replace("validation", "val")
+    for ending in ("vqa", "qa"):
+        for name in files.names:
+            if PurePosixPath(name).name == f"{short}_{ending}.pkl":
+                return [_from_pickle(record) for record in _pickled(files, name)], name
+    return _parquet_records(files, part, f"PathVQA's {short}_vqa.pkl or {short}_qa.pkl, with the images")
+
+
+def _from_pickle(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of either pickle with the fields' usual names; a `label` holds answers and their weights."""
+    if "sent" not in record:
+        return {**record, "image_name": record.get("image"), "image": None}
+    label = record.get("label") or {}
+    answer = max(label, key=lambda answer: label[answer], default=None)
+    return {**record, "question": record["sent"], "answer": answer, "image_name": record.get("img_id")}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Lists, dicts, texts and numbers only: any other pickle can run a program of its author's."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise InputError(f"it holds {module}.{name}, and only lists, dicts, texts and numbers are read")
+
+
+def _pickled(files: Files, name: str) -> list[dict[str, Any]]:
+    content = files.read(name)
+    try:
+        records = _PlainUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # a damaged pickle raises nearly everything
+        raise InputError(
+            f"{files.place}: {name} is refused: {_one_line(error)}. Download it from its authors."
+        ) from error
+    return _checked(records, files, name)
+
+
+def _json_records(files: Files, name: str) -> list[dict[str, Any]]:
+    """The records of a JSON or JSON-lines file; none where it holds something else."""
+    content = files.read(name)
+    try:
+        if name.endswith(".jsonl"):
+            return _checked([json.loads(line) for line in content.splitlines() if line.strip()], files, name)
+        records = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{files.place}: {name} is no JSON ({error}). Download it again.") from error
+    return records if isinstance(records, list) and all(isinstance(record, dict) for record in records) else []
+
+
+def _checked(records: Any, files: Files, name: str) -> list[dict[str, Any]]:
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise InputError(f"{files.place}: {name} is not a list of records. Download it from its authors.")
+    return records
+
+
+def _parquet_names(files: Files, part: str) -> list[str]:
+    """`data/test-00000-of-00001.parquet`, or in the hub's own conversion `test/0000.parquet`."""
+    paths = [PurePosixPath(name) for name in files.names if name.endswith(".parquet")]
+    return sorted(str(path) for path in paths if part in (path.stem.split("-")[0], path.parent.name))
+
+
+def _parquet_records(files: Files, part: str, otherwise: str) -> tuple[list[dict[str, Any]], str]:
+    """The split's records in a hub copy's parquet files; rows of one image share its bytes.
+
+    Args:
+        files: The source.
+        part: train, validation or test, as the files or their folder are named.
+        otherwise: What could have been there instead, for the message.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = _parquet_names(files, part)
+    if not names:
+        raise InputError(
+            f"{files.place} holds no {part} split: neither {otherwise}, nor a hub copy's {part}-*.parquet. "
+            "Pass the folder or archive that was downloaded, or a hub id."
+        )
+    records: list[dict[str, Any]] = []
+    shared: dict[bytes, bytes] = {}
+    for name in names:
+        try:
+            for batch in pq.ParquetFile(pa.BufferReader(files.read(name))).iter_batches(batch_size=64):
+                for record in batch.to_pylist():
+                    image = (record.get("image") or {}).get("bytes")
+                    if image is not None:
+                        record["image"]["bytes"] = shared.setdefault(image, image)
+                    records.append(record)
+        except (pa.ArrowException, OSError, AttributeError) as error:
+            raise InputError(
+                f"{files.place}: {name} is not a hub copy's parquet file ({_one_line(error)}). Download it again."
+            ) from error
+    return records, names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _found(name: str, record: Mapping[str, Any], number: int, file: str) -> _Found:
+    place = f"{file} row {number}" if record.get("qid") is None else f"qid {record['qid']}"
+    missing = [field for field in ("question", "answer") if record.get(field) is None]
+    if missing:
+        raise InputError(f"{place}: no {' and no '.join(missing)}")
+    reference = str(record["answer"])  # VQA-RAD has numbers
+    image = record.get("image")
+    file_or_name = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
+    picture = _picture(record)
+    if not (file_or_name or picture):
+        raise InputError(f"{place}: no image")
+    if name == "pathvqa":
+        kind: str | None = _yes_no_kind(reference)
+    else:
+        # two rows of VQA-RAD say "CLOSED "
+        kind = None if record.get("answer_type") is None else str(record["answer_type"]).strip().lower()
+    if kind not in (None, "open", "closed"):
+        raise InputError(f"{place}: answer_type {record['answer_type']!r} is neither OPEN nor CLOSED")
+    return _Found(
+        place,
+        _id(name, record, number),
+        file_or_name or picture,  # type: ignore[arg-type]
+        picture,
+        str(record["question"]),
+        reference,
+        kind,
+        # VQA-RAD's public file says test_para where data_RAD's test file says para
+        {
+            ours: str(record.get(theirs) or "").removeprefix("test_")
+            for ours, theirs in DATASETS[name].categories.items()
+        },
+    )
+
+
+def _id(name: str, record: Mapping[str, Any], number: int) -> str:
+    """The set's own id, or the row's number; data_RAD numbers VQA-RAD's questions anew, and says so here."""
+    qid = record.get("qid")
+    if name == "pathvqa":
+        return str(number)
+    if qid is None:
+        return f"row-{number}"
+    return f"data_RAD-{qid}" if name == "vqarad" and "qid_linked_id" not in record else str(qid)
+
+
+def _picture(record: Mapping[str, Any]) -> str | None:
+    """The image's name: every set has its own field for it. OctoMed/SLAKE gives SLAKE's number alone."""
+    name = record.get("image_name") or record.get("img_name")
+    return f"xmlab{record['img_id']}/source.jpg" if name is None and isinstance(record.get("img_id"), int) else name
+
+
+def _yes_no_kind(reference: str) -> str:
+    return "closed" if _normalised(reference) in ("yes", "no") else "open"
+
+
+def _find_images(found: Sequence[_Found], files: Files) -> tuple[list[bytes], list[str]]:
+    """The image file of every row, found by name anywhere in the source; empty where missing, and what is missing."""
+    candidates: dict[str, list[str]] = defaultdict(list)
+    for name in files.names:
+        path = PurePosixPath(name)
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            for key in {path.name, path.stem, _last_two(name)}:
+                candidates[key].append(name)
+    named = {image: _last_two(image) for image in (row.image for row in found) if isinstance(image, str)}
+    wanted = {name for key in named.values() for name in candidates[key]}
+    content = {name: files.read(name) for name in files.names if name in wanted}  # in order: a tar.gz has no index
+    for image, key in named.items():
+        if len({content[name] for name in candidates[key]}) > 1:
+            raise InputError(
+                f"{files.place}: {image} is {' and '.join(candidates[key])}, which differ. Keep one of them."
+            )
+    by_image = {image: content[candidates[key][0]] if candidates[key] else b"" for image, key in named.items()}
+    images = [by_image[row.image] if isinstance(row.image, str) else row.image for row in found]
+    missing = [f"{row.place}: no {row.image!r}" for row, image in zip(found, images, strict=True) if not image]
+    return images, missing
+
+
+def _last_two(name: str) -> str:
+    return "/".join(PurePosixPath(name).parts[-2:])
+
+
+def _row(found: _Found, image: bytes, pixels: str) -> Row:
+    """A row whose kind is known; where a copy has dropped the image's name, its pixels name it."""
+    assert found.kind is not None
+    return Row(
+        found.id, image, found.image_id or pixels[:16], found.question, found.reference, found.kind, found.categories
+    )
+
+
+# What makes a row of VQA-RAD's official test: tasks/vqarad/test_ids.csv.
+
+
+@dataclass(frozen=True)
+class OfficialRow:
+    """One row of the official test, without the data set's own words."""
+
+    qid: str  # of the public file
+    data_rad_qid: str
+    kind: str
+    image_name: str
+    text: str  # `_line_hash` of question and answer
+    pixels: str  # first 16 hex digits of the image's `_pixel_hash`
+
+
+@cache
+def _official_rows() -> tuple[OfficialRow, ...]:
+    text = (package_files("stllava_eval.tasks") / "vqarad" / "test_ids.csv").read_text(encoding="utf-8")
+    return tuple(OfficialRow(**line) for line in csv.DictReader(text.splitlines()))
+
+
+def _official_vqarad(
+    found: Sequence[_Found], images: Sequence[bytes], pixels: Mapping[bytes, str]
+) -> tuple[list[Row], list[str]]:
+    """The test rows in official order with public qid, kind and image name, and notes for the manifest.
+
+    A row is known by question, answer and image: by the image's name where the copy has it, else by its pixels. Where
+    those are no official image's (a copy that encoded them anew), the text decides, and order among equal texts.
+    """
+    waiting: dict[str, list[OfficialRow]] = defaultdict(list)
+    for known in _official_rows():
+        waiting[known.text].append(known)
+    official_pixels = {known.pixels for known in _official_rows()}
+    pixels_of = [pixels[image][:16] for image in images]
+    matched: dict[str, Row] = {}
+    unknown, by_order, changed = [], [], []
+
+    def is_vague(number: int) -> bool:
+        return found[number].image_id is None and pixels_of[number] not in official_pixels
+
+    for number in sorted(range(len(found)), key=is_vague):  # the vague rows take what the others leave
+        row = found[number]
+        candidates = waiting[_line_hash(row.question, row.reference)]
+        if is_vague(number):
+            fitting = list(candidates)
+            by_order += [row.place] if len(fitting) > 1 else []
+        elif row.image_id is None:
+            fitting = [known for known in candidates if known.pixels == pixels_of[number]]
+        else:
+            fitting = [known for known in candidates if known.image_name == row.image_id]
+        fitting = [known for known in fitting if row.kind in (None, known.kind)]
+        if not fitting:
+            unknown.append(row.place)
+            continue
+        known = fitting[0]
+        candidates.remove(known)
+        changed += [known.image_name] if known.pixels != pixels_of[number] else []
+        matched[known.qid] = Row(
+            known.qid, images[number], known.image_name, row.question, row.reference, known.kind, row.categories
+        )
+    if unknown:
+        raise InputError(
+            f"vqarad test: {len(unknown)} rows are not in the official test with this image: {_listed(unknown)}. "
+            "Prepare an unchanged copy."
+        )
+    notes = []
+    if changed:
+        notes.append(f"the pixels of {len(set(changed))} images differ from the originals")
+    if by_order:
+        notes.append(f"rows of equal question and answer told apart by their order alone: {_listed(sorted(by_order))}")
+    return [matched[known.qid] for known in _official_rows() if known.qid in matched], notes
+
+
+def _normalised(text: str) -> str:
+    """Lower case, single spaces, and none before a mark: copies differ in these."""
+    return re.sub(r" (?=[?.,;:!])", "", " ".join(text.lower().split()))
+
+
+def _line(record: Mapping[str, Any]) -> tuple[str, str]:
+    return _normalised(str(record.get("question"))), _normalised(str(record.get("answer")))
+
+
+def _line_hash(question: str, reference: str) -> str:
+    return hashlib.sha256(f"{_normalised(question)}\t{_normalised(reference)}".encode()).hexdigest()[:16]
+
+
+def _text_hash(rows: Iterable[Row]) -> str:
+    """Hex sha256 of questions, references and kinds, whatever the rows' order, ids and letter case."""
+    lines = sorted(f"{_line_hash(row.question, row.reference)} {row.kind}\n" for row in rows)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# Checked rows to disk.
+
+
+def _known(name: str, split: str) -> Dataset:
+    if name not in DATASETS:
+        raise InputError(f"{name}: no such data set. There are {', '.join(DATASETS)}.")
+    if split not in DATASETS[name].splits:
+        raise InputError(f"{name} has no split {split}. It has {', '.join(DATASETS[name].splits)}.")
+    return DATASETS[name]
+
+
+def _edition(name: str, split: str, rows: Sequence[Row], place: str) -> Edition:
+    """The known edition that has the rows' counts."""
+    closed, images = sum(row.kind == "closed" for row in rows), len({row.image_id for row in rows})
+    editions = DATASETS[name].splits[split]
+    for edition in editions:
+        if edition.rows == len(rows) and edition.closed in (None, closed) and edition.images in (None, images):
+            return edition
+    raise InputError(
+        f"{name} {split} from {place}: found {_counted(len(rows), closed, images, verb='')}; "
+        f"{'; '.join(map(str, editions))}. Prepare a whole, unchanged copy."
+    )
+
+
+def _counted(rows: int, closed: int | None, images: int | None, verb: str = "has ") -> str:
+    kinds = "" if closed is None else f" = {closed} closed + {rows - closed} open"
+    return f"{verb}{rows}{kinds}" + ("" if images is None else f" on {images} images")
+
+
+def _doubts(edition: Edition, rows: Sequence[Row], same_text: bool) -> list[str]:
+    """What the manifest should say of an edition that fits."""
+    notes = []
+    if not edition.verified:
+        notes.append(f"unverified: {edition}, and what this leaves out is documented nowhere we could check")
+    if not same_text:
+        notes.append(f"not official: counts as the {edition.name}, but other questions, references or kinds")
+    empty = [row.id for row in rows if not row.reference.strip()]
+    if empty:
+        notes.append(f"no reference in {len(empty)} rows: {_listed(empty)}")
+    return notes
+
+
+def _write(
+    name: str,
+    split: str,
+    rows: Sequence[Row],
+    pixels: Mapping[bytes, str],
+    *,
+    sample: bool,
+    home_folder: Path | None,
+    **described: Any,
+) -> Manifest:
+    """Parquet first, manifest last; in between there is none, so a kill leaves nothing that looks prepared."""
+    import pyarrow.parquet as pq
+
+    path, manifest_path = _parquet(name, split, home_folder), _manifest(name, split, home_folder)
+    if sample and manifest_path.exists() and not read_manifest(name, split, home_folder).sample:
+        raise InputError(
+            f"{path} is the real {name} {split}, and a sample does not replace it. "
+            "Set STLLAVA_HOME to another folder for the sample."
+        )
+    _check_rows(f"{name} {split}", rows)
+    for leftover in path.parent.glob(f".{split}.*.unfinished"):  # of a killed run; nobody else is at work here
+        leftover.unlink()
+    with whole_file(path) as unfinished:
+        groups = _row_groups(rows)
+        table = _table(rows[groups[0][0] : groups[0][1]], pixels)
+        with pq.ParquetWriter(
+            unfinished,
+            table.schema,
+            # a dictionary per row group stores an image once; the images are compressed already
+            use_dictionary=True,
+            dictionary_pagesize_limit=2**31 - 1,
+            compression={column: "none" if column == "image.bytes" else "zstd" for column in _leaves(table.schema)},
+        ) as file:
+            for first, end in groups:
+                file.write_table(_table(rows[first:end], pixels), row_group_size=end - first)
+        sha256_file = _file_hash(unfinished)
+        manifest_path.unlink(missing_ok=True)
+    closed = sum(row.kind == "closed" for row in rows)
+    manifest = Manifest(
+        dataset=name,
+        split=split,
+        sample=sample,
+        counts={
+            "rows": len(rows),
+            "open": len(rows) - closed,
+            "closed": closed,
+            "images": len({row.image_id for row in rows}),
+        },
+        sha256_rows=_hash_lines(
+            [row.id, row.image_id, row.question, row.reference, row.kind, row.categories] for row in rows
+        ),
+        sha256_pixels=_hash_lines(sorted({(row.image_id, pixels[row.image]) for row in rows})),
+        sha256_file=sha256_file,
+        **described,
+    )
+    write_json(manifest_path, {"format": FORMAT, **asdict(manifest)})
+    return manifest
+
+
+def _check_rows(title: str, rows: Sequence[Row]) -> None:
+    if not rows:
+        raise InputError(f"{title} has no rows. Pass at least one.")
+    repeated = [id for id, times in Counter(row.id for row in rows).items() if times > 1]
+    if repeated:
+        raise InputError(f"{title}: several rows of one id: {_listed(repeated)}. Ids are unique.")
+    wrong = [f"{row.id}: {row.kind!r}" for row in rows if row.kind not in ("open", "closed")]
+    if wrong:
+        raise InputError(f"{title}: a kind is open or closed, not {_listed(wrong)}.")
+    images: dict[str, bytes] = {}
+    mixed = {row.image_id for row in rows if images.setdefault(row.image_id, row.image) != row.image}
+    if mixed:
+        raise InputError(f"{title}: one image_id, several images: {_listed(sorted(mixed))}. An image has one name.")
+
+
+def _row_groups(rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """First row and end of each row group: as few as fit `ROW_GROUP_BYTES`, since each stores its images anew."""
+    starts, size = [0], 0
+    for number, row in enumerate(rows):
+        size += len(row.image)
+        if size > ROW_GROUP_BYTES and number > starts[-1]:
+            starts.append(number)
+            size = len(row.image)
+    return list(zip(starts, [*starts[1:], len(rows)], strict=True))
+
+
+def _table(rows: Sequence[Row], pixels: Mapping[bytes, str]) -> pa.Table:
+    """The rows as an Arrow table whose metadata tell `datasets` that `image` is one."""
+    import pyarrow as pa
+
+    columns: dict[str, Any] = {
+        "id": [row.id for row in rows],
+        "image": pa.array(
+            [{"bytes": row.image, "path": row.image_id} for row in rows],
+            pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        ),
+        "image_id": [row.image_id for row in rows],
+        "image_sha256": [pixels[row.image] for row in rows],
+        "question": [row.question for row in rows],
+        "reference": [row.reference for row in rows],
+        "kind": [row.kind for row in rows],
+        **{category: [row.categories[category] for row in rows] for category in rows[0].categories},
+    }
+    features = {
+        name: {"_type": "Image"} if name == "image" else {"dtype": "string", "_type": "Value"} for name in columns
+    }
+    table = pa.table(
+        {name: values if name == "image" else pa.array(values, pa.string()) for name, values in columns.items()}
+    )
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _leaves(schema: pa.Schema) -> list[str]:
+    return [leaf for name in schema.names for leaf in (("image.bytes", "image.path") if name == "image" else (name,))]
+
+
+def _parquet(name: str, split: str, home_folder: Path | None = None) -> Path:
+    return (home_folder or home()) / "data" / name / f"{split}.parquet"
+
+
+def _manifest(name: str, split: str, home_folder: Path | None = None) -> Path:
+    return _parquet(name, split, home_folder).with_suffix(".json")
+
+
+def _alone(name: str, split: str, home_folder: Path | None) -> AbstractContextManager:
+    """Held while a split is prepared: the ranks of one run all find it missing, and one of them prepares it."""
+    import filelock
+
+    path = _parquet(name, split, home_folder).with_name(f".{split}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path.parent}: cannot be created ({error.strerror}). Set STLLAVA_HOME to another folder."
+        ) from error
+    return filelock.FileLock(path)
+
+
+def _done(name: str, split: str, given: str, home_folder: Path | None) -> Manifest | None:
+    """The manifest, if this source is prepared and the file whole."""
+    try:
+        manifest = read_manifest(name, split, home_folder)
+        with _whole_parquet(manifest, home_folder):
+            pass
+    except InputError:
+        return None
+    path = Path(given).expanduser()
+    same = manifest.resolved == str(path.resolve()) if path.exists() else manifest.source == given
+    return manifest if same else None
+
+
+def _whole_parquet(manifest: Manifest, home_folder: Path | None) -> Any:
+    """The split's opened parquet file, if it is the one that the manifest describes."""
+    import pyarrow.parquet as pq
+
+    path = _parquet(manifest.dataset, manifest.split, home_folder)
+    if not path.exists() or _file_hash(path) != manifest.sha256_file:
+        raise InputError(
+            f"{path} is not the file that was prepared: its sha256 is not the manifest's. Remove it and run "
+            f"`stllava-eval prepare {manifest.dataset} --from {manifest.source}` again."
+        )
+    return pq.ParquetFile(path)
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_lines(lines: Iterable[Any]) -> str:
+    text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" ... and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return "; ".join(items[:LISTED]) + more
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
