@@ -143,9 +143,17 @@ def _prepare(arguments: argparse.Namespace) -> int:
     if arguments.sample:
         if arguments.source:
             raise InputError("--sample makes its own images; leave --from out.")
-        from stllava_eval.sample import write_sample
+        from stllava_eval.sample import SPLITS, sample_rows
 
-        manifests = write_sample([arguments.dataset] if arguments.dataset else DATASETS)
+        manifests = [
+            datasets.write_split(
+                *(name, split, sample_rows(name, split)),
+                **{"edition": f"sample {split}", "official": False, "sample": True},
+                **{"source": "images in installed packages", "licence": "each image's own: docs/data.md"},
+            )
+            for name in ([arguments.dataset] if arguments.dataset else DATASETS)
+            for split in SPLITS
+        ]
     elif not arguments.dataset:
         raise InputError(f"no data set named. Pass one of {', '.join(DATASETS)}, or --sample.")
     else:

@@ -84,14 +84,13 @@ def board_text(rows: Sequence[BoardRow]) -> str:
         title = f"{task} ({head.data}): {open_n} open + {closed_n} closed questions, {images} images"
         if head.data == "sample":
             title += "\nSAMPLE DATA: these scores say nothing about the official data set."
-        columns = ["", *OPEN, "words", *CLOSED, "unparsed"]
+        columns = [*OPEN, "words", *CLOSED, "unparsed"]
+        heads = ["", *(name.replace("_", "\n", 1) for name in columns)]  # two lines each, or the table is too wide
         body = [
-            [row.system + (" (blind)" if row.blind else ""), *(_cell(row.scores.get(name)) for name in columns[1:])]
+            [row.system + (" (blind)" if row.blind else ""), *(_cell(row.scores.get(name)) for name in columns)]
             for row in of_task
         ]
-        parts.append(
-            f"{title}\n\n{tabulate(body, columns, tablefmt='simple', disable_numparse=True, stralign='right')}"
-        )
+        parts.append(f"{title}\n\n{tabulate(body, heads, tablefmt='simple', disable_numparse=True, stralign='right')}")
         if short := [row for row in of_task if _n(row) < open_n + closed_n or row.unanswered]:
             parts.append(
                 "\n".join(
@@ -152,6 +151,6 @@ def _cell(score: ScoreRow | None) -> str:
         return "-"
     if score.metric == "words":
         return f"{score.value:.1f}"
-    if score.low is None or score.high is None:
+    if score.low is None or score.high is None or score.metric == "unparsed":
         return f"{100 * score.value:.2f}"
-    return f"{100 * score.value:.2f} [{100 * score.low:.1f}, {100 * score.high:.1f}]"
+    return f"{100 * score.value:.2f} [{100 * score.low:.0f}, {100 * score.high:.0f}]"
