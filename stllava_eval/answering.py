@@ -74,6 +74,13 @@ def pad_to_square(image: Image) -> Image:
     return canvas
 
 
+def image_processor(side: int) -> Any:
+    """CLIP's processor at `side` px, resizing with PIL: bit-exact to the authors' stack, which torchvision is not."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
 def default_checkpoint() -> str:
     """`$STLLAVA_CHECKPOINT`, else the one recorded under `$STLLAVA_HOME`, else the published model.
 
@@ -164,7 +171,6 @@ class Answerer:
 
     def __init__(self, name: str, device: str | None = None, dtype: str | None = None) -> None:
         from transformers import AutoTokenizer, LlavaForConditionalGeneration
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         self.name = name
         self.folder = checkpoint_folder(name)
@@ -175,7 +181,7 @@ class Answerer:
             model, loading = LlavaForConditionalGeneration.from_pretrained(
                 self.folder, dtype=self.dtype, output_loading_info=True
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a broken file raises nearly anything here: OSError, KeyError, SafetensorError, ...
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(f"{self.folder}: cannot be loaded as a LLaVA ({reason}).") from error
         lost = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
@@ -189,10 +195,7 @@ class Answerer:
         self.side = int(vision.image_size)
         patches = (self.side // int(vision.patch_size)) ** 2
         self.image_tokens = patches + (model.config.vision_feature_select_strategy == "full")
-        # PIL resampling is bit-exact to the authors' stack, torchvision's is not (reference: golden/f_image_preprocess)
-        self.processor = CLIPImageProcessorPil(
-            size={"shortest_edge": self.side}, crop_size={"height": self.side, "width": self.side}
-        )
+        self.processor = image_processor(self.side)
         self.image_token = int(model.config.image_token_id)
         ends = model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends])
@@ -202,8 +205,14 @@ class Answerer:
         self.sha256 = checkpoint_sha256(self.folder)
 
     def token_ids(self, question: str) -> list[int]:
-        """The prompt's token ids, with one image token for each vector that the image becomes."""
+        """The prompt's token ids, with one image token for each vector that the image becomes.
+
+        Raises:
+            InputError: The question holds the image's token itself.
+        """
         ids = self.tokenizer(prompt(question)).input_ids
+        if ids.count(self.image_token) != 1:
+            raise InputError(f"question {question!r}: it names the image's own token. Reword it.")
         place = ids.index(self.image_token)
         return ids[:place] + [self.image_token] * self.image_tokens + ids[place + 1 :]
 

@@ -36,8 +36,8 @@ log = logging.getLogger("stllava_eval")
 
 FORMAT = 1  # of the manifest
 LISTED = 20  # rows named in one message
-# pyarrow reads a row group's image column in one piece, which must stay below 2 GiB
-ROW_GROUP_BYTES = 2**30
+# pyarrow handles a row group's images in one piece, which must stay below 2 GiB; writing takes about three times this
+ROW_GROUP_BYTES = 2**28
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
@@ -110,7 +110,7 @@ class Manifest:
     notes: tuple[str, ...]
 
 
-# Counts: VQA-RAD and SLAKE counted on the authors' files, test/train of PathVQA as He et al. distribute it.
+# Counts of VQA-RAD and SLAKE are of the authors' files; of the PathVQA test, as published with them.
 DATASETS = {
     "vqarad": Dataset(
         title="VQA-RAD",
@@ -125,6 +125,7 @@ DATASETS = {
                 # the hub copy drops 3 repeated rows and 1 shared with the test; no kinds, 940 answers are yes or no
                 Edition("deduplicated train", 1793, 940, 313),
             ),
+            "validation": (),  # VQA-RAD has none of its own; the sample set has
             "test": (Edition("official test", 451, 272, 203, official=True, text="7f22162af081b04c"),),
         },
     ),
@@ -195,6 +196,8 @@ def prepare(name: str, split: str, source: str | Path | None = None, home_folder
             is full. What was prepared before stays.
     """
     dataset = _known(name, split)
+    if not dataset.splits[split]:
+        raise InputError(f"{dataset.title} has no {split} split of its own; `stllava-eval prepare --sample` makes one.")
     given = str(source or dataset.hub)
     with _alone(name, split, home_folder):
         done = _done(name, split, given, home_folder)
@@ -296,8 +299,7 @@ def read_manifest(name: str, split: str, home_folder: Path | None = None) -> Man
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(
-            f"{name} {split} is not prepared: there is no {path}. "
-            f"Run `stllava-eval prepare {name} --from DIR`, or `stllava-eval prepare {name} --sample`."
+            f"{name} {split} is not prepared: there is no {path}. Run {_what_to_run(name, split)}."
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}). Remove it and prepare {name} again.") from error
@@ -473,10 +475,10 @@ def open_files(path: Path) -> Iterator[Files]:
     with ExitStack() as stack:
         if path.is_dir():
             outer = _folder(path)
+        elif tarfile.is_tarfile(path):  # before zip: a tar that ends with a zip passes for one
+            outer = _tar(path, stack)
         elif zipfile.is_zipfile(path):
             outer = _zip(str(path), stack.enter_context(path.open("rb")))
-        elif tarfile.is_tarfile(path):
-            outer = _tar(path, stack)
         else:
             raise InputError(f"{path} is neither a folder nor a zip or tar archive. Pass what holds the set's files.")
         owners: dict[str, tuple[Files, str]] = {name: (outer, name) for name in outer.names}
@@ -514,7 +516,7 @@ def _zip(place: str, file: IO[bytes]) -> Files:
 
 def _tar(path: Path, stack: ExitStack) -> Files:
     try:
-        archive = stack.enter_context(tarfile.open(path))
+        archive = stack.enter_context(tarfile.open(path))  # noqa: SIM115 -- the stack closes it
         members = [member for member in archive if not member.isdir()]
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a whole tar archive ({error}). Download it again.") from error
@@ -559,8 +561,8 @@ def _fetch(name: str, split: str, given: str) -> tuple[Path, str]:
         )
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{given} cannot be fetched from the hub ({_one_line(error)}). Download the files of {name} elsewhere "
-            f"and run `stllava-eval prepare {name} --from DIR`, or `stllava-eval prepare {name} --sample`."
+            f"{given} cannot be fetched from the hub ({_one_line(error)}). Download the files of {name} elsewhere and "
+            f"run {_what_to_run(name, split)}."
         ) from error
     return folder, f"{given}@{folder.name}"
 
@@ -665,7 +667,9 @@ def _from_pickle(record: dict[str, Any]) -> dict[str, Any]:
     """A record of either pickle with the fields' usual names; a `label` holds answers and their weights."""
     if "sent" not in record:
         return {**record, "image_name": record.get("image"), "image": None}
-    label = record.get("label") or {}
+    label = record.get("label")
+    if not isinstance(label, dict) or not all(isinstance(weight, int | float) for weight in label.values()):
+        label = {}
     answer = max(label, key=lambda answer: label[answer], default=None)
     return {**record, "question": record["sent"], "answer": answer, "image_name": record.get("img_id")}
 
@@ -695,7 +699,7 @@ def _json_records(files: Files, name: str) -> list[dict[str, Any]]:
         if name.endswith(".jsonl"):
             return _checked([json.loads(line) for line in content.splitlines() if line.strip()], files, name)
         records = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{files.place}: {name} is no JSON ({error}). Download it again.") from error
     return records if isinstance(records, list) and all(isinstance(record, dict) for record in records) else []
 
@@ -755,7 +759,7 @@ def _found(name: str, record: Mapping[str, Any], number: int, file: str) -> _Fou
     image = record.get("image")
     file_or_name = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
     picture = _picture(record)
-    if not (file_or_name or picture):
+    if not isinstance(file_or_name or picture, str | bytes):
         raise InputError(f"{place}: no image")
     if name == "pathvqa":
         kind: str | None = _yes_no_kind(reference)
@@ -793,7 +797,9 @@ def _id(name: str, record: Mapping[str, Any], number: int) -> str:
 def _picture(record: Mapping[str, Any]) -> str | None:
     """The image's name: every set has its own field for it. OctoMed/SLAKE gives SLAKE's number alone."""
     name = record.get("image_name") or record.get("img_name")
-    return f"xmlab{record['img_id']}/source.jpg" if name is None and isinstance(record.get("img_id"), int) else name
+    if name is None and isinstance(record.get("img_id"), int):
+        return f"xmlab{record['img_id']}/source.jpg"
+    return name if isinstance(name, str) else None
 
 
 def _yes_no_kind(reference: str) -> str:
@@ -860,38 +866,35 @@ def _official_vqarad(
 ) -> tuple[list[Row], list[str]]:
     """The test rows in official order with public qid, kind and image name, and notes for the manifest.
 
-    A row is known by question, answer and image: by the image's name where the copy has it, else by its pixels. Where
-    those are no official image's (a copy that encoded them anew), the text decides, and order among equal texts.
+    A row is known by question, answer and image. Where a copy has dropped the image's name, its pixels give it, or, if
+    it has encoded the images anew, a row of the image whose text occurs once; else order among equal texts decides.
     """
     waiting: dict[str, list[OfficialRow]] = defaultdict(list)
     for known in _official_rows():
         waiting[known.text].append(known)
-    official_pixels = {known.pixels for known in _official_rows()}
+    texts = [_line_hash(row.question, row.reference) for row in found]
     pixels_of = [pixels[image][:16] for image in images]
-    matched: dict[str, Row] = {}
-    unknown, by_order, changed = [], [], []
-
-    def is_vague(number: int) -> bool:
-        return found[number].image_id is None and pixels_of[number] not in official_pixels
-
-    for number in sorted(range(len(found)), key=is_vague):  # the vague rows take what the others leave
-        row = found[number]
-        candidates = waiting[_line_hash(row.question, row.reference)]
-        if is_vague(number):
-            fitting = list(candidates)
-            by_order += [row.place] if len(fitting) > 1 else []
-        elif row.image_id is None:
-            fitting = [known for known in candidates if known.pixels == pixels_of[number]]
-        else:
-            fitting = [known for known in candidates if known.image_name == row.image_id]
-        fitting = [known for known in fitting if row.kind in (None, known.kind)]
+    names = {known.pixels: known.image_name for known in _official_rows()}
+    for text, seen in zip(texts, pixels_of, strict=True):
+        if len(waiting[text]) == 1:
+            names.setdefault(seen, waiting[text][0].image_name)
+    rows: dict[str, Row] = {}
+    unknown, by_order, changed = [], [], set()
+    # nameless images last: they take what the others leave
+    for number in sorted(range(len(found)), key=lambda number: pixels_of[number] not in names):
+        row, candidates = found[number], waiting[texts[number]]
+        name = row.image_id or names.get(pixels_of[number])
+        fitting = [known for known in candidates if name in (None, known.image_name) and row.kind in (None, known.kind)]
         if not fitting:
             unknown.append(row.place)
             continue
+        if name is None:
+            by_order.append(row.place)
         known = fitting[0]
         candidates.remove(known)
-        changed += [known.image_name] if known.pixels != pixels_of[number] else []
-        matched[known.qid] = Row(
+        if known.pixels != pixels_of[number]:
+            changed.add(known.image_name)
+        rows[known.qid] = Row(
             known.qid, images[number], known.image_name, row.question, row.reference, known.kind, row.categories
         )
     if unknown:
@@ -901,10 +904,12 @@ def _official_vqarad(
         )
     notes = []
     if changed:
-        notes.append(f"the pixels of {len(set(changed))} images differ from the originals")
+        notes.append(f"the pixels of {len(changed)} images differ from the originals")
     if by_order:
-        notes.append(f"rows of equal question and answer told apart by their order alone: {_listed(sorted(by_order))}")
-    return [matched[known.qid] for known in _official_rows() if known.qid in matched], notes
+        notes.append(
+            "rows matched by question, answer and order alone, since nothing names their image: " + _listed(by_order)
+        )
+    return [rows[known.qid] for known in _official_rows() if known.qid in rows], notes
 
 
 def _normalised(text: str) -> str:
@@ -1126,7 +1131,7 @@ def _whole_parquet(manifest: Manifest, home_folder: Path | None) -> Any:
     if not path.exists() or _file_hash(path) != manifest.sha256_file:
         raise InputError(
             f"{path} is not the file that was prepared: its sha256 is not the manifest's. Remove it and run "
-            f"`stllava-eval prepare {manifest.dataset} --from {manifest.source}` again."
+            f"{_what_to_run(manifest.dataset, manifest.split)} again."
         )
     return pq.ParquetFile(path)
 
@@ -1139,6 +1144,11 @@ def _file_hash(path: Path) -> str:
 def _hash_lines(lines: Iterable[Any]) -> str:
     text = "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _what_to_run(name: str, split: str) -> str:
+    chosen = "" if split == "test" else f" --split {split}"  # what the command takes by default
+    return f"`stllava-eval prepare {name}{chosen} --from DIR`, or `stllava-eval prepare {name} --sample`"
 
 
 def _listed(items: Sequence[str]) -> str:

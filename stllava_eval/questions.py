@@ -5,6 +5,7 @@ lmms-eval swallows exceptions and exits 0, so a wrong input here prints its line
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ from stllava_eval.errors import InputError
 if TYPE_CHECKING:
     import datasets
     from PIL.Image import Image
+
+log = logging.getLogger("stllava_eval")
 
 SHORT = "Answer the question using a single word or phrase."  # LLaVA-1.5's prompt for short answers
 OPTIONS = "Please choose from the following two options: [yes, no]"  # LLaVA-Med's suffix of closed questions
@@ -40,10 +43,12 @@ def pathvqa_test(_: datasets.Dataset) -> datasets.Dataset:
 
 
 def _test_split(name: str) -> datasets.Dataset:
-    from stllava_eval.datasets import prepare_on_first_use, read_split
+    from stllava_eval.datasets import prepare_on_first_use, read_manifest, read_split
 
     try:
         prepare_on_first_use(name, "test")
+        if read_manifest(name, "test").sample:
+            log.warning("%s: SAMPLE DATA. Its scores say nothing about the official test split.", name)
         return read_split(name, "test")
     except InputError as error:
         print(f"stllava-eval: {error}", file=sys.stderr)
