@@ -201,13 +201,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     from stllava_eval.leaderboard import score_text
-    from stllava_eval.runs import read_answers, score_table
+    from stllava_eval.runs import read_answers, score_table, some
 
     scored = score_table(arguments.task, read_answers(arguments.answers, arguments.task))
     if scored.unanswered:
         print(
             f"stllava-eval: {len(scored.unanswered)} questions have no answer and are in no mean: "
-            + ", ".join(scored.unanswered),
+            + some(scored.unanswered),
             file=sys.stderr,
         )
     if arguments.json:

@@ -369,7 +369,9 @@ def decode(image: bytes) -> Image:
     float grey is stretched from its own minimum to its maximum, since scans use few of the values that the type allows.
 
     Raises:
-        InputError: The file is no image, is truncated, or is larger than Pillow's limit against decompression bombs.
+        InputError: The file is no image, is larger than Pillow's limit against decompression bombs, or is truncated.
+            In a process of lmms-eval, whose api/task.py asks for that, Pillow fills truncated images with grey instead;
+            what is prepared has been checked without it.
     """
     import PIL.Image
     import PIL.ImageOps
@@ -429,7 +431,7 @@ def _decoded(title: str, images: Iterable[tuple[str, bytes]], missing: Sequence[
         except InputError as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _truncated_refused(), ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = tqdm(pool.map(attempt, users), f"{title}: images", len(users), disable=None)
         outcomes = dict(zip(users, progress, strict=True))
     broken = [*missing]
@@ -439,6 +441,19 @@ def _decoded(title: str, images: Iterable[tuple[str, bytes]], missing: Sequence[
     if broken:
         raise InputError(f"{title}: {len(broken)} missing or unreadable images. {_listed(broken)}")
     return {image: str(outcome) for image, outcome in outcomes.items()}
+
+
+@contextmanager
+def _truncated_refused() -> Iterator[None]:
+    """Pillow as it is by default: packages such as lmms-eval let it fill truncated images, for the whole process."""
+    import PIL.ImageFile
+
+    before = PIL.ImageFile.LOAD_TRUNCATED_IMAGES
+    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        PIL.ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 # From a source to files.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stllava_eval.errors import InputError
-from stllava_eval.runs import Scored, ScoreRow, dataset_of, score_table
+from stllava_eval.runs import Scored, ScoreRow, dataset_of, read_run, score_table
 
 OPEN = ("recall_llavamed", "f1_llavamed", "recall", "f1")
 CLOSED = ("closed_llavamed", "closed_llavamed_batch", "closed_accuracy")
@@ -38,9 +37,9 @@ def board(runs: Sequence[Path], tasks: Sequence[str] | None = None) -> list[Boar
     from stllava_eval.blind import blind_answers
     from stllava_eval.datasets import DATASETS, read_manifest
 
-    read = [(folder, *_read_run(folder)) for folder in runs]
+    read = [(folder, read_run(folder)) for folder in runs]
     if tasks is None:
-        tasks = list(dict.fromkeys(task for _, manifest, _ in read for task in manifest["tasks"]))
+        tasks = list(dict.fromkeys(task for _, run in read for task in run))
     if not tasks:
         tasks = [name for name in DATASETS if _is_prepared(name)]
     if not tasks:
@@ -49,23 +48,17 @@ def board(runs: Sequence[Path], tasks: Sequence[str] | None = None) -> list[Boar
     for task in tasks:
         prepared = read_manifest(dataset_of(task), "test")
         data = "sample" if prepared.sample else "official" if prepared.official else prepared.edition
-        for folder, manifest, answers in read:
-            if task not in manifest["tasks"]:
+        for folder, run in read:
+            if task not in run:
                 continue
-            of = manifest["tasks"][task]
-            if (
-                of["data"]["sha256_rows"] != prepared.sha256_rows
-                or of["data"]["sha256_pixels"] != prepared.sha256_pixels
-            ):
+            of = run[task]
+            if (of.sha256_rows, of.sha256_pixels) != (prepared.sha256_rows, prepared.sha256_pixels):
                 raise InputError(
-                    f"{folder}: its {task} is {of['data']['edition']}, but {prepared.edition} is prepared now, with "
-                    "other rows or images. Prepare the run's split again, or run again."
+                    f"{folder}: its {task} is {of.edition}, but {prepared.edition} is prepared now, with other rows or "
+                    "images. Prepare the run's split again, or run again."
                 )
-            asked = {row["id"]: row["answer"] for row in answers if row["task"] == task}
-            scored = score_table(task, asked, of["prompt"])
-            rows.append(
-                _row(task, folder.name, False, data, scored, len(scored.unanswered) - (of["of"] - of["questions"]))
-            )
+            scored = score_table(task, of.answers, of.prompt)
+            rows.append(_row(task, folder.name, False, data, scored, len(scored.unanswered) - of.not_asked))
         for label, blind in blind_answers(dataset_of(task)).items():
             rows.append(_row(task, label, True, data, score_table(task, blind), 0))
     return rows
@@ -111,16 +104,6 @@ def score_text(scored: Scored) -> str:
         body, ["questions", "score", "value [95 %]", "n", "images"], tablefmt="simple", disable_numparse=True
     )
     return f"{table}\n\nunanswered: {len(scored.unanswered)}\n{NOTICE}"
-
-
-def _read_run(folder: Path) -> tuple[dict, list[dict]]:
-    try:
-        manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-        manifest["tasks"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} is not a run folder ({error}). Pass one that `stllava-eval run` wrote.") from error
-    return manifest, answers
 
 
 def _is_prepared(name: str) -> bool:

@@ -567,6 +567,8 @@ SCORES: dict[str, Score] = {
 def score(answer: str, reference: str, kind: str, question: str) -> dict[str, float]:
     """Every score of a question, by name.
 
+    Against a reference without words, such as "-", only the published scores exist: a share of no words means nothing.
+
     Args:
         answer: What the model said. A failed request is no answer: see `is_failed_request`.
         reference: The gold.
@@ -574,11 +576,16 @@ def score(answer: str, reference: str, kind: str, question: str) -> dict[str, fl
         question: What was asked: a closed question offers the options that `verdict` looks for.
 
     Raises:
-        InputError: `kind` is neither, or the reference has no words.
+        InputError: `kind` is neither.
     """
     if kind not in ("open", "closed"):
         raise InputError(f"kind {kind!r}: a question is 'open' or 'closed'. Correct the data set's kinds.")
-    return {s.name: s.function(answer, reference, question) for s in SCORES.values() if s.kind in (kind, "both")}
+    has_words = bool(folded_words(reference))
+    return {
+        s.name: s.function(answer, reference, question)
+        for s in SCORES.values()
+        if s.kind == "both" or (s.kind == kind and (s.published or has_words))
+    }
 
 
 def _harmonic_mean(precision: float, recall: float) -> float:

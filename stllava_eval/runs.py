@@ -58,6 +58,20 @@ class Scored:
     unanswered: list[str]
 
 
+@dataclass(frozen=True)
+class RunTask:
+    """What a run folder holds of one task."""
+
+    edition: str
+    sha256_rows: str
+    sha256_pixels: str
+    prompt: str
+    not_asked: int
+    """Questions of the split that the run left out (`--limit`)."""
+    answers: dict[str, str]
+    """By question id."""
+
+
 def dataset_of(task: str) -> str:
     """`vqarad_short` -> `vqarad`: the data set that a task asks about."""
     return task.split("_")[0]
@@ -126,6 +140,30 @@ def write_run(rows: Sequence[Mapping[str, Any]], decided_by: Mapping[str, Any]) 
     return folder
 
 
+def read_run(folder: Path) -> dict[str, RunTask]:
+    """The tasks of a run folder, by name.
+
+    Raises:
+        InputError: It is not a run folder.
+    """
+    try:
+        manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+        return {
+            task: RunTask(
+                **{name: of["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels")},
+                prompt=of["prompt"],
+                not_asked=of["of"] - of["questions"],
+                answers={row["id"]: row["answer"] for row in rows if row["task"] == task},
+            )
+            for task, of in manifest["tasks"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder} is not a run folder ({error!r}). Pass one that `stllava-eval run` wrote."
+        ) from error
+
+
 def prompt_preset(rows: Sequence[Mapping[str, Any]]) -> str:
     """Which preset of `questions.PROMPTS` gives every row's text, or `custom`."""
     from stllava_eval.questions import PROMPTS, text
@@ -162,7 +200,7 @@ def score_table(task: str, answers: Mapping[str, str], prompt: str = "bare") -> 
     unknown = sorted(set(answers) - {row["id"] for row in rows})
     if unknown:
         raise InputError(
-            f"{task}: {len(unknown)} unknown ids ({_some(unknown)}). Ids are the data set's own, as in "
+            f"{task}: {len(unknown)} unknown ids ({some(unknown)}). Ids are the data set's own, as in "
             f"{manifest['dataset']} {manifest['split']} ({manifest['edition']}), for example {rows[0]['id']}."
         )
     return _score(task, rows, answers, manifest, prompt)
@@ -249,7 +287,7 @@ def read_answers(file: Path, task: str) -> dict[str, str]:
         answers[name] = answer
     if repeated:
         raise InputError(
-            f"{file}: {len(repeated)} ids come twice ({_some(repeated)}). Keep one answer for each question."
+            f"{file}: {len(repeated)} ids come twice ({some(repeated)}). Keep one answer for each question."
         )
     if not answers:
         raise InputError(f"{file}: no answers of {task}. Each line is one object with id and answer.")
@@ -261,7 +299,7 @@ def _id_and_answer(row: Mapping[str, Any], doc_ids: Sequence[str] | None) -> tup
         records = [value for value in row.values() if isinstance(value, dict) and "image_id" in value and "id" in value]
         place = row["doc_id"]
         fallback = doc_ids[place] if isinstance(place, int) and 0 <= place < len(doc_ids) else None
-        answer = row.get("filtered_resps") or row.get("resps")
+        answer = row.get("filtered_resps", row.get("resps"))
         while isinstance(answer, list) and answer:
             answer = answer[0]
         return (records[0]["id"] if records else fallback), (answer if isinstance(answer, str) else None)
@@ -309,5 +347,6 @@ def _commit() -> str | None:
     return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
-def _some(ids: Sequence[str]) -> str:
+def some(ids: Sequence[str]) -> str:
+    """The first ten ids, and how many more there are."""
     return ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")

@@ -78,9 +78,7 @@ def test_answers_do_not_depend_on_the_batch(answerer, batch_size):
 def test_each_question_has_its_own_length_limit(answerer):
     whole = list(answerer.answer(questions(), 12, progress=False))
     limits = [1 + place % 3 for place in range(12)]
-    cut = [
-        Question(question.text, question.image, limit) for question, limit in zip(questions(), limits, strict=True)
-    ]
+    cut = [Question(question.text, question.image, limit) for question, limit in zip(questions(), limits, strict=True)]
     for answer, limit, full in zip(answerer.answer(cut, 12, progress=False), limits, whole, strict=True):
         assert answer.tokens == min(limit, full.tokens)
         assert answer.ended == (full.tokens < limit)
@@ -99,7 +97,9 @@ def test_a_question_that_names_the_images_token_is_refused(answerer):
         answerer.token_ids("What is <image>?")
 
 
-def test_the_default_checkpoint_is_the_environments_then_the_recorded_then_the_published_one(home, tmp_path, monkeypatch):
+def test_the_default_checkpoint_is_the_environments_then_the_recorded_then_the_published_one(
+    home, tmp_path, monkeypatch
+):
     assert default_checkpoint() == PUBLISHED
     record_default_checkpoint(tmp_path / "mine")
     assert default_checkpoint() == str(tmp_path / "mine")
@@ -132,7 +132,9 @@ def test_the_hash_of_a_checkpoint_changes_with_weights_and_tokenizer_and_not_wit
         pytest.param(None, "has no config.json", id="none"),
         pytest.param("{", "not a JSON object", id="broken"),
         pytest.param("[]", "not a JSON object", id="a list"),
-        pytest.param(json.dumps({"architectures": ["LlavaLlamaForCausalLM"]}), "LlavaLlamaForCausalLM cannot", id="other"),
+        pytest.param(
+            json.dumps({"architectures": ["LlavaLlamaForCausalLM"]}), "LlavaLlamaForCausalLM cannot", id="other"
+        ),
     ],
 )
 def test_a_folder_that_is_no_checkpoint_of_ours_is_refused(tmp_path, config, message):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -720,6 +721,15 @@ def test_missing_and_broken_images_are_listed_together_the_first_twenty_by_row(t
         prepare("slake", "validation", folder)
 
 
+def test_truncated_images_are_refused_where_another_package_lets_pillow_fill_them(monkeypatch):
+    monkeypatch.setattr(PIL.ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval does for the whole process
+    noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8))
+    cut = encoded(noise, "JPEG")[:-1000]
+    with pytest.raises(InputError, match=r"1 missing or unreadable images\. 0 .*truncated"):
+        write_sample([replace(sample(1)[0], image=cut)])
+    assert PIL.ImageFile.LOAD_TRUNCATED_IMAGES
+
+
 def test_a_source_without_the_split_says_what_it_looked_for(tmp_path):
     with pytest.raises(
         InputError, match=r"holds no test split: neither SLAKE's own test.json .*, nor a hub copy's test-"
@@ -842,7 +852,8 @@ def test_exif_orientation_is_applied():
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
-def test_an_image_cut_short_anywhere_is_refused_or_whole(format):
+def test_an_image_cut_short_anywhere_is_refused(format, monkeypatch):
+    monkeypatch.setattr(PIL.ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # other tests' imports may have set it
     noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8))
     whole = encoded(noise, format)
     assert decode(whole).size == (24, 24)

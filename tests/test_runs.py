@@ -75,13 +75,24 @@ def test_ids_that_the_split_does_not_have_are_refused_by_name(prepared):
             "test-1-1",
             id="lmms-eval's, by the id in its records",
         ),
-        pytest.param(
-            {"doc_id": 3, "filtered_resps": ["yes"], "resps": [["yes"]]}, "test-1-1", id="lmms-eval's, by place"
-        ),
+        pytest.param({"doc_id": 3, "filtered_resps": "yes", "resps": [["no"]]}, "test-1-1", id="lmms-eval's, by place"),
     ],
 )
 def test_answers_are_read_from_every_form(prepared, tmp_path, row, of):
     assert read_answers(write(tmp_path / "a.jsonl", [row]), "vqarad") == {of: "yes"}
+
+
+def test_an_empty_answer_is_an_answer(prepared, tmp_path):
+    file = write(tmp_path / "a.jsonl", [{"doc_id": 0, "filtered_resps": ""}, {"id": "test-1-0", "answer": ""}])
+    assert read_answers(file, "vqarad") == {"test-0-0": "", "test-1-0": ""}
+
+
+@pytest.mark.parametrize("run", ["[]", "{}", '{"tasks": 3}', '{"tasks": {"vqarad": {}}}'])
+def test_a_folder_with_a_broken_manifest_is_no_run(prepared, tmp_path, run):
+    (tmp_path / "run.json").write_text(run)
+    (tmp_path / "answers.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="is not a run folder"):
+        board([tmp_path])
 
 
 def test_lines_of_other_tasks_are_left_out(prepared, tmp_path):
