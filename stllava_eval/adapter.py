@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -114,7 +114,8 @@ class StllavaMed(lmms):
         if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0 or settings.get("num_beams", 1) > 1:
             raise InputError(f"{task}: stllava_med answers greedily; leave do_sample, temperature and num_beams alone.")
         if "image_id" in doc:  # one of ours: nothing is decoded before its batch is due
-            text, image = request.args[0], partial(decode, doc["image"]["bytes"])
+            text = request.args[0]
+            image: Callable[[], Image] = partial(decode, doc["image"]["bytes"])
             if self.images == "other":
                 image = partial(decode, self._image_of_another(task, split, doc["image_id"]))
         else:

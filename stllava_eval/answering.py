@@ -178,9 +178,8 @@ class Answerer:
         self.dtype = _dtype(dtype, self.device)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder, padding_side="left")
-            model, loading = LlavaForConditionalGeneration.from_pretrained(
-                self.folder, dtype=self.dtype, output_loading_info=True
-            )
+            load: Any = LlavaForConditionalGeneration.from_pretrained  # its type does not know the second result
+            model, loading = load(self.folder, dtype=self.dtype, output_loading_info=True)
         except Exception as error:  # a broken file raises nearly anything here: OSError, KeyError, SafetensorError, ...
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(f"{self.folder}: cannot be loaded as a LLaVA ({reason}).") from error
@@ -190,7 +189,7 @@ class Answerer:
                 f"{self.folder}: {len(lost)} weights are missing or of the wrong shape ({', '.join(lost[:3])}, ...). "
                 "They would be random numbers; use a complete checkpoint."
             )
-        self.model: Any = model.to(self.device).eval()  # type: ignore[arg-type]
+        self.model = model.to(self.device).eval()
         vision = model.config.vision_config
         self.side = int(vision.image_size)
         patches = (self.side // int(vision.patch_size)) ** 2
@@ -266,7 +265,7 @@ class Answerer:
         end = next((place for place, token in enumerate(ids) if token in self.ends), None)
         ended = end is not None
         ids = ids[:end]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
         for stop in question.until:
             if stop and stop in text:
                 text, ended = text.split(stop, 1)[0], True

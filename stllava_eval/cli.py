@@ -147,9 +147,14 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
         manifests = [
             datasets.write_split(
-                *(name, split, sample_rows(name, split)),
-                **{"edition": f"sample {split}", "official": False, "sample": True},
-                **{"source": "images in installed packages", "licence": "each image's own: docs/data.md"},
+                name,
+                split,
+                sample_rows(name, split),
+                edition=f"sample {split}",
+                official=False,
+                sample=True,
+                source="images in installed packages",
+                licence="each image's own: docs/data.md",
             )
             for name in ([arguments.dataset] if arguments.dataset else DATASETS)
             for split in SPLITS

@@ -70,7 +70,7 @@ def add_tasks(tasks: ModuleType) -> None:
             ours = self._get_task_and_group(folder)
             if SHADOWED in builtin and SHADOWED in ours:
                 builtin[BUILTIN] = builtin[SHADOWED]
-                log.info("slake is stllava-med's (open recall and F1, closed accuracy); lmms-eval's own is %s", BUILTIN)
+                self.logger.info(f"slake is stllava-med's task; lmms-eval's own group is {BUILTIN}")
             return {**builtin, **ours}
         except Exception as error:
             log.warning("the stllava_med tasks could not be read (%s).", error)

@@ -535,7 +535,9 @@ def test_bleu_is_nltks():
     draw = random.Random(0)
     weights = {None: (0.25,) * 4, 1: (1,), 2: (0, 1), 3: (0, 0, 1)}
     for _ in range(300):
-        answer, reference = (draw.choices(["lung", "mass", "left", "right", "seen"], k=draw.randint(1, 9)) for _ in "ar")
+        answer, reference = (
+            draw.choices(["lung", "mass", "left", "right", "seen"], k=draw.randint(1, 9)) for _ in "ar"
+        )
         for n, weight in weights.items():
             ours = metrics.bleu_llavamed(" ".join(answer), " ".join(reference), n)
             assert ours == pytest.approx(sentence_bleu([reference], answer, weights=weight), abs=1e-12)
