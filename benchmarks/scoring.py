@@ -17,7 +17,7 @@ from pathlib import Path
 
 from stllava_eval import metrics
 
-WORDS = "the left right lung lobe upper lower mass opacity effusion shows image of in axial CT MRI no yes normal".split()
+WORDS = ["the", "left", "right", "lung", "lobe", "upper", "mass", "effusion", "shows", "image", "of", "CT", "no", "yes"]
 
 
 def cases(count: int, seed: int) -> list[tuple[str, str, str, str]]:

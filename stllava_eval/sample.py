@@ -1,12 +1,13 @@
 """Real medical images that installed packages ship -> small question sets whose every answer is known by construction.
 
-The answers come from DICOM tags, package documentation, affines, masks, measurements, and from what was done to the image
-here (a ring drawn, a bar laid over one side, a flip). Nobody looked at an image to answer. docs/data.md lists the images,
-their licences and what each answer rests on.
+The answers come from DICOM tags, package documentation, affines, masks, measurements, and from what was done to the
+image here (a cross drawn, a bar laid over one side, a flip). Nobody looked at an image to answer. docs/data.md lists
+the images, their licences and what each answer rests on.
 
 Three things keep the splits honest. Volumes are cut into slabs with a gap between (`_slab`), single images into regions
-with a gap between (`REGIONS`), and some images appear in the test split alone: `categories["origin"]` tells which. Slices
-of different planes of one volume cross in a line; nothing else is shared. Each question has wordings that training never sees.
+with a gap between (`REGIONS`), and some images appear in the test split alone: `categories["origin"]` tells which.
+Slices of different planes of one volume cross in a line; nothing else is shared. Each question has wordings that
+training never sees.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import io
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ REGIONS = {
     "validation": (0.0, 0.40, 0.54, 1.0),
     "test": (0.44, 1.0, 0.54, 1.0),
 }
+WHOLE = (0.0, 1.0, 0.0, 1.0)
 # Slabs of a volume, in mm from its middle, repeating every SLAB_PERIOD: training, gap, validation, gap, test, gap.
 SLAB_PERIOD = 30
 SLABS = {"train": (0, 15), "validation": (18, 20), "test": (23, 27)}
@@ -44,7 +46,7 @@ SLABS = {"train": (0, 15), "validation": (18, 20), "test": (23, 27)}
 SEED = 20240628  # the day of the paper's preprint; any number would do
 ORIGINS = {"train": "training region", "validation": "validation region", "test": "held-out region"}
 NEW_WORDING = 0.35  # share of validation and test questions in a wording that training never shows. Our choice
-RING_RADIUS, RING_WIDTH = 9, 3  # px
+CROSS_GAP = 6  # px on each side of the spot that a cross marks
 NUCLEI_RANGES = {"up to 5": 5, "6 to 14": 14, "over 14": 10**6}  # name -> largest count
 IMAGES = {  # how many images; our choice, near the study's 1,250 training images (embedded_data.md)
     "train": 420,
@@ -52,8 +54,9 @@ IMAGES = {  # how many images; our choice, near the study's 1,250 training image
     "test": 120,
 }
 UNSEEN = 60  # test images of volumes never seen, per set
-# Questions asked about one concept in one set and split, as a share of its images: open ones, and yes/no ones
-OPEN_SHARE, CLOSED_SHARE = 0.4, 0.4
+# Open questions, and as many yes/no ones, asked about one concept in one set: at most this share of the split's images.
+# Training is told all that it can be; a test asks as often about what few images show as about the rest. Our choice
+ASKED_SHARE = {"train": 1.0, "validation": 0.4, "test": 0.4}
 
 
 @dataclass(frozen=True)
@@ -219,76 +222,36 @@ UPSIDE_DOWN = Concept(
         "Has the image been turned upside down?",
     ),
 )
-RING = Concept(
-    "ring",
+CROSS = Concept(
+    "cross",
     {"yes": ""},
     closed=(
-        "Is there a red ring?",
-        "Is a red ring drawn in the image?",
-        "Does the image have a red ring?",
-        "Is a spot marked with a ring?",
-        "Do we see a red ring?",
-        "Is there a ring in the image?",
-    ),
-)
-RING_PLACE = Concept(
-    "ring place",
-    _plain("upper left", "upper right", "lower left", "lower right"),
-    (
-        "Where is the red ring?",
-        "In which corner is the ring?",
-        "In what part of the image is the red ring?",
-        "Which quarter of the image has the ring?",
-        "Where in the image is the ring?",
-        "Where does the red ring lie?",
-    ),
-    (
-        "Is the red ring in the {}?",
-        "Is the ring at the {}?",
-        "Does the ring lie in the {}?",
-        "Is the {} quarter marked with a ring?",
-        "Is the ring in the {} part?",
-        "Does the red ring lie in the {}?",
-    ),
-)
-TISSUE = Concept(
-    "tissue",
-    {"grey matter": "grey matter", "white matter": "white matter", "background": "background"},
-    (
-        "What is inside the red ring?",
-        "What tissue is in the ring?",
-        "What does the ring mark?",
-        "Which tissue does the red ring mark?",
-        "What lies in the red ring?",
-        "What is in the ring?",
-    ),
-    (
-        "Is {} inside the red ring?",
-        "Is there {} in the ring?",
-        "Does the ring mark {}?",
-        "Does the red ring mark {}?",
-        "Does {} lie in the red ring?",
-        "Is {} in the ring?",
+        "Is there a red cross?",
+        "Is a red cross drawn in the image?",
+        "Does the image have a red cross?",
+        "Is a spot marked with a cross?",
+        "Do we see a red cross?",
+        "Is there a cross in the image?",
     ),
 )
 COVERED = Concept(
     "covered side",
     _plain("left", "right", "top", "bottom"),
     (
-        "Which side is covered by the grey bar?",
-        "Where is the grey bar?",
+        "Which side is covered by the blue bar?",
+        "Where is the blue bar?",
         "Which side of the image is hidden?",
-        "What side does the grey bar hide?",
+        "What side does the blue bar hide?",
         "Which side does the bar cover?",
-        "Which side is hidden by the grey bar?",
+        "Which side is hidden by the blue bar?",
     ),
     (
-        "Is the {} side covered by a grey bar?",
-        "Is the grey bar at the {}?",
+        "Is the {} side covered by a blue bar?",
+        "Is the blue bar at the {}?",
         "Is the {} of the image hidden?",
-        "Does the grey bar hide the {}?",
+        "Does the blue bar hide the {}?",
         "Does the bar cover the {}?",
-        "Is the {} side hidden by the grey bar?",
+        "Is the {} side hidden by the blue bar?",
     ),
 )
 TECHNIQUE = Concept(
@@ -401,8 +364,8 @@ FIELD_EDGE = Concept(
         "Does the picture show the edge of the round field?",
     ),
 )
-RADIOLOGY = (MODALITY, ORGAN, PLANE, SEQUENCE, FACING, LEVEL, UPSIDE_DOWN, RING, RING_PLACE, TISSUE, COVERED)
-PATHOLOGY = (TECHNIQUE, STAIN, SITE, COUNT, BROWN, FIELD_EDGE, RING, RING_PLACE, COVERED)
+RADIOLOGY = (MODALITY, ORGAN, PLANE, SEQUENCE, FACING, LEVEL, UPSIDE_DOWN, CROSS, COVERED)
+PATHOLOGY = (TECHNIQUE, STAIN, SITE, COUNT, BROWN, FIELD_EDGE, CROSS, COVERED)
 
 
 Maps = dict[str, "np.ndarray"]  # name -> truths about single pixels, of the image's height and width
@@ -416,7 +379,6 @@ class Picture:
     source: str
     pixels: np.ndarray  # (height, width) or (height, width, 3), uint8
     facts: dict[str, str]  # concept -> its value
-    maps: Maps = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -427,7 +389,8 @@ class Source:
     read: Callable[[], tuple[np.ndarray, Maps]]  # pixels as in `Picture`
     facts: dict[str, str]
     size: tuple[float, float]  # shortest and longest side of a cut-out, as shares of the image's shorter side
-    turned: bool = False  # the picture has no up or down: turn and mirror it at will
+    turned: bool = False  # the picture has no up or down: turn it at will
+    whole: bool = False  # all of it belongs to training, which leaves no held-out region
     filled: float = 0.4  # least share of a cut-out that must not be black
     measure: Callable[[np.ndarray, Maps], dict[str, str]] | None = None  # facts that depend on the cut-out
 
@@ -453,11 +416,12 @@ def sample_rows(name: str, split: str) -> list[Row]:
     groups = [(ORIGINS[split], _seen_pictures(name, split, rng))]
     if split == "test":
         groups.append(("unseen volume", _unseen_pictures(name, rng)))
+    concepts = PATHOLOGY if name == "pathvqa" else RADIOLOGY
     rows: list[Row] = []
     for origin, cuts in groups:
         pictures = [_edited(picture, rng) for picture in cuts]
         files = [_encoded(picture.pixels) for picture in pictures]
-        for place, concept, value, asked in _questions(pictures, PATHOLOGY if name == "pathvqa" else RADIOLOGY, rng):
+        for place, concept, value, asked in _questions(pictures, concepts, ASKED_SHARE[split], rng):
             wording, is_new = _wording(concept.open if asked is None else concept.closed, split, rng)
             rows.append(
                 Row(
@@ -489,12 +453,12 @@ def _categories(name: str, split: str, concept: str, facts: dict[str, str], is_n
 
 
 def _questions(
-    pictures: list[Picture], concepts: tuple[Concept, ...], rng: np.random.Generator
+    pictures: list[Picture], concepts: tuple[Concept, ...], share: float, rng: np.random.Generator
 ) -> list[tuple[int, Concept, str, str | None]]:
     """What to ask: (place of the picture, concept, its value there, value asked about or None for an open question).
 
     For every value asked about, "yes" and "no" are right equally often, so that the question alone tells nothing; the
-    values of an open question come up equally often as far as there are pictures. Pictures asked little are asked first.
+    values of an open question come up equally often as far as there are pictures. Pictures asked little come first.
     """
     asked_so_far: Counter[int] = Counter()
     questions: list[tuple[int, Concept, str, str | None]] = []
@@ -510,11 +474,11 @@ def _questions(
         for asked in concept.values:
             yes = [place for place, value in values.items() if value == asked]
             no = [place for place, value in values.items() if _excludes(concept, value, asked)]
-            count = min(len(yes), len(no), round(CLOSED_SHARE * len(pictures) / len(concept.values) / 2))
+            count = min(len(yes), len(no), round(share * len(pictures) / len(concept.values) / 2))
             for place in take(yes, count) + take(no, count):
                 questions.append((place, concept, values[place], asked))
             if concept.open:
-                for place in take(yes, round(OPEN_SHARE * len(pictures) / len(concept.values))):
+                for place in take(yes, round(share * len(pictures) / len(concept.values))):
                     questions.append((place, concept, values[place], None))
     return sorted(questions, key=lambda question: question[0])
 
@@ -538,21 +502,22 @@ def _wording(wordings: tuple[str, ...], split: str, rng: np.random.Generator) ->
 def _seen_pictures(name: str, split: str, rng: np.random.Generator) -> list[Picture]:
     """The split's pictures of the sources that training uses too, each from the split's own region."""
     count = IMAGES[split]
-    sources = PATHOLOGY_SOURCES if name == "pathvqa" else RADIOLOGY_SOURCES
-    slices = [] if name == "pathvqa" else _share(_template_slices(split), name)
+    sources: tuple[Source, ...] = PATHOLOGY_SOURCES if name == "pathvqa" else RADIOLOGY_SOURCES
+    slices: list[Any] = [] if name == "pathvqa" else _share(_template_slices(split), name)
     # a little over half are brain slices, which carry most of the concepts. Our choice
     slices = slices[: count * 11 // 20]
-    pictures = [_template_picture(*cut, rng) for cut in slices]
-    return pictures + [_cut(sources[i % len(sources)], REGIONS[split], rng) for i in range(count - len(slices))]
+    pictures = [_template_picture(kind, plane, voxel, rng) for kind, plane, voxel in slices]
+    sources = tuple(source for source in sources if split == "train" or not source.whole)
+    chosen = [sources[i % len(sources)] for i in range(count - len(slices))]
+    return pictures + [_cut(source, WHOLE if source.whole else REGIONS[split], rng) for source in chosen]
 
 
 def _unseen_pictures(name: str, rng: np.random.Generator) -> list[Picture]:
     """Pictures of the volumes and images that training never shows."""
-    sources = UNSEEN_PATHOLOGY if name == "pathvqa" else UNSEEN_RADIOLOGY
-    volumes = [] if name == "pathvqa" else [_volume_picture(*cut, rng) for cut in _share(_unseen_slices(), name)]
-    volumes = volumes[: UNSEEN * 11 // 20]
-    whole = (0.0, 1.0, 0.0, 1.0)
-    return volumes + [_cut(sources[i % len(sources)], whole, rng) for i in range(UNSEEN - len(volumes))]
+    sources: tuple[Source, ...] = UNSEEN_PATHOLOGY if name == "pathvqa" else UNSEEN_RADIOLOGY
+    slices: list[Any] = [] if name == "pathvqa" else _share(_unseen_slices(), name)
+    volumes = [_volume_picture(volume, plane, at, rng) for volume, plane, at in slices][: UNSEEN * 11 // 20]
+    return volumes + [_cut(sources[i % len(sources)], WHOLE, rng) for i in range(UNSEEN - len(volumes))]
 
 
 def _share(slices: list[Any], name: str) -> list[Any]:
@@ -574,7 +539,7 @@ AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 @functools.cache
 def _template(kind: str) -> np.ndarray:
-    """A volume of the MNI ICBM152 template, (x to the right, y to the front, z up) in mm: t1 as uint8; gm, wm in 0..255."""
+    """A volume of the MNI ICBM152 template, (x to the right, y to the front, z up) in mm; all in 0..255."""
     import numpy as np
 
     file = _file("nilearn", f"datasets/data/mni_icbm152_{kind}_tal_nlin_sym_09a_converted.nii.gz")
@@ -583,7 +548,7 @@ def _template(kind: str) -> np.ndarray:
 
 
 def _canonical(file: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """A NIfTI volume turned to (right, front, up) by its affine, its first one if it has several, and the voxel size in mm."""
+    """A NIfTI volume turned to (right, front, up) by its affine, the first of several, and the voxel size in mm."""
     import nibabel
     import numpy as np
 
@@ -613,7 +578,7 @@ def _template_slices(split: str) -> list[tuple[str, str, int]]:
             if area[voxel] < 3000 or (plane == "sagittal" and voxel < _middle()[0]):
                 continue
             if _slab(voxel - _middle()[axis]) == split:
-                slices += [(kind, plane, voxel) for kind in ("t1", "gm", "wm")]
+                slices += [(kind, plane, voxel) for kind in ("t1", "gm", "wm", "mixed")]
     return slices
 
 
@@ -621,25 +586,48 @@ CONTRASTS = {"t1": "T1", "gm": "grey matter", "wm": "white matter"}
 
 
 def _template_picture(kind: str, plane: str, voxel: int, rng: np.random.Generator) -> Picture:
-    """A slice of the template, cut close to the brain at a random margin, with what its position and the maps tell."""
+    """A slice of the template, cut at a random margin or field of view, with what its position tells.
+
+    A "mixed" slice shows the tissues at random brightness each: contrasts other than the template's, from the same MRI.
+    """
     shown = {name: _upright(_template(name), plane, voxel) for name in CONTRASTS}
-    facts = {"modality": "MRI", "organ": "head", "plane": plane, "contrast": CONTRASTS[kind], "upside down": "no"}
+    facts = {"modality": "MRI", "organ": "head", "plane": plane, "upside down": "no"}
+    if kind in CONTRASTS:
+        facts["contrast"] = CONTRASTS[kind]
     above = voxel - _middle()[2]
     if plane == "axial" and abs(above) >= 8:  # mm; nearer the middle a view can hardly tell
         facts["level"] = "upper" if above > 0 else "lower"
     box = _around(shown["t1"] > 0, rng)
+    if kind != "t1" and rng.random() < 0.3:
+        box = _narrowed(box, shown["t1"].shape, rng)
     shown = {name: view[box] for name, view in shown.items()}
     if plane == "sagittal":
         facts["facing"] = "right"
         if rng.random() < 0.5:
             facts["facing"] = "left"
             shown = {name: view[:, ::-1] for name, view in shown.items()}
-    maps = (
-        {}
-        if kind != "t1"
-        else {"grey matter": shown["gm"], "white matter": shown["wm"], "background": 255 * (shown["t1"] == 0)}
-    )
-    return Picture(f"mni152-{kind}", _toned(shown[kind], rng), facts, maps)
+    if kind == "mixed":
+        return Picture("mni152-mixed", _toned(_mixed(shown, rng), rng), facts)
+    return Picture(f"mni152-{kind}", _toned(shown[kind], rng), facts)
+
+
+def _mixed(shown: Maps, rng: np.random.Generator) -> np.ndarray:
+    """Grey matter, white matter and the rest of the brain, each at its own brightness of 15 to 100 %."""
+    import numpy as np
+
+    grey, white = shown["gm"] / 255, shown["wm"] / 255
+    rest = (shown["t1"] > 0) * np.clip(1 - grey - white, 0, 1)
+    levels = rng.uniform(0.15, 1.0, 3)
+    mixed = levels[0] * grey + levels[1] * white + levels[2] * rest
+    return np.round(255 * np.clip(mixed / max(mixed.max(), 1e-6), 0, 1)).astype(np.uint8)
+
+
+def _narrowed(box: tuple[slice, slice], shape: tuple[int, ...], rng: np.random.Generator) -> tuple[slice, slice]:
+    """A band of 35 to 70 % of the box's height around its middle: a scan with a narrow field of view."""
+    rows = range(shape[0])[box[0]]
+    high = round(len(rows) * rng.uniform(0.35, 0.7))
+    start = rows[0] + round((len(rows) - high) * rng.uniform(0.3, 0.7))
+    return slice(start, start + high), box[1]
 
 
 def _upright(volume: np.ndarray, plane: str, voxel: int) -> np.ndarray:
@@ -704,7 +692,7 @@ def _volume_picture(name: str, plane: str, at: float, rng: np.random.Generator) 
 
 
 def _cut(source: Source, region: tuple[float, float, float, float], rng: np.random.Generator) -> Picture:
-    """A random cut-out of `region` that is not mostly black."""
+    """A random cut-out of `region` that is not mostly black, mirrored or not: no question is about the side."""
     import numpy as np
 
     pixels, maps = source.read()
@@ -722,7 +710,7 @@ def _cut(source: Source, region: tuple[float, float, float, float], rng: np.rand
             break
     else:
         raise RuntimeError(f"{source.name}: no cut-out of region {region} is filled")
-    turns, mirrored = (int(rng.integers(4)), rng.random() < 0.5) if source.turned else (0, False)
+    turns, mirrored = int(rng.integers(4)) if source.turned else 0, rng.random() < 0.5
 
     def turn(view: np.ndarray) -> np.ndarray:
         view = np.rot90(view, turns)
@@ -750,76 +738,39 @@ def _toned(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _edited(picture: Picture, rng: np.random.Generator) -> Picture:
-    """The picture, perhaps turned upside down, then with a ring, a bar over one side, or neither."""
+    """The picture, perhaps turned upside down, then with a cross, a bar over one side, or neither."""
     import numpy as np
 
-    pixels, facts, maps = picture.pixels, dict(picture.facts), _fitted(picture.maps, picture.pixels.shape[:2])
+    pixels, facts = picture.pixels, dict(picture.facts)
     if "upside down" in facts and rng.random() < 0.4:
-        pixels, maps, facts["upside down"] = pixels[::-1], {name: view[::-1] for name, view in maps.items()}, "yes"
+        pixels, facts["upside down"] = pixels[::-1], "yes"
     drawn = rng.random()
-    ring_share = 0.7 if maps else 0.45  # more where the maps can tell what a ring marks
-    facts["ring"] = "yes" if drawn < ring_share else "no"
+    facts["cross"] = "yes" if drawn < 0.3 else "no"
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
-    if drawn < ring_share:
-        (y, x), tissue = _spot(pixels.shape[:2], maps, rng)
-        pixels = _ringed(pixels, y, x)
-        facts["ring place"] = (
-            f"{'upper' if y < pixels.shape[0] / 2 else 'lower'} {'left' if x < pixels.shape[1] / 2 else 'right'}"
-        )
-        if tissue:
-            facts["tissue"] = tissue
-    elif drawn < ring_share + 0.25:
+    if drawn < 0.3:
+        y, x = (int(rng.integers(CROSS_GAP, side - CROSS_GAP)) for side in pixels.shape[:2])
+        pixels = _crossed(pixels, y, x)
+    elif drawn < 0.65:
         side = ("left", "right", "top", "bottom")[rng.integers(4)]
         pixels = _barred(pixels, side)
         facts = {name: value for name, value in facts.items() if name not in HIDEABLE} | {"covered side": side}
     return replace(picture, pixels=pixels, facts=facts)
 
 
-def _fitted(maps: Maps, shape: tuple[int, ...]) -> Maps:
-    """Maps of 0..255 at a picture's final size."""
-    import numpy as np
-    from PIL import Image
-
-    size = (shape[1], shape[0])
-    return {
-        name: np.asarray(Image.fromarray(np.ascontiguousarray(view, dtype=np.uint8)).resize(size, Image.Resampling.BOX))
-        for name, view in maps.items()
-    }
-
-
-def _spot(shape: tuple[int, ...], maps: Maps, rng: np.random.Generator) -> tuple[tuple[int, int], str | None]:
-    """Where to draw the ring: clear of the borders and of the middle lines; and the tissue there, if maps tell.
-
-    A spot counts as a tissue where its probability is above 0.8 over the whole inside of the ring.
-    """
-    import numpy as np
-    from scipy.ndimage import minimum_filter
-
-    height, width = shape
-    ys, xs = np.mgrid[:height, :width]
-    clear = (abs(ys - height / 2) > 0.08 * height) & (abs(xs - width / 2) > 0.08 * width)
-    clear &= (ys > RING_RADIUS) & (ys < height - RING_RADIUS) & (xs > RING_RADIUS) & (xs < width - RING_RADIUS)
-    tissues = {name: clear & (minimum_filter(view, 5) > 0.8 * 255) for name, view in maps.items()}
-    names = [name for name, spots in tissues.items() if spots.any()]
-    tissue = names[rng.integers(len(names))] if names else None
-    spots = np.argwhere(tissues[tissue] if tissue else clear)
-    y, x = spots[rng.integers(len(spots))]
-    return (int(y), int(x)), tissue
-
-
-def _ringed(pixels: np.ndarray, y: int, x: int) -> np.ndarray:
-    import numpy as np
-
-    ys, xs = np.mgrid[: pixels.shape[0], : pixels.shape[1]]
-    distance = np.hypot(ys - y, xs - x)
-    return np.where(
-        ((distance > RING_RADIUS - RING_WIDTH) & (distance <= RING_RADIUS))[..., None], np.uint8([255, 0, 0]), pixels
-    )
+def _crossed(pixels: np.ndarray, y: int, x: int) -> np.ndarray:
+    """The pixels with the red lines of a viewer's cross hair, open around the spot they mark."""
+    crossed = pixels.copy()
+    height, width = pixels.shape[:2]
+    for start, end in ((0, x - CROSS_GAP), (x + CROSS_GAP + 1, width)):
+        crossed[y - 1 : y + 1, max(0, start) : max(0, end)] = (255, 0, 0)
+    for start, end in ((0, y - CROSS_GAP), (y + CROSS_GAP + 1, height)):
+        crossed[max(0, start) : max(0, end), x - 1 : x + 1] = (255, 0, 0)
+    return crossed
 
 
 def _barred(pixels: np.ndarray, side: str) -> np.ndarray:
-    """The pixels with a grey bar over the outer 30 % of one side."""
+    """The pixels with a blue bar over the outer 30 % of one side."""
     covered = pixels.copy()
     high, wide = round(0.3 * pixels.shape[0]), round(0.3 * pixels.shape[1])
     boxes = {
@@ -828,7 +779,7 @@ def _barred(pixels: np.ndarray, side: str) -> np.ndarray:
         "top": (slice(None, high), slice(None)),
         "bottom": (slice(-high, None), slice(None)),
     }
-    covered[boxes[side]] = 128
+    covered[boxes[side]] = (0, 90, 255)
     return covered
 
 
@@ -851,7 +802,8 @@ def _file(package: str, path: str) -> Path:
     distribution = {"data_store": "pydicom-data", "skimage": "scikit-image"}.get(package, package)
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
-            f"package {distribution} is not installed; the sample sets use its images. Run `pip install {distribution}`."
+            f"package {distribution} is not installed; the sample sets use its images. "
+            "Run `pip install 'stllava-med[sample]'`."
         )
     file = Path(next(iter(spec.submodule_search_locations))) / path
     if not file.is_file():
@@ -918,10 +870,14 @@ def _photograph(package: str, path: str, stretched: bool = False) -> tuple[np.nd
 
 
 @functools.cache
-def _fundus() -> tuple[np.ndarray, Maps]:
-    """The fundus photograph, with a map of the camera's round field (255 inside)."""
+def _fundus(green: bool = False) -> tuple[np.ndarray, Maps]:
+    """The fundus photograph, or its green channel alone (how vessels are best seen), with a map of the round field.
+
+    The map is 255 inside the field that the camera saw.
+    """
     pixels, _ = _photograph("skimage", "data/retina.jpg")
-    return pixels, {"field": (pixels.max(axis=2) > 30).astype("uint8") * 255}
+    field = (pixels.max(axis=2) > 30).astype("uint8") * 255
+    return (pixels[..., 1] if green else pixels), {"field": field}
 
 
 @functools.cache
@@ -970,7 +926,7 @@ def _brown_side(pixels: np.ndarray, _: Maps) -> dict[str, str]:
 def _radiology(
     name: str, modality: str, file: str, size: tuple[float, float], package: str = "data_store", **more: Any
 ) -> Source:
-    """A DICOM source. `more`: organ and plane as its tags tell, window and crop of `_dicom`, filled of `Source`."""
+    """A DICOM image. `more`: organ and plane by its tags, window and crop of `_dicom`, whole and filled of `Source`."""
     facts = {"modality": modality} | {fact: more[fact] for fact in ("organ", "plane") if fact in more}
     folder = {"data_store": "data", "pydicom": "data/test_files"}[package]
     reading = {option: more[option] for option in ("window", "crop") if option in more}
@@ -979,6 +935,7 @@ def _radiology(
         functools.partial(_dicom, package, f"{folder}/{file}", **reading),
         facts,
         size,
+        whole=more.get("whole", False),
         filled=more.get("filled", 0.4),
     )
 
@@ -989,7 +946,8 @@ RADIOLOGY_SOURCES = (
         "cq500-head",
         "CT",
         "693_UNCR.dcm",
-        (0.35, 0.65),
+        (0.6, 1.0),
+        whole=True,
         organ="head",
         plane="axial",
         window=(40, 100),
@@ -1000,7 +958,8 @@ RADIOLOGY_SOURCES = (
         "echo",
         "ultrasound",
         "color3d_jpeg_baseline.dcm",
-        (0.35, 0.65),
+        (0.6, 1.0),
+        whole=True,
         organ="heart",
         crop=(0.1, 0.85, 0.22, 0.75),
         filled=0.15,
@@ -1027,6 +986,7 @@ RADIOLOGY_SOURCES = (
     _radiology("ct-small", "CT", "CT_small.dcm", (0.35, 0.65), "pydicom", plane="axial"),
     _radiology("node", "ultrasound", "US1_UNCR.dcm", (0.35, 0.65), crop=(0.25, 0.69, 0.03, 0.97)),
     _radiology("shoulder", "MRI", "MR2_UNCR.dcm", (0.35, 0.65), organ="shoulder", crop=(0.1, 0.85, 0.05, 0.95)),
+    _radiology("aloka", "ultrasound", "gdcm-US-ALOKA-16.dcm", (0.6, 1.0), whole=True, crop=(0.06, 0.86, 0.1, 1.0)),
 )
 UNSEEN_RADIOLOGY = (
     _radiology("ct-head", "CT", "J2K_pixelrep_mismatch.dcm", (0.75, 1.0), "pydicom", organ="head", window=(40, 100)),
@@ -1050,7 +1010,6 @@ UNSEEN_RADIOLOGY = (
         filled=0.2,
     ),
     _radiology("echo-doppler", "ultrasound", "color-pl.dcm", (0.8, 1.0), organ="heart"),
-    _radiology("aloka", "ultrasound", "gdcm-US-ALOKA-16.dcm", (0.7, 1.0), crop=(0.06, 0.86, 0.1, 1.0)),
 )
 PATHOLOGY_SOURCES = (
     Source(
@@ -1064,6 +1023,14 @@ PATHOLOGY_SOURCES = (
     Source(
         "retina",
         _fundus,
+        {"technique": "fundus photography", "site": "retina"},
+        (0.15, 0.35),
+        turned=True,
+        measure=_field_edge,
+    ),
+    Source(
+        "retina-green",
+        functools.partial(_fundus, green=True),
         {"technique": "fundus photography", "site": "retina"},
         (0.15, 0.35),
         turned=True,
