@@ -37,10 +37,24 @@ def trained(tmp_path_factory):
 
 def test_the_loss_falls(trained):
     _, history = trained
-    for part in ("vision", "text", "joint"):
+    for part in ("text", "joint"):
         losses = history["losses"][part]
         assert sum(losses[-3:]) / 3 < 0.6 * losses[0], part
     assert history["validation"][-1]["all"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("question", "reference", "fact"),
+    [
+        pytest.param("In which plane is it?", "axial", (0, True), id="an open answer is true"),
+        pytest.param("Is the plane coronal?", "yes", (1, True), id="yes to a value"),
+        pytest.param("Is the plane axial?", "no", (0, False), id="no to a value"),
+        pytest.param("Is it so?", "no", None, id="names no value"),
+    ],
+)
+def test_the_facts_that_a_row_states(question, reference, fact):
+    row = Row("1", b"", "1.png", question, reference, "open", {"question_type": "plane"})
+    assert tiny.read_fact(row, [("plane", "axial"), ("plane", "coronal")]) == fact
 
 
 def test_the_checkpoint_answers_what_it_was_taught(trained):
