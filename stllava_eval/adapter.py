@@ -22,9 +22,9 @@ from loguru import logger
 
 from stllava_eval.answering import SYSTEM, Answer, Answerer, Question, default_checkpoint
 from stllava_eval.datasets import decode
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, printable
 from stllava_eval.plugin import MODEL
-from stllava_eval.runs import answered, data_hashes, write_run
+from stllava_eval.runs import answered, data_hashes, refuse_old_folder, write_run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,7 +44,7 @@ def ends_the_process() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        print(f"stllava_med: {error}", file=sys.stderr, flush=True)
+        print(printable(f"stllava_med: {error}"), file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     except Exception as error:
         traceback.print_exc()
@@ -85,6 +85,8 @@ class StllavaMed(lmms):
             self.batch_size = _batch_size(batch_size)
             self._rank = int(os.environ.get("RANK", 0))
             self._world_size = int(os.environ.get("WORLD_SIZE", 1))
+            if self._rank == 0:
+                refuse_old_folder()
             self.answerer = Answerer(str(pretrained or default_checkpoint()), device, dtype)
             self._answers: dict[tuple[str, int], Answer] = {}
             self._first_rows: dict[tuple[str, str], dict[str, int]] = {}

@@ -93,8 +93,11 @@ def default_checkpoint() -> str:
     if not record.exists():
         return PUBLISHED
     try:
-        return json.loads(record.read_text(encoding="utf-8"))["checkpoint"]
-    except (ValueError, KeyError, TypeError) as error:
+        checkpoint = json.loads(record.read_text(encoding="utf-8"))["checkpoint"]
+        if not isinstance(checkpoint, str):
+            raise TypeError(f"{checkpoint!r} is no folder")
+        return checkpoint
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f'{record}: not a record of a checkpoint ({error!r}). It holds {{"checkpoint": FOLDER}}; delete or mend it.'
         ) from error
@@ -121,8 +124,8 @@ def checkpoint_folder(name: str) -> Path:
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-        architectures = config.get("architectures") or []
-    except (ValueError, AttributeError) as error:
+        architectures = list(config.get("architectures") or [])
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{config_file}: not a JSON object ({error}). Copy the checkpoint again.") from error
     if "LlavaForConditionalGeneration" not in architectures:
         raise InputError(
@@ -182,7 +185,7 @@ class Answerer:
             model, loading = load(self.folder, dtype=self.dtype, output_loading_info=True)
         except Exception as error:  # a broken file raises nearly anything here: OSError, KeyError, SafetensorError, ...
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"{self.folder}: cannot be loaded as a LLaVA ({reason}).") from error
+            raise InputError(f"{self.folder}: cannot be loaded as a LLaVA ({reason}). Copy it again.") from error
         lost = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
         if lost:
             raise InputError(
@@ -195,7 +198,9 @@ class Answerer:
         patches = (self.side // int(vision.patch_size)) ** 2
         self.image_tokens = patches + (model.config.vision_feature_select_strategy == "full")
         self.processor = image_processor(self.side)
-        self.image_token = int(model.config.image_token_id)
+        if not isinstance(model.config.image_token_id, int):
+            raise InputError(f"{self.folder}/config.json: no image_token_id. Use a checkpoint that names it.")
+        self.image_token = model.config.image_token_id
         ends = model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [self.tokenizer.eos_token_id if ends is None else ends])
         self.padding = self.tokenizer.pad_token_id

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stllava_eval import __version__
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, printable
 
 DATASETS = ("vqarad", "slake", "pathvqa")
 TASKS = (*(name + prompt for name in DATASETS for prompt in ("", "_short", "_options")), "medvqa")
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments) or 0
     except InputError as error:
-        print(f"stllava-eval: {error}", file=sys.stderr)
+        print(printable(f"stllava-eval: {error}"), file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -178,13 +178,15 @@ def _run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--tasks {', '.join(unknown)}: unknown. Tasks are {', '.join(TASKS)}.")
     if arguments.batch_size < 1 or (arguments.limit is not None and arguments.limit < 1):
         raise InputError("--batch-size and --limit are whole numbers from 1 on.")
+    if len(set(tasks)) < len(tasks):
+        raise InputError(f"--tasks {arguments.tasks}: a task comes twice. Name each once.")
     if arguments.out is not None:
-        if (arguments.out / "run.json").exists():
-            raise InputError(f"{arguments.out} holds a run already. Choose another folder, or delete that one.")
         os.environ["STLLAVA_RUN"] = str(arguments.out)
     from stllava_eval.answering import checkpoint_folder, default_checkpoint
     from stllava_eval.datasets import prepare_on_first_use
-    from stllava_eval.runs import dataset_of
+    from stllava_eval.runs import dataset_of, refuse_old_folder
+
+    refuse_old_folder()
 
     checkpoint = arguments.checkpoint or default_checkpoint()
     checkpoint_folder(checkpoint)

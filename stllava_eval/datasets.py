@@ -490,7 +490,7 @@ def open_files(path: Path) -> Iterator[Files]:
     with ExitStack() as stack:
         if path.is_dir():
             outer = _folder(path)
-        elif tarfile.is_tarfile(path):  # before zip: a tar that ends with a zip passes for one
+        elif _is_tar(path):  # before zip: a tar that ends with a zip passes for one
             outer = _tar(path, stack)
         elif zipfile.is_zipfile(path):
             outer = _zip(str(path), stack.enter_context(path.open("rb")))
@@ -514,7 +514,11 @@ def _folder(path: Path) -> Files:
             continue
         seen.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
-        names += [(Path(folder) / name).relative_to(path).as_posix() for name in sorted(found) if name[0] != "."]
+        names += [
+            (Path(folder) / name).relative_to(path).as_posix()
+            for name in sorted(found)
+            if name[0] != "." and (Path(folder) / name).is_file()
+        ]  # not a pipe, which would never end
     return Files(str(path), tuple(names), lambda name: (path / name).open("rb"))
 
 
@@ -527,6 +531,13 @@ def _zip(place: str, file: IO[bytes]) -> Files:
     for member in members:
         _refuse_escape(place, member.filename, stat.S_ISLNK(member.external_attr >> 16))
     return Files(place, _without_litter(member.filename for member in members), archive.open)
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        return path.is_file() and tarfile.is_tarfile(path)
+    except (OSError, EOFError, zlib.error):  # it begins like a compressed file and is none
+        return False
 
 
 def _tar(path: Path, stack: ExitStack) -> Files:

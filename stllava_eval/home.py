@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def whole_file(path: Path) -> Iterator[Path]:
             f"{path}: cannot be written ({error.strerror or error}). Free some space or choose another folder."
         ) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # it was never made, or its folder is a file: the error above says so
+            unfinished.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, printable
 from stllava_eval.runs import Scored, ScoreRow, dataset_of, read_run, score_table
 
 OPEN = ("recall_llavamed", "f1_llavamed", "recall", "f1")
@@ -74,13 +74,16 @@ def board_text(rows: Sequence[BoardRow]) -> str:
         head, *_ = of_task
         open_n, closed_n = _count(of_task, "recall"), _count(of_task, "closed_accuracy")
         images = max((score.images for row in of_task for score in row.scores.values()), default=0)
-        title = f"{task} ({head.data}): {open_n} open + {closed_n} closed questions, {images} images"
+        title = f"{printable(task)} ({head.data}): {open_n} open + {closed_n} closed questions, {images} images"
         if head.data == "sample":
             title += "\nSAMPLE DATA: these scores say nothing about the official data set."
         columns = [*OPEN, "words", *CLOSED, "unparsed"]
         heads = ["", *(name.replace("_", "\n", 1) for name in columns)]  # two lines each, or the table is too wide
         body = [
-            [row.system + (" (blind)" if row.blind else ""), *(_cell(row.scores.get(name)) for name in columns)]
+            [
+                printable(row.system) + (" (blind)" if row.blind else ""),
+                *(_cell(row.scores.get(name)) for name in columns),
+            ]
             for row in of_task
         ]
         parts.append(f"{title}\n\n{tabulate(body, heads, tablefmt='simple', disable_numparse=True, stralign='right')}")
@@ -99,7 +102,7 @@ def score_text(scored: Scored) -> str:
     """One task's scores for a terminal: overall, then by category."""
     from tabulate import tabulate
 
-    body = [[row.category, row.metric, _cell(row), row.n, row.images] for row in scored.rows]
+    body = [[printable(row.category), row.metric, _cell(row), row.n, row.images] for row in scored.rows]
     table = tabulate(
         body, ["questions", "score", "value [95 %]", "n", "images"], tablefmt="simple", disable_numparse=True
     )

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, printable
 
 if TYPE_CHECKING:
     import datasets
@@ -51,7 +51,7 @@ def _test_split(name: str) -> datasets.Dataset:
             log.warning("%s: SAMPLE DATA. Its scores say nothing about the official test split.", name)
         return read_split(name, "test")
     except InputError as error:
-        print(f"stllava-eval: {error}", file=sys.stderr)
+        print(printable(f"stllava-eval: {error}"), file=sys.stderr)
         raise SystemExit(2) from error
 
 

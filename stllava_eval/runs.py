@@ -148,7 +148,11 @@ def read_run(folder: Path) -> dict[str, RunTask]:
     """
     try:
         manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+        text = (folder / "answers.jsonl").read_text(encoding="utf-8")
+        rows = [json.loads(line) for line in text.split("\n") if line]  # an answer may hold other line separators
+        keys = [(row["task"], row["id"]) for row in rows]
+        if len(set(keys)) < len(keys) or not all(isinstance(row[key], str) for row in rows for key in ("id", "answer")):
+            raise ValueError("an id of answers.jsonl comes twice, or an id or answer is not text")
         return {
             task: RunTask(
                 **{name: of["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels")},
@@ -158,7 +162,7 @@ def read_run(folder: Path) -> dict[str, RunTask]:
             )
             for task, of in manifest["tasks"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{folder} is not a run folder ({error!r}). Pass one that `stllava-eval run` wrote."
         ) from error
@@ -258,7 +262,7 @@ def read_answers(file: Path, task: str) -> dict[str, str]:
         InputError: The file is missing, empty or not JSONL, a line lacks an id or an answer, or an id comes twice.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # an answer may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}). Pass a JSONL file of answers.") from error
     answers: dict[str, str] = {}
@@ -269,7 +273,7 @@ def read_answers(file: Path, task: str) -> dict[str, str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{file}:{number}: not JSON ({error}). Each line is one object with id and answer."
             ) from error
@@ -315,9 +319,20 @@ def _prepared(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return asdict(read_manifest(name, "test")), read_split(name, "test", images=False).to_list()
 
 
+def refuse_old_folder() -> None:
+    """Called before any answer is made: `$STLLAVA_RUN` must be a place for a new run.
+
+    Raises:
+        InputError: It holds a run already, or is a file.
+    """
+    folder = Path(os.environ.get("STLLAVA_RUN") or home() / "runs").expanduser()
+    if (folder / "run.json").exists() or (folder.exists() and not folder.is_dir()):
+        raise InputError(f"{folder} holds a run already, or is a file. Choose another folder, or delete that one.")
+
+
 def _new_folder(checkpoint: str) -> Path:
     if chosen := os.environ.get("STLLAVA_RUN"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     stem = f"{stamp}-{Path(checkpoint).name}"
     folder, number = home() / "runs" / stem, 1

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stllava_eval import __version__
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, printable
 
 DATASETS = ("vqarad", "slake", "pathvqa")
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments) or 0
     except InputError as error:
-        print(f"stllava-train: {error}", file=sys.stderr)
+        print(printable(f"stllava-train: {error}"), file=sys.stderr)
         return 2
 
 

@@ -158,6 +158,15 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(prepared, checkpoint, caps
     assert "\n" not in error
 
 
+def test_a_run_never_overwrites_another(prepared, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("STLLAVA_RUN", str(tmp_path / "run"))
+    evaluate(StllavaMed(str(checkpoint)), ["vqarad"])
+    with pytest.raises(SystemExit) as exit_:
+        StllavaMed(str(checkpoint))
+    assert exit_.value.code == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
 def test_sampling_is_refused_rather_than_ignored(prepared, checkpoint, capsys):
     with pytest.raises(SystemExit) as exit_:
         evaluate(StllavaMed(str(checkpoint)), ["vqarad"], gen_kwargs="temperature=0.7,do_sample=True")

@@ -107,9 +107,10 @@ def test_the_default_checkpoint_is_the_environments_then_the_recorded_then_the_p
     assert default_checkpoint() == "other/one"
 
 
-def test_a_broken_record_of_the_default_checkpoint_is_refused(home):
+@pytest.mark.parametrize("record", ["[]", "{", '{"checkpoint": 5}'])
+def test_a_broken_record_of_the_default_checkpoint_is_refused(home, record):
     home.mkdir()
-    (home / "checkpoint.json").write_text("[]")
+    (home / "checkpoint.json").write_text(record)
     with pytest.raises(InputError, match=r"checkpoint\.json: not a record"):
         default_checkpoint()
 
@@ -132,6 +133,7 @@ def test_the_hash_of_a_checkpoint_changes_with_weights_and_tokenizer_and_not_wit
         pytest.param(None, "has no config.json", id="none"),
         pytest.param("{", "not a JSON object", id="broken"),
         pytest.param("[]", "not a JSON object", id="a list"),
+        pytest.param('{"architectures": 5}', "not a JSON object", id="a number of architectures"),
         pytest.param(
             json.dumps({"architectures": ["LlavaLlamaForCausalLM"]}), "LlavaLlamaForCausalLM cannot", id="other"
         ),

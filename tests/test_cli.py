@@ -112,6 +112,11 @@ def test_every_launcher_gives_the_answers_of_one_process(prepared, checkpoint, t
         pytest.param(["run", "--tasks", "vqarat"], "--tasks vqarat: unknown", id="task"),
         pytest.param(["run", "--checkpoint", "{tmp}"], "it has no config.json", id="a folder that is no checkpoint"),
         pytest.param(["run", "--batch-size", "0"], "from 1 on", id="batch size"),
+        pytest.param(["run", "--tasks", "slake,slake"], "a task comes twice", id="a task twice"),
+        pytest.param(
+            ["run", "--out", "{tmp}/empty"], "{tmp}/empty holds a run already, or is a file", id="out is a file"
+        ),
+        pytest.param(["score", "--task", "slake", "--answers", "{tmp}/\x1b[31m"], "\\x1b[31m", id="escapes in a path"),
         pytest.param(["prepare"], "no data set named", id="prepare what"),
         pytest.param(["prepare", "vqarad", "--from", "{tmp}"], "{tmp}", id="nothing to prepare from"),
         pytest.param(
@@ -122,7 +127,8 @@ def test_every_launcher_gives_the_answers_of_one_process(prepared, checkpoint, t
         pytest.param(["leaderboard", "--tasks", "chess"], "--tasks chess: unknown", id="no such task"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_2(prepared, tmp_path, capsys, arguments, message):
+def test_wrong_input_is_one_line_and_exit_code_2(prepared, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setenv("STLLAVA_RUN", "")  # `run --out` sets it
     (tmp_path / "empty").write_text("")
     assert eval_cli.main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip()

@@ -95,6 +95,23 @@ def test_a_folder_with_a_broken_manifest_is_no_run(prepared, tmp_path, run):
         board([tmp_path])
 
 
+def test_line_separators_inside_an_answer_do_not_end_its_line(prepared, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "test-0-0", "answer": "yes\u2028or\u0085no"}\n', encoding="utf-8")
+    assert read_answers(tmp_path / "a.jsonl", "vqarad") == {"test-0-0": "yes\u2028or\u0085no"}
+
+
+def test_an_edited_run_is_no_run(prepared, tmp_path):
+    data = {"edition": "x", "sha256_rows": "x", "sha256_pixels": "x"}
+    tasks = {"vqarad": {"data": data, "prompt": "bare", "questions": 2, "of": 8}}
+    (tmp_path / "run.json").write_text(json.dumps({"tasks": tasks}))
+    for second in ({"id": "1", "answer": "no"}, {"id": "2", "answer": None}, {"id": 2, "answer": "no"}):
+        write(
+            tmp_path / "answers.jsonl", [{"task": "vqarad", "id": "1", "answer": "yes"}, {"task": "vqarad", **second}]
+        )
+        with pytest.raises(InputError, match=r"an id of answers.jsonl comes twice, or an id or answer is not text"):
+            board([tmp_path])
+
+
 def test_lines_of_other_tasks_are_left_out(prepared, tmp_path):
     rows = [{"task": "slake", "id": "1", "answer": "a"}, {"task": "vqarad", "id": "2", "answer": "b"}]
     assert read_answers(write(tmp_path / "a.jsonl", rows), "vqarad") == {"2": "b"}
