@@ -171,10 +171,10 @@ class StllavaMed(lmms):
             torch.distributed.all_gather_object(gathered, rows)
             rows = [row for part in gathered for row in part]
         if self._rank == 0 and rows:
-            folder = write_run(rows, self.manifest(rows))
+            folder = write_run(rows, self.manifest())
             logger.info("run folder: {}", folder)
 
-    def manifest(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def manifest(self) -> dict[str, Any]:
         """What decides the answers; two runs with equal `fingerprint` have equal answers (in fp32)."""
         return {
             "model": MODEL,

@@ -90,7 +90,8 @@ def board_text(rows: Sequence[BoardRow]) -> str:
         if short := [row for row in of_task if _n(row) < open_n + closed_n or row.unanswered]:
             parts.append(
                 "\n".join(
-                    f"{row.system}: scored on {_n(row)} of {open_n + closed_n} questions, {row.unanswered} unanswered"
+                    f"{printable(row.system)}: scored on {_n(row)} of {open_n + closed_n} questions, "
+                    f"{row.unanswered} unanswered"
                     for row in short
                 )
             )
