@@ -118,6 +118,9 @@ def test_every_launcher_gives_the_answers_of_one_process(prepared, checkpoint, t
         ),
         pytest.param(["score", "--task", "slake", "--answers", "{tmp}/\x1b[31m"], "\\x1b[31m", id="escapes in a path"),
         pytest.param(["prepare"], "no data set named", id="prepare what"),
+        pytest.param(["prepare", "vqarad", "--from", "{tmp}/pipe"], "holds no test split", id="a pipe is no file"),
+        pytest.param(["prepare", "vqarad", "--from", "{tmp}/cut.tar.gz"], "neither a folder nor", id="a cut archive"),
+        pytest.param(["score", "--task", "slake", "--answers", "{tmp}/deep"], "deep:1: not JSON", id="nested too deep"),
         pytest.param(["prepare", "vqarad", "--from", "{tmp}"], "{tmp}", id="nothing to prepare from"),
         pytest.param(
             ["score", "--task", "vqarad", "--answers", "{tmp}/empty"], "no answers of vqarad", id="empty file"
@@ -130,6 +133,10 @@ def test_every_launcher_gives_the_answers_of_one_process(prepared, checkpoint, t
 def test_wrong_input_is_one_line_and_exit_code_2(prepared, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.setenv("STLLAVA_RUN", "")  # `run --out` sets it
     (tmp_path / "empty").write_text("")
+    (tmp_path / "deep").write_text("[" * 100_000)
+    (tmp_path / "cut.tar.gz").write_bytes(b"\x1f\x8b\x08abc")
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / "a.json")
     assert eval_cli.main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert message.format(tmp=tmp_path) in error
