@@ -20,9 +20,9 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwr
 from lmms_eval.api.model import lmms
 from loguru import logger
 
-from stllava_eval.answering import SYSTEM, Answer, Answerer, Question, default_checkpoint
-from stllava_eval.datasets import decode
+from stllava_eval.answering import Answer, Answerer, Question, default_checkpoint
 from stllava_eval.errors import InputError, printable
+from stllava_eval.images import decode
 from stllava_eval.plugin import MODEL
 from stllava_eval.runs import answered, data_hashes, refuse_old_folder, write_run
 
@@ -30,12 +30,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGES = ("own", "other", "black")
-PREPROCESSING = {
-    "template": "v1",
-    "system": SYSTEM,
-    "image_preprocessing": "pad to square, CLIP (PIL)",
-    "decoding": "greedy",
-}
+PARTS = ("base", "vision_tower", "projector", "vision_lora", "prototypes", "iterations")
 
 
 @contextmanager
@@ -59,6 +54,9 @@ class StllavaMed(lmms):
         dtype: float32, bfloat16 or float16 (default: float32 on a CPU, bfloat16 on a GPU).
         images: `own`; `other` shows each question the image of another one, `black` a black square. A model that
             reads its images loses most of its score with either.
+        base, vision_tower, projector, vision_lora, prototypes, iterations: What `pretrained` does not hold or name
+            itself; see `network.checkpoint.open_checkpoint`.
+        four_bit: True holds the language model in 4 bits (needs bitsandbytes and a folder of our own layout).
     """
 
     is_simple = False
@@ -71,13 +69,15 @@ class StllavaMed(lmms):
         device: str | None = None,
         dtype: str | None = None,
         images: str = "own",
-        **unknown: Any,
+        four_bit: bool = False,
+        **parts: Any,
     ) -> None:
         super().__init__()
         with ends_the_process():
-            if unknown:
+            if unknown := sorted(set(parts) - set(PARTS)):
                 raise InputError(
-                    f"--model_args {', '.join(sorted(unknown))}: unknown. It takes pretrained, dtype, images."
+                    f"--model_args {', '.join(unknown)}: unknown. "
+                    f"It takes pretrained, dtype, images, four_bit, {', '.join(PARTS)}."
                 )
             if images not in IMAGES:
                 raise InputError(f"--model_args images={images}: unknown. Pass one of {', '.join(IMAGES)}.")
@@ -87,7 +87,7 @@ class StllavaMed(lmms):
             self._world_size = int(os.environ.get("WORLD_SIZE", 1))
             if self._rank == 0:
                 refuse_old_folder()
-            self.answerer = Answerer(str(pretrained or default_checkpoint()), device, dtype)
+            self.answerer = Answerer(str(pretrained or default_checkpoint()), device, dtype, four_bit, **parts)
             self._answers: dict[tuple[str, int], Answer] = {}
             self._first_rows: dict[tuple[str, str], dict[str, int]] = {}
             self._cached = False
@@ -184,7 +184,7 @@ class StllavaMed(lmms):
             "batch_size": self.batch_size,
             "processes": self._world_size,
             "images": self.images,
-            **PREPROCESSING,
+            **self.answerer.preprocessing,
         }
 
     def fingerprint(self) -> str:
@@ -194,7 +194,7 @@ class StllavaMed(lmms):
             "dtype": str(self.answerer.dtype),
             "images": self.images,
             "data": data_hashes(),
-            **PREPROCESSING,
+            **self.answerer.preprocessing,
         }
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 

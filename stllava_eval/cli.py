@@ -1,4 +1,4 @@
-"""stllava-eval: prepare | run | score | leaderboard. Heavy imports sit inside the commands, so that help is instant."""
+"""stllava-eval: prepare | run | score | leaderboard | convert. Heavy imports sit inside commands: help is instant."""
 
 from __future__ import annotations
 
@@ -127,6 +127,40 @@ def parser() -> argparse.ArgumentParser:
     board.add_argument("--tasks", help="comma-separated (default: those of the runs, else all that are prepared)")
     board.add_argument("--json", action="store_true", help="print every number as JSON")
     board.set_defaults(command=_leaderboard)
+
+    convert = _command(
+        commands.add_parser,
+        name="convert",
+        help="write a checkpoint of any published layout as one folder that from_pretrained reads",
+        description="Write a checkpoint of any published layout as one folder that from_pretrained reads, with "
+        "audit.json beside the weights: every tensor of the source is used or on a named list, every parameter of the "
+        "network is filled, or nothing is written.",
+        examples=[
+            "stllava-eval convert ZachSun/stllava-med-7b --out checkpoints/stllava-med-7b",
+            "stllava-eval convert runs/stage1 --out checkpoints/stage1 --base checkpoints/llm",
+            "stllava-eval convert llm --vision-tower vit --projector mm_projector.bin --out checkpoints/parts",
+            "stllava-eval convert liuhaotian/llava-v1.5-7b --to llava-hf --out checkpoints/for-vllm",
+        ],
+    )
+    convert.add_argument("source", metavar="SOURCE", help="folder or hub id: a model, an adapter or a projector folder")
+    convert.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    convert.add_argument("--base", metavar="SOURCE", help="what an adapter builds on (default: what it names itself)")
+    convert.add_argument(
+        "--vision-tower", metavar="SOURCE", help="vision tower; wins over one in the weights (default: see config.json)"
+    )
+    convert.add_argument("--projector", metavar="FILE", help="mm_projector.bin; wins over one in the weights")
+    convert.add_argument("--vision-lora", metavar="DIR", help="LoRA of the vision tower (default: Vit-lora in SOURCE)")
+    convert.add_argument(
+        "--prototypes", type=int, metavar="N", help="centres of the authors' prototype extractor (default: 256)"
+    )
+    convert.add_argument("--iterations", type=int, metavar="N", help="updates of its centres (default: 2)")
+    convert.add_argument(
+        "--to",
+        choices=("stllava-med", "llava-hf"),
+        default="stllava-med",
+        help="layout to write; llava-hf, for servers, has no prototype extractor (default: stllava-med)",
+    )
+    convert.set_defaults(command=_convert)
     return top
 
 
@@ -182,14 +216,15 @@ def _run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--tasks {arguments.tasks}: a task comes twice. Name each once.")
     if arguments.out is not None:
         os.environ["STLLAVA_RUN"] = str(arguments.out)
-    from stllava_eval.answering import checkpoint_folder, default_checkpoint
+    from stllava_eval.answering import default_checkpoint
     from stllava_eval.datasets import prepare_on_first_use
+    from stllava_eval.network.checkpoint import open_checkpoint
     from stllava_eval.runs import dataset_of, refuse_old_folder
 
     refuse_old_folder()
 
     checkpoint = arguments.checkpoint or default_checkpoint()
-    checkpoint_folder(checkpoint)
+    open_checkpoint(checkpoint).processor()
     os.environ["STLLAVA_CHECKPOINT"] = checkpoint  # not in --model_args, which splits a path at its commas
     for name in DATASETS if "medvqa" in tasks else dict.fromkeys(map(dataset_of, tasks)):
         prepare_on_first_use(name, "test")
@@ -237,6 +272,36 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
         if arguments.json
         else board_text(table)
     )
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    for name in ("prototypes", "iterations"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise InputError(f"--{name} {getattr(arguments, name)}: not a whole number from 1 on.")
+    from stllava_eval.home import write_json
+    from stllava_eval.network.checkpoint import CheckpointError, open_checkpoint
+    from stllava_eval.network.convert import convert
+
+    parts = {
+        name: getattr(arguments, name)
+        for name in ("base", "vision_tower", "projector", "vision_lora", "prototypes", "iterations")
+    }
+    try:
+        checkpoint = open_checkpoint(arguments.source, **parts)
+    except CheckpointError as error:
+        listed = arguments.out.with_name(f"{arguments.out.name}.refused.json")
+        write_json(listed, error.report)
+        raise InputError(f"{error} All of them are listed in {listed}.") from error
+    convert(checkpoint, arguments.out, arguments.to)
+    dropped = sum(map(len, checkpoint.audit.dropped.values()))
+    merged = sum(checkpoint.audit.merged.values())
+    print(
+        f"{arguments.out}: {checkpoint.layout}, {len(checkpoint.taken)} tensors, all that the network has; "
+        f"LoRA merged into {merged}, {dropped} left out as named in audit.json"
+    )
+    if checkpoint.tokenizer is None:
+        print(f"stllava-eval: {arguments.source} has no tokenizer; copy one into {arguments.out}.", file=sys.stderr)
     return 0
 
 

@@ -26,11 +26,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError
 from stllava_eval.home import home, whole_file, write_json
+from stllava_eval.images import decode
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
-    from PIL.Image import Image
 
 log = logging.getLogger("stllava_eval")
 
@@ -360,49 +360,6 @@ def read_rows(name: str, split: str, home_folder: Path | None = None) -> list[Ro
                 own = {field: record.pop(field) for field in ("id", "image_id", "question", "reference", "kind")}
                 rows.append(Row(image=shared.setdefault(image, image), categories=record, **own))
     return rows
-
-
-def decode(image: bytes) -> Image:
-    """The picture in an encoded file: RGB, 8 bit, upright by its EXIF orientation. Everyone opens images with this.
-
-    CMYK is converted as Pillow does, Adobe's inverted JPEGs included; transparency lies on black; 16-bit, 32-bit and
-    float grey is stretched from its own minimum to its maximum, since scans use few of the values that the type allows.
-
-    Raises:
-        InputError: The file is no image, is larger than Pillow's limit against decompression bombs, or is truncated.
-            In a process of lmms-eval, whose api/task.py asks for that, Pillow fills truncated images with grey instead;
-            what is prepared has been checked without it.
-    """
-    import PIL.Image
-    import PIL.ImageOps
-
-    try:
-        with PIL.Image.open(io.BytesIO(image)) as opened:
-            opened.load()
-            upright = PIL.ImageOps.exif_transpose(opened)
-            if upright.mode == "F" or upright.mode.startswith("I"):
-                return _stretched(upright).convert("RGB")
-            if upright.has_transparency_data:
-                seen = upright.convert("RGBA")
-                return PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "black"), seen).convert("RGB")
-            return upright.convert("RGB")
-    except PIL.UnidentifiedImageError as error:
-        raise InputError(f"{len(image)} bytes are no image that Pillow knows. Download it again.") from error
-    except Exception as error:  # Pillow's readers raise nearly everything on a broken file, SyntaxError included
-        raise InputError(
-            f"an image of {len(image)} bytes cannot be decoded ({_one_line(error)}). Download it again."
-        ) from error
-
-
-def _stretched(grey: Image) -> Image:
-    import numpy as np
-    import PIL.Image
-
-    values = np.asarray(grey, dtype=np.float64)
-    finite = np.isfinite(values)
-    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
-    scaled = (np.where(finite, values, low) - low) / ((high - low) or 1.0)
-    return PIL.Image.fromarray(np.rint(255 * scaled).astype(np.uint8))
 
 
 def _pixel_hash(image: bytes) -> str:

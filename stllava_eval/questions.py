@@ -57,7 +57,7 @@ def _test_split(name: str) -> datasets.Dataset:
 
 def image(row: Mapping[str, Any]) -> list[Image]:
     """The row's image, alone in a list as lmms-eval wants it: RGB, EXIF orientation applied."""
-    from stllava_eval.datasets import decode
+    from stllava_eval.images import decode
 
     return [decode(row["image"]["bytes"])]
 

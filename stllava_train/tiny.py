@@ -1,8 +1,8 @@
-"""Rows with images -> a LLaVA of 1.6 million weights that learnt to answer them: the demo's checkpoint, from scratch.
+"""Rows with images -> a network of 1.7 million weights that learnt to answer them: the demo's checkpoint, from scratch.
 
-The shape is LLaVA-1.5's (CLIP tower, two-layer projector, Llama) and so are the files, so whatever loads LLaVA loads
-it. Three steps, as in recipe F of the reference text embedded_data.md: the vision tower alone learns the facts that the
-rows state, the language model alone learns how questions and answers read, then all of it learns to answer.
+The shape is STLLaVA-Med's (CLIP tower, prototype extractor, Llama) and so are the files. Three steps, as in recipe F of
+the reference text embedded_data.md: the vision tower alone learns the facts that the rows state, the language model
+alone learns how questions and answers read, then all of it learns to answer.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stllava_eval.answering import PAD_COLOUR, SYSTEM
-from stllava_eval.datasets import Row, decode
+from stllava_eval.datasets import Row
 from stllava_eval.errors import InputError
+from stllava_eval.images import decode
+from stllava_eval.network.processing import SYSTEM, make_processor
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
+
+    from stllava_eval.network import StllavaMedForConditionalGeneration
 
 SIDE = 112  # px, embedded_data.md
 PATCH = 16  # px, embedded_data.md
@@ -27,7 +30,8 @@ IMAGE_TOKENS = (SIDE // PATCH) ** 2 + 1  # the patches and CLS, embedded_data.md
 HIDDEN = 128  # embedded_data.md, both towers
 VISION_LAYERS, TEXT_LAYERS = 4, 3  # embedded_data.md
 PIECES = 640  # embedded_data.md
-SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
+PROTOTYPES = 16  # 2.25 tokens of the paper's image are one prototype, 3 of this one's (our choice)
+SPECIAL = ("<pad>", "<s>", "</s>")  # <image> comes behind the vocabulary, where nothing can generate it
 # Our choice, on the validation split and near the core-seconds of embedded_data.md, whose batches are 24 and 6
 VISION_IMAGES, IMAGES, QUESTIONS = (
     24,
@@ -141,12 +145,13 @@ def make_tokenizer(rows: Mapping[str, Sequence[Row]]) -> PreTrainedTokenizerFast
     core.train_from_iterator([*texts, *[f"{SYSTEM} USER:"] * 100], trainer)
     start = ("<s>", core.token_to_id("<s>"))
     core.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[start])
+    core.add_special_tokens(["<image>"])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        additional_special_tokens=["<image>"],
+        extra_special_tokens={"image_token": "<image>"},
         clean_up_tokenization_spaces=False,
         padding_side="left",
         model_max_length=2048,
@@ -170,7 +175,7 @@ def read_album(
     """
     import torch
 
-    processor = make_image_processor()
+    processor = make_processor(tokenizer, SIDE, PATCH, "full").image_processor
     groups: dict[tuple[str, str], list[Row]] = {}
     for name in sorted(rows):
         for row in rows[name]:
@@ -253,26 +258,14 @@ def pack(prompt: list[int], rows: Sequence[Sequence[tuple[list[int], list[int]]]
 # --- the network ------------------------------------------------------------------------------------------------------
 
 
-def make_image_processor() -> Any:
-    """Pads to a square with CLIP's mean colour, then SIDE x SIDE px, normalised as CLIP does; nothing is cut off."""
-    from transformers import LlavaImageProcessor
-
-    processor: Any = LlavaImageProcessor  # its type does not know background_color
-    return processor(
-        do_pad=True,
-        background_color=PAD_COLOUR,
-        size={"shortest_edge": SIDE},
-        do_center_crop=False,
-        crop_size={"height": SIDE, "width": SIDE},
-    )
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+def make_model(tokenizer: PreTrainedTokenizerFast) -> StllavaMedForConditionalGeneration:
     """The untrained network, its first weights from torch's global generator."""
     import torch
-    from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig
 
-    pad, bos, eos, image = (tokenizer.get_vocab()[name] for name in SPECIAL)
+    from stllava_eval.network import StllavaMedConfig, StllavaMedForConditionalGeneration
+
+    pad, bos, eos, image = (tokenizer.get_vocab()[name] for name in (*SPECIAL, "<image>"))
     vision = CLIPVisionConfig(
         hidden_size=HIDDEN,
         intermediate_size=4 * HIDDEN,
@@ -283,7 +276,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
         projection_dim=HIDDEN,
     )
     text = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=image,
         hidden_size=HIDDEN,
         intermediate_size=3 * HIDDEN,
         num_hidden_layers=TEXT_LAYERS,
@@ -294,7 +287,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
         eos_token_id=eos,
         tie_word_embeddings=True,
     )
-    config = LlavaConfig(
+    config = StllavaMedConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=image,
@@ -302,11 +295,14 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
         vision_feature_layer=-1,  # the last layer: a tower of four has none to spare
         vision_feature_select_strategy="full",
         tie_word_embeddings=True,
+        projector_type="prototype",
+        num_prototypes=PROTOTYPES,
     )
-    model = LlavaForConditionalGeneration(config)
+    model = StllavaMedForConditionalGeneration(config)
     with torch.no_grad():
         model.model.vision_tower.embeddings.position_embedding.weight[1:] = POSITION_SCALE * _grid_waves()
-        for part in (model.model.multi_modal_projector, model.model.language_model):
+        projector = model.model.multi_modal_projector
+        for part in (projector.linear_1, projector.linear_2, model.model.language_model):
             for weight in part.parameters():
                 if weight.dim() > 1:
                     weight.normal_(0, WEIGHT_SCALE)
@@ -544,15 +540,7 @@ def _augmented(pixels: Tensor) -> Tensor:
 
 def _write(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """The checkpoint folder: what `from_pretrained` of model, processor and tokenizer read."""
-    from transformers import LlavaProcessor
-
-    processor = LlavaProcessor(
-        image_processor=make_image_processor(),
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=1,
-    )
+    processor = make_processor(tokenizer, SIDE, PATCH, "full")
     out.mkdir(parents=True, exist_ok=True)
     model.eval().save_pretrained(out)
     processor.save_pretrained(out)

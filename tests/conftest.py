@@ -145,3 +145,36 @@ def write_checkpoint(folder: Path, seed: int) -> None:
     model.generation_config.eos_token_id = 2
     model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)
+
+
+def write_llama_tokenizer(folder: Path, legacy: bool | None = True) -> None:
+    """A tokenizer.model with LLaMA's ids, of the pieces that our texts need; the other ids hold pieces never met."""
+    import json
+
+    from transformers.utils import sentencepiece_model_pb2_new as proto
+
+    known = json.loads((Path(__file__).parent / "llama_pieces.json").read_text(encoding="utf-8"))["pieces"]
+    model = proto.ModelProto()
+    for number in range(32000):
+        piece = model.pieces.add()
+        if number < 3:
+            piece.piece, piece.type = ("<unk>", "<s>", "</s>")[number], 2 if number == 0 else 3
+        elif number < 259:
+            piece.piece, piece.type = f"<0x{number - 3:02X}>", 6
+        else:
+            piece.piece, piece.score, piece.type = known.get(str(number), f"never{number}met"), 259 - number, 1
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = 2, True
+    model.normalizer_spec.add_dummy_prefix, model.normalizer_spec.remove_extra_whitespaces = True, False
+    model.normalizer_spec.escape_whitespaces = True
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    settings = {"tokenizer_class": "LlamaTokenizer"} | ({} if legacy is None else {"legacy": legacy})
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(tmp_path_factory) -> Path:
+    """A folder with the tokenizer.model of LLaMA, as far as our texts go."""
+    folder = tmp_path_factory.mktemp("llama")
+    write_llama_tokenizer(folder)
+    return folder

@@ -196,4 +196,4 @@ def test_a_checkpoint_without_some_of_its_weights_is_refused(prepared, checkpoin
     with pytest.raises(SystemExit) as exit_:
         StllavaMed(str(broken))
     assert exit_.value.code == 2
-    assert "1 weights are missing" in capsys.readouterr().err
+    assert "1 missing (model.vision_tower.embeddings.class_embedding)" in capsys.readouterr().err

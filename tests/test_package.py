@@ -34,7 +34,7 @@ def test_the_wheel_holds_every_task_file_and_the_pth(built):
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"stllava_eval/tasks/{name}" for name in task_files()} <= names
-    assert "stllava_med.pth" in names
+    assert {"stllava_med.pth", "stllava_eval/network/modeling.py", "stllava_train/tiny.py"} <= names
     assert len(task_files()) > 10
 
 

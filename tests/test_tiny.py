@@ -3,8 +3,9 @@ import torch
 from conftest import QUESTIONS, png
 
 from stllava_eval.answering import Answerer, Question
-from stllava_eval.datasets import DATASETS, Row, decode
+from stllava_eval.datasets import DATASETS, Row
 from stllava_eval.errors import InputError
+from stllava_eval.images import decode
 from stllava_train import tiny
 
 
@@ -66,12 +67,15 @@ def test_the_checkpoint_answers_what_it_was_taught(trained):
     assert answers == [row.reference for row in taught]
 
 
-def test_transformers_own_classes_load_the_folder(trained):
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+def test_the_folder_is_a_network_with_the_prototype_extractor(trained):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import stllava_eval.network  # noqa: F401  registers the classes
 
     out, _ = trained
     processor = AutoProcessor.from_pretrained(out)
-    model = LlavaForConditionalGeneration.from_pretrained(out)
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    assert model.config.projector_type == "prototype"
     inputs = processor(images=decode(png((10, 20, 30))), text="USER: <image>\nWhy? ASSISTANT:", return_tensors="pt")
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == tiny.IMAGE_TOKENS
     assert model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]

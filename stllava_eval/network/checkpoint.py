@@ -1,0 +1,863 @@
+"""A checkpoint in any published layout -> the network's weights, every tensor accounted for.
+
+`open_checkpoint` reads headers only: it finds the parts that a source consists of, names each tensor as the network
+does, merges nothing yet, and refuses what does not add up. The result then gives weights, model and processor, or is
+written as a folder that `from_pretrained` reads. At no time is more than one tensor in memory beside what is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, MistralConfig
+
+from stllava_eval.errors import InputError
+from stllava_eval.network.configuration import StllavaMedConfig
+from stllava_eval.network.files import (
+    WeightFile,
+    beside,
+    has_weights,
+    local_folder,
+    located,
+    one_line,
+    read_json,
+    some,
+    weight_files,
+)
+from stllava_eval.network.modeling import StllavaMedForConditionalGeneration
+from stllava_eval.network.processing import (
+    MISTRAL_INSTRUCT,
+    StllavaMedProcessor,
+    StllavaMedTokenizer,
+    make_processor,
+    read_pieces,
+)
+
+PROTOTYPES, ITERATIONS = 256, 2  # authors' multimodal_projector/builder.py; their files store neither
+
+# the authors' names of a projector's parts -> ours
+PROTOTYPE_PARTS = {
+    "sim_alpha": "prototypes.similarity_scale",
+    "sim_beta": "prototypes.similarity_shift",
+    "c": "prototypes.center",
+    "v": "prototypes.value",
+    "f": "prototypes.feature",
+    "mlp.0": "linear_1",
+    "mlp.2": "linear_2",
+}
+MLP_PARTS = {"0": "linear_1", "2": "linear_2"}
+# tensors that no network of today holds, and why nothing is lost with them
+DROPPABLE = (
+    (r"(.*\.)?rotary_emb\.inv_freq", "computed from the configuration"),
+    (r"(.*\.)?embeddings\.position_ids", "computed from the configuration"),
+    (r"(.*\.)?mm_projector\.ln_1\.(weight|bias)", "takes no part in the authors' forward"),
+    (r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale", "CLIP's text side"),
+)
+# tokens behind the pieces of LLaMA's tokenizer that only ever stand in a prompt
+PROMPT_TOKENS = {"<image>", "<pad>", "[PAD]", "<im_start>", "<im_end>", "<im_patch>"}
+NOT_SHAPES = {"architectures", "dtype", "transformers_version", "model_type"}  # what config.json says beside shapes
+# the tower of LLaVA-1.5, recognised by its shapes where its own folder is not at hand
+VIT_L_336: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One tensor of a file that becomes one of the network: `name`, its first `rows` rows, or all of it."""
+
+    file: Path
+    key: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A LoRA update of one weight: weight += scale * B @ A."""
+
+    file: Path
+    key_a: str
+    key_b: str
+    scale: float
+
+
+@dataclass
+class Audit:
+    """What became of every tensor in the source and of every parameter of the network."""
+
+    dropped: dict[str, list[str]] = field(default_factory=dict)  # by reason
+    trimmed: list[str] = field(default_factory=list)
+    merged: dict[str, int] = field(default_factory=dict)  # weights changed, by adapter file
+    missing: list[str] = field(default_factory=list)
+    left_over: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        """Empty for a checkpoint that can be used; else a clause for each kind of fault."""
+        kinds = (
+            ("missing", self.missing),
+            ("left over", self.left_over),
+            ("of the wrong shape or type", self.wrong),
+        )
+        return [f"{len(found)} {kind} ({some(found)})" for kind, found in kinds if found]
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """A LoRA: its folder, its file, how its keys are named, and what it is of (`language`, `vision` or `both`)."""
+
+    folder: Path
+    file: Path
+    rename: Callable[[str], str | None]
+    part: str
+
+
+@dataclass
+class _Draft:
+    """What the layouts are read into, before it is checked."""
+
+    source: Path
+    layout: str
+    raw: dict[str, Any]  # config.json: flat in the original layouts, transformers' in the others
+    weights: list[tuple[Path, Callable[[str], str | None]]] = field(default_factory=list)  # later ones replace
+    adapters: list[_Adapter] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)  # where tokenizer and preprocessor are looked for, in order
+    vision: Path | None = None  # folder of the vision tower, if it is not in the weights
+
+    @property
+    def original(self) -> bool:
+        return self.layout.endswith("original")
+
+    @property
+    def ours(self) -> bool:
+        return self.layout.endswith("stllava-med")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A source whose tensors fill the network exactly.
+
+    Attributes:
+        name: As it was asked for.
+        layout: What it was recognised as.
+        config: Of the network.
+        taken: In the order of the files.
+        deltas: LoRA updates by the name of the weight.
+        audit: What became of every tensor.
+        files: Everything that decides the answers.
+        folders: Where tokenizer and preprocessor were looked for.
+        tokenizer: None where the source has none.
+        pads: Whether images are padded to a square, or cut to one.
+    """
+
+    name: str
+    layout: str
+    config: Any  # StllavaMedConfig, whose parts have no type
+    taken: tuple[Taken, ...]
+    deltas: Mapping[str, tuple[Delta, ...]]
+    audit: Audit
+    files: tuple[Path, ...]
+    folders: tuple[Path, ...]
+    tokenizer: Any
+    pads: bool
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the network by name, in the dtype of its file, LoRA merged in float32; one at a time."""
+        with ExitStack() as adapters:
+            opened = {
+                file: adapters.enter_context(WeightFile(file))
+                for file in {delta.file for deltas in self.deltas.values() for delta in deltas}
+            }
+            for file in dict.fromkeys(taken.file for taken in self.taken):
+                with WeightFile(file) as source:
+                    for taken in self.taken:
+                        if taken.file != file:
+                            continue
+                        tensor = source.get(taken.key)[: taken.rows] if taken.rows else source.get(taken.key)
+                        tensor = tensor.reshape(taken.shape)
+                        if deltas := self.deltas.get(taken.name, ()):
+                            merged = tensor.float()
+                            for delta in deltas:
+                                adapter = opened[delta.file]
+                                a, b = adapter.get(delta.key_a).float(), adapter.get(delta.key_b).float()
+                                merged = merged.addmm(b, a, alpha=delta.scale)
+                            tensor = merged.to(tensor.dtype)
+                        yield taken.name, tensor
+
+    def model(
+        self, device: Any = "cpu", dtype: torch.dtype = torch.float32, four_bit: bool = False
+    ) -> StllavaMedForConditionalGeneration:
+        """The network with these weights, for answering. No weight is held twice, whatever the layout.
+
+        Raises:
+            InputError: `four_bit` without bitsandbytes, or for a source that is not a folder of our own layout.
+        """
+        if four_bit:
+            return self._four_bit_model(device, dtype)
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            model = StllavaMedForConditionalGeneration(self.config)
+        for name, tensor in self.weights():
+            owner, _, leaf = name.rpartition(".")
+            value = tensor.to(device, torch.float32 if stays_float32(self.config, name) else dtype)
+            if value.data_ptr() == tensor.data_ptr():
+                value = value.clone()  # not a window on the file
+            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
+        model.tie_weights()
+        model.generation_config = self.generation_config()
+        return model.to(device).eval()
+
+    def _four_bit_model(self, device: Any, dtype: torch.dtype) -> StllavaMedForConditionalGeneration:
+        from importlib.util import find_spec
+
+        from transformers import BitsAndBytesConfig
+
+        if find_spec("bitsandbytes") is None:
+            raise InputError("four_bit: bitsandbytes is not installed. Run `pip install 'stllava-med[four-bit]'`.")
+        if self.layout != "stllava-med":
+            raise InputError(
+                f"{self.name} ({self.layout}): four_bit needs our own layout. Run `stllava-eval convert` first."
+            )
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+        )
+        load: Any = StllavaMedForConditionalGeneration.from_pretrained
+        model = load(self.folders[0], dtype=dtype, quantization_config=quantization, device_map={"": device})
+        model.generation_config = self.generation_config()
+        return model.eval()
+
+    def generation_config(self) -> GenerationConfig:
+        """Greedy; ends as the language model does; ids that stand for nothing are never generated."""
+        text = self.config.text_config
+        rows = text.vocab_size
+        known = rows if self.tokenizer is None else len(self.tokenizer)
+        never = sorted({number for number in (*range(known, rows), self.config.image_token_id) if number < rows})
+        ends = _ends(self.folders) or text.eos_token_id
+        return GenerationConfig(
+            do_sample=False,
+            bos_token_id=text.bos_token_id,
+            eos_token_id=ends,
+            pad_token_id=text.pad_token_id if text.pad_token_id is not None else 0,
+            suppress_tokens=never or None,
+        )
+
+    def processor(self) -> StllavaMedProcessor:
+        """Image processor, tokenizer and chat templates.
+
+        Raises:
+            InputError: The source has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InputError(f"{self.name}: it has no tokenizer (tokenizer.model or tokenizer.json). Copy one into it.")
+        if self.layout.endswith("stllava-med"):
+            for folder in self.folders:
+                if (folder / "processor_config.json").is_file():
+                    return StllavaMedProcessor.from_pretrained(folder)
+        vision = self.config.vision_config
+        tokenizer = self.tokenizer
+        if tokenizer.convert_tokens_to_ids("<image>") != self.config.image_token_id:
+            raise InputError(
+                f"{self.name}: its tokenizer has <image> at {tokenizer.convert_tokens_to_ids('<image>')}, its network "
+                f"at {self.config.image_token_id}. Use the tokenizer that the checkpoint was trained with."
+            )
+        processor = make_processor(
+            tokenizer,
+            vision.image_size,
+            vision.patch_size,
+            self.config.vision_feature_select_strategy,
+            do_pad=self.pads,
+        )
+        files = [folder / "preprocessor_config.json" for folder in self.folders]
+        for name, value in next((read_json(file) for file in files if file.is_file()), {}).items():
+            if name in ("image_mean", "image_std"):
+                setattr(processor.image_processor, name, value)
+        if self.config.text_config.model_type == "mistral":
+            processor.chat_template = {"default": MISTRAL_INSTRUCT, "mistral_instruct": MISTRAL_INSTRUCT}
+        return processor
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of every file that decides the answers, and of what the files do not store."""
+        digest = hashlib.sha256(json.dumps(self.config.to_diff_dict(), sort_keys=True, default=str).encode())
+        for file in self.files:
+            with file.open("rb") as opened:
+                digest.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+        return digest.hexdigest()
+
+    def report(self) -> dict[str, Any]:
+        """The audit as JSON."""
+        return {
+            "format": 1,
+            "source": self.name,
+            "layout": self.layout,
+            "files": [str(file) for file in dict.fromkeys(taken.file for taken in self.taken)],
+            "parameters_filled": len(self.taken),
+            "dtypes": dict(Counter(str(taken.dtype).removeprefix("torch.") for taken in self.taken)),
+            "lora_merged": self.audit.merged,
+            "trimmed": self.audit.trimmed,
+            "dropped": self.audit.dropped,
+        }
+
+
+# --- reading a source -------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(
+    source: str,
+    base: str | None = None,
+    vision_tower: str | None = None,
+    projector: str | None = None,
+    vision_lora: str | None = None,
+    prototypes: int | None = None,
+    iterations: int | None = None,
+) -> Checkpoint:
+    """Find out what `source` is, and check that its tensors fill the network exactly. Reads headers, not weights.
+
+    Args:
+        source: Folder or hub id: ours; the authors' full model, language model, LoRA stage or projector folder;
+            LLaVA-1.5, SQ-LLaVA, LLaVA-Med v1.5 as published; `llava-hf`; a PEFT adapter folder on any of these.
+        base: What an adapter or projector folder builds on (default: what it names itself).
+        vision_tower: Folder or hub id of the vision tower; wins over a tower in the weights.
+        projector: File of a projector (`mm_projector.bin`); wins over one in the weights.
+        vision_lora: Folder of a LoRA of the vision tower (default: `Vit-lora` in an adapter folder).
+        prototypes: Of the authors' prototype extractor, whose files do not store it (default: 256).
+        iterations: Likewise (default: 2).
+
+    Raises:
+        InputError: It is no checkpoint, a file is missing, cut short or holds code, or a tensor is missing, left over,
+            or of the wrong shape or type. Nothing is ever filled with random numbers.
+    """
+    draft = _read(local_folder(source), source, base, vision_tower)
+    if projector:
+        file = Path(projector).expanduser()
+        if not file.is_file():
+            raise InputError(f"projector {projector}: no such file. Pass a file such as mm_projector.bin.")
+        draft.weights.append((file, _projector_name))
+    if vision_lora:
+        folder = local_folder(vision_lora)
+        draft.adapters.append(_Adapter(folder, _adapter_file(folder), _flat_name, "vision"))
+    return _check(source, draft, prototypes, iterations)
+
+
+def _read(folder: Path, source: str, base: str | None = None, vision_tower: str | None = None) -> _Draft:
+    """The parts of the checkpoint in `folder`, whichever layout it has."""
+    if (folder / "adapter_config.json").is_file():
+        draft = _read_adapter(folder, source, base)
+    else:
+        raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+        if raw is None:
+            raise InputError(
+                f"{source} is not a checkpoint: it has no config.json. Pass a folder with one and weights."
+            )
+        architectures = raw.get("architectures") or []
+        if not isinstance(architectures, list):
+            raise InputError(
+                f"{folder / 'config.json'}: architectures is {architectures!r}, not a list. Copy it again."
+            )
+        named = ", ".join(map(str, architectures)) or "not named"
+        if raw.get("model_type") == "stllava_med":
+            draft = _Draft(folder, "stllava-med", raw, [(file, _same) for file in weight_files(folder)])
+        elif "LlavaForConditionalGeneration" in architectures or isinstance(raw.get("text_config"), dict):
+            if raw.get("model_type") != "llava":
+                raise InputError(
+                    f"{source}: architecture {named} cannot be loaded. See docs/checkpoints.md for those that can."
+                )
+            draft = _Draft(folder, "llava-hf", raw, [(file, _llava_hf_name) for file in weight_files(folder)])
+        elif isinstance(raw.get("hidden_size"), int) and re.search("llama|mistral", named, re.IGNORECASE):
+            draft = _read_flat(folder, source, raw, base)
+        else:
+            raise InputError(
+                f"{source}: architecture {named} cannot be loaded. See docs/checkpoints.md for those that can."
+            )
+        draft.folders.insert(0, folder)
+    if vision_tower:
+        draft.vision = local_folder(vision_tower)
+        draft.weights += [(file, _vision_name) for file in weight_files(draft.vision)]
+    return draft
+
+
+def _read_flat(folder: Path, source: str, raw: dict[str, Any], base: str | None) -> _Draft:
+    """The original layout: one flat config.json, `model.mm_projector` and perhaps the vision tower in the weights."""
+    projector = next(
+        (folder / name for name in ("mm_projector.bin", "mm_projector.safetensors") if (folder / name).is_file()), None
+    )
+    if projector is not None and not has_weights(folder):  # projector pre-training: the rest is the base's
+        named = base or raw.get("_name_or_path")
+        draft = _read(located(named, folder, "base"), str(named))
+        draft.raw = draft.raw | {name: value for name, value in raw.items() if name.startswith(("mm_", "image_"))}
+        draft.layout = f"projector on {draft.layout}"
+    else:
+        draft = _Draft(folder, "original", raw, [(file, _flat_name) for file in weight_files(folder)])
+    if projector is not None:
+        draft.weights.append((projector, _projector_name))
+    return draft
+
+
+def _read_adapter(folder: Path, source: str, base: str | None) -> _Draft:
+    """A PEFT folder, ours or the authors' LoRA stage, on the checkpoint that it names."""
+    given = read_json(folder / "adapter_config.json")
+    named = base or given.get("base_model_name_or_path")
+    draft = _read(located(named, folder, "base"), str(named))
+    file = _adapter_file(folder)
+    with WeightFile(file) as weights:
+        originals = any(key.startswith("base_model.model.model.layers.") for key in weights.entries)
+    draft.folders.insert(0, folder)
+    if not originals:
+        draft.adapters.append(_Adapter(folder, file, _same, "both"))
+        draft.weights.append((file, _saved_whole))
+        draft.layout = f"adapter on {draft.layout}"
+        return draft
+    draft.adapters.append(_Adapter(folder, file, _flat_name, "language"))
+    draft.layout = f"authors' LoRA stage on {draft.layout}"
+    if (folder / "config.json").is_file():
+        draft.raw = draft.raw | read_json(folder / "config.json")
+    if (trained := folder / "non_lora_trainables.bin").is_file():
+        draft.weights.append((trained, _flat_name))
+    if (vision := folder / "Vit-lora").is_dir():
+        draft.adapters.append(_Adapter(vision, _adapter_file(vision), _flat_name, "vision"))
+    draft.source = folder
+    return draft
+
+
+def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int | None) -> Checkpoint:
+    """Name every tensor, settle the configuration, and compare the two."""
+    if draft.original:
+        _add_vision_tower(source, draft)
+    audit = Audit()
+    found: dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]] = {}
+    for file, rename in draft.weights:
+        with WeightFile(file) as weights:
+            for key, (shape, dtype) in weights.entries.items():
+                name = rename(key)
+                if name == SAVED_ELSEWHERE:
+                    continue
+                if reason := _droppable(key):
+                    audit.dropped.setdefault(reason, []).append(f"{file.name}: {key}")
+                elif name is None:
+                    audit.left_over.append(f"{file.name}: {key}")
+                else:
+                    if name in found:
+                        old_file, old_key, *_ = found[name]
+                        if old_file == file:
+                            audit.left_over.append(f"{file.name}: {key} and {old_key} are both {name}")
+                        else:
+                            audit.dropped.setdefault(f"replaced by {file.name}", []).append(
+                                f"{old_file.name}: {old_key}"
+                            )
+                        del found[name]  # so that it is read where the later file is
+                    found[name] = (file, key, shape, dtype)
+    config = _configuration(source, draft, found, prototypes, iterations)
+    tokenizer = _tokenizer(draft.folders)
+    stored_rows = config.text_config.vocab_size
+    if not draft.ours:
+        _trim_vocabulary(source, config, tokenizer)
+    wanted = _parameters(config)
+    if config.tie_word_embeddings and "lm_head.weight" in found:
+        file, key, *_ = found.pop("lm_head.weight")
+        audit.dropped.setdefault("tied to the embedding", []).append(f"{file.name}: {key}")
+    taken = []
+    for name, (file, key, shape, dtype) in found.items():
+        if name not in wanted:
+            audit.left_over.append(f"{file.name}: {key}")
+            continue
+        rows = None
+        aim = wanted[name]
+        if shape != aim and name in VOCABULARY_ROWS and shape[1:] == aim[1:] and shape[0] == stored_rows:
+            rows = aim[0]
+            audit.trimmed.append(f"{file.name}: {key}, {shape[0]} rows to the {rows} of the tokenizer")
+        elif shape != aim and not (math.prod(shape) == math.prod(aim) == 1):  # the authors' scalars are [1, 1, 1]
+            audit.wrong.append(f"{file.name}: {key} is {list(shape)}, the network's {name} is {list(aim)}")
+        if not dtype.is_floating_point:
+            audit.wrong.append(f"{file.name}: {key} is {dtype}, not floating point")
+        taken.append(Taken(file, key, name, aim, dtype, rows))
+    audit.missing = sorted(set(wanted) - set(found))
+    deltas = _deltas(draft, {name: shape for name, shape in wanted.items() if name in found}, audit)
+    if problems := audit.problems():
+        raise CheckpointError(source, draft.layout, problems, audit)
+    order = {file: place for place, file in enumerate(dict.fromkeys(file for file, _ in draft.weights))}
+    taken.sort(key=lambda one: order[one.file])
+    return Checkpoint(
+        source,
+        draft.layout,
+        config,
+        tuple(taken),
+        {name: tuple(updates) for name, updates in deltas.items()},
+        audit,
+        tuple(_deciding_files(draft)),
+        tuple(draft.folders),
+        tokenizer,
+        pads=not draft.original or draft.raw.get("image_aspect_ratio", "pad") == "pad",
+    )
+
+
+class CheckpointError(InputError):
+    """A source whose tensors do not fill the network; `report` lists every one of them."""
+
+    def __init__(self, source: str, layout: str, problems: Sequence[str], audit: Audit) -> None:
+        super().__init__(
+            f"{source} ({layout}): its tensors do not fill the network: {'; '.join(problems)}. "
+            "Use a complete checkpoint; nothing was filled with random numbers."
+        )
+        self.report = {
+            "format": 1,
+            "source": source,
+            "layout": layout,
+            "missing": audit.missing,
+            "left_over": audit.left_over,
+            "wrong": audit.wrong,
+            "dropped": audit.dropped,
+        }
+
+
+SAVED_ELSEWHERE = ""  # a name for keys that are read by someone else
+VOCABULARY_ROWS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+
+
+def _parameters(config: Any) -> dict[str, tuple[int, ...]]:
+    """Shape by name of everything that the network must be given."""
+    with torch.device("meta"):
+        model = StllavaMedForConditionalGeneration(config)
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+
+
+def stays_float32(config: Any, name: str) -> bool:
+    """As `_keep_in_fp32_modules_strict` of the network says."""
+    return config.projector_type == "prototype" and config.prototype_in_float32 and ".prototypes." in name
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _same(key: str) -> str | None:
+    """Our own layout, with or without PEFT's prefix."""
+    key = key.removeprefix("base_model.model.")
+    return key if key.startswith(("model.", "lm_head.")) else None
+
+
+def _saved_whole(key: str) -> str | None:
+    """A PEFT adapter's whole tensors (`modules_to_save`); its LoRA is read by `_deltas`."""
+    return SAVED_ELSEWHERE if ".lora_" in key else _same(key)
+
+
+def _flat_name(key: str) -> str | None:
+    """The original layout, with or without PEFT's prefix."""
+    key = key.removeprefix("base_model.model.").removeprefix("base_model.")
+    while key.startswith("model.model."):
+        key = key.removeprefix("model.")
+    if "mm_projector." in key:
+        return _projector_name(key)
+    if match := re.fullmatch(r"(?:model\.)?(?:vision_tower\.)+vision_model\.(.+)", key):
+        return f"model.vision_tower.{match[1]}"
+    if match := re.fullmatch(r"model\.((?:embed_tokens|layers|norm)\..+)", key):
+        return f"model.language_model.{match[1]}"
+    return key if key == "lm_head.weight" else None
+
+
+def _projector_name(key: str) -> str | None:
+    """The loader's rule: what follows `mm_projector.`."""
+    part = key.rpartition("mm_projector.")[2]
+    for stem, ours in (PROTOTYPE_PARTS | MLP_PARTS).items():
+        if part == stem or part in (f"{stem}.weight", f"{stem}.bias"):
+            return f"model.multi_modal_projector.{ours}{part.removeprefix(stem)}"
+    return None
+
+
+def _vision_name(key: str) -> str | None:
+    """The folder of a CLIP vision tower, of transformers 4 or 5."""
+    key = key.removeprefix("vision_tower.").removeprefix("vision_model.")
+    return f"model.vision_tower.{key}" if re.match(r"(embeddings|pre_layrnorm|encoder|post_layernorm)\.", key) else None
+
+
+def _llava_hf_name(key: str) -> str | None:
+    """transformers' LLaVA, in the layout of its hub copies or of its memory."""
+    for pattern, ours in (
+        (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)", "model.vision_tower.{}"),
+        (r"(?:model\.)?multi_modal_projector\.(.+)", "model.multi_modal_projector.{}"),
+        (r"(?:language_model\.)?(lm_head\..+)", "{}"),
+        (r"language_model\.model\.(.+)", "model.language_model.{}"),
+        (r"model\.language_model\.(.+)", "model.language_model.{}"),
+    ):
+        if match := re.fullmatch(pattern, key):
+            return ours.format(match[1])
+    return None
+
+
+def _droppable(key: str) -> str | None:
+    return next((reason for pattern, reason in DROPPABLE if re.fullmatch(pattern, key)), None)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def _configuration(
+    source: str, draft: _Draft, found: Mapping[str, Any], prototypes: int | None, iterations: int | None
+) -> Any:
+    """The network's configuration: from transformers' kind of config.json, or from the original flat one."""
+    if draft.original:
+        config = _original_configuration(source, draft, found, prototypes, iterations)
+    else:
+        raw = {name: value for name, value in draft.raw.items() if name not in ("architectures", "model_type")}
+        config = _made(draft, raw if draft.ours else raw | {"projector_type": "mlp2x_gelu"})
+        if not isinstance(config.image_token_id, int):
+            raise InputError(f"{draft.source}/config.json: no image_token_index. Use a checkpoint that names it.")
+        for name, given in (("num_prototypes", prototypes), ("prototype_iterations", iterations)):
+            if given is not None and given != getattr(config, name):
+                raise InputError(
+                    f"{source}: {name} is {getattr(config, name)} in its config.json, not {given}. Leave the option "
+                    "out; it is for the authors' files, which do not store the number."
+                )
+    vision = config.vision_config
+    full = config.vision_feature_select_strategy == "full"
+    config.image_seq_length = (vision.image_size // vision.patch_size) ** 2 + full
+    return config
+
+
+def _original_configuration(
+    source: str, draft: _Draft, found: Mapping[str, Any], prototypes: int | None, iterations: int | None
+) -> Any:
+    raw = draft.raw
+    if raw.get("mm_use_im_start_end"):
+        raise InputError(f"{source}: mm_use_im_start_end is true; images between markers are not supported.")
+    aspect = raw.get("image_aspect_ratio", "pad")
+    if aspect not in ("pad", "square", None):
+        raise InputError(f"{source}: image_aspect_ratio {aspect!r} is not supported. It may be pad or square.")
+    vision = _vision_configuration(source, draft, found)
+    strategies = {"patch": "default", "cls_patch": "full"}
+    mistral = "mistral" in f"{raw.get('model_type')} {raw.get('architectures')}".lower()
+    text_class: Any = MistralConfig if mistral else LlamaConfig
+    names = {*text_class.__dataclass_fields__, "rope_theta", "rope_scaling"} - NOT_SHAPES
+    return _made(
+        draft,
+        {
+            "vision_config": vision.to_dict(),
+            "text_config": {name: value for name, value in raw.items() if name in names}
+            | {"model_type": text_class.model_type},
+            "image_token_index": raw.get("vocab_size"),
+            "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
+            "vision_feature_select_strategy": strategies.get(raw.get("mm_vision_select_feature", "patch")),
+            "projector_type": _projector_type(source, raw, found),
+            "num_prototypes": prototypes or PROTOTYPES,
+            "prototype_iterations": iterations or ITERATIONS,
+            "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        },
+    )
+
+
+def _made(draft: _Draft, settings: Mapping[str, Any]) -> Any:
+    try:
+        return StllavaMedConfig(**settings)
+    except Exception as error:  # transformers' checks raise their own classes
+        raise InputError(
+            f"{draft.source}/config.json: not a configuration ({one_line(error)}). Copy it again."
+        ) from error
+
+
+def _trim_vocabulary(source: str, config: Any, tokenizer: Any) -> None:
+    """Leave out the rows behind the tokenizer's pieces, unless a token that can stand in an answer is among them."""
+    if tokenizer is None:
+        return
+    rows, added = config.text_config.vocab_size, tokenizer.get_added_vocab()
+    last_piece = max((number for token, number in tokenizer.get_vocab().items() if token not in added), default=0)
+    if last_piece >= rows:
+        raise InputError(f"{source}: its tokenizer has {last_piece + 1} pieces, its network {rows} rows for them.")
+    first = min(number for token, number in added.items() if token in PROMPT_TOKENS)
+    behind = {token for token, number in added.items() if number >= first}
+    if last_piece < first <= rows and behind <= PROMPT_TOKENS:
+        config.text_config.vocab_size = first
+        if (config.text_config.pad_token_id or 0) >= first:
+            config.text_config.pad_token_id = 0  # unk: the authors' padding
+    if config.image_token_id >= config.text_config.vocab_size:
+        config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+
+
+def _projector_type(source: str, raw: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    named = raw.get("mm_projector_type")
+    if named is None:
+        named = "cluster" if "model.multi_modal_projector.prototypes.similarity_scale" in found else "mlp2x_gelu"
+    if named not in ("cluster", "mlp2x_gelu"):
+        raise InputError(f"{source}: mm_projector_type {named!r} is not supported. It may be cluster or mlp2x_gelu.")
+    return {"cluster": "prototype"}.get(named, named)
+
+
+def _add_vision_tower(source: str, draft: _Draft) -> None:
+    """The folder that config.json names, if the weights hold no tower and none was given."""
+    if draft.vision is not None:
+        return
+    for file, rename in draft.weights:
+        with WeightFile(file) as weights:
+            if any((rename(key) or "").startswith("model.vision_tower.") for key in weights.entries):
+                return
+    named = draft.raw.get("mm_vision_tower")
+    draft.vision = located(named, draft.source, "vision_tower")
+    draft.weights += [(file, _vision_name) for file in weight_files(draft.vision)]
+
+
+def _vision_configuration(source: str, draft: _Draft, found: Mapping[str, Any]) -> CLIPVisionConfig:
+    """From the tower's folder; else from the shapes, which must then be LLaVA-1.5's."""
+    folder = draft.vision
+    named = draft.raw.get("mm_vision_tower")
+    if folder is None and named:
+        folder = next((place for place in beside(named, draft.source) if (place / "config.json").is_file()), None)
+    if folder is not None:
+        raw = read_json(folder / "config.json")
+        raw = raw.get("vision_config") or raw.get("vision_config_dict") or raw
+        names = set(CLIPVisionConfig.__dataclass_fields__) - NOT_SHAPES
+        draft.folders.append(folder)
+        return CLIPVisionConfig(**{name: value for name, value in raw.items() if name in names})
+    shape = found.get("model.vision_tower.embeddings.position_embedding.weight", (None, None, ()))[2]
+    if shape == (577, 1024):
+        return CLIPVisionConfig(**VIT_L_336)
+    raise InputError(
+        f"{source}: the shape of its vision tower ({named}) is not known. Pass --vision-tower FOLDER, with config.json."
+    )
+
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+def _deltas(draft: _Draft, shapes: Mapping[str, tuple[int, ...]], audit: Audit) -> dict[str, list[Delta]]:
+    """The updates of every adapter, by weight; an adapter's whole tensors have been taken as weights before."""
+    deltas: dict[str, list[Delta]] = {}
+    has_vision = any(adapter.part == "vision" for adapter in draft.adapters)
+    for adapter in draft.adapters:
+        settings = _adapter_settings(adapter.folder)
+        changed = 0
+        with WeightFile(adapter.file) as weights:
+            stems: dict[str, dict[str, str]] = {}
+            for key in weights.entries:
+                if match := re.fullmatch(r"(.+)\.lora_(A|B)\.weight", key):
+                    stems.setdefault(match[1], {})[match[2]] = key
+                elif adapter.rename(key) not in shapes:
+                    audit.left_over.append(f"{adapter.file.name}: {key}")
+            for stem, pair in stems.items():
+                name = adapter.rename(f"{stem}.weight") or ""
+                keys = [f"{adapter.file.name}: {key}" for key in pair.values()]
+                if has_vision and adapter.part == "language" and "vision_tower." in stem:
+                    # saved there by accident, with a rank that adapter_config.json does not know
+                    audit.dropped.setdefault("copies of the vision tower's own LoRA", []).extend(keys)
+                    continue
+                if name not in shapes or len(pair) < 2:
+                    audit.left_over.extend(keys)
+                    continue
+                a, b = (weights.entries[pair[side]][0] for side in "AB")
+                rank, scale = settings(stem.removeprefix("base_model.model."))
+                if (b[0], a[1]) != shapes[name] or not a[0] == b[1] == rank:
+                    audit.wrong.append(
+                        f"{adapter.file.name}: {stem} is {list(b)} x {list(a)}, not rank {rank} on {list(shapes[name])}"
+                    )
+                    continue
+                deltas.setdefault(name, []).append(Delta(adapter.file, pair["A"], pair["B"], scale))
+                changed += 1
+        audit.merged[str(adapter.file)] = changed
+    return deltas
+
+
+def _adapter_settings(folder: Path) -> Callable[[str], tuple[int, float]]:
+    """Rank and scale of the LoRA in `folder`, by module.
+
+    Raises:
+        InputError: It is no plain LoRA.
+    """
+    from peft.utils.other import get_pattern_key
+
+    file = folder / "adapter_config.json"
+    given = read_json(file)
+    for name, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("fan_in_fan_out", False)):
+        if (given.get(name) or plain) != plain:
+            raise InputError(f"{file}: {name} is {given[name]!r}. Only plain LoRA ({name}: {plain!r}) can be merged.")
+
+    def of(module: str) -> tuple[int, float]:
+        ranks: Any
+        alphas: Any
+        ranks, alphas = given.get("rank_pattern") or {}, given.get("alpha_pattern") or {}
+        rank = ranks.get(get_pattern_key(list(ranks), module), given["r"])
+        alpha = alphas.get(get_pattern_key(list(alphas), module), given["lora_alpha"])
+        return rank, alpha / (math.sqrt(rank) if given.get("use_rslora") else rank)
+
+    return of
+
+
+def _adapter_file(folder: Path) -> Path:
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{folder}: an adapter without adapter_model.safetensors or adapter_model.bin. Copy it again.")
+
+
+# --- tokenizer and deciding files ------------------------------------------------------------------------------------
+
+
+def _tokenizer(folders: Sequence[Path]) -> Any:
+    """The tokenizer of the first folder that has one, with `<image>` in it; None if none has.
+
+    Raises:
+        InputError: It cannot be read, or has words of its own behind LLaMA's pieces.
+    """
+    from transformers import AutoTokenizer
+
+    for folder in folders:
+        if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+            continue
+        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        if settings.get("tokenizer_class") == "StllavaMedTokenizer":
+            pieces = None
+        else:
+            added = {one["content"] for one in (settings.get("added_tokens_decoder") or {}).values()}
+            if (folder / "added_tokens.json").is_file():
+                added |= set(read_json(folder / "added_tokens.json"))
+            pieces = read_pieces(folder)
+            if pieces and (own := added - PROMPT_TOKENS - {"<unk>", "<s>", "</s>"}):
+                raise InputError(f"{folder}: tokens added to LLaMA's ({some(sorted(own))}) are not supported.")
+        try:
+            if pieces:
+                legacy = bool(settings.get("legacy", True))  # as the slow class of transformers 4.31 does
+                return StllavaMedTokenizer.from_pieces(*pieces, legacy=legacy, padding_side="left")
+            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        except Exception as error:  # a broken file raises nearly anything here
+            raise InputError(f"{folder}: its tokenizer cannot be read ({one_line(error)}). Copy it again.") from error
+        if "<image>" not in tokenizer.get_vocab():
+            tokenizer.add_tokens(["<image>"], special_tokens=True)
+        return tokenizer
+    return None
+
+
+def _deciding_files(draft: _Draft) -> list[Path]:
+    """Weights, adapters, configurations, tokenizer and preprocessor, each once."""
+    files = [file for file, _ in draft.weights] + [adapter.file for adapter in draft.adapters]
+    patterns = ("*config.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "additional_chat_templates/*.jinja")
+    for folder in [*draft.folders, *(adapter.folder for adapter in draft.adapters)]:
+        files += sorted(file for pattern in patterns for file in folder.glob(pattern))
+    return list(dict.fromkeys(files))
+
+
+def _ends(folders: Sequence[Path]) -> Any:
+    for folder in folders:
+        if (folder / "generation_config.json").is_file():
+            return read_json(folder / "generation_config.json").get("eos_token_id")
+    return None

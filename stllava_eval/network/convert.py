@@ -1,0 +1,188 @@
+"""A checked checkpoint -> a folder that `from_pretrained` reads."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from stllava_eval.errors import InputError
+from stllava_eval.home import write_json
+from stllava_eval.network.checkpoint import VOCABULARY_ROWS, Checkpoint
+from stllava_eval.network.files import one_line
+
+SHARD_BYTES = 10**9  # of a written file: what is held in memory (our choice)
+
+
+def convert(checkpoint: Checkpoint, out: Path, to: str = "stllava-med", progress: bool = True) -> None:
+    """Write `checkpoint` as a folder that `from_pretrained` reads: weights, configuration, processor, audit.json.
+
+    Memory: one tensor of the source and one written shard (SHARD_BYTES) at a time. The folder appears when it is whole.
+
+    Args:
+        checkpoint: What to write.
+        out: A folder that is not there yet, or is empty.
+        to: `stllava-med`, or `llava-hf` for servers that know LLaVA only (vLLM, SGLang, `transformers serve`).
+        progress: Whether to show a bar on stderr.
+
+    Raises:
+        InputError: `out` holds something, the disk is full, or `llava-hf` is asked for a prototype extractor.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"--out {out}: there is something already. Pass a folder that does not exist yet.")
+    if to == "llava-hf" and checkpoint.config.projector_type != "mlp2x_gelu":
+        raise InputError(
+            f"{checkpoint.name}: llava-hf has no prototype extractor; only models with mlp2x_gelu can be written so."
+        )
+    partial_out = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial_out, ignore_errors=True)
+    try:
+        partial_out.mkdir(parents=True)
+        write = _write_llava_hf if to == "llava-hf" else _write_ours
+        write(checkpoint, partial_out, progress)
+        write_json(partial_out / "audit.json", checkpoint.report())
+        if out.is_dir():
+            out.rmdir()
+        partial_out.replace(out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial_out, ignore_errors=True)
+        raise InputError(f"--out {out}: cannot be written ({one_line(error)}). Choose a place with room.") from error
+
+
+def _write_ours(checkpoint: Checkpoint, out: Path, progress: bool) -> None:
+    config = checkpoint.config
+    config.architectures = ["StllavaMedForConditionalGeneration"]
+    config.dtype = Counter(taken.dtype for taken in checkpoint.taken).most_common(1)[0][0]
+    sizes = [(taken.name, math.prod(taken.shape) * taken.dtype.itemsize) for taken in checkpoint.taken]
+    _write_weights(checkpoint.weights(), sizes, out, progress)
+    config.save_pretrained(out)
+    checkpoint.generation_config().save_pretrained(out)
+    if checkpoint.tokenizer is not None:
+        checkpoint.processor().save_pretrained(out)
+
+
+def _write_llava_hf(checkpoint: Checkpoint, out: Path, progress: bool) -> None:
+    """transformers' LLaVA, in the key layout of its hub copies, with rows for `<image>` and `<pad>`.
+
+    The rows behind the vocabulary repeat `<unk>`'s, the token that no training text holds: such a row can tie with
+    `<unk>` but never win, so that no server generates it greedily.
+    """
+    from transformers import LlavaConfig, LlavaImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    ours, tokenizer = checkpoint.config, checkpoint.processor().tokenizer
+    rows = ours.text_config.vocab_size
+    wide = rows if ours.image_token_id < rows else 64 * math.ceil((rows + 2) / 64)
+
+    def named(name: str) -> str:
+        if name == "lm_head.weight":
+            return "language_model.lm_head.weight"
+        for part, hub in (("language_model", "language_model.model"), ("vision_tower", "vision_tower.vision_model")):
+            if name.startswith(f"model.{part}."):
+                return f"{hub}.{name.removeprefix(f'model.{part}.')}"
+        return name.removeprefix("model.")
+
+    def padded() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in checkpoint.weights():
+            if name in VOCABULARY_ROWS and wide > rows:
+                tensor = torch.cat([tensor, tensor[:1].expand(wide - rows, -1)])
+            yield named(name), tensor
+
+    sizes = [
+        (
+            named(one.name),
+            (wide if one.name in VOCABULARY_ROWS else one.shape[0]) * math.prod(one.shape[1:]) * one.dtype.itemsize,
+        )
+        for one in checkpoint.taken
+    ]
+    _write_weights(padded(), sizes, out, progress)
+    text = ours.text_config.to_dict() | {"vocab_size": wide}
+    if wide > rows:
+        text["pad_token_id"] = rows + 1
+    config = LlavaConfig(
+        vision_config=ours.vision_config.to_dict(),
+        text_config=text,
+        image_token_index=ours.image_token_id,
+        image_seq_length=ours.image_seq_length,
+        vision_feature_layer=ours.vision_feature_layer,
+        vision_feature_select_strategy=ours.vision_feature_select_strategy,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=ours.tie_word_embeddings,
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.dtype = Counter(taken.dtype for taken in checkpoint.taken).most_common(1)[0][0]
+    config.save_pretrained(out)
+    generation = checkpoint.generation_config()
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        unk_token=tokenizer.unk_token,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token="<pad>" if wide > rows else tokenizer.pad_token,
+        extra_special_tokens={"image_token": "<image>"},
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+    generation.pad_token_id = plain.pad_token_id
+    generation.suppress_tokens = sorted({*range(rows, wide), *(generation.suppress_tokens or ())}) or None
+    generation.save_pretrained(out)
+    processor: Any = checkpoint.processor()
+    image = processor.image_processor
+    LlavaProcessor(
+        image_processor=LlavaImageProcessor(
+            do_pad=image.do_pad,
+            size=dict(image.size),
+            crop_size=dict(image.crop_size),
+            image_mean=image.image_mean,
+            image_std=image.image_std,
+        ),
+        tokenizer=plain,
+        patch_size=ours.vision_config.patch_size,
+        vision_feature_select_strategy=ours.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=processor.chat_template["default"],
+    ).save_pretrained(out)
+
+
+def _write_weights(
+    weights: Iterator[tuple[str, Tensor]], sizes: Sequence[tuple[str, int]], out: Path, progress: bool
+) -> None:
+    """Files of at most SHARD_BYTES (or of one tensor), and their index if there are several."""
+    shard_of: dict[str, int] = {}
+    filled, shard = 0, 0
+    for name, size in sizes:
+        if filled and filled + size > SHARD_BYTES:
+            filled, shard = 0, shard + 1
+        shard_of[name] = shard
+        filled += size
+    last = shard
+
+    def file_name(number: int) -> str:
+        return f"model-{number + 1:05}-of-{last + 1:05}.safetensors" if last else "model.safetensors"
+
+    held: dict[str, Tensor] = {}
+    current = 0
+    total = sum(size for _, size in sizes)
+    with tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=not progress, file=sys.stderr) as bar:
+        for name, tensor in weights:
+            if shard_of[name] != current:
+                save_file(held, out / file_name(current), {"format": "pt"})
+                held, current = {}, shard_of[name]
+            held[name] = tensor.contiguous()
+            bar.update(tensor.numel() * tensor.dtype.itemsize)
+        save_file(held, out / file_name(current), {"format": "pt"})
+    if last:
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: file_name(shard_of[name]) for name, _ in sizes},
+        }
+        write_json(out / "model.safetensors.index.json", index)

@@ -1,0 +1,186 @@
+"""A folder or hub id -> its files: JSON, and weights that are opened without running code or reading all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stllava_eval.errors import InputError
+
+
+class WeightFile:
+    """An opened file of weights: shapes and dtypes by key, tensors on demand. Code in a pickle never runs.
+
+    Attributes:
+        entries: Shape and dtype by key.
+        get: The tensor of a key, read from the file now.
+
+    Raises:
+        InputError: On entering: the file is cut short, no file of weights, or a pickle with more than tensors in it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __enter__(self) -> WeightFile:
+        try:
+            if self.file.suffix == ".safetensors":
+                self._safe: Any = safe_open(self.file, "pt")
+                opened = self._safe.__enter__()
+                self.get: Callable[[str], Tensor] = opened.get_tensor
+                slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+                self.entries = {
+                    key: (tuple(part.get_shape()), SAFETENSORS_DTYPES.get(part.get_dtype(), torch.uint8))
+                    for key, part in slices.items()
+                }
+            else:
+                self._safe = None
+                with warnings.catch_warnings():  # of pickle protocols, about files that are then refused
+                    warnings.simplefilter("ignore")
+                    zipped = zipfile.is_zipfile(self.file)
+                    stored = torch.load(self.file, map_location="cpu", weights_only=True, mmap=zipped)
+                if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
+                    raise InputError(f"{self.file}: not a table of tensors. Copy it again.")
+                self.get = stored.__getitem__
+                self.entries = {key: (tuple(value.shape), value.dtype) for key, value in stored.items()}
+        except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
+            raise InputError(
+                f"{self.file}: cannot be read ({one_line(error)}). It is cut short or holds no weights; copy it again."
+            ) from error
+        except pickle.UnpicklingError as error:
+            code = re.search(r"GLOBAL ([\w.]+)", str(error))
+            what = f"code ({code[1]})" if code else "more than tensors"
+            raise InputError(
+                f"{self.file}: its pickle holds {what} and was not loaded. Ask for the weights as safetensors."
+            ) from error
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._safe is not None:
+            self._safe.__exit__(*error)
+        del self.get
+
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether there is anything of a whole model."""
+    return any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model, safetensors before pickles, every shard that the index names.
+
+    Raises:
+        InputError: There are none, or a shard is not there.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index, whole = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise InputError(f"{index}: no weight_map of names. Copy it again.")
+            names = sorted(set(weight_map.values()))
+            for name in names:
+                if Path(name).name != name:
+                    raise InputError(f"{index}: shard {name!r} is outside the folder. Use an index that stays inside.")
+            if lost := [name for name in names if not (folder / name).is_file()]:
+                raise InputError(
+                    f"{folder}: {len(lost)} of {len(names)} shards are missing ({some(lost)}). Copy them too."
+                )
+            return [folder / name for name in names]
+        if whole.is_file():
+            return [whole]
+    raise InputError(
+        f"{folder}: no weights (model.safetensors, pytorch_model.bin or an index of shards). Copy them too."
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: There is none.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise TypeError(f"a {type(value).__name__}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{file}: not a JSON object ({error}). Copy the checkpoint again.") from error
+    return value
+
+
+def beside(named: str, folder: Path) -> list[Path]:
+    """Where a checkpoint may mean by the path `named`: itself, beside its files, beside its folder, here."""
+    path = Path(named).expanduser()
+    return [path] if path.is_absolute() else [folder / path, folder.parent / path, path]
+
+
+def located(named: Any, folder: Path, part: str) -> Path:
+    """The folder that a checkpoint in `folder` means by the path or hub id `named`, as its `part`.
+
+    Raises:
+        InputError: It names none, or there is none.
+    """
+    if not isinstance(named, str) or not named:
+        raise InputError(f"{folder}: it does not name its {part.replace('_', ' ')}. Pass --{part.replace('_', '-')}.")
+    for place in beside(named, folder):
+        if place.is_dir():
+            return place
+    try:
+        return local_folder(named)
+    except InputError as error:
+        raise InputError(
+            f"{folder} names {named!r} as its {part.replace('_', ' ')}: {error} Or pass --{part.replace('_', '-')}."
+        ) from error
+
+
+def local_folder(name: str) -> Path:
+    """The local folder of `name`; a hub id is downloaded."""
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else _download(name)
+
+
+def _download(name: str) -> Path:
+    """The hub's copy of `name`: safetensors if it has them, else pickles."""
+    missing = f"{name}: no such folder"
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"{missing}. Pass a folder or a hub id such as llava-hf/llava-1.5-7b-hf.")
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        allowed = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.bin", "Vit-lora/*"]
+        if not os.environ.get("HF_HUB_OFFLINE"):
+            names = HfApi().list_repo_files(name)
+            if any(re.fullmatch(r"model.*\.safetensors", file) for file in names):
+                allowed.remove("*.bin")
+        return Path(snapshot_download(name, allow_patterns=allowed, etag_timeout=10))
+    except Exception as error:  # the hub's errors have no common base; offline, gated and unknown all end here
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{missing}, and not to be had from the hub ({type(error).__name__}: {reason[:120]}). Pass --model_args "
+            "pretrained=FOLDER, set STLLAVA_CHECKPOINT, or make the demo's checkpoint with `stllava-train tiny`."
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first few names."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
