@@ -408,7 +408,7 @@ def _read_flat(folder: Path, source: str, raw: dict[str, Any], base: str | None)
     )
     if projector is not None and not has_weights(folder):  # projector pre-training: the rest is the base's
         named = base or raw.get("_name_or_path")
-        draft = _read(located(named, folder, "base"), str(named))
+        draft = _read(located(named, [folder], "base"), str(named))
         draft.raw = draft.raw | {name: value for name, value in raw.items() if name.startswith(("mm_", "image_"))}
         draft.layout = f"projector on {draft.layout}"
     else:
@@ -422,7 +422,7 @@ def _read_adapter(folder: Path, source: str, base: str | None) -> _Draft:
     """A PEFT folder, ours or the authors' LoRA stage, on the checkpoint that it names."""
     given = read_json(folder / "adapter_config.json")
     named = base or given.get("base_model_name_or_path")
-    draft = _read(located(named, folder, "base"), str(named))
+    draft = _read(located(named, [folder], "base"), str(named))
     file = _adapter_file(folder)
     with WeightFile(file) as weights:
         originals = any(key.startswith("base_model.model.model.layers.") for key in weights.entries)
@@ -714,17 +714,15 @@ def _add_vision_tower(source: str, draft: _Draft) -> None:
             if any((rename(key) or "").startswith("model.vision_tower.") for key in weights.entries):
                 return
     named = draft.raw.get("mm_vision_tower")
-    draft.vision = located(named, draft.source, "vision_tower")
+    draft.vision = located(named, draft.folders, "vision-tower")
     draft.weights += [(file, _vision_name) for file in weight_files(draft.vision)]
 
 
 def _vision_configuration(source: str, draft: _Draft, found: Mapping[str, Any]) -> CLIPVisionConfig:
     """From the tower's folder; else from the shapes, which must then be LLaVA-1.5's."""
-    folder = draft.vision
     named = draft.raw.get("mm_vision_tower")
-    if folder is None and named:
-        folder = next((place for place in beside(named, draft.source) if (place / "config.json").is_file()), None)
-    if folder is not None:
+    folder = draft.vision or (beside(named, draft.folders) if isinstance(named, str) else None)
+    if folder is not None and (folder / "config.json").is_file():
         raw = read_json(folder / "config.json")
         raw = raw.get("vision_config") or raw.get("vision_config_dict") or raw
         names = set(CLIPVisionConfig.__dataclass_fields__) - NOT_SHAPES
@@ -758,11 +756,11 @@ def _deltas(draft: _Draft, shapes: Mapping[str, tuple[int, ...]], audit: Audit) 
             for stem, pair in stems.items():
                 name = adapter.rename(f"{stem}.weight") or ""
                 keys = [f"{adapter.file.name}: {key}" for key in pair.values()]
-                if has_vision and adapter.part == "language" and "vision_tower." in stem:
-                    # saved there by accident, with a rank that adapter_config.json does not know
+                stray = adapter.part == "language" and "vision_tower." in stem
+                if stray and has_vision:  # saved there by accident, with a rank that adapter_config.json does not know
                     audit.dropped.setdefault("copies of the vision tower's own LoRA", []).extend(keys)
                     continue
-                if name not in shapes or len(pair) < 2:
+                if stray or name not in shapes or len(pair) < 2:
                     audit.left_over.extend(keys)
                     continue
                 a, b = (weights.entries[pair[side]][0] for side in "AB")

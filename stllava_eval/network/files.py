@@ -123,29 +123,28 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def beside(named: str, folder: Path) -> list[Path]:
-    """Where a checkpoint may mean by the path `named`: itself, beside its files, beside its folder, here."""
+def beside(named: str, folders: Sequence[Path]) -> Path | None:
+    """The folder that a checkpoint in `folders` may mean by the path `named`: in them, beside them, or here."""
     path = Path(named).expanduser()
-    return [path] if path.is_absolute() else [folder / path, folder.parent / path, path]
+    places = [place for folder in folders for place in (folder / path, folder.parent / path)]
+    return next((place for place in [*places, path] if place.is_dir()), None)
 
 
-def located(named: Any, folder: Path, part: str) -> Path:
-    """The folder that a checkpoint in `folder` means by the path or hub id `named`, as its `part`.
+def located(named: Any, folders: Sequence[Path], part: str) -> Path:
+    """The folder or hub copy that a checkpoint in `folders` means by `named`, as its `part`.
 
     Raises:
         InputError: It names none, or there is none.
     """
+    words = part.replace("-", " ")
     if not isinstance(named, str) or not named:
-        raise InputError(f"{folder}: it does not name its {part.replace('_', ' ')}. Pass --{part.replace('_', '-')}.")
-    for place in beside(named, folder):
-        if place.is_dir():
-            return place
+        raise InputError(f"{folders[0]}: it does not name its {words}. Pass --{part}.")
+    if place := beside(named, folders):
+        return place
     try:
         return local_folder(named)
     except InputError as error:
-        raise InputError(
-            f"{folder} names {named!r} as its {part.replace('_', ' ')}: {error} Or pass --{part.replace('_', '-')}."
-        ) from error
+        raise InputError(f"{folders[0]} names {named!r} as its {words}: {error} Or pass --{part}.") from error
 
 
 def local_folder(name: str) -> Path:

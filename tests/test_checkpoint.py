@@ -1,0 +1,875 @@
+"""Every layout is written by hand from one small network; what comes back must be that network."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+from conftest import write_llama_tokenizer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig
+
+from stllava_eval.cli import main
+from stllava_eval.errors import InputError
+from stllava_eval.network import StllavaMedConfig, StllavaMedForConditionalGeneration, make_processor
+from stllava_eval.network.checkpoint import PROTOTYPE_PARTS, CheckpointError, open_checkpoint
+from stllava_eval.network.convert import convert
+
+ROWS, PATCHES = 60, 4
+LLAMA = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": ROWS,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "rope_theta": 5e5,
+    "tie_word_embeddings": False,
+}
+CLIP = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "projection_dim": 16,
+}
+AUTHORS = {ours: theirs for theirs, ours in PROTOTYPE_PARTS.items()}
+
+
+def make(projector: str = "prototype", rows: int = ROWS, text: type = LlamaConfig, **options):
+    """A network with the weights of seed 0."""
+    torch.manual_seed(0)
+    config = StllavaMedConfig(
+        vision_config=CLIPVisionConfig(**CLIP).to_dict(),
+        text_config=text(**LLAMA | {"vocab_size": rows}).to_dict(),
+        **{
+            "image_token_index": rows,
+            "projector_type": projector,
+            "num_prototypes": 3,
+            "image_seq_length": PATCHES,
+        }
+        | options,
+    )
+    return StllavaMedForConditionalGeneration(config).eval()
+
+
+def logits(model, rows: int = ROWS) -> Tensor:
+    """(1, 8, rows) logits of one fixed prompt about one fixed image."""
+    torch.manual_seed(9)
+    pixels = torch.randn(1, 3, 28, 28)
+    ids = torch.tensor([[1, 5, *[model.config.image_token_id] * PATCHES, 7, 8]])
+    with torch.inference_mode():
+        return model(input_ids=ids, pixel_values=pixels).logits[..., :rows]
+
+
+def assert_same(source, model, **options) -> None:
+    """The network at `source` has the logits of `model`, read on the fly and converted."""
+    checkpoint = open_checkpoint(str(source), **options)
+    torch.testing.assert_close(logits(checkpoint.model()), logits(model), atol=1e-5, rtol=0)
+    out = Path(source).with_name(f"{Path(source).name}-converted")
+    convert(checkpoint, out, progress=False)
+    again = open_checkpoint(str(out))
+    assert again.layout == "stllava-med"
+    assert again.config.num_prototypes == checkpoint.config.num_prototypes
+    torch.testing.assert_close(logits(again.model()), logits(checkpoint.model()), atol=1e-6, rtol=0)
+    theirs, loading = StllavaMedForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert logits(theirs.eval()).equal(logits(again.model()))
+    assert json.loads((out / "audit.json").read_text())["source"] == str(source)
+    shutil.rmtree(out)
+
+
+# --- writing the layouts ----------------------------------------------------------------------------------------------
+
+
+def original_names(model) -> dict[str, Tensor]:
+    """The authors' name of every tensor, with what their files hold beside: inv_freq, ln_1 and position_ids."""
+    made = {}
+    for name, value in model.state_dict().items():
+        if name.startswith("model.multi_modal_projector."):
+            stem, _, leaf = name.removeprefix("model.multi_modal_projector.").rpartition(".")
+            if model.config.projector_type == "mlp2x_gelu":
+                made[f"model.mm_projector.{({'linear_1': 0, 'linear_2': 2})[stem]}.{leaf}"] = value
+            elif f"{stem}.{leaf}" in AUTHORS:
+                made[f"model.mm_projector.{AUTHORS[f'{stem}.{leaf}']}"] = value.reshape(1, 1, 1)
+            else:
+                made[f"model.mm_projector.{AUTHORS[stem]}.{leaf}"] = value
+        elif name.startswith("model.vision_tower."):
+            tail = name.removeprefix("model.vision_tower.")
+            made[f"model.vision_tower.vision_tower.vision_model.{tail}"] = value
+        else:
+            made[name.replace("model.language_model.", "model.")] = value
+    made["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(6)
+    if model.config.projector_type == "prototype":
+        made["model.mm_projector.ln_1.weight"] = torch.ones(32)
+    return made
+
+
+def without(tensors: dict[str, Tensor], *parts: str) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if not any(part in name for part in parts)}
+
+
+def only(tensors: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name: value for name, value in tensors.items() if part in name}
+
+
+def write_flat_config(folder: Path, model, **options) -> None:
+    kind = "cluster" if model.config.projector_type == "prototype" else "mlp2x_gelu"
+    multimodal = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "mm_projector_type": kind,
+        "mm_vision_tower": "./vit",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "image_aspect_ratio": "pad",
+        "mm_use_im_start_end": False,
+        "num_latents": 256,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = LLAMA | {"vocab_size": model.config.text_config.vocab_size}
+    (folder / "config.json").write_text(json.dumps(shape | multimodal | options))
+
+
+def write_tower(folder: Path, model, prefix: str = "vision_model.", **extra: Tensor) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CLIP | {"model_type": "clip_vision_model"}))
+    tower = {f"{prefix}{name}": value for name, value in model.model.vision_tower.state_dict().items()}
+    torch.save(tower | extra, folder / "pytorch_model.bin")
+    return folder
+
+
+def write_shards(folder: Path, tensors: dict[str, Tensor], suffix: str = "bin", shards: int = 3) -> None:
+    stem = "pytorch_model" if suffix == "bin" else "model"
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map = {}
+    for number in range(shards):
+        name = f"{stem}-{number + 1:05}-of-{shards:05}.{suffix}"
+        part = {key: value for place, (key, value) in enumerate(tensors.items()) if place % shards == number}
+        if suffix == "bin":
+            torch.save(part, folder / name)
+        else:
+            save_file({key: value.contiguous() for key, value in part.items()}, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def lora(tensors: dict[str, Tensor], rank: int, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
+    torch.manual_seed(seed)
+    return {
+        name: (0.1 * torch.randn(rank, value.shape[1]), 0.1 * torch.randn(value.shape[0], rank))
+        for name, value in tensors.items()
+    }
+
+
+def lora_file(updates: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    made = {}
+    for name, (a, b) in updates.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        made |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+    return made
+
+
+@pytest.fixture
+def full(tmp_path) -> tuple[Path, StllavaMedForConditionalGeneration]:
+    """The authors' merged model: vision tower and projector in the weights."""
+    model, folder = make(), tmp_path / "full"
+    write_flat_config(folder, model)
+    write_tower(folder / "vit", model)
+    torch.save(original_names(model), folder / "pytorch_model.bin")
+    return folder, model
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_golden_layout_has_the_authors_logits(shared):
+    worst = golden.checkpoint_layouts(shared / "golden")
+    assert set(worst) == {"full_merged", "lora_stage", "base_llm"}
+    assert max(worst.values()) <= 1e-5, worst
+
+
+def test_the_authors_full_model(full):
+    folder, model = full
+    assert_same(folder, model, prototypes=3)
+    assert open_checkpoint(str(folder)).config.num_prototypes == 256  # what their code has
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_shards(tmp_path, suffix):
+    model = make()
+    write_flat_config(tmp_path / "sharded", model)
+    write_tower(tmp_path / "sharded" / "vit", model)
+    write_shards(tmp_path / "sharded", original_names(model), suffix)
+    assert_same(tmp_path / "sharded", model, prototypes=3)
+
+
+def test_safetensors_win_over_pickles(full):
+    folder, model = full
+    save_file({name: one.contiguous() for name, one in original_names(model).items()}, folder / "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"not read")
+    assert_same(folder, model, prototypes=3)
+
+
+@pytest.mark.parametrize("prefix", ["vision_model.", ""])
+def test_three_parts(tmp_path, prefix):
+    model = make()
+    language = without(original_names(model), "mm_projector", "vision_tower")
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text(json.dumps(LLAMA | {"architectures": ["LlamaForCausalLM"]}))
+    torch.save(language, tmp_path / "llm" / "pytorch_model.bin")
+    torch.save(only(original_names(model), "mm_projector"), tmp_path / "mm_projector.bin")
+    write_tower(tmp_path / "vit", model, prefix)
+    parts = {"vision_tower": str(tmp_path / "vit"), "projector": str(tmp_path / "mm_projector.bin")}
+    assert_same(tmp_path / "llm", model, prototypes=3, **parts)
+
+
+def test_a_tower_of_its_own_wins_and_a_whole_clip_is_one(full, tmp_path):
+    folder, model = full
+    other = make()
+    with torch.no_grad():
+        for weight in other.model.vision_tower.parameters():
+            weight.mul_(1.1)
+    extra = {"text_model.final_layer_norm.bias": torch.ones(2), "logit_scale": torch.ones(())}
+    write_tower(tmp_path / "clip", other, **extra)
+    (tmp_path / "clip" / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": CLIP}))
+    assert_same(folder, other, prototypes=3, vision_tower=str(tmp_path / "clip"))
+    dropped = open_checkpoint(str(folder), prototypes=3, vision_tower=str(tmp_path / "clip")).audit.dropped
+    assert len(dropped["CLIP's text side"]) == 2
+    assert len(dropped["replaced by pytorch_model.bin"]) == len(model.model.vision_tower.state_dict())
+
+
+def test_a_projector_folder_on_its_base(full, tmp_path):
+    _folder, _ = full
+    other = make()
+    with torch.no_grad():
+        other.model.multi_modal_projector.linear_2.weight.mul_(1.5)
+    stage = tmp_path / "pretrained"
+    write_flat_config(stage, other, _name_or_path="./full")
+    torch.save(only(original_names(other), "mm_projector"), stage / "mm_projector.bin")
+    assert_same(stage, other, prototypes=3)
+
+
+@pytest.mark.parametrize("strays", [True, False])
+def test_the_authors_lora_stage(full, tmp_path, strays):
+    _folder, model = full
+    stage = tmp_path / "stage"
+    write_flat_config(stage, model)
+    names = original_names(model)
+    language = lora(
+        {name: one for name, one in without(names, "vision").items() if ".layers." in name and "_proj.weight" in name},
+        4, 1,
+    )  # fmt: skip
+    vision = lora({name: one for name, one in names.items() if "vision_model.encoder" in name and one.dim() == 2}, 2, 2)
+    file = lora_file(language) | (lora_file(vision) if strays else {})
+    settings = {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "base_model_name_or_path": "./full"}
+    (stage / "adapter_config.json").write_text(json.dumps(settings))
+    torch.save(file, stage / "adapter_model.bin")
+    (stage / "Vit-lora").mkdir()
+    (stage / "Vit-lora" / "adapter_config.json").write_text(json.dumps(settings | {"r": 2, "lora_alpha": 6}))
+    of_tower = {name.removeprefix("model.vision_tower."): one for name, one in vision.items()}
+    torch.save(lora_file(of_tower), stage / "Vit-lora" / "adapter_model.bin")
+    trained = {f"base_model.model.{name}": 1.25 * one for name, one in only(names, "mm_projector").items()}
+    torch.save(trained, stage / "non_lora_trainables.bin")
+
+    merged = make()
+    with torch.no_grad():
+        for weight in merged.model.multi_modal_projector.parameters():
+            weight.mul_(1.25)
+        ours = dict(merged.named_parameters())
+        for updates, scale in ((language, 8 / 4), (vision, 6 / 2)):
+            for name, (a, b) in updates.items():
+                own = name.replace("model.layers", "model.language_model.layers")
+                own = own.replace("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.")
+                ours[own] += scale * b @ a
+    assert_same(stage, merged, prototypes=3)
+    audit = open_checkpoint(str(stage), prototypes=3).audit
+    assert len(audit.dropped.get("copies of the vision tower's own LoRA", [])) == (2 * len(vision) if strays else 0)
+
+    shutil.rmtree(stage / "Vit-lora")
+    if strays:  # nobody knows their alpha
+        with pytest.raises(CheckpointError, match="left over"):
+            open_checkpoint(str(stage), prototypes=3)
+
+
+def test_a_lora_of_the_tower_alone(full, tmp_path):
+    folder, _model = full
+    vision = lora({"vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": torch.empty(64, 32)}, 2, 3)
+    (tmp_path / "Vit-lora").mkdir()
+    settings = {"r": 2, "lora_alpha": 4, "peft_type": "LORA", "task_type": None}
+    (tmp_path / "Vit-lora" / "adapter_config.json").write_text(json.dumps(settings))
+    torch.save(lora_file(vision), tmp_path / "Vit-lora" / "adapter_model.bin")
+    ((a, b),) = vision.values()
+    merged = make()
+    with torch.no_grad():
+        merged.model.vision_tower.encoder.layers[0].mlp.fc1.weight += 2 * b @ a
+    assert_same(folder, merged, prototypes=3, vision_lora=str(tmp_path / "Vit-lora"))
+
+
+def test_llava_of_the_original_kind_and_a_share4v_base(tmp_path):
+    model = make("mlp2x_gelu")
+    for architecture, kind in (("LlavaLlamaForCausalLM", "llava"), ("Share4VLlamaForCausalLM", "share4v")):
+        folder = tmp_path / kind
+        write_flat_config(folder, model, architectures=[architecture], model_type=kind)
+        write_tower(folder / "vit", model)
+        torch.save(original_names(model), folder / "pytorch_model.bin")
+        assert_same(folder, model)
+
+
+def test_llava_med_v15_is_a_mistral(tmp_path):
+    model = make("mlp2x_gelu", text=MistralConfig)
+    folder = tmp_path / "mistral"
+    options = {"architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral", "sliding_window": None}
+    write_flat_config(folder, model, **options)
+    write_tower(folder / "vit", model)
+    write_shards(folder, original_names(model), "safetensors", 4)
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.config.text_config.model_type == "mistral"
+    assert checkpoint.config.text_config.sliding_window is None
+    assert checkpoint.config.text_config.rope_parameters["rope_theta"] == 5e5
+    assert_same(folder, model)
+
+
+def test_a_mistral_is_asked_as_llava_med_asks_it(tmp_path):
+    model = make("mlp2x_gelu", rows=32000, text=MistralConfig)
+    folder = tmp_path / "mistral"
+    write_flat_config(folder, model, architectures=["LlavaMistralForCausalLM"], model_type="llava_mistral")
+    write_tower(folder / "vit", model)
+    torch.save(original_names(model), folder / "pytorch_model.bin")
+    write_llama_tokenizer(folder)
+    processor = open_checkpoint(str(folder)).processor()
+    content = [{"type": "image"}, {"type": "text", "text": "Is it?"}]
+    asked = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    assert asked == "<s>[INST] <image>\nIs it? [/INST]"
+
+
+def write_llava_hf(folder: Path, model, rows: int, new_keys: bool = False) -> None:
+    """transformers' own LLaVA, in the layout of the hub: `rows` rows, those behind the vocabulary at random."""
+    made = {}
+    torch.manual_seed(4)
+    for name, value in model.state_dict().items():
+        if name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+            value = torch.cat([value, 3 * torch.randn(rows - len(value), value.shape[1])])
+        if not new_keys and name == "lm_head.weight":
+            name = "language_model.lm_head.weight"
+        elif not new_keys:
+            name = name.removeprefix("model.").replace("language_model.", "language_model.model.", 1)
+            name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+        made[name] = value.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    base = model.config.text_config.vocab_size
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "ignore_index": -100,
+        "image_token_index": base,
+        "projector_hidden_act": "gelu",
+        "text_config": LLAMA | {"model_type": "llama", "vocab_size": rows, "pad_token_id": base + 1},
+        "vision_config": CLIP | {"model_type": "clip_vision_model"},
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("new_keys", [False, True])
+def test_llava_hf_and_its_padded_rows(tmp_path, new_keys):
+    model, folder = make("mlp2x_gelu", rows=32000), tmp_path / "hf"
+    write_llava_hf(folder, model, 32064, new_keys)
+    write_llama_tokenizer(folder, legacy=False)
+    added = {"32000": {"content": "<image>"}, "32001": {"content": "<pad>"}}
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": added}))
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.layout == "llava-hf"
+    assert len(checkpoint.audit.trimmed) == 2
+    ours = checkpoint.model()
+    assert ours.lm_head.out_features == 32000  # the padded rows cannot be generated: they are not there
+    assert ours.config.text_config.pad_token_id == 0
+    torch.testing.assert_close(logits(ours, 32000), logits(model, 32000), atol=1e-5, rtol=0)
+    assert checkpoint.tokenizer.legacy is False
+
+    from transformers import LlavaForConditionalGeneration
+
+    theirs = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    torch.testing.assert_close(logits(theirs, 32000), logits(ours, 32000), atol=1e-5, rtol=0)
+
+
+def test_a_small_llava_hf_keeps_its_rows_and_never_generates_its_image_token(checkpoint):
+    opened = open_checkpoint(str(checkpoint))
+    model = opened.model()
+    assert opened.config.image_token_id == 3
+    assert model.generation_config.suppress_tokens == [3]
+    with torch.no_grad():
+        model.lm_head.weight[3] = 100 * model.lm_head.weight[5]
+    ids = torch.tensor([[1, 9, 3, 3, 3, 3, 8]])
+    out = model.generate(input_ids=ids, pixel_values=torch.randn(1, 3, 28, 28), max_new_tokens=20)
+    assert 3 not in out[0, 7:]
+
+
+def test_rows_that_a_tokenizer_does_not_know_are_never_generated(tmp_path):
+    """With a word of its own behind `<image>`, the rows stay; those beyond the tokenizer are suppressed."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    model, folder = make("mlp2x_gelu"), tmp_path / "own"
+    write_llava_hf(folder, model, 64)
+    words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(ROWS - 3))]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.add_special_tokens(["<image>"])
+    core.add_tokens(["lesion"])
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="</s>", bos_token="<s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("lesion") == 61
+    opened = open_checkpoint(str(folder)).model()
+    assert opened.lm_head.out_features == 64
+    assert opened.generation_config.suppress_tokens == [60, 62, 63]
+
+
+# --- our own adapters -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_our_adapter_folder_on_any_base(full, tmp_path, rslora):
+    from peft import LoraConfig, get_peft_model
+
+    folder, _ = full
+    base = open_checkpoint(str(folder), prototypes=3)
+    convert(base, tmp_path / "base", progress=False)
+    for source in (tmp_path / "base",):
+        model = StllavaMedForConditionalGeneration.from_pretrained(source)
+        adapter = get_peft_model(
+            model,
+            LoraConfig(
+                r=4,
+                lora_alpha=8,
+                target_modules=r".*language_model\.layers\.\d+\.self_attn\.[qv]_proj|.*vision_tower\.encoder\.layers\.[01]\.mlp\.fc1",
+                rank_pattern={".*vision_tower.*": 2},
+                alpha_pattern={".*vision_tower.*": 6},
+                modules_to_save=["multi_modal_projector"],
+                use_rslora=rslora,
+            ),
+        )
+        torch.manual_seed(6)
+        with torch.no_grad():
+            for weight in adapter.parameters():
+                if weight.requires_grad:
+                    weight.add_(0.1 * torch.randn_like(weight))
+        stage = tmp_path / f"stage-{rslora}"
+        adapter.save_pretrained(stage)
+        settings = json.loads((stage / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == str(source)
+        wanted = logits(adapter.eval())
+        checkpoint = open_checkpoint(str(stage))
+        assert checkpoint.layout == "adapter on stllava-med"
+        torch.testing.assert_close(logits(checkpoint.model()), wanted, atol=1e-5, rtol=0)
+        merged = adapter.merge_and_unload()
+        assert_same(stage, merged)
+        merged.save_pretrained(tmp_path / f"merged-{rslora}")
+        torch.testing.assert_close(
+            logits(open_checkpoint(str(tmp_path / f"merged-{rslora}")).model()), wanted, atol=1e-5, rtol=0
+        )
+        # an adapter on the authors' files, named by hand
+        torch.testing.assert_close(
+            logits(open_checkpoint(str(stage), base=str(folder), prototypes=3).model()), wanted, atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize(("name", "value"), [("use_dora", True), ("bias", "all"), ("peft_type", "IA3")])
+def test_an_adapter_that_is_no_plain_lora_is_refused(full, tmp_path, name, value):
+    folder, _ = full
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    settings = {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "base_model_name_or_path": str(folder)}
+    (stage / "adapter_config.json").write_text(json.dumps(settings | {name: value}))
+    torch.save(
+        lora_file(lora({"model.layers.0.self_attn.q_proj.weight": torch.empty(48, 48)}, 4, 0)),
+        stage / "adapter_model.bin",
+    )
+    with pytest.raises(InputError, match=f"{name} is"):
+        open_checkpoint(str(stage), prototypes=3)
+
+
+# --- broken checkpoints -----------------------------------------------------------------------------------------------
+
+
+def drop_a_shard(folder: Path) -> None:
+    model = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    (folder / "pytorch_model.bin").unlink()
+    write_shards(folder, model)
+    (folder / "pytorch_model-00002-of-00003.bin").unlink()
+
+
+def change(folder: Path, edit) -> None:
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    edit(tensors)
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def add_a_tensor(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.update({"model.image_newline": torch.ones(48)}))
+
+
+def reshape_a_tensor(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(47)}))
+
+
+def remove_the_tower(folder: Path) -> None:
+    shutil.rmtree(folder / "vit")
+    change(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "vision_tower" in name])
+
+
+def cut(folder: Path) -> None:
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(whole[: len(whole) // 2])
+
+
+def quantise(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)}))
+
+
+def lose_a_tensor(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.pop("lm_head.weight"))
+
+
+def lie_about_rows(folder: Path) -> None:
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": torch.ones(ROWS + 4, 48)}))
+
+
+BROKEN = [
+    pytest.param(drop_a_shard, r"1 of 3 shards are missing \(pytorch_model-00002-of-00003\.bin\)", id="missing shard"),
+    pytest.param(add_a_tensor, r"1 left over \(pytorch_model\.bin: model\.image_newline\)", id="extra tensor"),
+    pytest.param(reshape_a_tensor, r"model\.norm\.weight is \[47\], the network's .* is \[48\]", id="wrong shape"),
+    pytest.param(remove_the_tower, r"names '\./vit' as its vision tower: .*pass --vision-tower", id="no tower"),
+    pytest.param(cut, r"pytorch_model\.bin: cannot be read .*cut short", id="truncated"),
+    pytest.param(quantise, r"model\.norm\.weight is torch\.int8, not floating point", id="wrong type"),
+    pytest.param(lose_a_tensor, r"1 missing \(lm_head\.weight\)", id="missing tensor"),
+    pytest.param(
+        lie_about_rows, r"lm_head\.weight is \[64, 48\], the network's lm_head\.weight is \[60, 48\]", id="rows"
+    ),
+]
+
+
+@pytest.mark.parametrize(("break_it", "message"), BROKEN)
+def test_a_broken_checkpoint_is_refused_in_one_line(full, break_it, message):
+    folder, _ = full
+    break_it(folder)
+    with pytest.raises(InputError, match=message) as error:
+        open_checkpoint(str(folder), prototypes=3)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cut_safetensors_file_is_refused(full):
+    folder, model = full
+    file = folder / "model.safetensors"
+    save_file({name: one.contiguous() for name, one in original_names(model).items()}, file)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors: cannot be read .*cut short"):
+        open_checkpoint(str(folder), prototypes=3)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch $STLLAVA_HOME-was-run",)
+
+
+@pytest.mark.parametrize("kind", ["torch", "old torch", "bare pickle"])
+def test_code_in_a_pickle_never_runs(full, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("STLLAVA_HOME", str(tmp_path / "home"))
+    folder, _ = full
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True) | {"x": Payload()}
+    if kind == "bare pickle":
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(tensors))
+    else:
+        torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "torch")
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: its pickle holds .* and was not loaded"):
+        open_checkpoint(str(folder), prototypes=3)
+    assert not (tmp_path / "home-was-run").exists()
+
+
+def test_a_shard_outside_the_folder_is_refused(full):
+    folder, _ = full
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
+    with pytest.raises(InputError, match="outside the folder"):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"mm_projector_type": "linear"}, "mm_projector_type 'linear' is not supported", id="projector"),
+        pytest.param({"mm_use_im_start_end": True}, "mm_use_im_start_end", id="markers"),
+        pytest.param({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'", id="LLaVA-1.6"),
+        pytest.param({"mm_vision_select_feature": "best"}, "not a configuration", id="feature"),
+        pytest.param({"hidden_size": "48"}, "cannot be loaded", id="a word for a number"),
+        pytest.param({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel cannot be loaded", id="another kind"),
+        pytest.param({"architectures": 5}, "architectures is 5, not a list", id="no list"),
+    ],
+)
+def test_a_configuration_that_cannot_be_loaded_is_one_line(full, options, message):
+    folder, _ = full
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | options))
+    with pytest.raises(InputError, match=message) as error:
+        open_checkpoint(str(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        pytest.param(None, "has no config.json", id="none"),
+        pytest.param("{", "not a JSON object", id="broken"),
+        pytest.param("[]", "not a JSON object", id="a list"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, config, message):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(InputError, match=message):
+        open_checkpoint(str(tmp_path))
+
+
+def test_numbers_that_a_checkpoint_knows_itself_are_not_overruled(tmp_path):
+    make().save_pretrained(tmp_path / "ours")
+    assert open_checkpoint(str(tmp_path / "ours"), prototypes=3).config.num_prototypes == 3
+    with pytest.raises(InputError, match=r"num_prototypes is 3 in its config\.json, not 5"):
+        open_checkpoint(str(tmp_path / "ours"), prototypes=5)
+
+
+def test_a_checkpoint_without_a_tokenizer_converts_but_does_not_answer(full):
+    folder, _ = full
+    with pytest.raises(InputError, match="no tokenizer"):
+        open_checkpoint(str(folder), prototypes=3).processor()
+
+
+def test_words_added_to_llamas_tokenizer_are_refused(full):
+    folder, _ = full
+    write_llama_tokenizer(folder)
+    (folder / "added_tokens.json").write_text(json.dumps({"<lesion>": 32000}))
+    with pytest.raises(InputError, match="<lesion>"):
+        open_checkpoint(str(folder))
+
+
+def test_a_tokenizer_with_more_pieces_than_the_network_has_rows_is_refused(full):
+    folder, _ = full
+    write_llama_tokenizer(folder)
+    with pytest.raises(InputError, match="32000 pieces, its network 60 rows"):
+        open_checkpoint(str(folder), prototypes=3)
+
+
+# --- hashes, dtypes, loading ------------------------------------------------------------------------------------------
+
+
+def test_the_hash_changes_with_everything_that_decides_and_not_with_notes(checkpoint, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+
+    def sha256() -> str:
+        return open_checkpoint(str(copy)).sha256
+
+    before = open_checkpoint(str(checkpoint)).sha256
+    (copy / "README.md").write_text("notes")
+    assert sha256() == before
+    weights = load_file(copy / "model.safetensors")
+    save_file({name: one + 1e-6 for name, one in weights.items()}, copy / "model.safetensors")
+    assert sha256() != before
+    shutil.copy(checkpoint / "model.safetensors", copy)
+    assert sha256() == before
+    for file in ("tokenizer.json", "config.json"):
+        with (copy / file).open("ab") as opened:
+            opened.write(b" ")
+        assert sha256() != before
+        shutil.copy(checkpoint / file, copy)
+
+
+def test_the_number_of_prototypes_is_part_of_the_hash(full):
+    folder, _ = full
+    assert open_checkpoint(str(folder), prototypes=3).sha256 != open_checkpoint(str(folder), prototypes=4).sha256
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_the_dtype_of_the_files_is_kept_and_that_of_the_network_is_chosen(full, tmp_path, stored):
+    folder, _ = full
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    torch.save({name: value.to(stored) for name, value in tensors.items()}, folder / "pytorch_model.bin")
+    checkpoint = open_checkpoint(str(folder), prototypes=3)
+    convert(checkpoint, tmp_path / "out", progress=False)
+    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {stored}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
+    model = checkpoint.model(dtype=torch.bfloat16)
+    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == {name for name in dtypes if ".prototypes." in name}
+    assert {weight.dtype for weight in checkpoint.model().parameters()} == {torch.float32}
+
+
+def test_a_loaded_network_does_not_look_through_to_its_file(full, tmp_path):
+    folder, model = full
+    loaded = open_checkpoint(str(folder), prototypes=3).model()
+    with (folder / "pytorch_model.bin").open("r+b") as file:
+        file.write(bytes(len((folder / "pytorch_model.bin").read_bytes())))
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=0)
+
+
+def test_four_bits_hold_the_language_model_only(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs the extra four-bit: pip install 'stllava-med[four-bit]'")
+    make().save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    model = checkpoint.model(four_bit=True)
+    quantised = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert quantised
+    assert all(name.startswith("model.language_model.layers.") for name in quantised)
+
+
+def test_four_bits_of_a_layout_that_is_not_ours_are_refused(full):
+    folder, _ = full
+    with pytest.raises(InputError, match="four_bit"):
+        open_checkpoint(str(folder), prototypes=3).model(four_bit=True)
+
+
+# --- convert ----------------------------------------------------------------------------------------------------------
+
+
+def test_convert_writes_a_folder_that_every_loader_reads(full, tmp_path, capsys):
+    folder, model = full
+    assert main(["convert", str(folder), "--out", str(tmp_path / "out"), "--prototypes", "3"]) == 0
+    said = capsys.readouterr()
+    assert "all that the network has" in said.out
+    assert "has no tokenizer" in said.err
+    report = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert report["parameters_filled"] == len(model.state_dict())
+    assert report["dropped"]["takes no part in the authors' forward"] == [
+        "pytorch_model.bin: model.mm_projector.ln_1.weight"
+    ]
+
+
+def test_convert_writes_shards_and_their_index(full, tmp_path, monkeypatch):
+    folder, model = full
+    monkeypatch.setattr("stllava_eval.network.convert.SHARD_BYTES", 40_000)
+    convert(open_checkpoint(str(folder), prototypes=3), tmp_path / "out", progress=False)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    assert sorted(set(index["weight_map"].values())) == files
+    assert index["metadata"]["total_size"] == sum(4 * one.numel() for one in model.state_dict().values())
+    for file in files:
+        sizes = [4 * one.numel() for one in load_file(tmp_path / "out" / file).values()]
+        assert sum(sizes) <= 40_000 or len(sizes) == 1
+    torch.testing.assert_close(logits(open_checkpoint(str(tmp_path / "out")).model()), logits(model), atol=1e-6, rtol=0)
+
+
+def test_convert_refuses_and_lists_every_tensor(full, tmp_path, capsys):
+    folder, _ = full
+    lose_a_tensor(folder)
+    assert main(["convert", str(folder), "--out", str(tmp_path / "out"), "--prototypes", "3"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert "nothing was filled with random numbers" in said
+    assert not (tmp_path / "out").exists()
+    listed = json.loads((tmp_path / "out.refused.json").read_text())
+    assert listed["missing"] == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--prototypes", "0"], "--prototypes 0: not a whole number from 1 on", id="no prototypes"),
+        pytest.param(["--projector", "nowhere.bin"], "projector nowhere.bin: no such file", id="no projector"),
+        pytest.param(["--vision-tower", "./nowhere"], "./nowhere: no such folder", id="no tower"),
+        pytest.param(["--to", "llava-hf"], "llava-hf has no prototype extractor", id="prototypes to llava-hf"),
+    ],
+)
+def test_convert_says_what_is_wrong_with_an_option(full, tmp_path, capsys, arguments, message):
+    folder, _ = full
+    assert main(["convert", str(folder), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_convert_overwrites_nothing(full, tmp_path, capsys):
+    folder, _ = full
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert main(["convert", str(folder), "--out", str(tmp_path / "out"), "--prototypes", "3"]) == 2
+    assert "there is something already" in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def test_to_llava_hf_is_a_model_that_servers_know(tmp_path, capsys):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model, folder = make("mlp2x_gelu", rows=32000), tmp_path / "llava"
+    write_flat_config(folder, model)
+    write_tower(folder / "vit", model)
+    torch.save(original_names(model), folder / "pytorch_model.bin")
+    write_llama_tokenizer(folder)
+    assert main(["convert", str(folder), "--out", str(tmp_path / "hf"), "--to", "llava-hf"]) == 0
+    theirs, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.text_config.vocab_size == 32064
+    torch.testing.assert_close(logits(theirs.eval(), 32000), logits(model, 32000), atol=1e-5, rtol=0)
+    head = theirs.lm_head.weight
+    assert all(row.equal(head[0]) for row in head[32000:])  # they tie with <unk> and never win
+    names = set(load_file(tmp_path / "hf" / "model.safetensors"))
+    assert {"language_model.lm_head.weight", "language_model.model.norm.weight"} <= names
+    assert any(name.startswith("vision_tower.vision_model.encoder.") for name in names)
+
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    ours = open_checkpoint(str(folder))
+    content = [{"type": "image"}, {"type": "text", "text": "Is the CT normal?"}]
+    prompts = [
+        one.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        for one in (processor, ours.processor())
+    ]
+    assert prompts[0] == prompts[1]
+    image = Image.new("RGB", (40, 30), "red")
+    inputs = [
+        one(text=prompts[0], images=image, return_tensors="pt", add_special_tokens=False)
+        for one in (processor, ours.processor())
+    ]
+    assert inputs[0]["input_ids"].equal(inputs[1]["input_ids"])
+    answers = [
+        one.generate(**given, max_new_tokens=6, do_sample=False)[0].tolist()
+        for one, given in zip((theirs, ours.model()), inputs, strict=True)
+    ]
+    assert answers[0] == answers[1]
+    # and it comes back as it was
+    torch.testing.assert_close(
+        logits(open_checkpoint(str(tmp_path / "hf")).model(), 32000), logits(model, 32000), atol=1e-5, rtol=0
+    )
+
+
+def test_the_harness_answers_with_a_checkpoint_of_the_authors(prepared, tmp_path):
+    from stllava_eval.answering import Answerer, Question
+
+    model, folder = make(rows=32000), tmp_path / "authors"
+    write_flat_config(folder, model)
+    write_tower(folder / "vit", model)
+    torch.save(original_names(model), folder / "pytorch_model.bin")
+    write_llama_tokenizer(folder)
+    question = Question("Is the CT normal?", lambda: Image.new("RGB", (40, 30), "red"), 5)
+    on_the_fly = Answerer(str(folder), prototypes=3)
+    convert(open_checkpoint(str(folder), prototypes=3), tmp_path / "converted", progress=False)
+    converted = Answerer(str(tmp_path / "converted"))
+    answers = [list(one.answer([question], 1, progress=False)) for one in (on_the_fly, converted)]
+    assert answers[0] == answers[1]
+    assert answers[0][0].tokens > 0
+    assert on_the_fly.preprocessing == converted.preprocessing
+    assert make_processor(converted.tokenizer, 28, 14).chat_template == converted.processor.chat_template
