@@ -714,9 +714,7 @@ def test_the_dtype_of_the_files_is_kept_and_that_of_the_network_is_chosen(full, 
     assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {stored}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
     model = checkpoint.model(dtype=torch.bfloat16)
-    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
-    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
-    assert kept == {name for name in dtypes if ".prototypes." in name}
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert {weight.dtype for weight in checkpoint.model().parameters()} == {torch.float32}
 
 

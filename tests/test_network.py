@@ -199,14 +199,16 @@ def test_saved_and_loaded_by_the_auto_classes_it_is_the_same_network(tmp_path, p
         assert backbone(**inputs).last_hidden_state.equal(model.model(**inputs).last_hidden_state)
 
 
-def test_loaded_in_sixteen_bits_the_clustering_keeps_its_weights_in_float32(tmp_path):
+def test_loaded_in_sixteen_bits_it_answers_and_clusters_in_float32(tmp_path):
     network().save_pretrained(tmp_path)
     loaded = StllavaMedForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    projector = loaded.model.multi_modal_projector
-    assert {weight.dtype for weight in projector.prototypes.parameters()} == {torch.float32}
-    assert projector.linear_1.weight.dtype == loaded.lm_head.weight.dtype == torch.bfloat16
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
     logits = loaded(input_ids=ids([7]), pixel_values=torch.randn(1, 3, 28, 28).bfloat16()).logits
     assert logits.dtype == torch.bfloat16
+    layer, x = loaded.model.multi_modal_projector.prototypes, torch.randn(1, 4, 32).bfloat16()
+    wide = PrototypeExtractor(32, 3, 2)
+    wide.load_state_dict(layer.state_dict())
+    assert layer(x).equal(wide(x.float()).bfloat16())
 
 
 def test_the_image_token_has_no_row_and_is_never_generated():

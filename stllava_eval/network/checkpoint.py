@@ -221,7 +221,7 @@ class Checkpoint:
             model = StllavaMedForConditionalGeneration(self.config)
         for name, tensor in self.weights():
             owner, _, leaf = name.rpartition(".")
-            value = tensor.to(device, torch.float32 if stays_float32(self.config, name) else dtype)
+            value = tensor.to(device, dtype)
             if value.data_ptr() == tensor.data_ptr():
                 value = value.clone()  # not a window on the file
             setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
@@ -544,11 +544,6 @@ def _parameters(config: Any) -> dict[str, tuple[int, ...]]:
         model = StllavaMedForConditionalGeneration(config)
     tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
-
-
-def stays_float32(config: Any, name: str) -> bool:
-    """As `_keep_in_fp32_modules_strict` of the network says."""
-    return config.projector_type == "prototype" and config.prototype_in_float32 and ".prototypes." in name
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

@@ -53,21 +53,30 @@ class PrototypeExtractor(nn.Module):
             return self._extract(tokens).to(tokens.dtype)
 
     def _extract(self, tokens: Tensor) -> Tensor:
+        """The order of the lines keeps few (L, D) tensors alive at a time; lengths are divided out of the products."""
         x = tokens.to(torch.promote_types(tokens.dtype, torch.float32)) if self.in_float32 else tokens
-        features, values = _linear(self.feature, x), _linear(self.value, x)
-        values = functional.normalize(values, dim=1)  # over the tokens
-        pooled = functional.adaptive_avg_pool1d(torch.cat([x, features], -1).mT, self.num_prototypes).mT
-        centers, pooled_features = pooled.chunk(2, -1)
+        centers = functional.adaptive_avg_pool1d(x.mT, self.num_prototypes).mT.contiguous()
+        values = functional.normalize(_linear(self.value, x), dim=1)  # over the tokens
+        features = _linear(self.feature, x)
         for _ in range(self.iterations):
-            centers = functional.normalize(_linear(self.center, centers), dim=-1)
-            centers = (centers @ values.mT).softmax(1) @ features
-        cosine = functional.normalize(centers, dim=-1) @ functional.normalize(x, dim=-1).mT
+            centers = _linear(self.center, centers)
+            centers = (centers @ values.mT / _length(centers)).softmax(1) @ features
+        del values
+        cosine = centers @ x.mT / (_length(centers) * _length(x).mT)
         scale, shift = self.similarity_scale.to(x.dtype), self.similarity_shift.to(x.dtype)
         similarity, chosen = (shift + scale * cosine).sigmoid().max(1, keepdim=True)  # of the centres, for each token
         given = torch.zeros_like(cosine).scatter(1, chosen, similarity)  # (batch, N, L), one entry a token
         count = torch.zeros_like(cosine).scatter(1, chosen, 1.0).sum(-1, keepdim=True)
-        prototypes = (given @ features + pooled_features) / (count + 1)
-        return x + given.mT @ prototypes
+        del centers, cosine
+        pooled = functional.adaptive_avg_pool1d(features.mT, self.num_prototypes).mT
+        prototypes = (given @ features + pooled) / (count + 1)
+        del features, pooled
+        return torch.baddbmm(x, given.mT, prototypes)
+
+
+def _length(rows: Tensor) -> Tensor:
+    """(batch, rows, 1) L2 norms, at least 1e-12, as `functional.normalize` has it."""
+    return rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
@@ -124,9 +133,6 @@ class StllavaMedModel(StllavaMedPreTrainedModel, LlavaModel):
         make: Any = PrototypeProjector if config.projector_type == "prototype" else LlavaMultiModalProjector
         self.multi_modal_projector = make(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        if config.projector_type == "prototype" and config.prototype_in_float32:
-            # 3 million numbers at the real size; rounded to 16 bits they would choose other prototypes
-            self._keep_in_fp32_modules_strict = {"multi_modal_projector.prototypes"}
         self.post_init()
 
     def forward(
