@@ -13,7 +13,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -184,26 +183,13 @@ class Checkpoint:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the network by name, in the dtype of its file, LoRA merged in float32; one at a time."""
-        with ExitStack() as adapters:
-            opened = {
-                file: adapters.enter_context(WeightFile(file))
-                for file in {delta.file for deltas in self.deltas.values() for delta in deltas}
-            }
-            for file in dict.fromkeys(taken.file for taken in self.taken):
-                with WeightFile(file) as source:
-                    for taken in self.taken:
-                        if taken.file != file:
-                            continue
+        for file in dict.fromkeys(taken.file for taken in self.taken):
+            with WeightFile(file) as source:
+                for taken in self.taken:
+                    if taken.file == file:
                         tensor = source.get(taken.key)[: taken.rows] if taken.rows else source.get(taken.key)
-                        tensor = tensor.reshape(taken.shape)
-                        if deltas := self.deltas.get(taken.name, ()):
-                            merged = tensor.float()
-                            for delta in deltas:
-                                adapter = opened[delta.file]
-                                a, b = adapter.get(delta.key_a).float(), adapter.get(delta.key_b).float()
-                                merged = merged.addmm(b, a, alpha=delta.scale)
-                            tensor = merged.to(tensor.dtype)
-                        yield taken.name, tensor
+                        deltas = self.deltas.get(taken.name, ())
+                        yield taken.name, _merged(tensor.reshape(taken.shape), deltas)
 
     def model(
         self, device: Any = "cpu", dtype: torch.dtype = torch.float32, four_bit: bool = False
@@ -732,6 +718,18 @@ def _vision_configuration(source: str, draft: _Draft, found: Mapping[str, Any]) 
 
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
+
+
+def _merged(weight: Tensor, deltas: Sequence[Delta]) -> Tensor:
+    """weight + the sum of scale * B @ A, computed in float32, in weight's dtype."""
+    if not deltas:
+        return weight
+    wide = weight.to(torch.float32, copy=True)
+    for delta in deltas:
+        with WeightFile(delta.file) as adapter:  # what is read of a file stays in memory until it is closed
+            a, b = (adapter.get(key).float() for key in (delta.key_a, delta.key_b))
+            wide.addmm_(b, a, alpha=delta.scale)
+    return wide.to(weight.dtype)
 
 
 def _deltas(draft: _Draft, shapes: Mapping[str, tuple[int, ...]], audit: Audit) -> dict[str, list[Delta]]:

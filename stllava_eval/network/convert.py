@@ -21,7 +21,7 @@ from stllava_eval.home import write_json
 from stllava_eval.network.checkpoint import VOCABULARY_ROWS, Checkpoint
 from stllava_eval.network.files import one_line
 
-SHARD_BYTES = 10**9  # of a written file: what is held in memory (our choice)
+SHARD_BYTES = 5 * 10**8  # of a written file: what is held in memory (our choice)
 
 
 def convert(checkpoint: Checkpoint, out: Path, to: str = "stllava-med", progress: bool = True) -> None:
