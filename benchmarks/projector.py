@@ -56,7 +56,7 @@ def setting(seed: int = 0) -> tuple[PrototypeExtractor, Tensor]:
 
 def run_once(form: str, layer: PrototypeExtractor, x: Tensor, training: bool) -> None:
     if training:
-        layer.zero_grad()
+        layer.zero_grad(set_to_none=False)
         FORMS[form](layer, x.requires_grad_()).square().sum().backward()
     else:
         with torch.inference_mode():
@@ -74,7 +74,8 @@ def measure_memory(form: str, training: bool) -> int:
     layer, x = setting()
     tiny = PrototypeExtractor(8, 4, 2)
     run_once(form, tiny, torch.randn(1, 9, 8), training)  # what every first call allocates
-    layer.zero_grad()
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # held once, not once an image
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = status("VmRSS")
     run_once(form, layer, x, training)

@@ -506,8 +506,8 @@ class CheckpointError(InputError):
 
     def __init__(self, source: str, layout: str, problems: Sequence[str], audit: Audit) -> None:
         super().__init__(
-            f"{source} ({layout}): its tensors do not fill the network: {'; '.join(problems)}. "
-            "Use a complete checkpoint; nothing was filled with random numbers."
+            f"{source} ({layout}): its tensors are not the network's: {'; '.join(problems)}. "
+            "Use a complete checkpoint; nothing is ever filled with random numbers."
         )
         self.report = {
             "format": 1,

@@ -176,8 +176,8 @@ def _download(name: str) -> Path:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    """The first sentence of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")[:160]
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
