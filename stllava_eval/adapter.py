@@ -81,6 +81,8 @@ class StllavaMed(lmms):
                 )
             if images not in IMAGES:
                 raise InputError(f"--model_args images={images}: unknown. Pass one of {', '.join(IMAGES)}.")
+            if not isinstance(four_bit, bool):
+                raise InputError(f"--model_args four_bit={four_bit}: pass True or False.")
             self.images = images
             self.batch_size = _batch_size(batch_size)
             self._rank = int(os.environ.get("RANK", 0))

@@ -276,9 +276,6 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    for name in ("prototypes", "iterations"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise InputError(f"--{name} {getattr(arguments, name)}: not a whole number from 1 on.")
     from stllava_eval.home import write_json
     from stllava_eval.network.checkpoint import CheckpointError, open_checkpoint
     from stllava_eval.network.convert import convert

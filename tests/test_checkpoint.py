@@ -788,7 +788,7 @@ def test_convert_refuses_and_lists_every_tensor(full, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["--prototypes", "0"], "--prototypes 0: not a whole number from 1 on", id="no prototypes"),
+        pytest.param(["--prototypes", "0"], "prototypes 0: not a whole number from 1 on", id="no prototypes"),
         pytest.param(["--projector", "nowhere.bin"], "projector nowhere.bin: no such file", id="no projector"),
         pytest.param(["--vision-tower", "./nowhere"], "./nowhere: no such folder", id="no tower"),
         pytest.param(["--to", "llava-hf"], "llava-hf has no prototype extractor", id="prototypes to llava-hf"),
@@ -871,3 +871,9 @@ def test_the_harness_answers_with_a_checkpoint_of_the_authors(prepared, tmp_path
     assert answers[0][0].tokens > 0
     assert on_the_fly.preprocessing == converted.preprocessing
     assert make_processor(converted.tokenizer, 28, 14).chat_template == converted.processor.chat_template
+
+
+@pytest.mark.parametrize(("name", "value"), [("prototypes", "x"), ("prototypes", 2.5), ("iterations", 0)])
+def test_numbers_of_model_args_are_checked(full, name, value):
+    with pytest.raises(InputError, match=f"{name} {value!r}: not a whole number"):
+        open_checkpoint(str(full[0]), **{name: value})

@@ -338,6 +338,9 @@ def open_checkpoint(
         InputError: It is no checkpoint, a file is missing, cut short or holds code, or a tensor is missing, left over,
             or of the wrong shape or type. Nothing is ever filled with random numbers.
     """
+    for name, number in (("prototypes", prototypes), ("iterations", iterations)):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            raise InputError(f"{name} {number!r}: not a whole number from 1 on.")
     draft = _read(local_folder(source), source, base, vision_tower)
     if projector:
         file = Path(projector).expanduser()
