@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -788,7 +789,7 @@ def test_convert_refuses_and_lists_every_tensor(full, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["--prototypes", "0"], "prototypes 0: not a whole number from 1 on", id="no prototypes"),
+        pytest.param(["--prototypes", "0"], "prototypes is 0, not a whole number from 1", id="no prototypes"),
         pytest.param(["--projector", "nowhere.bin"], "projector nowhere.bin: no such file", id="no projector"),
         pytest.param(["--vision-tower", "./nowhere"], "./nowhere: no such folder", id="no tower"),
         pytest.param(["--to", "llava-hf"], "llava-hf has no prototype extractor", id="prototypes to llava-hf"),
@@ -875,5 +876,286 @@ def test_the_harness_answers_with_a_checkpoint_of_the_authors(prepared, tmp_path
 
 @pytest.mark.parametrize(("name", "value"), [("prototypes", "x"), ("prototypes", 2.5), ("iterations", 0)])
 def test_numbers_of_model_args_are_checked(full, name, value):
-    with pytest.raises(InputError, match=f"{name} {value!r}: not a whole number"):
+    with pytest.raises(InputError, match=f"{name} is {value!r}, not a whole number"):
         open_checkpoint(str(full[0]), **{name: value})
+
+
+# --- what an attack found ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stage(full, tmp_path) -> tuple[Path, dict[str, Tensor]]:
+    """The authors' LoRA stage on `full`: two weights of the language model, one of the tower; its adapter's tensors."""
+    _, model = full
+    folder = tmp_path / "stage"
+    write_flat_config(folder, model)
+    names = original_names(model)
+    language = {name: names[name] for name in names if re.search(r"layers\.0\.self_attn\.[qv]_proj", name)}
+    tensors = lora_file(lora(without(language, "vision"), 4, 1))
+    settings = {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "base_model_name_or_path": "./full"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    torch.save(tensors, folder / "adapter_model.bin")
+    tower = {"vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": torch.empty(64, 32)}
+    (folder / "Vit-lora").mkdir()
+    (folder / "Vit-lora" / "adapter_config.json").write_text(json.dumps(settings | {"r": 2, "lora_alpha": 4}))
+    torch.save(lora_file(lora(tower, 2, 2)), folder / "Vit-lora" / "adapter_model.bin")
+    return folder, tensors
+
+
+def settings_of(folder: Path, **options) -> None:
+    given = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(given | options))
+
+
+def test_a_source_beside_out_is_not_touched(full, tmp_path):
+    folder, _ = full
+    source = tmp_path / "out.partial"
+    shutil.copytree(folder, source)
+    assert main(["convert", str(source), "--out", str(tmp_path / "out"), "--prototypes", "3"]) == 0
+    assert (source / "pytorch_model.bin").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "out", "out.partial"]
+
+
+@pytest.mark.parametrize("where", ["stage", "Vit-lora"])
+def test_whole_tensors_in_a_lora_file_replace_the_bases(stage, where):
+    folder, tensors = stage
+    name = "lm_head.weight" if where == "stage" else "model.vision_tower.post_layernorm.weight"
+    file = folder / "adapter_model.bin" if where == "stage" else folder / "Vit-lora" / "adapter_model.bin"
+    key = "base_model.model.lm_head.weight"
+    if where == "Vit-lora":
+        key, tensors = "base_model.model.vision_tower.vision_model.post_layernorm.weight", torch.load(file)
+    wanted = make().state_dict()[name] + 7
+    torch.save(tensors | {key: wanted}, file)
+    checkpoint = open_checkpoint(str(folder), prototypes=3)
+    assert dict(checkpoint.weights())[name].equal(wanted)
+    assert sum(map(len, checkpoint.audit.dropped.values())) > 2
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model.model."])
+def test_one_weight_gets_one_lora(stage, prefix):
+    folder, tensors = stage
+    twice = {key.replace("base_model.model.", prefix, 1): value for key, value in tensors.items()}
+    torch.save(tensors | twice, folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="left over"):
+        open_checkpoint(str(folder), prototypes=3)
+
+
+def test_a_lora_of_the_tower_is_merged_once_and_touches_nothing_else(stage):
+    folder, _ = stage
+    once = open_checkpoint(str(folder), prototypes=3)
+    named = open_checkpoint(str(folder), prototypes=3, vision_lora=str(folder / "Vit-lora"))
+    assert named.deltas == once.deltas
+    with pytest.raises(InputError, match="given twice"):
+        open_checkpoint(str(folder), prototypes=3, vision_lora=str(folder))
+
+
+def test_a_language_lora_is_no_lora_of_the_tower(full, stage):
+    with pytest.raises(CheckpointError, match="left over"):
+        open_checkpoint(str(full[0]), prototypes=3, vision_lora=str(stage[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'", id="changes the base"),
+        pytest.param({"alora_invocation_tokens": [5]}, "alora_invocation_tokens", id="a kind that peft has"),
+        pytest.param({"a_kind_to_come": True}, "a_kind_to_come is True", id="a kind that nobody has"),
+        pytest.param({"use_rslora": "false"}, "use_rslora is 'false'", id="a word for a truth"),
+        pytest.param({"r": None}, "r is None", id="no rank"),
+        pytest.param({"lora_alpha": float("nan")}, "lora_alpha is nan", id="no alpha"),
+        pytest.param({"lora_alpha": 0}, "lora_alpha is 0", id="alpha 0"),
+        pytest.param({"rank_pattern": ["q"]}, "rank_pattern is not usable", id="a list of patterns"),
+        pytest.param({"modules_to_save": ["multi_modal_projector"]}, "modules_to_save names", id="not saved"),
+    ],
+)
+def test_an_adapter_that_is_not_what_it_says_is_one_line(stage, options, message):
+    folder, _ = stage
+    settings_of(folder, **options)
+    with pytest.raises(InputError, match=message) as error:
+        open_checkpoint(str(folder), prototypes=3)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn])
+def test_lora_and_weights_are_numbers_of_sixteen_bits_or_more(full, stage, dtype):
+    folder, tensors = stage
+    torch.save({key: value.to(dtype) for key, value in tensors.items()}, folder / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="wrong shape or type"):
+        open_checkpoint(str(folder), prototypes=3)
+    change(full[0], lambda weights: weights.update({"model.norm.weight": torch.ones(48).to(dtype)}))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is torch\."):
+        open_checkpoint(str(full[0]), prototypes=3)
+
+
+def test_an_adapter_without_tensors_is_refused(stage):
+    folder, _ = stage
+    torch.save({}, folder / "adapter_model.bin")
+    with pytest.raises(InputError, match="an adapter without tensors"):
+        open_checkpoint(str(folder), prototypes=3)
+
+
+@pytest.mark.parametrize("base", [".", "../stage"])
+def test_an_adapter_that_builds_on_itself_is_refused(stage, base):
+    folder, _ = stage
+    settings_of(folder, base_model_name_or_path=base)
+    with pytest.raises(InputError, match="builds on itself"):
+        open_checkpoint(str(folder), prototypes=3)
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(full, stage):
+    shutil.copy(full[0] / "pytorch_model.bin", stage[0])
+    with pytest.raises(InputError, match="an adapter and a whole model"):
+        open_checkpoint(str(stage[0]), prototypes=3)
+
+
+def test_a_base_for_a_whole_model_is_refused(full):
+    with pytest.raises(InputError, match="base is for adapters"):
+        open_checkpoint(str(full[0]), base=str(full[0]), prototypes=3)
+
+
+@pytest.mark.parametrize("pieces", [1, 20000])
+def test_a_cut_tokenizer_takes_no_rows_away(tmp_path, pieces):
+    from transformers.utils import sentencepiece_model_pb2_new as proto
+
+    model, folder = make("mlp2x_gelu", rows=32000), tmp_path / "llava"
+    write_flat_config(folder, model)
+    write_tower(folder / "vit", model)
+    torch.save(original_names(model), folder / "pytorch_model.bin")
+    write_llama_tokenizer(folder)
+    whole, part = proto.ModelProto(), proto.ModelProto()
+    whole.ParseFromString((folder / "tokenizer.model").read_bytes())
+    part.CopyFrom(whole)
+    del part.pieces[max(pieces, 259) :]
+    (folder / "tokenizer.model").write_bytes(part.SerializeToString())
+    with pytest.raises(InputError, match="pieces, its network 32000 rows"):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_written(full, tmp_path, capsys, value):
+    folder, _ = full
+    change(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(3, value))
+    assert main(["convert", str(folder), "--out", str(tmp_path / "out"), "--prototypes", "3"]) == 2
+    assert "model.norm.weight holds numbers that are not finite" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_a_lora_that_overflows_sixteen_bits_is_refused(full, stage):
+    change(full[0], lambda tensors: tensors.update({name: one.half() for name, one in tensors.items()}))
+    folder, tensors = stage
+    torch.save({key: torch.full_like(value, 300) for key, value in tensors.items()}, folder / "adapter_model.bin")
+    with pytest.raises(InputError, match="overflows with its LoRA"):
+        open_checkpoint(str(folder), prototypes=3).model()
+
+
+def test_to_llava_hf_keeps_the_projectors_shape(tmp_path):
+    from transformers import LlavaForConditionalGeneration
+
+    model = make("mlp2x_gelu", rows=32000, projector_hidden_act="relu", multimodal_projector_bias=False)
+    folder = tmp_path / "hf"
+    write_llava_hf(folder, model, 32064)
+    raw = json.loads((folder / "config.json").read_text())
+    own = {"projector_hidden_act": "relu", "multimodal_projector_bias": False}
+    (folder / "config.json").write_text(json.dumps(raw | own))
+    write_llama_tokenizer(folder)
+    convert(open_checkpoint(str(folder)), tmp_path / "out", to="llava-hf", progress=False)
+    theirs, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not loading["missing_keys"]
+    torch.testing.assert_close(logits(theirs.eval(), 32000), logits(model, 32000), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "message"),
+    [
+        pytest.param("config.json", {"num_hidden_layers": 10**9}, "its weights have 2", id="layers without end"),
+        pytest.param("config.json", {"mm_vision_select_layer": 99}, "vision_feature_layer is 99", id="no such layer"),
+        pytest.param("config.json", {"eos_token_id": 10**12}, "eos_token_id is 10", id="an end that never comes"),
+        pytest.param("config.json", {"hidden_act": "nosuch"}, "nosuch", id="no such function"),
+        pytest.param("config.json", {"rope_theta": "x"}, "not a configuration", id="no angle"),
+        pytest.param("config.json", {"quantization_config": {"bits": 4}}, "quantised", id="quantised"),
+        pytest.param("vit/config.json", {"num_attention_heads": -2}, "num_attention_heads is -2", id="heads"),
+        pytest.param("vit/config.json", {"image_size": 29}, "no multiple of patch_size", id="image size"),
+        pytest.param("vit/config.json", {"layer_norm_eps": "x"}, "not a configuration", id="a word"),
+        pytest.param("vit/config.json", {"patch_size": 0}, "patch_size", id="no patch"),
+    ],
+)
+def test_numbers_that_no_tensor_shows_are_checked(full, file, options, message):
+    folder, _ = full
+    raw = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(raw | options))
+    with pytest.raises(InputError, match=message) as error:
+        open_checkpoint(str(folder), prototypes=3)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        pytest.param("generation_config.json", {"eos_token_id": -1}, "eos_token_id is -1", id="an end"),
+        pytest.param(
+            "preprocessor_config.json", {"image_std": [0, 0, 0]}, "image_std is .*, not above 0", id="deviation"
+        ),
+        pytest.param("preprocessor_config.json", {"image_mean": "x"}, "image_mean is 'x'", id="mean"),
+        pytest.param("tokenizer_config.json", {"legacy": "false"}, "legacy is 'false'", id="legacy"),
+        pytest.param("tokenizer_config.json", {"added_tokens_decoder": 5}, "tokenizer cannot be read", id="added"),
+    ],
+)
+def test_files_beside_the_weights_are_checked(tmp_path, capsys, file, content, message):
+    model, folder = make(rows=32000), tmp_path / "full"
+    write_flat_config(folder, model)
+    write_tower(folder / "vit", model)
+    torch.save(original_names(model), folder / "pytorch_model.bin")
+    write_llama_tokenizer(folder)
+    (folder / file).write_text(json.dumps(content))
+    assert main(["convert", str(folder), "--out", str(tmp_path / "out"), "--prototypes", "3"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(message, said)
+    assert "\n" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(full):
+    folder, _ = full
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match="differs from the embedding"):
+        open_checkpoint(str(folder), prototypes=3)
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    checkpoint = open_checkpoint(str(folder), prototypes=3)
+    assert checkpoint.audit.dropped["tied to the embedding"] == ["pytorch_model.bin: lm_head.weight"]
+    model = checkpoint.model()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_one_storage_under_two_names_is_written_twice(full, tmp_path):
+    folder, _ = full
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    convert(open_checkpoint(str(folder), prototypes=3), tmp_path / "out", progress=False)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written["lm_head.weight"].equal(written["model.language_model.embed_tokens.weight"])
+
+
+def test_a_shard_holds_what_the_index_says(tmp_path):
+    model, folder = make(), tmp_path / "sharded"
+    write_flat_config(folder, model)
+    write_tower(folder / "vit", model)
+    write_shards(folder, original_names(model), "safetensors")
+    stale = folder / "model-00003-of-00003.safetensors"
+    first = load_file(folder / "model-00001-of-00003.safetensors")
+    save_file(load_file(stale) | dict([next(iter(first.items()))]), stale)
+    with pytest.raises(InputError, match="does not hold what it says"):
+        open_checkpoint(str(folder), prototypes=3)
+
+
+@pytest.mark.parametrize("out", [".", "/"])
+def test_out_needs_a_name_of_its_own(full, tmp_path, monkeypatch, capsys, out):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", str(full[0]), "--out", out, "--prototypes", "3"]) == 2
+    assert "\n" not in capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize("tensors", [{5: torch.ones(1)}, {"x": torch.ones(1).to_sparse()}, {"x": 1}, [1]])
+def test_a_table_of_named_tensors_or_nothing(full, tensors):
+    torch.save(tensors, full[0] / "pytorch_model.bin")
+    with pytest.raises(InputError, match="not a table of named tensors"):
+        open_checkpoint(str(full[0]))

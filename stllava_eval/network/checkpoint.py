@@ -13,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,17 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, MistralConfig
+from transformers.utils import logging
 
 from stllava_eval.errors import InputError
 from stllava_eval.network.configuration import StllavaMedConfig
 from stllava_eval.network.files import (
+    WEIGHT_DTYPES,
     WeightFile,
     beside,
     has_weights,
     local_folder,
     located,
-    one_line,
     read_json,
+    refused,
     some,
     weight_files,
 )
@@ -59,11 +62,11 @@ PROTOTYPE_PARTS = {
 MLP_PARTS = {"0": "linear_1", "2": "linear_2"}
 # tensors that no network of today holds, and why nothing is lost with them
 DROPPABLE = (
-    (r"(.*\.)?rotary_emb\.inv_freq", "computed from the configuration"),
-    (r"(.*\.)?embeddings\.position_ids", "computed from the configuration"),
+    (r"(.*\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "computed from the configuration"),
+    (r"((.*\.)?vision_model\.)?embeddings\.position_ids", "computed from the configuration"),
     (r"(.*\.)?mm_projector\.ln_1\.(weight|bias)", "takes no part in the authors' forward"),
-    (r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale", "CLIP's text side"),
 )
+CLIP_TEXT = r"text_model\..*|text_projection\.weight|visual_projection\.weight|logit_scale"  # in a tower's own folder
 # tokens behind the pieces of LLaMA's tokenizer that only ever stand in a prompt
 PROMPT_TOKENS = {"<image>", "<pad>", "[PAD]", "<im_start>", "<im_end>", "<im_patch>"}
 NOT_SHAPES = {"architectures", "dtype", "transformers_version", "model_type"}  # what config.json says beside shapes
@@ -144,6 +147,18 @@ class _Draft:
     folders: list[Path] = field(default_factory=list)  # where tokenizer and preprocessor are looked for, in order
     vision: Path | None = None  # folder of the vision tower, if it is not in the weights
 
+    def add_adapter(self, folder: Path, rename: Callable[[str], str | None], part: str) -> None:
+        """A LoRA, and whatever whole tensors lie in its file."""
+        file = _adapter_file(folder)
+        if any(file.samefile(adapter.file) for adapter in self.adapters):
+            raise InputError(f"{folder}: this LoRA is given twice. Leave one of them out.")
+        self.adapters.append(_Adapter(folder, file, rename, part))
+        self.weights.append((file, lambda key: SAVED_ELSEWHERE if ".lora_" in key else rename(key)))
+
+    def add_settings(self, raw: Mapping[str, Any]) -> None:
+        """What a later stage's config.json says about images; shapes are the base's."""
+        self.raw = self.raw | {name: value for name, value in raw.items() if name.startswith(("mm_", "image_"))}
+
     @property
     def original(self) -> bool:
         return self.layout.endswith("original")
@@ -189,7 +204,11 @@ class Checkpoint:
                     if taken.file == file:
                         tensor = source.get(taken.key)[: taken.rows] if taken.rows else source.get(taken.key)
                         deltas = self.deltas.get(taken.name, ())
-                        yield taken.name, _merged(tensor.reshape(taken.shape), deltas)
+                        merged = _merged(tensor.reshape(taken.shape), deltas)
+                        if not all(bound.isfinite() for bound in merged.aminmax()):
+                            what = "overflows with its LoRA" if deltas else "holds numbers that are not finite"
+                            raise InputError(f"{file.name}: {taken.key} {what}. Use a sound checkpoint.")
+                        yield taken.name, merged
 
     def model(
         self, device: Any = "cpu", dtype: torch.dtype = torch.float32, four_bit: bool = False
@@ -243,7 +262,7 @@ class Checkpoint:
         rows = text.vocab_size
         known = rows if self.tokenizer is None else len(self.tokenizer)
         never = sorted({number for number in (*range(known, rows), self.config.image_token_id) if number < rows})
-        ends = _ends(self.folders) or text.eos_token_id
+        ends = _ends(self.folders, rows) or text.eos_token_id
         return GenerationConfig(
             do_sample=False,
             bos_token_id=text.bos_token_id,
@@ -263,28 +282,35 @@ class Checkpoint:
         if self.layout.endswith("stllava-med"):
             for folder in self.folders:
                 if (folder / "processor_config.json").is_file():
-                    return StllavaMedProcessor.from_pretrained(folder)
+                    with refused(folder / "processor_config.json", "not a processor"):
+                        processor = StllavaMedProcessor.from_pretrained(folder)
+                    self._check_image_token(processor.tokenizer)
+                    return processor
+        self._check_image_token(self.tokenizer)
         vision = self.config.vision_config
-        tokenizer = self.tokenizer
-        if tokenizer.convert_tokens_to_ids("<image>") != self.config.image_token_id:
-            raise InputError(
-                f"{self.name}: its tokenizer has <image> at {tokenizer.convert_tokens_to_ids('<image>')}, its network "
-                f"at {self.config.image_token_id}. Use the tokenizer that the checkpoint was trained with."
-            )
         processor = make_processor(
-            tokenizer,
+            self.tokenizer,
             vision.image_size,
             vision.patch_size,
             self.config.vision_feature_select_strategy,
             do_pad=self.pads,
         )
         files = [folder / "preprocessor_config.json" for folder in self.folders]
-        for name, value in next((read_json(file) for file in files if file.is_file()), {}).items():
-            if name in ("image_mean", "image_std"):
-                setattr(processor.image_processor, name, value)
+        if file := next((file for file in files if file.is_file()), None):
+            for name, value in read_json(file).items():
+                if name in ("image_mean", "image_std"):
+                    setattr(processor.image_processor, name, _three_numbers(file, name, value))
         if self.config.text_config.model_type == "mistral":
             processor.chat_template = {"default": MISTRAL_INSTRUCT, "mistral_instruct": MISTRAL_INSTRUCT}
         return processor
+
+    def _check_image_token(self, tokenizer: Any) -> None:
+        place = tokenizer.convert_tokens_to_ids("<image>")
+        if place != self.config.image_token_id:
+            raise InputError(
+                f"{self.name}: its tokenizer has <image> at {place}, its network at {self.config.image_token_id}. "
+                "Use the tokenizer that the checkpoint was trained with."
+            )
 
     @cached_property
     def sha256(self) -> str:
@@ -339,8 +365,9 @@ def open_checkpoint(
             or of the wrong shape or type. Nothing is ever filled with random numbers.
     """
     for name, number in (("prototypes", prototypes), ("iterations", iterations)):
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
-            raise InputError(f"{name} {number!r}: not a whole number from 1 on.")
+        if number is not None:
+            with refused(f"{name} {number!r}", "not usable"):
+                _whole_number(name, number, 10**5)
     draft = _read(local_folder(source), source, base, vision_tower)
     if projector:
         file = Path(projector).expanduser()
@@ -349,14 +376,22 @@ def open_checkpoint(
         draft.weights.append((file, _projector_name))
     if vision_lora:
         folder = local_folder(vision_lora)
-        draft.adapters.append(_Adapter(folder, _adapter_file(folder), _flat_name, "vision"))
+        draft.adapters = [adapter for adapter in draft.adapters if adapter.part != "vision"]
+        draft.add_adapter(folder, _flat_name, "vision")
     return _check(source, draft, prototypes, iterations)
 
 
-def _read(folder: Path, source: str, base: str | None = None, vision_tower: str | None = None) -> _Draft:
-    """The parts of the checkpoint in `folder`, whichever layout it has."""
+def _read(
+    folder: Path, source: str, base: str | None = None, vision_tower: str | None = None, above: Sequence[Path] = ()
+) -> _Draft:
+    """The parts of the checkpoint in `folder`, whichever layout it has; `above`: the folders that build on it."""
+    if folder.resolve() in above:
+        raise InputError(f"{source}: it builds on itself. Pass --base with what it was trained on.")
+    above = [*above, folder.resolve()]
     if (folder / "adapter_config.json").is_file():
-        draft = _read_adapter(folder, source, base)
+        if has_weights(folder):
+            raise InputError(f"{source}: it holds an adapter and a whole model. Move one of them to another folder.")
+        draft = _read_adapter(folder, base, above)
     else:
         raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
         if raw is None:
@@ -378,27 +413,29 @@ def _read(folder: Path, source: str, base: str | None = None, vision_tower: str 
                 )
             draft = _Draft(folder, "llava-hf", raw, [(file, _llava_hf_name) for file in weight_files(folder)])
         elif isinstance(raw.get("hidden_size"), int) and re.search("llama|mistral", named, re.IGNORECASE):
-            draft = _read_flat(folder, source, raw, base)
+            draft = _read_flat(folder, raw, base, above)
         else:
             raise InputError(
                 f"{source}: architecture {named} cannot be loaded. See docs/checkpoints.md for those that can."
             )
         draft.folders.insert(0, folder)
+        if base and draft.source == folder:
+            raise InputError(f"{source}: it is a whole model; base is for adapters and projectors. Leave it out.")
     if vision_tower:
         draft.vision = local_folder(vision_tower)
         draft.weights += [(file, _vision_name) for file in weight_files(draft.vision)]
     return draft
 
 
-def _read_flat(folder: Path, source: str, raw: dict[str, Any], base: str | None) -> _Draft:
+def _read_flat(folder: Path, raw: dict[str, Any], base: str | None, above: Sequence[Path]) -> _Draft:
     """The original layout: one flat config.json, `model.mm_projector` and perhaps the vision tower in the weights."""
     projector = next(
         (folder / name for name in ("mm_projector.bin", "mm_projector.safetensors") if (folder / name).is_file()), None
     )
     if projector is not None and not has_weights(folder):  # projector pre-training: the rest is the base's
         named = base or raw.get("_name_or_path")
-        draft = _read(located(named, [folder], "base"), str(named))
-        draft.raw = draft.raw | {name: value for name, value in raw.items() if name.startswith(("mm_", "image_"))}
+        draft = _read(located(named, [folder], "base"), str(named), above=above)
+        draft.add_settings(raw)
         draft.layout = f"projector on {draft.layout}"
     else:
         draft = _Draft(folder, "original", raw, [(file, _flat_name) for file in weight_files(folder)])
@@ -407,36 +444,37 @@ def _read_flat(folder: Path, source: str, raw: dict[str, Any], base: str | None)
     return draft
 
 
-def _read_adapter(folder: Path, source: str, base: str | None) -> _Draft:
+def _read_adapter(folder: Path, base: str | None, above: Sequence[Path]) -> _Draft:
     """A PEFT folder, ours or the authors' LoRA stage, on the checkpoint that it names."""
-    given = read_json(folder / "adapter_config.json")
-    named = base or given.get("base_model_name_or_path")
-    draft = _read(located(named, [folder], "base"), str(named))
-    file = _adapter_file(folder)
-    with WeightFile(file) as weights:
+    named = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    draft = _read(located(named, [folder], "base"), str(named), above=above)
+    with WeightFile(_adapter_file(folder)) as weights:
         originals = any(key.startswith("base_model.model.model.layers.") for key in weights.entries)
     draft.folders.insert(0, folder)
+    draft.source = folder
     if not originals:
-        draft.adapters.append(_Adapter(folder, file, _same, "both"))
-        draft.weights.append((file, _saved_whole))
+        draft.add_adapter(folder, _same, "both")
         draft.layout = f"adapter on {draft.layout}"
         return draft
-    draft.adapters.append(_Adapter(folder, file, _flat_name, "language"))
+    draft.add_adapter(folder, _flat_name, "language")
     draft.layout = f"authors' LoRA stage on {draft.layout}"
     if (folder / "config.json").is_file():
-        draft.raw = draft.raw | read_json(folder / "config.json")
+        draft.add_settings(read_json(folder / "config.json"))
     if (trained := folder / "non_lora_trainables.bin").is_file():
         draft.weights.append((trained, _flat_name))
-    if (vision := folder / "Vit-lora").is_dir():
-        draft.adapters.append(_Adapter(vision, _adapter_file(vision), _flat_name, "vision"))
-    draft.source = folder
+    if (folder / "Vit-lora").is_dir():
+        draft.add_adapter(folder / "Vit-lora", _flat_name, "vision")
     return draft
 
 
 def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int | None) -> Checkpoint:
     """Name every tensor, settle the configuration, and compare the two."""
+    if draft.raw.get("quantization_config"):
+        raise InputError(
+            f"{source}: its config.json says that the weights are quantised. Use the checkpoint before that."
+        )
     if draft.original:
-        _add_vision_tower(source, draft)
+        _add_vision_tower(draft)
     audit = Audit()
     found: dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]] = {}
     for file, rename in draft.weights:
@@ -445,7 +483,7 @@ def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int |
                 name = rename(key)
                 if name == SAVED_ELSEWHERE:
                     continue
-                if reason := _droppable(key):
+                if reason := _droppable(key, rename):
                     audit.dropped.setdefault(reason, []).append(f"{file.name}: {key}")
                 elif name is None:
                     audit.left_over.append(f"{file.name}: {key}")
@@ -460,15 +498,22 @@ def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int |
                             )
                         del found[name]  # so that it is read where the later file is
                     found[name] = (file, key, shape, dtype)
-    config = _configuration(source, draft, found, prototypes, iterations)
     tokenizer = _tokenizer(draft.folders)
-    stored_rows = config.text_config.vocab_size
-    if not draft.ours:
-        _trim_vocabulary(source, config, tokenizer)
-    wanted = _parameters(config)
+    with refused(f"{draft.source}/config.json", "not a configuration of this network"), _quiet():
+        config = _configuration(source, draft, found, prototypes, iterations)
+        stored_rows = config.text_config.vocab_size
+        if not draft.ours:
+            _trim_vocabulary(source, config, tokenizer)
+        _check_configuration(config, found)
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        config.image_seq_length = patches + (config.vision_feature_select_strategy == "full")
+        wanted = _parameters(config)
     if config.tie_word_embeddings and "lm_head.weight" in found:
-        file, key, *_ = found.pop("lm_head.weight")
-        audit.dropped.setdefault("tied to the embedding", []).append(f"{file.name}: {key}")
+        file, key, *_ = head = found.pop("lm_head.weight")
+        if _same_values(head, found.get("model.language_model.embed_tokens.weight")):
+            audit.dropped.setdefault("tied to the embedding", []).append(f"{file.name}: {key}")
+        else:
+            audit.wrong.append(f"{file.name}: {key} differs from the embedding that config.json ties it to")
     taken = []
     for name, (file, key, shape, dtype) in found.items():
         if name not in wanted:
@@ -481,8 +526,8 @@ def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int |
             audit.trimmed.append(f"{file.name}: {key}, {shape[0]} rows to the {rows} of the tokenizer")
         elif shape != aim and not (math.prod(shape) == math.prod(aim) == 1):  # the authors' scalars are [1, 1, 1]
             audit.wrong.append(f"{file.name}: {key} is {list(shape)}, the network's {name} is {list(aim)}")
-        if not dtype.is_floating_point:
-            audit.wrong.append(f"{file.name}: {key} is {dtype}, not floating point")
+        if dtype not in WEIGHT_DTYPES:
+            audit.wrong.append(f"{file.name}: {key} is {dtype}, not floating point of 16 bits or more")
         taken.append(Taken(file, key, name, aim, dtype, rows))
     audit.missing = sorted(set(wanted) - set(found))
     deltas = _deltas(draft, {name: shape for name, shape in wanted.items() if name in found}, audit)
@@ -524,7 +569,67 @@ class CheckpointError(InputError):
 
 
 SAVED_ELSEWHERE = ""  # a name for keys that are read by someone else
+MOST_PADDING = 128  # rows behind a vocabulary; llava-hf has 64 (our choice)
 VOCABULARY_ROWS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+
+
+def _check_configuration(config: Any, found: Mapping[str, Any]) -> None:
+    """Raise ValueError on what the shapes of the tensors cannot show, or would show only after a long time."""
+    vision, text = config.vision_config, config.text_config
+    config.validate()
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for part, names in ((vision, (*sizes, "image_size", "patch_size")), (text, (*sizes, "vocab_size"))):
+        for name in names:
+            _whole_number(name, getattr(part, name))
+    for name in ("num_prototypes", "prototype_iterations"):
+        _whole_number(name, getattr(config, name), 10**5)
+    for name, part, pattern in (
+        ("vision_config", vision, r"model\.vision_tower\.encoder\.layers\.(\d+)\."),
+        ("text_config", text, r"model\.language_model\.layers\.(\d+)\."),
+    ):
+        layers = {int(match[1]) for key in found if (match := re.match(pattern, key))}
+        if part.num_hidden_layers != len(layers):
+            raise ValueError(f"{name}: num_hidden_layers is {part.num_hidden_layers}, its weights have {len(layers)}")
+    if vision.image_size % vision.patch_size:
+        raise ValueError(f"image_size {vision.image_size} is no multiple of patch_size {vision.patch_size}")
+    layer, count = config.vision_feature_layer, vision.num_hidden_layers
+    if not isinstance(layer, int) or not -count - 1 <= layer <= count:
+        raise ValueError(f"vision_feature_layer is {layer!r}; the tower has {count} layers")
+    if not isinstance(config.image_token_id, int) or config.image_token_id < 0:
+        raise ValueError(f"image_token_index is {config.image_token_id!r}, not a token's id")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        _check_ids(name, getattr(text, name), text.vocab_size)
+
+
+def _whole_number(name: str, value: Any, most: int = 10**9) -> None:
+    """Raise ValueError unless `value` is one, from 1 on."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {value!r}, not a whole number from 1 to {most}")
+
+
+def _check_ids(name: str, value: Any, rows: int) -> None:
+    """Raise ValueError unless `value` is None, an id of the vocabulary or a list of them."""
+    for one in value if isinstance(value, list) else [value]:
+        if one is not None and (not isinstance(one, int) or isinstance(one, bool) or not 0 <= one < rows):
+            raise ValueError(f"{name} is {value!r}, not an id of {rows} tokens")
+
+
+def _same_values(one: tuple, other: tuple | None) -> bool:
+    if other is None or one[2] != other[2]:
+        return False
+    with WeightFile(one[0]) as first, WeightFile(other[0]) as second:
+        return bool(first.get(one[1]).equal(second.get(other[1])))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' remarks about a configuration, which our own line then repeats."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _parameters(config: Any) -> dict[str, tuple[int, ...]]:
@@ -542,11 +647,6 @@ def _same(key: str) -> str | None:
     """Our own layout, with or without PEFT's prefix."""
     key = key.removeprefix("base_model.model.")
     return key if key.startswith(("model.", "lm_head.")) else None
-
-
-def _saved_whole(key: str) -> str | None:
-    """A PEFT adapter's whole tensors (`modules_to_save`); its LoRA is read by `_deltas`."""
-    return SAVED_ELSEWHERE if ".lora_" in key else _same(key)
 
 
 def _flat_name(key: str) -> str | None:
@@ -592,7 +692,9 @@ def _llava_hf_name(key: str) -> str | None:
     return None
 
 
-def _droppable(key: str) -> str | None:
+def _droppable(key: str, rename: Callable[[str], str | None]) -> str | None:
+    if rename is _vision_name and re.fullmatch(CLIP_TEXT, key):
+        return "CLIP's text side"
     return next((reason for pattern, reason in DROPPABLE if re.fullmatch(pattern, key)), None)
 
 
@@ -607,18 +709,15 @@ def _configuration(
         config = _original_configuration(source, draft, found, prototypes, iterations)
     else:
         raw = {name: value for name, value in draft.raw.items() if name not in ("architectures", "model_type")}
-        config = _made(draft, raw if draft.ours else raw | {"projector_type": "mlp2x_gelu"})
-        if not isinstance(config.image_token_id, int):
+        if raw.get("image_token_index", raw.get("image_token_id")) is None:
             raise InputError(f"{draft.source}/config.json: no image_token_index. Use a checkpoint that names it.")
+        config = StllavaMedConfig(**(raw if draft.ours else raw | {"projector_type": "mlp2x_gelu"}))
         for name, given in (("num_prototypes", prototypes), ("prototype_iterations", iterations)):
             if given is not None and given != getattr(config, name):
                 raise InputError(
                     f"{source}: {name} is {getattr(config, name)} in its config.json, not {given}. Leave the option "
                     "out; it is for the authors' files, which do not store the number."
                 )
-    vision = config.vision_config
-    full = config.vision_feature_select_strategy == "full"
-    config.image_seq_length = (vision.image_size // vision.patch_size) ** 2 + full
     return config
 
 
@@ -636,9 +735,8 @@ def _original_configuration(
     mistral = "mistral" in f"{raw.get('model_type')} {raw.get('architectures')}".lower()
     text_class: Any = MistralConfig if mistral else LlamaConfig
     names = {*text_class.__dataclass_fields__, "rope_theta", "rope_scaling"} - NOT_SHAPES
-    return _made(
-        draft,
-        {
+    return StllavaMedConfig(
+        **{
             "vision_config": vision.to_dict(),
             "text_config": {name: value for name, value in raw.items() if name in names}
             | {"model_type": text_class.model_type},
@@ -649,17 +747,8 @@ def _original_configuration(
             "num_prototypes": prototypes or PROTOTYPES,
             "prototype_iterations": iterations or ITERATIONS,
             "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        },
+        }
     )
-
-
-def _made(draft: _Draft, settings: Mapping[str, Any]) -> Any:
-    try:
-        return StllavaMedConfig(**settings)
-    except Exception as error:  # transformers' checks raise their own classes
-        raise InputError(
-            f"{draft.source}/config.json: not a configuration ({one_line(error)}). Copy it again."
-        ) from error
 
 
 def _trim_vocabulary(source: str, config: Any, tokenizer: Any) -> None:
@@ -673,6 +762,8 @@ def _trim_vocabulary(source: str, config: Any, tokenizer: Any) -> None:
     first = min(number for token, number in added.items() if token in PROMPT_TOKENS)
     behind = {token for token, number in added.items() if number >= first}
     if last_piece < first <= rows and behind <= PROMPT_TOKENS:
+        if rows - first > MOST_PADDING:
+            raise InputError(f"{source}: its tokenizer has {first} pieces, its network {rows} rows. Copy both again.")
         config.text_config.vocab_size = first
         if (config.text_config.pad_token_id or 0) >= first:
             config.text_config.pad_token_id = 0  # unk: the authors' padding
@@ -689,7 +780,7 @@ def _projector_type(source: str, raw: Mapping[str, Any], found: Mapping[str, Any
     return {"cluster": "prototype"}.get(named, named)
 
 
-def _add_vision_tower(source: str, draft: _Draft) -> None:
+def _add_vision_tower(draft: _Draft) -> None:
     """The folder that config.json names, if the weights hold no tower and none was given."""
     if draft.vision is not None:
         return
@@ -741,13 +832,13 @@ def _deltas(draft: _Draft, shapes: Mapping[str, tuple[int, ...]], audit: Audit) 
     has_vision = any(adapter.part == "vision" for adapter in draft.adapters)
     for adapter in draft.adapters:
         settings = _adapter_settings(adapter.folder)
-        changed = 0
+        seen: set[str] = set()
         with WeightFile(adapter.file) as weights:
             stems: dict[str, dict[str, str]] = {}
             for key in weights.entries:
                 if match := re.fullmatch(r"(.+)\.lora_(A|B)\.weight", key):
                     stems.setdefault(match[1], {})[match[2]] = key
-                elif adapter.rename(key) not in shapes:
+                elif ".lora_" in key:
                     audit.left_over.append(f"{adapter.file.name}: {key}")
             for stem, pair in stems.items():
                 name = adapter.rename(f"{stem}.weight") or ""
@@ -756,42 +847,87 @@ def _deltas(draft: _Draft, shapes: Mapping[str, tuple[int, ...]], audit: Audit) 
                 if stray and has_vision:  # saved there by accident, with a rank that adapter_config.json does not know
                     audit.dropped.setdefault("copies of the vision tower's own LoRA", []).extend(keys)
                     continue
-                if stray or name not in shapes or len(pair) < 2:
+                outside = adapter.part == "vision" and not name.startswith("model.vision_tower.")
+                if stray or outside or name not in shapes or len(pair) < 2 or name in seen:
                     audit.left_over.extend(keys)
                     continue
-                a, b = (weights.entries[pair[side]][0] for side in "AB")
+                seen.add(name)
+                (a, type_a), (b, type_b) = (weights.entries[pair[side]] for side in "AB")
                 rank, scale = settings(stem.removeprefix("base_model.model."))
-                if (b[0], a[1]) != shapes[name] or not a[0] == b[1] == rank:
+                sound = len(a) == len(b) == 2 and {type_a, type_b} <= set(WEIGHT_DTYPES)
+                if not sound or (b[0], a[1]) != shapes[name] or not a[0] == b[1] == rank:
                     audit.wrong.append(
-                        f"{adapter.file.name}: {stem} is {list(b)} x {list(a)}, not rank {rank} on {list(shapes[name])}"
+                        f"{adapter.file.name}: {stem} is {list(b)} x {list(a)} ({type_a}), "
+                        f"not rank {rank} on {list(shapes[name])}"
                     )
                     continue
                 deltas.setdefault(name, []).append(Delta(adapter.file, pair["A"], pair["B"], scale))
-                changed += 1
-        audit.merged[str(adapter.file)] = changed
+            whole = [key for key in weights.entries if ".lora_" not in key]
+            _check_whole_tensors(adapter.folder, whole)
+            if not weights.entries:
+                raise InputError(f"{adapter.file}: an adapter without tensors. Copy it again.")
+        audit.merged[str(adapter.file)] = len(seen)
     return deltas
+
+
+# settings of adapter_config.json that do not change what a LoRA adds to a weight, or that are read here
+PLAIN_LORA = {
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_dropout"),
+    *("megatron_core", "qalora_group_size", "runtime_config"),
+}
+
+
+def _check_whole_tensors(folder: Path, keys: Sequence[str]) -> None:
+    """Every module that is said to be saved whole has tensors."""
+    for module in read_json(folder / "adapter_config.json").get("modules_to_save") or []:
+        if not any(f".{module}." in key for key in keys):
+            raise InputError(f"{folder}: modules_to_save names {module}, which is not in its file. Copy it again.")
 
 
 def _adapter_settings(folder: Path) -> Callable[[str], tuple[int, float]]:
     """Rank and scale of the LoRA in `folder`, by module.
 
     Raises:
-        InputError: It is no plain LoRA.
+        InputError: It is no plain LoRA, or a number in it is none.
     """
     from peft.utils.other import get_pattern_key
 
     file = folder / "adapter_config.json"
     given = read_json(file)
-    for name, plain in (("peft_type", "LORA"), ("bias", "none"), ("use_dora", False), ("fan_in_fan_out", False)):
-        if (given.get(name) or plain) != plain:
-            raise InputError(f"{file}: {name} is {given[name]!r}. Only plain LoRA ({name}: {plain!r}) can be merged.")
+    plain: dict[str, tuple] = {
+        "peft_type": ("LORA",),
+        "bias": ("none", None),
+        "use_rslora": (True, False, None),
+        "init_lora_weights": (True, False, None, "gaussian"),  # others change the base's weights as well
+    }
+    for name, allowed in plain.items():
+        value = given.get(name)
+        if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
+            raise InputError(f"{file}: {name} is {value!r}. Only plain LoRA can be merged.")
+    if changing := sorted(name for name, value in given.items() if value and name not in {*PLAIN_LORA, "bias"}):
+        raise InputError(f"{file}: {changing[0]} is {given[changing[0]]!r}. Only plain LoRA can be merged.")
+    modules = given.get("modules_to_save") or []
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise InputError(f"{file}: modules_to_save is {modules!r}, not a list of names. Copy it again.")
+
+    def number(name: str, value: Any, kind: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e6:
+            raise InputError(f"{file}: {name} is {value!r}, not a number above 0. Copy it again.")
+        return value
 
     def of(module: str) -> tuple[int, float]:
-        ranks: Any
-        alphas: Any
-        ranks, alphas = given.get("rank_pattern") or {}, given.get("alpha_pattern") or {}
-        rank = ranks.get(get_pattern_key(list(ranks), module), given["r"])
-        alpha = alphas.get(get_pattern_key(list(alphas), module), given["lora_alpha"])
+        found = []
+        for default, pattern, kind in (("r", "rank_pattern", (int,)), ("lora_alpha", "alpha_pattern", (int, float))):
+            patterns = given.get(pattern) or {}
+            with refused(file, f"{pattern} is not usable"):
+                if not isinstance(patterns, dict):
+                    raise TypeError(f"{patterns!r} is no object")
+                key = get_pattern_key(list(patterns), module)
+                value = patterns[key] if key in patterns else given.get(default)
+            found.append(number(default, value, kind))
+        rank, alpha = found
         return rank, alpha / (math.sqrt(rank) if given.get("use_rslora") else rank)
 
     return of
@@ -813,32 +949,32 @@ def _tokenizer(folders: Sequence[Path]) -> Any:
     Raises:
         InputError: It cannot be read, or has words of its own behind LLaMA's pieces.
     """
+    for folder in folders:
+        if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+            with refused(folder, "its tokenizer cannot be read"):
+                return _read_tokenizer(folder)
+    return None
+
+
+def _read_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    for folder in folders:
-        if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-            continue
-        settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-        if settings.get("tokenizer_class") == "StllavaMedTokenizer":
-            pieces = None
-        else:
-            added = {one["content"] for one in (settings.get("added_tokens_decoder") or {}).values()}
-            if (folder / "added_tokens.json").is_file():
-                added |= set(read_json(folder / "added_tokens.json"))
-            pieces = read_pieces(folder)
-            if pieces and (own := added - PROMPT_TOKENS - {"<unk>", "<s>", "</s>"}):
-                raise InputError(f"{folder}: tokens added to LLaMA's ({some(sorted(own))}) are not supported.")
-        try:
-            if pieces:
-                legacy = bool(settings.get("legacy", True))  # as the slow class of transformers 4.31 does
-                return StllavaMedTokenizer.from_pieces(*pieces, legacy=legacy, padding_side="left")
-            tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        except Exception as error:  # a broken file raises nearly anything here
-            raise InputError(f"{folder}: its tokenizer cannot be read ({one_line(error)}). Copy it again.") from error
-        if "<image>" not in tokenizer.get_vocab():
-            tokenizer.add_tokens(["<image>"], special_tokens=True)
-        return tokenizer
-    return None
+    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    pieces = None if settings.get("tokenizer_class") == "StllavaMedTokenizer" else read_pieces(folder)
+    if pieces:
+        added = {one["content"] for one in (settings.get("added_tokens_decoder") or {}).values()}
+        if (folder / "added_tokens.json").is_file():
+            added |= set(read_json(folder / "added_tokens.json"))
+        if own := added - PROMPT_TOKENS - {"<unk>", "<s>", "</s>"}:
+            raise InputError(f"{folder}: tokens added to LLaMA's ({some(sorted(own))}) are not supported.")
+        legacy = settings.get("legacy", True)  # as the slow class of transformers 4.31 does
+        if legacy not in (True, False, None):
+            raise ValueError(f"legacy is {legacy!r}, not true or false")
+        return StllavaMedTokenizer.from_pieces(*pieces, legacy=legacy is not False, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    if "<image>" not in tokenizer.get_vocab():
+        tokenizer.add_tokens(["<image>"], special_tokens=True)
+    return tokenizer
 
 
 def _deciding_files(draft: _Draft) -> list[Path]:
@@ -850,8 +986,21 @@ def _deciding_files(draft: _Draft) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def _ends(folders: Sequence[Path]) -> Any:
+def _ends(folders: Sequence[Path], rows: int) -> Any:
     for folder in folders:
-        if (folder / "generation_config.json").is_file():
-            return read_json(folder / "generation_config.json").get("eos_token_id")
+        if (file := folder / "generation_config.json").is_file():
+            ends = read_json(file).get("eos_token_id")
+            with refused(file, "not usable"):
+                _check_ids("eos_token_id", ends, rows)
+            return ends
     return None
+
+
+def _three_numbers(file: Path, name: str, value: Any) -> list[float]:
+    """A mean or a standard deviation of red, green and blue."""
+    numbers: list[Any] = value if isinstance(value, list) else []
+    if len(numbers) != 3 or not all(isinstance(one, float | int) and math.isfinite(one) for one in numbers):
+        raise InputError(f"{file}: {name} is {value!r}, not three numbers. Copy it again.")
+    if name == "image_std" and min(numbers) <= 0:
+        raise InputError(f"{file}: image_std is {value!r}, not above 0. Copy it again.")
+    return numbers

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from stllava_eval.errors import InputError
 from stllava_eval.home import write_json
 from stllava_eval.network.checkpoint import VOCABULARY_ROWS, Checkpoint
-from stllava_eval.network.files import one_line
+from stllava_eval.network.files import one_line, refused
 
 SHARD_BYTES = 5 * 10**8  # of a written file: what is held in memory (our choice)
 
@@ -38,40 +39,49 @@ def convert(checkpoint: Checkpoint, out: Path, to: str = "stllava-med", progress
     Raises:
         InputError: `out` holds something, the disk is full, or `llava-hf` is asked for a prototype extractor.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    with refused(f"--out {out}", "no place for a folder"):
+        target = out.resolve()
+    if not target.name or target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"--out {out}: there is something already. Pass a folder that does not exist yet.")
     if to == "llava-hf" and checkpoint.config.projector_type != "mlp2x_gelu":
         raise InputError(
             f"{checkpoint.name}: llava-hf has no prototype extractor; only models with mlp2x_gelu can be written so."
         )
-    partial_out = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
+    processor = None
+    if checkpoint.tokenizer is not None or to == "llava-hf":
+        processor = checkpoint.processor()  # before any work: what is wrong with it is no fault of `out`
+    generation = checkpoint.generation_config()
+    partial: Path | None = None
     try:
-        partial_out.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+        partial.chmod(0o755)
         write = _write_llava_hf if to == "llava-hf" else _write_ours
-        write(checkpoint, partial_out, progress)
-        write_json(partial_out / "audit.json", checkpoint.report())
-        if out.is_dir():
-            out.rmdir()
-        partial_out.replace(out)
+        write(checkpoint, processor, generation, partial, progress)
+        write_json(partial / "audit.json", checkpoint.report())
+        if target.is_dir():
+            target.rmdir()
+        partial.replace(target)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial_out, ignore_errors=True)
         raise InputError(f"--out {out}: cannot be written ({one_line(error)}). Choose a place with room.") from error
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_ours(checkpoint: Checkpoint, out: Path, progress: bool) -> None:
+def _write_ours(checkpoint: Checkpoint, processor: Any, generation: Any, out: Path, progress: bool) -> None:
     config = checkpoint.config
     config.architectures = ["StllavaMedForConditionalGeneration"]
     config.dtype = Counter(taken.dtype for taken in checkpoint.taken).most_common(1)[0][0]
     sizes = [(taken.name, math.prod(taken.shape) * taken.dtype.itemsize) for taken in checkpoint.taken]
     _write_weights(checkpoint.weights(), sizes, out, progress)
     config.save_pretrained(out)
-    checkpoint.generation_config().save_pretrained(out)
-    if checkpoint.tokenizer is not None:
-        checkpoint.processor().save_pretrained(out)
+    generation.save_pretrained(out)
+    if processor is not None:
+        processor.save_pretrained(out)
 
 
-def _write_llava_hf(checkpoint: Checkpoint, out: Path, progress: bool) -> None:
+def _write_llava_hf(checkpoint: Checkpoint, processor: Any, generation: Any, out: Path, progress: bool) -> None:
     """transformers' LLaVA, in the key layout of its hub copies, with rows for `<image>` and `<pad>`.
 
     The rows behind the vocabulary repeat `<unk>`'s, the token that no training text holds: such a row can tie with
@@ -79,7 +89,7 @@ def _write_llava_hf(checkpoint: Checkpoint, out: Path, progress: bool) -> None:
     """
     from transformers import LlavaConfig, LlavaImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-    ours, tokenizer = checkpoint.config, checkpoint.processor().tokenizer
+    ours, tokenizer = checkpoint.config, processor.tokenizer
     rows = ours.text_config.vocab_size
     wide = rows if ours.image_token_id < rows else 64 * math.ceil((rows + 2) / 64)
 
@@ -115,13 +125,13 @@ def _write_llava_hf(checkpoint: Checkpoint, out: Path, progress: bool) -> None:
         image_seq_length=ours.image_seq_length,
         vision_feature_layer=ours.vision_feature_layer,
         vision_feature_select_strategy=ours.vision_feature_select_strategy,
-        projector_hidden_act="gelu",
+        projector_hidden_act=ours.projector_hidden_act,
+        multimodal_projector_bias=ours.multimodal_projector_bias,
         tie_word_embeddings=ours.tie_word_embeddings,
     )
     config.architectures = ["LlavaForConditionalGeneration"]
     config.dtype = Counter(taken.dtype for taken in checkpoint.taken).most_common(1)[0][0]
     config.save_pretrained(out)
-    generation = checkpoint.generation_config()
     plain = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         unk_token=tokenizer.unk_token,
@@ -135,7 +145,6 @@ def _write_llava_hf(checkpoint: Checkpoint, out: Path, progress: bool) -> None:
     generation.pad_token_id = plain.pad_token_id
     generation.suppress_tokens = sorted({*range(rows, wide), *(generation.suppress_tokens or ())}) or None
     generation.save_pretrained(out)
-    processor: Any = checkpoint.processor()
     image = processor.image_processor
     LlavaProcessor(
         image_processor=LlavaImageProcessor(
@@ -170,14 +179,19 @@ def _write_weights(
         return f"model-{number + 1:05}-of-{last + 1:05}.safetensors" if last else "model.safetensors"
 
     held: dict[str, Tensor] = {}
+    places: set[int] = set()
     current = 0
     total = sum(size for _, size in sizes)
     with tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=not progress, file=sys.stderr) as bar:
         for name, tensor in weights:
             if shard_of[name] != current:
                 save_file(held, out / file_name(current), {"format": "pt"})
-                held, current = {}, shard_of[name]
+                held, places, current = {}, set(), shard_of[name]
             held[name] = tensor.contiguous()
+            place = held[name].untyped_storage().data_ptr()
+            if place in places:  # a pickle may hold one tensor under two names; safetensors may not
+                held[name] = tensor.clone()
+            places.add(place)
             bar.update(tensor.numel() * tensor.dtype.itemsize)
         save_file(held, out / file_name(current), {"format": "pt"})
     if last:

@@ -8,12 +8,13 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from stllava_eval.errors import InputError
@@ -30,41 +31,52 @@ class WeightFile:
         InputError: On entering: the file is cut short, no file of weights, or a pickle with more than tensors in it.
     """
 
+    get: Callable[[str], Tensor]
+
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def __enter__(self) -> WeightFile:
         try:
-            if self.file.suffix == ".safetensors":
-                self._safe: Any = safe_open(self.file, "pt")
-                opened = self._safe.__enter__()
-                self.get: Callable[[str], Tensor] = opened.get_tensor
-                slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-                self.entries = {
-                    key: (tuple(part.get_shape()), SAFETENSORS_DTYPES.get(part.get_dtype(), torch.uint8))
-                    for key, part in slices.items()
-                }
-            else:
-                self._safe = None
-                with warnings.catch_warnings():  # of pickle protocols, about files that are then refused
-                    warnings.simplefilter("ignore")
-                    zipped = zipfile.is_zipfile(self.file)
-                    stored = torch.load(self.file, map_location="cpu", weights_only=True, mmap=zipped)
-                if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
-                    raise InputError(f"{self.file}: not a table of tensors. Copy it again.")
-                self.get = stored.__getitem__
-                self.entries = {key: (tuple(value.shape), value.dtype) for key, value in stored.items()}
-        except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
-            raise InputError(
-                f"{self.file}: cannot be read ({one_line(error)}). It is cut short or holds no weights; copy it again."
-            ) from error
+            stored = self._open()
         except pickle.UnpicklingError as error:
             code = re.search(r"GLOBAL ([\w.]+)", str(error))
             what = f"code ({code[1]})" if code else "more than tensors"
             raise InputError(
                 f"{self.file}: its pickle holds {what} and was not loaded. Ask for the weights as safetensors."
             ) from error
+        except Exception as error:  # zip, torch and safetensors raise many kinds about a file that is cut short
+            raise InputError(
+                f"{self.file}: cannot be read ({one_line(error)}). It is cut short or holds no weights; copy it again."
+            ) from error
+        if stored is not None:
+            tensors = isinstance(stored, dict) and all(
+                isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
+                and value.device.type == "cpu"
+                for key, value in stored.items()
+            )  # fmt: skip
+            if not tensors:
+                raise InputError(f"{self.file}: not a table of named tensors. Copy it again.")
+            self.get = stored.__getitem__
+            self.entries = {key: (tuple(value.shape), value.dtype) for key, value in stored.items()}
         return self
+
+    def _open(self) -> Any:
+        """What a pickle holds; None for safetensors, which give their tensors one at a time."""
+        if self.file.suffix != ".safetensors":
+            self._safe: Any = None
+            with warnings.catch_warnings():  # of pickle protocols, about files that are then refused
+                warnings.simplefilter("ignore")
+                return torch.load(self.file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.file))
+        self._safe = safe_open(self.file, "pt")
+        opened = self._safe.__enter__()
+        self.get = opened.get_tensor
+        slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+        self.entries = {
+            key: (tuple(part.get_shape()), SAFETENSORS_DTYPES.get(part.get_dtype(), torch.uint8))
+            for key, part in slices.items()
+        }
+        return None
 
     def __exit__(self, *error: Any) -> None:
         if self._safe is not None:
@@ -72,6 +84,7 @@ class WeightFile:
         del self.get
 
 
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # others need scales
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -100,6 +113,13 @@ def weight_files(folder: Path) -> list[Path]:
                 raise InputError(
                     f"{folder}: {len(lost)} of {len(names)} shards are missing ({some(lost)}). Copy them too."
                 )
+            for name in names:  # a tensor that stands in another shard as well would be read from the wrong one
+                with WeightFile(folder / name) as shard:
+                    promised = {key for key, place in weight_map.items() if place == name}
+                    if differing := sorted(promised ^ set(shard.entries)):
+                        raise InputError(
+                            f"{index}: {name} does not hold what it says ({some(differing)}). Copy it again."
+                        )
             return [folder / name for name in names]
         if whole.is_file():
             return [whole]
@@ -125,9 +145,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def beside(named: str, folders: Sequence[Path]) -> Path | None:
     """The folder that a checkpoint in `folders` may mean by the path `named`: in them, beside them, or here."""
-    path = Path(named).expanduser()
-    places = [place for folder in folders for place in (folder / path, folder.parent / path)]
-    return next((place for place in [*places, path] if place.is_dir()), None)
+    try:
+        path = Path(named).expanduser()
+        places = [place for folder in folders for place in (folder / path, folder.parent / path)]
+        return next((place for place in [*places, path] if place.is_dir()), None)
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a zero byte: no path at all
+        return None
 
 
 def located(named: Any, folders: Sequence[Path], part: str) -> Path:
@@ -148,15 +171,18 @@ def located(named: Any, folders: Sequence[Path], part: str) -> Path:
 
 
 def local_folder(name: str) -> Path:
-    """The local folder of `name`; a hub id is downloaded."""
-    folder = Path(name).expanduser()
-    return folder if folder.is_dir() else _download(name)
+    """The local folder of `name`; a hub id is downloaded.
+
+    Raises:
+        InputError: There is neither.
+    """
+    return beside(name, []) or _download(name)
 
 
 def _download(name: str) -> Path:
     """The hub's copy of `name`: safetensors if it has them, else pickles."""
-    missing = f"{name}: no such folder"
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    missing = f"{name[:200] or 'an empty name'}: no such folder"
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise InputError(f"{missing}. Pass a folder or a hub id such as llava-hf/llava-1.5-7b-hf.")
     from huggingface_hub import HfApi, snapshot_download
 
@@ -168,16 +194,30 @@ def _download(name: str) -> Path:
                 allowed.remove("*.bin")
         return Path(snapshot_download(name, allow_patterns=allowed, etag_timeout=10))
     except Exception as error:  # the hub's errors have no common base; offline, gated and unknown all end here
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{missing}, and not to be had from the hub ({type(error).__name__}: {reason[:120]}). Pass --model_args "
-            "pretrained=FOLDER, set STLLAVA_CHECKPOINT, or make the demo's checkpoint with `stllava-train tiny`."
+            f"{missing}, and not to be had from the hub ({type(error).__name__}: {one_line(error)}). Pass a folder "
+            "that is there, or make the demo's checkpoint with `stllava-train tiny`."
         ) from error
 
 
 def one_line(error: Exception) -> str:
-    """The first sentence of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")[:160]
+    """What an error says, on one line of bearable length."""
+    return " ".join((str(error) or type(error).__name__).split())[:180].rstrip(".")
+
+
+@contextmanager
+def refused(place: object, what: str) -> Iterator[None]:
+    """Turn whatever a library raises about a broken file into one line.
+
+    Raises:
+        InputError: `place`: `what` (the library's reason).
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # their own classes of errors, dozens of them
+        raise InputError(f"{place}: {what} ({one_line(error)}). Copy it again.") from error
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
