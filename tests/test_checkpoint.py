@@ -264,6 +264,18 @@ def test_a_projector_folder_on_its_base(full, tmp_path):
     assert_same(stage, other, prototypes=3)
 
 
+def test_a_projector_file_beside_whole_weights_fills_in_and_does_not_win(full):
+    folder, model = full
+    other = {name: 2 * value for name, value in only(original_names(model), "mm_projector").items()}
+    torch.save(other, folder / "mm_projector.bin")
+    assert_same(folder, model, prototypes=3)
+    change(folder, lambda tensors: [tensors.pop(name) for name in other])
+    with torch.no_grad():
+        for weight in model.model.multi_modal_projector.parameters():
+            weight.mul_(2)
+    assert_same(folder, model, prototypes=3)
+
+
 @pytest.mark.parametrize("strays", [True, False])
 def test_the_authors_lora_stage(full, tmp_path, strays):
     _folder, model = full

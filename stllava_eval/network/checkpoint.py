@@ -376,7 +376,10 @@ def open_checkpoint(
         draft.weights.append((file, _projector_name))
     if vision_lora:
         folder = local_folder(vision_lora)
-        draft.adapters = [adapter for adapter in draft.adapters if adapter.part != "vision"]
+        replaced = [adapter for adapter in draft.adapters if adapter.part == "vision"]
+        draft.adapters = [adapter for adapter in draft.adapters if adapter not in replaced]
+        files = {adapter.file for adapter in replaced}
+        draft.weights = [(file, rename) for file, rename in draft.weights if file not in files]
         draft.add_adapter(folder, _flat_name, "vision")
     return _check(source, draft, prototypes, iterations)
 
@@ -437,10 +440,11 @@ def _read_flat(folder: Path, raw: dict[str, Any], base: str | None, above: Seque
         draft = _read(located(named, [folder], "base"), str(named), above=above)
         draft.add_settings(raw)
         draft.layout = f"projector on {draft.layout}"
-    else:
-        draft = _Draft(folder, "original", raw, [(file, _flat_name) for file in weight_files(folder)])
-    if projector is not None:
         draft.weights.append((projector, _projector_name))
+        return draft
+    draft = _Draft(folder, "original", raw, [(file, _flat_name) for file in weight_files(folder)])
+    if projector is not None:  # a projector in the weights wins, as in LLaVA's own loader
+        draft.weights.insert(0, (projector, _projector_name))
     return draft
 
 
