@@ -2,7 +2,8 @@
 
 `python benchmarks/convert.py --json FILE [--layers 4] [--folder DIR]` writes the authors' full layout in float16 (three
 shards of pickles, then of safetensors, then pickles with a LoRA of rank 128 on every layer), converts each in a process
-of its own, and reports that process' peak memory beside the largest shard. It needs about 7 GB of disk for four layers.
+of its own, and reports that process' peak memory beside the largest shard; and the same of loading the pickles in
+bfloat16. It needs about 7 GB of disk for four layers.
 """
 
 from __future__ import annotations
@@ -113,12 +114,17 @@ def write_lora(folder: Path, base: Path, layers: int, rank: int = 128) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
-def measure(source: Path, out: Path) -> dict[str, float]:
-    """Peak bytes and seconds of a conversion in a process of its own, of which `imports` before any file is read."""
+CONVERT = "assert main(['convert', sys.argv[1], '--out', sys.argv[2]]) == 0"
+LOAD = "open_checkpoint(sys.argv[1]).model(dtype=torch.bfloat16)"
+
+
+def measure(what: str, source: Path, out: Path) -> dict[str, float]:
+    """Peak bytes and seconds of `what` in a process of its own, of which `imports` before any file is read."""
     script = (
-        "import sys; from stllava_eval.cli import main; import stllava_eval.network.convert;"
+        "import sys, torch; from stllava_eval.cli import main; import stllava_eval.network.convert;"
+        "from stllava_eval.network.checkpoint import open_checkpoint;"
         "peak = lambda: 1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); before = peak();"
-        "code = main(['convert', sys.argv[1], '--out', sys.argv[2]]); print('PEAK', before, peak()); sys.exit(code)"
+        f"{what}; print('PEAK', before, peak())"
     )
     start = time.perf_counter()
     command = [sys.executable, "-c", script, str(source), str(out)]
@@ -142,9 +148,18 @@ def main() -> None:
             if kind == "lora":
                 source = work / "stage"
                 write_lora(source, work / "full", given.layers)
-            found = measure(source, work / "out")
+            found = measure(CONVERT, source, work / "out")
             above = found["peak_bytes"] - largest
             result[kind] = found | {"largest_shard_bytes": largest, "bytes_above_the_largest_shard": above}
+            if kind == "bin":
+                weights = sum(file.stat().st_size for file in source.glob("*.bin"))
+                found = measure(LOAD, source, work / "out")
+                above = found["peak_bytes"] - weights - largest
+                result["load"] = found | {
+                    "weights_bytes": weights,
+                    "largest_shard_bytes": largest,
+                    "bytes_above_both": above,
+                }
             for folder in work.iterdir():
                 shutil.rmtree(folder)
     text = json.dumps(result, indent=1)
