@@ -77,7 +77,7 @@ class StllavaMed(lmms):
             if unknown := sorted(set(parts) - set(PARTS)):
                 raise InputError(
                     f"--model_args {', '.join(unknown)}: unknown. "
-                    f"It takes pretrained, dtype, images, four_bit, {', '.join(PARTS)}."
+                    f"It takes pretrained, device, dtype, images, four_bit, {', '.join(PARTS)}."
                 )
             if images not in IMAGES:
                 raise InputError(f"--model_args images={images}: unknown. Pass one of {', '.join(IMAGES)}.")

@@ -142,7 +142,9 @@ def parser() -> argparse.ArgumentParser:
             "stllava-eval convert liuhaotian/llava-v1.5-7b --to llava-hf --out checkpoints/for-vllm",
         ],
     )
-    convert.add_argument("source", metavar="SOURCE", help="folder or hub id: a model, an adapter or a projector folder")
+    convert.add_argument(
+        "source", metavar="SOURCE", help="folder or hub id: a model, an adapter, or a projector with its config.json"
+    )
     convert.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
     convert.add_argument("--base", metavar="SOURCE", help="what an adapter builds on (default: what it names itself)")
     convert.add_argument(
@@ -297,8 +299,14 @@ def _convert(arguments: argparse.Namespace) -> int:
         f"{arguments.out}: {checkpoint.layout}, {len(checkpoint.taken)} tensors, all that the network has; "
         f"LoRA merged into {merged}, {dropped} left out as named in audit.json"
     )
+    if checkpoint.assumed:
+        numbers = ", ".join(f"{number} {name}" for name, number in checkpoint.assumed.items())
+        print(f"note: {numbers}, which the files do not store, as in the authors' code; --prototypes and --iterations")
     if checkpoint.tokenizer is None:
-        print(f"stllava-eval: {arguments.source} has no tokenizer; copy one into {arguments.out}.", file=sys.stderr)
+        print(
+            f"note: {arguments.source} has no tokenizer (tokenizer.model or tokenizer.json), and so {arguments.out} "
+            "cannot answer; copy that of the model it was trained from into either"
+        )
     return 0
 
 

@@ -763,7 +763,8 @@ def test_convert_writes_a_folder_that_every_loader_reads(full, tmp_path, capsys)
     assert main(["convert", str(folder), "--out", str(tmp_path / "out"), "--prototypes", "3"]) == 0
     said = capsys.readouterr()
     assert "all that the network has" in said.out
-    assert "has no tokenizer" in said.err
+    assert "has no tokenizer" in said.out
+    assert "prototypes, which" not in said.out
     report = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert report["parameters_filled"] == len(model.state_dict())
     assert report["dropped"]["takes no part in the authors' forward"] == [

@@ -330,3 +330,16 @@ def test_push_to_hub_sends_weights_and_configuration(monkeypatch):
     assert {"config.json", "model.safetensors"} <= set(sent["someone/a-network"])
     assert sent["config"]["model_type"] == "stllava_med"
     assert sent["config"]["num_prototypes"] == 3
+
+
+def test_the_example_of_the_documentation_runs(tmp_path, llama_tokenizer, monkeypatch):
+    import re
+
+    text = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    folder = write_network(tmp_path / "network", llama_tokenizer)
+    Image.new("L", (40, 30), 90).save(tmp_path / "scan.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("checkpoints/stllava-med-7b", str(folder)), names)
+    assert names["inputs"]["input_ids"].shape[0] == 1

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, MistralConfig
 from transformers.utils import logging
 
+from stllava_eval import __version__
 from stllava_eval.errors import InputError
 from stllava_eval.network.configuration import StllavaMedConfig
 from stllava_eval.network.files import (
@@ -49,6 +50,7 @@ from stllava_eval.network.processing import (
 
 PROTOTYPES, ITERATIONS = 256, 2  # authors' multimodal_projector/builder.py; their files store neither
 
+PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors")
 # the authors' names of a projector's parts -> ours
 PROTOTYPE_PARTS = {
     "sim_alpha": "prototypes.similarity_scale",
@@ -183,6 +185,7 @@ class Checkpoint:
         folders: Where tokenizer and preprocessor were looked for.
         tokenizer: None where the source has none.
         pads: Whether images are padded to a square, or cut to one.
+        assumed: Numbers of the network that the source does not store and nobody gave.
     """
 
     name: str
@@ -195,6 +198,7 @@ class Checkpoint:
     folders: tuple[Path, ...]
     tokenizer: Any
     pads: bool
+    assumed: Mapping[str, int]
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the network by name, in the dtype of its file, LoRA merged in float32; one at a time."""
@@ -325,8 +329,10 @@ class Checkpoint:
         """The audit as JSON."""
         return {
             "format": 1,
+            "stllava_med": __version__,
             "source": self.name,
             "layout": self.layout,
+            "assumed": dict(self.assumed),
             "files": [str(file) for file in dict.fromkeys(taken.file for taken in self.taken)],
             "parameters_filled": len(self.taken),
             "dtypes": dict(Counter(str(taken.dtype).removeprefix("torch.") for taken in self.taken)),
@@ -366,8 +372,10 @@ def open_checkpoint(
     """
     for name, number in (("prototypes", prototypes), ("iterations", iterations)):
         if number is not None:
-            with refused(f"{name} {number!r}", "not usable"):
+            try:
                 _whole_number(name, number, 10**5)
+            except ValueError as error:
+                raise InputError(f"{error}.") from error
     draft = _read(local_folder(source), source, base, vision_tower)
     if projector:
         file = Path(projector).expanduser()
@@ -396,11 +404,11 @@ def _read(
             raise InputError(f"{source}: it holds an adapter and a whole model. Move one of them to another folder.")
         draft = _read_adapter(folder, base, above)
     else:
-        raw = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-        if raw is None:
-            raise InputError(
-                f"{source} is not a checkpoint: it has no config.json. Pass a folder with one and weights."
-            )
+        if not (folder / "config.json").is_file():
+            alone = next((name for name in PROJECTOR_FILES if (folder / name).is_file()), None)
+            hint = f"Pass {source}/{alone} as --projector." if alone else "Pass a folder with one and weights."
+            raise InputError(f"{source} is not a checkpoint: it has no config.json. {hint}")
+        raw = read_json(folder / "config.json")
         architectures = raw.get("architectures") or []
         if not isinstance(architectures, list):
             raise InputError(
@@ -432,9 +440,7 @@ def _read(
 
 def _read_flat(folder: Path, raw: dict[str, Any], base: str | None, above: Sequence[Path]) -> _Draft:
     """The original layout: one flat config.json, `model.mm_projector` and perhaps the vision tower in the weights."""
-    projector = next(
-        (folder / name for name in ("mm_projector.bin", "mm_projector.safetensors") if (folder / name).is_file()), None
-    )
+    projector = next((folder / name for name in PROJECTOR_FILES if (folder / name).is_file()), None)
     if projector is not None and not has_weights(folder):  # projector pre-training: the rest is the base's
         named = base or raw.get("_name_or_path")
         draft = _read(located(named, [folder], "base"), str(named), above=above)
@@ -550,6 +556,14 @@ def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int |
         tuple(draft.folders),
         tokenizer,
         pads=not draft.original or draft.raw.get("image_aspect_ratio", "pad") == "pad",
+        assumed={
+            name: default
+            for name, given, default in (
+                ("prototypes", prototypes, PROTOTYPES),
+                ("iterations", iterations, ITERATIONS),
+            )
+            if given is None and draft.original and config.projector_type == "prototype"
+        },
     )
 
 

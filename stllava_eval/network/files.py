@@ -181,6 +181,8 @@ def local_folder(name: str) -> Path:
 
 def _download(name: str) -> Path:
     """The hub's copy of `name`: safetensors if it has them, else pickles."""
+    if Path(name).is_file():
+        raise InputError(f"{name} is a file. Pass the folder that it lies in.")
     missing = f"{name[:200] or 'an empty name'}: no such folder"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise InputError(f"{missing}. Pass a folder or a hub id such as llava-hf/llava-1.5-7b-hf.")
