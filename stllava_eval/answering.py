@@ -90,7 +90,7 @@ class Answerer:
     ) -> None:
         from stllava_eval.network.checkpoint import open_checkpoint
 
-        self.name = name
+        self.name, self.four_bit = name, four_bit
         self.device = _device(device)
         self.dtype = _dtype(dtype, self.device)
         checkpoint = open_checkpoint(name, **parts)
@@ -113,6 +113,7 @@ class Answerer:
             "image_preprocessing": f"{'pad to' if image.do_pad else 'cut out'} a square, CLIP (PIL), "
             f"{image.crop_size['height']} px",
             "decoding": "greedy",
+            "four_bit": self.four_bit,
         }
 
     def prompt(self, question: str) -> str:

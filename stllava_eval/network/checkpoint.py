@@ -486,28 +486,7 @@ def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int |
     if draft.original:
         _add_vision_tower(draft)
     audit = Audit()
-    found: dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]] = {}
-    for file, rename in draft.weights:
-        with WeightFile(file) as weights:
-            for key, (shape, dtype) in weights.entries.items():
-                name = rename(key)
-                if name == SAVED_ELSEWHERE:
-                    continue
-                if reason := _droppable(key, rename):
-                    audit.dropped.setdefault(reason, []).append(f"{file.name}: {key}")
-                elif name is None:
-                    audit.left_over.append(f"{file.name}: {key}")
-                else:
-                    if name in found:
-                        old_file, old_key, *_ = found[name]
-                        if old_file == file:
-                            audit.left_over.append(f"{file.name}: {key} and {old_key} are both {name}")
-                        else:
-                            audit.dropped.setdefault(f"replaced by {file.name}", []).append(
-                                f"{old_file.name}: {old_key}"
-                            )
-                        del found[name]  # so that it is read where the later file is
-                    found[name] = (file, key, shape, dtype)
+    found = _named(draft, audit)
     tokenizer = _tokenizer(draft.folders)
     with refused(f"{draft.source}/config.json", "not a configuration of this network"), _quiet():
         config = _configuration(source, draft, found, prototypes, iterations)
@@ -565,6 +544,30 @@ def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int |
             if given is None and draft.original and config.projector_type == "prototype"
         },
     )
+
+
+def _named(draft: _Draft, audit: Audit) -> dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]]:
+    """File, key, shape and dtype of every tensor by the network's name; a later file's replaces an earlier one's."""
+    found: dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]] = {}
+    for file, rename in draft.weights:
+        with WeightFile(file) as weights:
+            for key, (shape, dtype) in weights.entries.items():
+                name = rename(key)
+                if name == SAVED_ELSEWHERE:
+                    continue
+                if reason := _droppable(key, rename):
+                    audit.dropped.setdefault(reason, []).append(f"{file.name}: {key}")
+                    continue
+                if name is None:
+                    audit.left_over.append(f"{file.name}: {key}")
+                    continue
+                old_file, old_key, *_ = found.pop(name, (None, None))  # so that it is read where the later file is
+                if old_file == file:
+                    audit.left_over.append(f"{file.name}: {key} and {old_key} are both {name}")
+                elif old_file is not None:
+                    audit.dropped.setdefault(f"replaced by {file.name}", []).append(f"{old_file.name}: {old_key}")
+                found[name] = (file, key, shape, dtype)
+    return found
 
 
 class CheckpointError(InputError):

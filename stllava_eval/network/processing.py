@@ -43,7 +43,7 @@ _CONTENT = """\
 """
 # What stands in generation marks is what a model learns: answers and, where a user's message says `ask`, its question
 _TURNS = """\
-{{- bos_token + SYSTEM_TEXT + ' ' -}}
+{{- (bos_token or '') + SYSTEM_TEXT + ' ' -}}
 {%- for message in messages -%}
   {%- if message['role'] == 'assistant' -%}
     {{- 'ASSISTANT:' -}}{%- generation -%}{{- ' ' + content(message) + eos_token -}}{%- endgeneration -%}
@@ -57,7 +57,7 @@ _TURNS = """\
 """
 # conv_mistral_instruct of LLaVA's conversation.py, which LLaVA-Med v1.5 is asked with
 _MISTRAL_TURNS = """\
-{{- bos_token -}}
+{{- bos_token or '' -}}
 {%- for message in messages -%}
   {%- if message['role'] == 'assistant' -%}
     {%- generation -%}{{- ' ' + content(message) + ' ' + eos_token -}}{%- endgeneration -%}
