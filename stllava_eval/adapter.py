@@ -25,6 +25,7 @@ from stllava_eval.errors import InputError, printable
 from stllava_eval.images import decode
 from stllava_eval.plugin import MODEL
 from stllava_eval.runs import answered, data_hashes, refuse_old_folder, write_run
+from stllava_eval.unfinished import Unfinished, question_key
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,6 +94,7 @@ class StllavaMed(lmms):
             self._answers: dict[tuple[str, int], Answer] = {}
             self._first_rows: dict[tuple[str, str], dict[str, int]] = {}
             self._cached = False
+            self._unfinished: Unfinished | None = None
             _key_the_cache(self)
 
     @property
@@ -103,13 +105,45 @@ class StllavaMed(lmms):
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answer every request; under a response cache, those that it does not hold."""
         with ends_the_process():
-            questions = [self._question(request) for request in requests]
-            answers = list(self.answerer.answer(questions, self.batch_size, progress=self._rank == 0))
+            answers = self._answered(requests)
             self._answers.update({_place(request): answer for request, answer in zip(requests, answers, strict=True)})
             results = [GenerationResult(answer.text, TokenCounts(output_tokens=answer.tokens)) for answer in answers]
             if not self._cached:
                 self.record(requests, results)
             return results
+
+    def _answered(self, requests: Sequence[Instance]) -> list[Answer]:
+        """The answers, those of a run of the same fingerprint that did not end among them."""
+        questions = [self._question(request) for request in requests]
+        self._unfinished = Unfinished(self.fingerprint(), self._rank)
+        keys = [self._key(request, question) for request, question in zip(requests, questions, strict=True)]
+        answers = [self._unfinished.answers.get(key) for key in keys]
+        rest = [place for place, answer in enumerate(answers) if answer is None]
+        if len(rest) < len(answers):
+            logger.info(
+                "{} of {} questions were answered by a run that did not end", len(answers) - len(rest), len(answers)
+            )
+        asked = [questions[place] for place in rest]
+        fresh: list[tuple[str, Answer]] = []
+        try:
+            for place, answer in zip(
+                rest, self.answerer.answer(asked, self.batch_size, progress=self._rank == 0), strict=True
+            ):
+                answers[place] = answer
+                if keys[place]:
+                    fresh.append((keys[place], answer))
+                if len(fresh) >= self.batch_size:
+                    self._unfinished.add(fresh)
+                    fresh = []
+        finally:  # Ctrl-C too
+            self._unfinished.add(fresh)
+        return [answer for answer in answers if answer is not None]
+
+    def _key(self, request: Instance, question: Question) -> str:
+        """Empty for a task that is not ours: no fingerprint knows its data."""
+        doc_id, task, split = request.args[-3:]
+        ours = "image_id" in self.task_dict[task][split].column_names
+        return question_key(task, split, doc_id, question) if ours else ""
 
     def _question(self, request: Instance) -> Question:
         doc_id, task, split = request.args[-3:]
@@ -175,6 +209,10 @@ class StllavaMed(lmms):
         if self._rank == 0 and rows:
             folder = write_run(rows, self.manifest())
             logger.info("run folder: {}", folder)
+        if self._world_size > 1:
+            torch.distributed.barrier()  # until the run is written, every process keeps its answers
+        if self._unfinished is not None:
+            self._unfinished.done()
 
     def manifest(self) -> dict[str, Any]:
         """What decides the answers; two runs with equal `fingerprint` have equal answers (in fp32)."""

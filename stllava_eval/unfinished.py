@@ -1,0 +1,82 @@
+"""Answers of a run that has not ended -> the next run of the same manifest, which goes on from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from stllava_eval.answering import Answer, Question
+from stllava_eval.errors import InputError
+from stllava_eval.home import home
+
+
+def question_key(task: str, split: str, doc_id: int, question: Question) -> str:
+    """What one question of a task is, beside what the fingerprint of the run says: text and limits included."""
+    asked = json.dumps([question.text, question.max_new_tokens, question.until])
+    return f"{task}/{split}/{doc_id}/{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
+
+
+class Unfinished:
+    """The answers that runs with the same fingerprint have given so far, in `$STLLAVA_HOME/unfinished`.
+
+    Each process of a run appends to a file of its own and reads those of all. A line that a kill has cut is not read.
+
+    Args:
+        fingerprint: Of what decides an answer: weights, data, prompt, dtype, images.
+        rank: Of this process.
+
+    Raises:
+        InputError: The folder cannot be read or written.
+    """
+
+    def __init__(self, fingerprint: str, rank: int) -> None:
+        folder = home() / "unfinished"
+        self.file = folder / f"{fingerprint[:32]}-{rank}.jsonl"
+        self.answers: dict[str, Answer] = {}
+        try:
+            for file in sorted(folder.glob(f"{fingerprint[:32]}-*.jsonl")):
+                self.answers.update(_read(file))
+            if self.file.exists():  # without the line that a kill has cut
+                whole, end, _ = self.file.read_bytes().rpartition(b"\n")
+                os.truncate(self.file, len(whole + end))
+        except OSError as error:
+            raise InputError(f"{self.file}: cannot be used ({error.strerror}). Free some space or mend it.") from error
+
+    def add(self, answers: Sequence[tuple[str, Answer]]) -> None:
+        """Append answers; when this returns they are on the disk.
+
+        Raises:
+            InputError: The disk is full.
+        """
+        if not answers:
+            return
+        lines = [json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) + "\n" for key, answer in answers]
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("ab") as file:
+                file.write("".join(lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f"{self.file}: cannot be written ({error.strerror}). Free some space.") from error
+
+    def done(self) -> None:
+        """The run has been written: forget its answers."""
+        with suppress(OSError):
+            self.file.unlink()
+
+
+def _read(file: Path) -> dict[str, Answer]:
+    answers = {}
+    for line in file.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+            answers[row["key"]] = Answer(str(row["text"]), int(row["tokens"]), bool(row["ended"]))
+        except (ValueError, KeyError, TypeError, RecursionError):  # cut by a kill, or not ours
+            continue
+    return answers

@@ -1,0 +1,150 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from test_adapter import answers_of, evaluate, run_folders
+
+from stllava_eval.adapter import StllavaMed
+from stllava_eval.answering import Answer, Answerer, Question
+from stllava_eval.errors import InputError
+from stllava_eval.unfinished import Unfinished, question_key
+
+
+def question(**options) -> Question:
+    return Question(**{"text": "Is it?", "image": lambda: None, "max_new_tokens": 8} | options)
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Make the answering engine stop after so many answers of a call; the numbers of questions that it was given."""
+    given: list[int] = []
+    original = Answerer.answer
+
+    def stop_after(count: int | None):
+        def answer(self, questions, *args, **kwargs):
+            given.append(len(questions))
+            for place, one in enumerate(original(self, questions, *args, **kwargs)):
+                if place == count:
+                    raise KeyboardInterrupt
+                yield one
+
+        monkeypatch.setattr(Answerer, "answer", answer)
+
+    stop_after.given = given
+    return stop_after
+
+
+def test_a_stopped_run_is_gone_on_from_and_ends_as_an_unbroken_one(prepared, checkpoint, stopped):
+    stopped(None)
+    evaluate(StllavaMed(str(checkpoint), batch_size=2))
+    for count in (5, 7):
+        stopped(count)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(StllavaMed(str(checkpoint), batch_size=2))
+    assert len(list((prepared / "unfinished").iterdir())) == 1
+    stopped(None)
+    evaluate(StllavaMed(str(checkpoint), batch_size=2))
+    assert stopped.given == [24, 24, 19, 12]  # nothing is answered twice
+    unbroken, gone_on = run_folders(prepared)
+    assert (unbroken / "answers.jsonl").read_bytes() == (gone_on / "answers.jsonl").read_bytes()
+    assert not list((prepared / "unfinished").iterdir())
+
+
+def test_another_checkpoint_prompt_or_image_starts_afresh(prepared, checkpoint, stopped):
+    stopped(5)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(StllavaMed(str(checkpoint)))
+    stopped(None)
+    evaluate(StllavaMed(str(checkpoint), images="black"))
+    evaluate(StllavaMed(str(checkpoint), dtype="bfloat16"))
+    assert stopped.given == [24, 24, 24]
+    assert len(list((prepared / "unfinished").iterdir())) == 1  # the stopped run's
+
+
+DRIVER = """
+import sys
+from test_adapter import evaluate
+from stllava_eval.adapter import StllavaMed
+from stllava_eval.answering import Answerer
+import time
+original, answered = Answerer._answer_batch, []
+def slow(self, batch):
+    time.sleep(0.05)
+    answered.append(len(batch))
+    return original(self, batch)
+Answerer._answer_batch = slow
+evaluate(StllavaMed(sys.argv[1]))
+print("answered", sum(answered))
+"""
+
+
+def test_kill_9_loses_at_most_the_batch_in_hand(prepared, checkpoint):
+    """Killed whenever the file has grown, three times; then it ends with the answers of an unbroken run."""
+    evaluate(StllavaMed(str(checkpoint)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", DRIVER, str(checkpoint)]
+    known = 0
+    for wanted in (3, 9, 15):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 120
+        while known < wanted and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.01)
+            files = list((prepared / "unfinished").glob("*.jsonl"))
+            now = sum(file.read_bytes().count(b"\n") for file in files)
+            assert now >= known  # what was on the disk stays there
+            known = now
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert known >= 15
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split("answered")[-1]) == 24 - known
+    unbroken, gone_on = run_folders(prepared)
+    assert (unbroken / "answers.jsonl").read_bytes() == (gone_on / "answers.jsonl").read_bytes()
+
+
+def test_a_line_that_a_kill_has_cut_is_not_read_and_not_continued(home):
+    kept = Unfinished("f" * 64, 0)
+    kept.add([("a", Answer("yes", 1, True)), ("b", Answer("no\u2028", 2, False))])
+    with kept.file.open("ab") as file:
+        file.write(b'{"key": "c", "text": "n')
+    again = Unfinished("f" * 64, 0)
+    assert again.answers == {"a": Answer("yes", 1, True), "b": Answer("no\u2028", 2, False)}
+    again.add([("c", Answer("no", 1, True))])
+    assert set(Unfinished("f" * 64, 0).answers) == {"a", "b", "c"}
+    assert [json.loads(line)["key"] for line in kept.file.read_text("utf-8").split("\n")[:-1]] == ["a", "b", "c"]
+
+
+def test_every_process_reads_all_and_forgets_its_own(home):
+    first, second = Unfinished("a" * 64, 0), Unfinished("a" * 64, 1)
+    first.add([("a", Answer("yes", 1, True))])
+    second.add([("b", Answer("no", 1, True))])
+    assert set(Unfinished("a" * 64, 1).answers) == {"a", "b"}
+    assert not Unfinished("b" * 64, 0).answers
+    first.done()
+    assert set(Unfinished("a" * 64, 0).answers) == {"b"}
+
+
+@pytest.mark.parametrize("options", [{"text": "Is it not?"}, {"max_new_tokens": 9}, {"until": ("\n",)}])
+def test_a_question_asked_otherwise_is_another_question(options):
+    assert question_key("vqarad", "test", 3, question()) != question_key("vqarad", "test", 3, question(**options))
+
+
+def test_a_full_disk_is_one_line(home, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"cannot be written .*Free some space"):
+        Unfinished("a" * 64, 0).add([("a", Answer("yes", 1, True))])
+
+
+def test_a_task_that_is_not_ours_is_not_kept(prepared, checkpoint, monkeypatch):
+    monkeypatch.setattr(StllavaMed, "_key", lambda *_: "")
+    evaluate(StllavaMed(str(checkpoint)), ["vqarad"])
+    assert not (prepared / "unfinished").exists()
+    assert len(answers_of(run_folders(prepared)[0])) == 8
