@@ -75,7 +75,7 @@ def measure_memory(form: str, training: bool) -> int:
     tiny = PrototypeExtractor(8, 4, 2)
     run_once(form, tiny, torch.randn(1, 9, 8), training)  # what every first call allocates
     for parameter in layer.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # held once, not once an image
+        parameter.grad = torch.ones_like(parameter)  # held once, not once an image (zeros would not be touched yet)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = status("VmRSS")
     run_once(form, layer, x, training)
