@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from figures import write
 from safetensors.torch import save_file
 
 WIDTH, INNER, ROWS, VISION, VISION_INNER, VISION_LAYERS = 4096, 11008, 32000, 1024, 4096, 24
@@ -162,11 +163,7 @@ def main() -> None:
                 }
             for folder in work.iterdir():
                 shutil.rmtree(folder)
-    text = json.dumps(result, indent=1)
-    if given.json == "-":
-        print(text)
-    else:
-        Path(given.json).write_text(text + "\n", encoding="utf-8")
+    write(result, given.json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Times are paired in one process, in turns; memory is the peak of a process of it
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from figures import write
 from torch import Tensor
 from torch.nn import functional
 
@@ -168,11 +168,7 @@ def main() -> None:
             f"memory_ratio{suffix}": memory["authors"] / memory["ours"],
             f"peak_bytes{suffix}": memory,
         }
-    text = json.dumps(result, indent=1)
-    if given.json == "-":
-        print(text)
-    else:
-        Path(given.json).write_text(text + "\n", encoding="utf-8")
+    write(result, given.json)
 
 
 if __name__ == "__main__":

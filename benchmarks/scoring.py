@@ -7,13 +7,13 @@ is what the published script spends most of its time in, in turn.
 """
 
 import argparse
-import json
 import random
 import statistics
 import sys
 import time
 import warnings
-from pathlib import Path
+
+from figures import write
 
 from stllava_eval import metrics
 
@@ -62,11 +62,7 @@ def main() -> None:
         "questions_per_cpu_second": round(451 / statistics.median(ours)),
         "cost_with_nltk_bleu_too": round(statistics.median(b / a for a, b in zip(ours, theirs, strict=True)), 2),
     }
-    text = json.dumps(figures, indent=1)
-    if arguments.json == "-":
-        print(text)
-    else:
-        Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+    write(figures, arguments.json)
 
 
 if __name__ == "__main__":

@@ -144,11 +144,14 @@ def _gradient(names: dict[str, torch.nn.Parameter], original: str) -> torch.Tens
 
 
 def checkpoint_layouts(golden: Path) -> dict[str, float]:
-    """Worst logit differences of every layout in e_checkpoints; the parts alone are b_tiny_model's network."""
+    """Worst differences of every layout in e_checkpoints: logits, and the tower and loss of those with adapters.
+
+    The three parts alone are b_tiny_model's network, and are held to its logits.
+    """
     folder = golden / "e_checkpoints"
     values = load_file(golden / "b_tiny_model" / "cluster_io.safetensors")
     expected = load_file(folder / "expected.safetensors")
-    ids, mask, _ = spliced(values["input_ids"], values["attention_mask"])
+    ids, mask, labels = spliced(values["input_ids"], values["attention_mask"], values["labels"])
     pixels = values["pixel_values"][(ids == IMAGE).any(1)]
     parts = {"vision_tower": str(folder / "vit"), "projector": str(folder / "projector" / "mm_projector.bin")}
     cases = {
@@ -160,8 +163,14 @@ def checkpoint_layouts(golden: Path) -> dict[str, float]:
     for name, (options, logits) in cases.items():
         model = open_checkpoint(str(folder / name), prototypes=16, **options).model()
         with torch.inference_mode():
-            ours = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
-        worst[name] = _worst(ours[mask.bool()], logits[mask.bool()])
+            ours = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=labels)
+            encoded = model.get_image_features(pixel_values=values["pixel_values"], return_dict=True)
+        worst[name] = _worst(ours.logits[mask.bool()], logits[mask.bool()])
+        if name != "base_llm":  # both have the tower with its LoRA merged
+            tower = encoded.hidden_states[-2][:, 1:]
+            worst[f"{name}, tower"] = _worst(tower, expected["tower_features_merged"])
+        if name == "lora_stage":
+            worst[f"{name}, loss"] = _worst(ours.loss, expected["batch.loss_with_adapters"][0])
     return worst
 
 
@@ -192,7 +201,10 @@ def table(golden: Path, work: Path) -> list[tuple[str, str, float]]:
     for variant in ("cluster", "mlp2x_gelu"):
         found = tiny_model(golden, variant, work / variant)
         rows += [(f"b_tiny_model/{variant}", what, worst) for what, worst in found.items()]
-    rows += [(f"e_checkpoints/{name}", "logits", worst) for name, worst in checkpoint_layouts(golden).items()]
+    rows += [
+        (f"e_checkpoints/{name}", "logits" if "," not in name else "", worst)
+        for name, worst in checkpoint_layouts(golden).items()
+    ]
     rows += [(f"f_image_preprocess/{name}", "pixels", worst) for name, worst in preprocessing(golden).items()]
     return rows
 

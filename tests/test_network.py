@@ -175,6 +175,20 @@ def test_sixteen_bit_tokens_are_clustered_in_float32(dtype):
     assert not theirs(x).equal(layer(x))
 
 
+def test_an_adapter_inside_the_extractor_is_never_passed_over():
+    """In 16 bits its forward could not be kept: an error, not the weights without it."""
+    from peft import LoraConfig, get_peft_model
+
+    layer = PrototypeExtractor(8, 3, 2)
+    adapted = get_peft_model(layer, LoraConfig(r=2, target_modules=["center"], init_lora_weights=False))
+    x = torch.randn(1, 9, 8)
+    with adapted.disable_adapter():
+        without = adapted(x)
+    assert not adapted(x).equal(without)
+    with pytest.raises(ValueError, match="Leave `prototypes` out of target_modules"):
+        adapted.bfloat16()(x.bfloat16())
+
+
 # --- the network as transformers knows it -----------------------------------------------------------------------------
 
 

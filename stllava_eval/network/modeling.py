@@ -79,12 +79,20 @@ def _length(rows: Tensor) -> Tensor:
     return rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
-def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)` in x's dtype, whatever that of its weights."""
-    weight, bias = layer.weight, layer.bias
-    if weight.dtype == x.dtype:
-        return layer(x)  # a wrapped layer, such as an adapter's, keeps its own forward
-    return functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))  # type: ignore[operator,arg-type]
+def _linear(layer: Any, x: Tensor) -> Tensor:
+    """(..., D) `layer(x)` in x's dtype, whatever that of its weights.
+
+    Raises:
+        ValueError: The layer is wrapped, as by an adapter, and in another dtype: its own forward could not be kept.
+    """
+    if layer.weight.dtype == x.dtype:
+        return layer(x)
+    if type(layer) is not nn.Linear:
+        raise ValueError(
+            f"{type(layer).__name__} in {layer.weight.dtype} in the prototype extractor, which computes in {x.dtype}. "
+            "Leave `prototypes` out of target_modules (modules_to_save trains it whole), or hold it in float32."
+        )
+    return functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 class PrototypeProjector(nn.Module):
