@@ -35,11 +35,11 @@ class Unfinished:
     """
 
     def __init__(self, fingerprint: str, rank: int) -> None:
-        folder = home() / "unfinished"
+        folder, self.files = home() / "unfinished", f"{fingerprint[:32]}-*.jsonl"
         self.file = folder / f"{fingerprint[:32]}-{rank}.jsonl"
         self.answers: dict[str, Answer] = {}
         try:
-            for file in sorted(folder.glob(f"{fingerprint[:32]}-*.jsonl")):
+            for file in sorted(folder.glob(self.files)):
                 self.answers.update(_read(file))
             if self.file.exists():  # without the line that a kill has cut
                 whole, end, _ = self.file.read_bytes().rpartition(b"\n")
@@ -66,9 +66,10 @@ class Unfinished:
             raise InputError(f"{self.file}: cannot be written ({error.strerror}). Free some space.") from error
 
     def done(self) -> None:
-        """The run has been written: forget its answers."""
-        with suppress(OSError):
-            self.file.unlink()
+        """The run has been written: forget its answers, those of a stopped run with more processes too."""
+        for file in self.file.parent.glob(self.files):
+            with suppress(OSError):  # another process was faster
+                file.unlink()
 
 
 def _read(file: Path) -> dict[str, Answer]:

@@ -119,14 +119,15 @@ def test_a_line_that_a_kill_has_cut_is_not_read_and_not_continued(home):
     assert [json.loads(line)["key"] for line in kept.file.read_text("utf-8").split("\n")[:-1]] == ["a", "b", "c"]
 
 
-def test_every_process_reads_all_and_forgets_its_own(home):
+def test_every_process_reads_all_and_a_written_run_leaves_none(home):
     first, second = Unfinished("a" * 64, 0), Unfinished("a" * 64, 1)
     first.add([("a", Answer("yes", 1, True))])
     second.add([("b", Answer("no", 1, True))])
     assert set(Unfinished("a" * 64, 1).answers) == {"a", "b"}
     assert not Unfinished("b" * 64, 0).answers
     first.done()
-    assert set(Unfinished("a" * 64, 0).answers) == {"b"}
+    second.done()
+    assert not list(first.file.parent.iterdir())
 
 
 @pytest.mark.parametrize("options", [{"text": "Is it not?"}, {"max_new_tokens": 9}, {"until": ("\n",)}])

@@ -190,7 +190,7 @@ def _write_weights(
             held[name] = tensor.contiguous()
             place = held[name].untyped_storage().data_ptr()
             if place in places:  # a pickle may hold one tensor under two names; safetensors may not
-                held[name] = tensor.clone()
+                held[name] = held[name].clone()
             places.add(place)
             bar.update(tensor.numel() * tensor.dtype.itemsize)
         save_file(held, out / file_name(current), {"format": "pt"})
