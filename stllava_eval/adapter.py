@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,21 @@ if TYPE_CHECKING:
 
 IMAGES = ("own", "other", "black")
 PARTS = ("base", "vision_tower", "projector", "vision_lora", "prototypes", "iterations")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request, as processes can tell it to each other."""
+
+    key: str
+    task: str
+    split: str
+    doc_id: int
+    text: str
+    image_id: str
+    max_new_tokens: int
+    until: tuple[str, ...]
+    ours: bool
 
 
 @contextmanager
@@ -58,6 +75,9 @@ class StllavaMed(lmms):
         base, vision_tower, projector, vision_lora, prototypes, iterations: What `pretrained` does not hold or name
             itself; see `network.checkpoint.open_checkpoint`.
         four_bit: True holds the language model in 4 bits (needs bitsandbytes and a folder of our own layout).
+        batch_tokens: Tokens whose keys and values are held at a time (default: what the free memory holds).
+
+    `--batch_size N` keeps at most N questions at work at a time; untyped or `auto`, the memory and the engine decide.
     """
 
     is_simple = False
@@ -71,6 +91,7 @@ class StllavaMed(lmms):
         dtype: str | None = None,
         images: str = "own",
         four_bit: bool = False,
+        batch_tokens: int | None = None,
         **parts: Any,
     ) -> None:
         super().__init__()
@@ -78,21 +99,25 @@ class StllavaMed(lmms):
             if unknown := sorted(set(parts) - set(PARTS)):
                 raise InputError(
                     f"--model_args {', '.join(unknown)}: unknown. "
-                    f"It takes pretrained, device, dtype, images, four_bit, {', '.join(PARTS)}."
+                    f"It takes pretrained, device, dtype, images, four_bit, batch_tokens, {', '.join(PARTS)}."
                 )
             if images not in IMAGES:
                 raise InputError(f"--model_args images={images}: unknown. Pass one of {', '.join(IMAGES)}.")
             if not isinstance(four_bit, bool):
                 raise InputError(f"--model_args four_bit={four_bit}: pass True or False.")
             self.images = images
-            self.batch_size = _batch_size(batch_size)
+            if batch_tokens is not None and (not isinstance(batch_tokens, int) or batch_tokens < 1):
+                raise InputError(f"--model_args batch_tokens={batch_tokens}: pass a whole number of tokens from 1 on.")
+            self.rows = _rows(batch_size)
             self._rank = int(os.environ.get("RANK", 0))
             self._world_size = int(os.environ.get("WORLD_SIZE", 1))
             if self._rank == 0:
                 refuse_old_folder()
-            self.answerer = Answerer(str(pretrained or default_checkpoint()), device, dtype, four_bit, **parts)
+            self.answerer = Answerer(
+                str(pretrained or default_checkpoint()), device, dtype, four_bit, self.rows, batch_tokens, **parts
+            )
             self._answers: dict[tuple[str, int], Answer] = {}
-            self._first_rows: dict[tuple[str, str], dict[str, int]] = {}
+            self._rows_of_images: dict[tuple[str, str], dict[str, int]] = {}
             self._cached = False
             self._unfinished: Unfinished | None = None
             _key_the_cache(self)
@@ -113,61 +138,106 @@ class StllavaMed(lmms):
             return results
 
     def _answered(self, requests: Sequence[Instance]) -> list[Answer]:
-        """The answers, those of a run of the same fingerprint that did not end among them."""
-        questions = [self._question(request) for request in requests]
+        """The answers, those of a run of the same fingerprint that did not end among them.
+
+        lmms-eval deals questions to processes one by one, which would let each of them encode nearly every image. So
+        the processes tell each other what they were asked, and deal it out anew, whole images at a time.
+        """
         self._unfinished = Unfinished(self.fingerprint(), self._rank)
-        keys = [self._key(request, question) for request, question in zip(requests, questions, strict=True)]
-        answers = [self._unfinished.answers.get(key) for key in keys]
-        rest = [place for place, answer in enumerate(answers) if answer is None]
-        if len(rest) < len(answers):
-            logger.info(
-                "{} of {} questions were answered by a run that did not end", len(answers) - len(rest), len(answers)
-            )
-        asked = [questions[place] for place in rest]
-        fresh: list[tuple[str, Answer]] = []
+        asked = [self._ask(request) for request in requests]
+        everyones = self._gathered(({one.key: one for one in asked if one.ours}, self._unfinished.answers))
+        answers = {key: answer for _, known in everyones for key, answer in known.items()}
+        ours = {key: one for theirs, _ in everyones for key, one in theirs.items()}
+        if done := len(ours.keys() & answers.keys()):
+            logger.info("{} of {} questions were answered by a run that did not end", done, len(ours))
+        open_ = [one for key, one in sorted(ours.items()) if key not in answers]
+        mine = {key: self._question(ours[key]) for key in _dealt(open_, self._world_size)[self._rank]}
+        mine |= {
+            one.key: self._foreign_question(one, request)
+            for one, request in zip(asked, requests, strict=True)
+            if not one.ours
+        }
+        fresh = self._answer(mine, {key for key in mine if key in ours})
+        for of_process in self._gathered(fresh):
+            answers |= of_process
+        return [answers[one.key] for one in asked]
+
+    def _answer(self, questions: dict[str, Question], kept: set[str]) -> dict[str, Answer]:
+        """Answers by key; those of the keys in `kept` are written down every second, so that a kill loses no more."""
+        keys, answers, fresh = list(questions), {}, {}
+        assert self._unfinished is not None
+        written = time.monotonic()
         try:
-            for place, answer in zip(
-                rest, self.answerer.answer(asked, self.batch_size, progress=self._rank == 0), strict=True
-            ):
-                answers[place] = answer
-                if keys[place]:
-                    fresh.append((keys[place], answer))
-                if len(fresh) >= self.batch_size:
-                    self._unfinished.add(fresh)
-                    fresh = []
+            for place, answer in self.answerer.answer(list(questions.values()), progress=self._rank == 0):
+                answers[keys[place]] = fresh[keys[place]] = answer
+                if time.monotonic() - written >= 1:
+                    self._unfinished.add([(key, one) for key, one in fresh.items() if key in kept])
+                    fresh, written = {}, time.monotonic()
         finally:  # Ctrl-C too
-            self._unfinished.add(fresh)
-        return [answer for answer in answers if answer is not None]
+            self._unfinished.add([(key, one) for key, one in fresh.items() if key in kept])
+        return answers
 
-    def _key(self, request: Instance, question: Question) -> str:
-        """Empty for a task that is not ours: no fingerprint knows its data."""
-        doc_id, task, split = request.args[-3:]
-        ours = "image_id" in self.task_dict[task][split].column_names
-        return question_key(task, split, doc_id, question) if ours else ""
+    def _gathered(self, value: Any) -> list[Any]:
+        """What every process hands in here, in the order of ranks."""
+        if self._world_size == 1:
+            return [value]
+        import torch.distributed
 
-    def _question(self, request: Instance) -> Question:
+        values: list[Any] = [None] * self._world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def _ask(self, request: Instance) -> _Asked:
         doc_id, task, split = request.args[-3:]
-        doc = self.task_dict[task][split][doc_id]
         settings = self._settings(request)
         if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0 or settings.get("num_beams", 1) > 1:
             raise InputError(f"{task}: stllava_med answers greedily; leave do_sample, temperature and num_beams alone.")
-        if "image_id" in doc:  # one of ours: nothing is decoded before its batch is due
-            text = request.args[0]
-            image: Callable[[], Image] = partial(decode, doc["image"]["bytes"])
-            if self.images == "other":
-                image = partial(decode, self._image_of_another(task, split, doc["image_id"]))
-        else:
-            text, images = self._content(request, doc)
-            if len(images) != 1 or self.images == "other":
-                raise InputError(
-                    f"{task} question {doc_id}: {len(images)} images. stllava_med answers about one image."
-                )
-            image = partial(_rgb, images[0])
-        if self.images == "black":
-            image = _black
         until = settings.get("until") or ()
         until = (until,) if isinstance(until, str) else tuple(until)
-        return Question(text, image, int(settings.get("max_new_tokens", 1024)), until)
+        limit = int(settings.get("max_new_tokens", 1024))
+        data = self.task_dict[task][split]
+        ours = "image_id" in data.column_names  # another task's data is in no fingerprint, so its answers are not kept
+        text, image_id = (request.args[0], data["image_id"][doc_id]) if ours else ("", "")
+        key = question_key(task, split, doc_id, text, limit, until)
+        return _Asked(key, task, split, doc_id, text, image_id, limit, until, ours)
+
+    def _question(self, asked: _Asked) -> Question:
+        """A question of one of our tasks; nothing is decoded before its image is due."""
+        of, image_id = asked.task, asked.image_id
+        if self.images == "other":
+            image_id = self._another(asked)
+        row = self._first_rows(asked.task, asked.split)[image_id]
+        image: Callable[[], Image] = partial(self._decoded, asked.task, asked.split, row)
+        if self.images == "black":
+            of, image_id, image = "", "", _black
+        return Question(asked.text, image, asked.max_new_tokens, asked.until, (of, asked.split, image_id))
+
+    def _foreign_question(self, asked: _Asked, request: Instance) -> Question:
+        """A question of a task that is not ours."""
+        text, images = self._content(request, self.task_dict[asked.task][asked.split][asked.doc_id])
+        if len(images) != 1 or self.images == "other":
+            raise InputError(
+                f"{asked.task} question {asked.doc_id}: {len(images)} images. stllava_med answers about one image."
+            )
+        image = _black if self.images == "black" else partial(_rgb, images[0])
+        return Question(text, image, asked.max_new_tokens, asked.until)
+
+    def _first_rows(self, task: str, split: str) -> dict[str, int]:
+        """A row of each image."""
+        if (task, split) not in self._rows_of_images:
+            rows = enumerate(self.task_dict[task][split]["image_id"])
+            self._rows_of_images[task, split] = {name: row for row, name in reversed(list(rows))}
+        return self._rows_of_images[task, split]
+
+    def _decoded(self, task: str, split: str, row: int) -> Image:
+        return decode(self.task_dict[task][split][row]["image"]["bytes"])
+
+    def _another(self, asked: _Asked) -> str:
+        """The image half the data set further on: the same for every batch size and process count."""
+        order = sorted(self._first_rows(asked.task, asked.split))
+        if len(order) < 2:
+            raise InputError(f"--model_args images=other: {asked.task} has one image, so no question has another one.")
+        return order[(order.index(asked.image_id) + len(order) // 2) % len(order)]
 
     def _settings(self, request: Instance) -> dict[str, Any]:
         return request.args[2]
@@ -177,18 +247,6 @@ class StllavaMed(lmms):
         parts = [part for message in request.args[1](doc) for part in message["content"]]
         texts = [part["text"] for part in parts if part["type"] == "text"]
         return "\n".join(texts), [part["url"] for part in parts if part["type"] == "image"]
-
-    def _image_of_another(self, task: str, split: str, image_id: str) -> bytes:
-        """The image half the data set further on: the same for every batch size and process count."""
-        if (task, split) not in self._first_rows:
-            rows = enumerate(self.task_dict[task][split]["image_id"])
-            self._first_rows[task, split] = {name: row for row, name in reversed(list(rows))}
-        first_rows = self._first_rows[task, split]
-        order = sorted(first_rows)
-        if len(order) < 2:
-            raise InputError(f"--model_args images=other: {task} has one image, so no question has another one.")
-        other = order[(order.index(image_id) + len(order) // 2) % len(order)]
-        return self.task_dict[task][split][first_rows[other]]["image"]["bytes"]
 
     def record(self, requests: Sequence[Instance], responses: Sequence[Any]) -> None:
         """Write the run folder, on rank 0, from the requests and responses of all ranks. Every rank must call it."""
@@ -200,17 +258,11 @@ class StllavaMed(lmms):
                 doc = data.remove_columns("image")[doc_id]
                 answer = self._answers.get(_place(request))
                 rows.append(answered(task, doc, request.args[0], unwrap_generation_output(response)[0], answer))
-        if self._world_size > 1:
-            import torch.distributed
-
-            gathered: list[Any] = [None] * self._world_size
-            torch.distributed.all_gather_object(gathered, rows)
-            rows = [row for part in gathered for row in part]
+        rows = [row for of_process in self._gathered(rows) for row in of_process]
         if self._rank == 0 and rows:
             folder = write_run(rows, self.manifest())
             logger.info("run folder: {}", folder)
-        if self._world_size > 1:
-            torch.distributed.barrier()  # until the run is written, every process keeps its answers
+        self._gathered(None)  # until the run is written, every process keeps its answers
         if self._unfinished is not None:
             self._unfinished.done()
 
@@ -221,7 +273,7 @@ class StllavaMed(lmms):
             "checkpoint": {"name": self.answerer.name, "sha256": self.answerer.sha256},
             "device": str(self.answerer.device),
             "dtype": str(self.answerer.dtype).removeprefix("torch."),
-            "batch_size": self.batch_size,
+            "batch_size": self.rows or "auto",
             "processes": self._world_size,
             "images": self.images,
             **self.answerer.preprocessing,
@@ -268,17 +320,35 @@ def _place(request: Instance) -> tuple[str, int]:
     return request.args[-2], request.args[-3]
 
 
-def _batch_size(given: int | str) -> int:
-    """lmms-eval hands over an int by default and a string when typed; `auto` is 16 here (our choice)."""
-    if str(given).startswith("auto"):
-        return 16
+def _dealt(asked: Sequence[_Asked], processes: int) -> list[list[str]]:
+    """The keys of the questions for each process: whole images, so that all processes have about as much to do.
+
+    The dearest image goes to whom has least. An image costs its prefix, taken as 640 tokens (the network's 576 and the
+    system's words), a question with its answer 32 (our choice).
+    """
+    by_image: dict[tuple[str, str, str], list[str]] = {}
+    for one in asked:
+        by_image.setdefault((one.task, one.split, one.image_id), []).append(one.key)
+    dealt: list[list[str]] = [[] for _ in range(processes)]
+    costs = [0] * processes
+    for keys in sorted(by_image.values(), key=lambda keys: (-len(keys), keys[0])):
+        process = costs.index(min(costs))
+        dealt[process] += keys
+        costs[process] += 640 + 32 * len(keys)
+    return dealt
+
+
+def _rows(given: int | str) -> int | None:
+    """The questions at work at a time; lmms-eval hands over 1 if nothing was typed, and a string if something was."""
+    if given == 1 or str(given).startswith("auto"):
+        return None
     try:
-        size = int(given)
+        rows = int(given)
     except ValueError:
-        size = 0
-    if size < 1:
+        rows = 0
+    if rows < 1:
         raise InputError(f"--batch_size {given}: not a batch size. Pass a whole number from 1 on, or auto.")
-    return size
+    return rows
 
 
 def _rgb(image: Image) -> Image:

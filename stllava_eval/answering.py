@@ -1,12 +1,13 @@
-"""Images + questions -> answers of a checkpoint: greedy, the same for every batch size and process count in fp32."""
+"""Images + questions -> answers of a checkpoint: the same for every batch size and process count in float32."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,34 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+    from stllava_eval.engine import Prompt, Sampling
+
 PUBLISHED = "ZachSun/stllava-med-7b"  # the authors' merged model
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about one image. `image` opens it (RGB) when its batch is due, so that few lie in memory."""
+    """What is asked about one image.
 
-    text: str
+    Args:
+        text: The question; None lets the model ask the next one (`VUSER:`).
+        image: Opens the image (RGB) shortly before it is due, so that few lie in memory.
+        max_new_tokens: Of the answer.
+        until: Texts before which the answer ends.
+        image_key: Equal for questions about the same image, which is then encoded once; None shares nothing.
+        history: Earlier (question, answer) rounds about the image; the first holds the image.
+        sampling: How the answer is drawn; None takes the likeliest words.
+        draw: The number of the draw, where several answers to one question are drawn.
+    """
+
+    text: str | None
     image: Callable[[], Image]
     max_new_tokens: int
     until: tuple[str, ...] = ()
+    image_key: Hashable = None
+    history: tuple[tuple[str, str], ...] = ()
+    sampling: Sampling | None = None
+    draw: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,8 @@ class Answerer:
         device: As torch names it; None takes this process's GPU, else the CPU.
         dtype: float32, bfloat16 or float16; None takes float32 on a CPU and bfloat16 on a GPU (our choice).
         four_bit: Hold the language model in 4 bits (bitsandbytes, NF4); only for a folder of our own layout.
+        rows: Questions at work at a time, at most; None leaves it to the engine.
+        batch_tokens: Tokens whose keys and values are held at a time; None finds it from the free memory.
         parts: Further arguments of `open_checkpoint`.
 
     Raises:
@@ -86,11 +106,14 @@ class Answerer:
         device: str | None = None,
         dtype: str | None = None,
         four_bit: bool = False,
+        rows: int | None = None,
+        batch_tokens: int | None = None,
         **parts: Any,
     ) -> None:
         from stllava_eval.network.checkpoint import open_checkpoint
 
         self.name, self.four_bit = name, four_bit
+        self.rows, self.batch_tokens = rows, batch_tokens
         self.device = _device(device)
         self.dtype = _dtype(dtype, self.device)
         checkpoint = open_checkpoint(name, **parts)
@@ -103,6 +126,7 @@ class Answerer:
         self.ends = set(ends if isinstance(ends, list) else [ends])
         self.padding = self.model.generation_config.pad_token_id
         self.sha256 = checkpoint.sha256
+        self._stops: dict[tuple[str, ...], Callable[[Sequence[int]], bool]] = {}
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -116,20 +140,27 @@ class Answerer:
             "four_bit": self.four_bit,
         }
 
-    def prompt(self, question: str) -> str:
-        """The single-turn prompt of the checkpoint's template; `<image>` marks where the image's tokens go."""
-        content: Any = [{"type": "image"}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    def prompt(self, question: str | None, history: Sequence[tuple[str, str]] = ()) -> str:
+        """The prompt of the checkpoint's template; `<image>` marks where the image's tokens go. See `Question`."""
+        asked = [text for text, _ in history] + ([] if question is None else [question])
+        messages: list[dict[str, Any]] = []
+        for number, text in enumerate(asked):
+            image = [] if number else [{"type": "image"}]
+            messages.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
+            if number < len(history):
+                messages.append({"role": "assistant", "content": history[number][1]})
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, ask=question is None)
 
-    def token_ids(self, question: str) -> list[int]:
+    def token_ids(self, question: str | None, history: Sequence[tuple[str, str]] = ()) -> list[int]:
         """The prompt's token ids, with one image token for each vector that the image becomes.
 
         Raises:
             InputError: The question holds a special token, such as the image's own.
         """
-        if named := [token for token in self.tokenizer.all_special_tokens if token in question]:
-            raise InputError(f"question {question!r}: it holds the special token {named[0]}. Reword it.")
-        ids = self.tokenizer(self.prompt(question), add_special_tokens=False).input_ids
+        for text in [question or "", *(part for of_round in history for part in of_round)]:
+            if named := [token for token in self.tokenizer.all_special_tokens if token in text]:
+                raise InputError(f"question {text!r}: it holds the special token {named[0]}. Reword it.")
+        ids = self.tokenizer(self.prompt(question, history), add_special_tokens=False).input_ids
         place = ids.index(self.image_token)
         return ids[:place] + [self.image_token] * self.image_tokens + ids[place + 1 :]
 
@@ -137,46 +168,64 @@ class Answerer:
         """(1, 3, side, side) normalised pixels of `image`."""
         return self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
 
-    def answer(self, questions: Sequence[Question], batch_size: int, progress: bool = True) -> Iterator[Answer]:
-        """The answers, in the questions' order, `batch_size` at a time."""
-        from tqdm import tqdm
+    def answer(
+        self,
+        questions: Sequence[Question],
+        progress: bool = True,
+        follow: Callable[[int, Answer], Sequence[Question]] | None = None,
+    ) -> Iterator[tuple[int, Answer]]:
+        """(place of the question, answer), as answers come: every place once, in no order that should be relied on.
 
-        with tqdm(
-            total=len(questions), desc="answering", unit="question", disable=not progress, file=sys.stderr
-        ) as bar:
-            for start in range(0, len(questions), batch_size):
-                batch = questions[start : start + batch_size]
-                yield from self._answer_batch(batch)
-                bar.update(len(batch))
+        Args:
+            questions: They share the work of images whose keys are equal.
+            progress: Show a bar on stderr: questions, time left, tokens a second, share of work saved.
+            follow: Called with every answer; the questions that it returns are asked too and numbered on from the last
+                one. What they have in common with the question before, its answer included, is not computed again.
+        """
+        from stllava_eval.engine import Engine
 
-    def _answer_batch(self, batch: Sequence[Question]) -> list[Answer]:
-        import torch
-        from transformers import GenerationConfig
+        rows: dict[str, int] = {} if self.rows is None else {"rows": self.rows}
+        suppressed = self.model.generation_config.suppress_tokens or ()
+        engine = Engine(self.model, self.ends, suppressed, batch_tokens=self.batch_tokens, **rows)
+        asked = list(questions)
+        for place, question in enumerate(asked):
+            engine.add(place, self._prompt(place, question))
+        with _bar(len(asked), progress) as bar:
+            for place, ids in engine:
+                answer = self._read(ids, asked[place])
+                for question in follow(place, answer) if follow else ():
+                    engine.add(len(asked), self._prompt(len(asked), question))
+                    asked.append(question)
+                    bar.total += 1
+                rate = engine.work.generated / max(bar.format_dict["elapsed"], 1e-9)
+                bar.set_postfix_str(f"{rate:.0f} tokens/s, {engine.work.saved:.0%} of the work saved", refresh=False)
+                bar.update()
+                yield place, answer
 
-        rows = [self.token_ids(question.text) for question in batch]
-        width = max(map(len, rows))
-        ids = torch.tensor([[self.padding] * (width - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        pixels = torch.cat([self.pixels(question.image()) for question in batch])
-        greedy = GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max(question.max_new_tokens for question in batch),
-            eos_token_id=sorted(self.ends),
-            pad_token_id=self.padding,
-            suppress_tokens=self.model.generation_config.suppress_tokens,
+    def _prompt(self, place: int, question: Question) -> Prompt:
+        from stllava_eval.engine import Prompt
+
+        ids = self.token_ids(question.text, question.history)
+        end = len(ids) - ids[::-1].index(self.image_token)
+        ends = self.tokenizer.all_special_tokens  # they end answers by their ids and are in no text
+        until = tuple(stop for stop in question.until if stop and stop not in ends)
+        if until and until not in self._stops:
+            self._stops[until] = partial(self._says, until)
+        return Prompt(
+            key=("alone", place) if question.image_key is None else question.image_key,
+            prefix=tuple(ids[:end]),
+            inputs=lambda: {"pixel_values": self.pixels(question.image())},
+            suffix=tuple(ids[end:]),
+            max_new_tokens=question.max_new_tokens,
+            sampling=question.sampling,
+            draw=question.draw,
+            stop=self._stops.get(until),
         )
-        with torch.inference_mode():
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                pixel_values=pixels.to(self.device, self.dtype),
-                generation_config=greedy,
-            )
-        return [
-            self._read(generated, question)
-            for generated, question in zip(output[:, width:].tolist(), batch, strict=True)
-        ]
+
+    def _says(self, until: Sequence[str], ids: Sequence[int]) -> bool:
+        """Whether the text of `ids` holds one of `until` in its end. A character has at most four tokens."""
+        end = self.tokenizer.decode(ids[-4 * max(map(len, until)) - 4 :], skip_special_tokens=True)
+        return any(stop in end for stop in until)
 
     def _read(self, generated: list[int], question: Question) -> Answer:
         """The answer in a row of token ids: up to its end token, its own length limit, or a stop string."""
@@ -189,6 +238,12 @@ class Answerer:
             if stop and stop in text:
                 text, ended = text.split(stop, 1)[0], True
         return Answer(text.strip(), len(ids), ended)
+
+
+def _bar(total: int, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="answering", unit="question", disable=not shown, file=sys.stderr)
 
 
 def _device(name: str | None) -> torch.device:

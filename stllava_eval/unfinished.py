@@ -10,14 +10,14 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from stllava_eval.answering import Answer, Question
+from stllava_eval.answering import Answer
 from stllava_eval.errors import InputError
 from stllava_eval.home import home
 
 
-def question_key(task: str, split: str, doc_id: int, question: Question) -> str:
+def question_key(task: str, split: str, doc_id: int, text: str, max_new_tokens: int, until: Sequence[str]) -> str:
     """What one question of a task is, beside what the fingerprint of the run says: text and limits included."""
-    asked = json.dumps([question.text, question.max_new_tokens, question.until])
+    asked = json.dumps([text, max_new_tokens, until])
     return f"{task}/{split}/{doc_id}/{hashlib.sha256(asked.encode()).hexdigest()[:16]}"
 
 

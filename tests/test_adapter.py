@@ -7,6 +7,7 @@ from conftest import write_checkpoint, write_small_sets
 
 from stllava_eval.adapter import StllavaMed, StllavaMedSimple
 from stllava_eval.answering import Answer, Answerer
+from stllava_eval.engine import Engine
 
 TASKS = ["vqarad", "slake", "pathvqa"]
 
@@ -51,9 +52,11 @@ def test_open_questions_get_open_scores_and_closed_ones_closed(prepared, checkpo
 
 
 def test_lmms_evals_own_standard_error_is_clustered_by_image(prepared, checkpoint, monkeypatch):
-    def answer(self, questions, batch_size, progress):
+    def answer(self, questions, progress):
         # two questions on each of four images; answers of 1, 1, 3, 3, 1, 1, 3, 3 words
-        yield from (Answer("yes" if place // 2 % 2 == 0 else "it is so", 1, True) for place in range(len(questions)))
+        for place, question in enumerate(questions):
+            image = int(question.image_key[-1].split("-")[1][0])
+            yield place, Answer("yes" if image % 2 == 0 else "it is so", 1, True)
 
     monkeypatch.setattr(Answerer, "answer", answer)
     results = evaluate(StllavaMed(str(checkpoint)), ["vqarad"])["results"]["vqarad"]
@@ -177,7 +180,7 @@ def test_sampling_is_refused_rather_than_ignored(prepared, checkpoint, capsys):
 def test_a_bug_while_answering_ends_the_process_though_lmms_eval_would_exit_0(
     prepared, checkpoint, capsys, monkeypatch
 ):
-    monkeypatch.setattr(Answerer, "_answer_batch", lambda self, batch: 1 / 0)
+    monkeypatch.setattr(Engine, "_step", lambda self: 1 / 0)
     with pytest.raises(SystemExit) as exit_:
         evaluate(StllavaMed(str(checkpoint)), ["vqarad"])
     assert exit_.value.code == 1

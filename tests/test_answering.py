@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from stllava_eval.answering import PUBLISHED, Answerer, Question, default_checkpoint, record_default_checkpoint
+from stllava_eval.answering import PUBLISHED, Answer, Answerer, Question, default_checkpoint, record_default_checkpoint
 from stllava_eval.errors import InputError
 
 COLOURS = [(0, 0, 0), (200, 10, 10), (10, 200, 90), (255, 255, 255)]
@@ -17,6 +17,12 @@ def questions(**options) -> list[Question]:
     ]
 
 
+def answers(answerer: Answerer, asked: list[Question]) -> list[Answer]:
+    """In the order of the questions."""
+    found = dict(answerer.answer(asked, progress=False))
+    return [found[place] for place in range(len(asked))]
+
+
 @pytest.fixture(scope="module")
 def answerer(checkpoint) -> Answerer:
     return Answerer(str(checkpoint))
@@ -29,26 +35,27 @@ def test_the_prompt_is_vicunas(answerer):
     assert "pad to a square" in answerer.preprocessing["image_preprocessing"]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 12])
-def test_answers_do_not_depend_on_the_batch(answerer, batch_size):
-    one_by_one = [next(answerer.answer([question], 1, progress=False)) for question in questions()]
+@pytest.mark.parametrize("rows", [1, 2, 5, None])
+def test_answers_do_not_depend_on_the_batch(answerer, rows, monkeypatch):
+    one_by_one = [answers(answerer, [question])[0] for question in questions()]
     assert len({answer.text for answer in one_by_one}) > 3
-    assert list(answerer.answer(questions(), batch_size, progress=False)) == one_by_one
+    monkeypatch.setattr(answerer, "rows", rows)
+    assert answers(answerer, questions()) == one_by_one
 
 
 def test_each_question_has_its_own_length_limit(answerer):
-    whole = list(answerer.answer(questions(), 12, progress=False))
+    whole = answers(answerer, questions())
     limits = [1 + place % 3 for place in range(12)]
     cut = [Question(question.text, question.image, limit) for question, limit in zip(questions(), limits, strict=True)]
-    for answer, limit, full in zip(answerer.answer(cut, 12, progress=False), limits, whole, strict=True):
+    for answer, limit, full in zip(answers(answerer, cut), limits, whole, strict=True):
         assert answer.tokens == min(limit, full.tokens)
         assert answer.ended == (full.tokens < limit)
 
 
 def test_an_answer_ends_before_a_stop_string(answerer):
-    (whole, *_) = answerer.answer(questions()[:1], 1, progress=False)
+    (whole,) = answers(answerer, questions()[:1])
     stop = whole.text[1:3]
-    (cut, *_) = answerer.answer(questions(until=(stop,))[:1], 1, progress=False)
+    (cut,) = answers(answerer, questions(until=(stop,))[:1])
     assert cut.text == whole.text.split(stop)[0].strip()
     assert cut.ended
 

@@ -880,9 +880,9 @@ def test_the_harness_answers_with_a_checkpoint_of_the_authors(prepared, tmp_path
     on_the_fly = Answerer(str(folder), prototypes=3)
     convert(open_checkpoint(str(folder), prototypes=3), tmp_path / "converted", progress=False)
     converted = Answerer(str(tmp_path / "converted"))
-    answers = [list(one.answer([question], 1, progress=False)) for one in (on_the_fly, converted)]
+    answers = [list(one.answer([question], progress=False)) for one in (on_the_fly, converted)]
     assert answers[0] == answers[1]
-    assert answers[0][0].tokens > 0
+    assert answers[0][0][1].tokens > 0
     assert on_the_fly.preprocessing == converted.preprocessing
     assert make_processor(converted.tokenizer, 28, 14).chat_template == converted.processor.chat_template
 

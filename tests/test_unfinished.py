@@ -4,18 +4,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
-from test_adapter import answers_of, evaluate, run_folders
+from PIL import Image
+from test_adapter import evaluate, run_folders
 
 from stllava_eval.adapter import StllavaMed
 from stllava_eval.answering import Answer, Answerer, Question
 from stllava_eval.errors import InputError
 from stllava_eval.unfinished import Unfinished, question_key
-
-
-def question(**options) -> Question:
-    return Question(**{"text": "Is it?", "image": lambda: None, "max_new_tokens": 8} | options)
 
 
 @pytest.fixture
@@ -71,12 +69,13 @@ from test_adapter import evaluate
 from stllava_eval.adapter import StllavaMed
 from stllava_eval.answering import Answerer
 import time
-original, answered = Answerer._answer_batch, []
-def slow(self, batch):
-    time.sleep(0.05)
-    answered.append(len(batch))
-    return original(self, batch)
-Answerer._answer_batch = slow
+original, answered = Answerer.answer, []
+def slow(self, questions, **options):
+    for answer in original(self, questions, **options):
+        time.sleep(0.3)
+        answered.append(1)
+        yield answer
+Answerer.answer = slow
 evaluate(StllavaMed(sys.argv[1]))
 print("answered", sum(answered))
 """
@@ -132,7 +131,8 @@ def test_every_process_reads_all_and_a_written_run_leaves_none(home):
 
 @pytest.mark.parametrize("options", [{"text": "Is it not?"}, {"max_new_tokens": 9}, {"until": ("\n",)}])
 def test_a_question_asked_otherwise_is_another_question(options):
-    assert question_key("vqarad", "test", 3, question()) != question_key("vqarad", "test", 3, question(**options))
+    asked = {"text": "Is it?", "max_new_tokens": 8, "until": ()}
+    assert question_key("vqarad", "test", 3, **asked) != question_key("vqarad", "test", 3, **asked | options)
 
 
 def test_a_full_disk_is_one_line(home, monkeypatch):
@@ -144,8 +144,47 @@ def test_a_full_disk_is_one_line(home, monkeypatch):
         Unfinished("a" * 64, 0).add([("a", Answer("yes", 1, True))])
 
 
-def test_a_task_that_is_not_ours_is_not_kept(prepared, checkpoint, monkeypatch):
-    monkeypatch.setattr(StllavaMed, "_key", lambda *_: "")
-    evaluate(StllavaMed(str(checkpoint)), ["vqarad"])
-    assert not (prepared / "unfinished").exists()
-    assert len(answers_of(run_folders(prepared)[0])) == 8
+FOREIGN = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.json}}
+test_split: test
+task: colours
+output_type: generate_until
+doc_to_messages: !function functions.messages
+doc_to_visual: !function functions.image
+doc_to_text: question
+doc_to_target: reference
+generation_kwargs: {max_new_tokens: 5, until: ["</s>"]}
+metric_list: [{metric: exact_match}]
+"""
+FUNCTIONS = """
+from PIL import Image
+def image(row):
+    return [Image.new("RGB", (40, 30), row["colour"])]
+def messages(row, kwargs=None):
+    content = [{"type": "image", "url": image(row)[0]}, {"type": "text", "text": row["question"]}]
+    return [{"role": "user", "content": content}]
+"""
+
+
+def test_a_task_that_is_not_ours_is_answered_and_not_kept(prepared, checkpoint, tmp_path, monkeypatch):
+    """No fingerprint knows its data."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    rows = [{"question": "Why?", "reference": "a", "colour": colour} for colour in ("red", "blue", "white")]
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "colours.yaml").write_text(FOREIGN)
+    (folder / "functions.py").write_text(FUNCTIONS)
+    monkeypatch.chdir(folder)
+    (folder / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(Unfinished, "add", lambda self, answers: kept.extend(answers))
+    kept: list[object] = []
+    manager = TaskManager(include_path=str(folder), include_defaults=False, model_name="stllava_med")
+    results = simple_evaluate(StllavaMed(str(checkpoint)), tasks=["colours"], task_manager=manager)
+    texts = [sample["filtered_resps"][0] for sample in results["samples"]["colours"]]
+    answerer = Answerer(str(checkpoint))
+    asked = [Question("Why?", partial(Image.new, "RGB", (40, 30), row["colour"]), 5) for row in rows]
+    assert texts == [answer.text for _, answer in sorted(answerer.answer(asked, progress=False))]
+    assert not kept

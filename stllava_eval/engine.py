@@ -1,0 +1,711 @@
+"""Prompts that share images -> token ids: each image encoded once, each shared prefix once, each token once.
+
+A prompt is a prefix, which ends with the image's last token and is shared by all prompts about that image, and a
+suffix of its own. The model's own forward fills the prefix's keys and values, once. Suffixes and answers then go
+through the language model packed: one row of tokens in which every running prompt has its next one and new prompts have
+their whole suffix. An attention function of ours looks for each token at the keys of its prefix, where they lie, and at
+those of its own prompt, and joins both parts of the softmax. So nothing is padded and no prefix is copied, a prompt
+that has ended makes room at once, and in float32 the tokens are those of `generate`, one prompt at a time.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from stllava_eval.errors import InputError
+
+ROWS = 256  # our choice: from some 128 tokens on, matrix products are within 5 % of their full rate
+FRESH_TOKENS = 1024  # our choice: new suffixes that join one step, so that a step's activations stay small
+AHEAD = 2  # images that are read and preprocessed while the model is at work
+GROWTH = 64  # tokens by which an answer is expected to grow at most, where its limit is further off
+ATTENTION = "stllava_shared_prefix"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn: `top_k` and `top_p` of 0 and 1 keep every token. Equal seeds draw equal answers."""
+
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the engine answers.
+
+    Args:
+        key: Equal for prompts about the same image.
+        prefix: Token ids up to the image's last.
+        inputs: Makes what the model's forward takes beside these ids, (1, 3, side, side) `pixel_values` for one.
+        suffix: Token ids behind the prefix, at least one.
+        max_new_tokens: At least 1.
+        sampling: None takes the likeliest token.
+        draw: The number of the draw, where several answers to one prompt are drawn.
+        stop: Whether an answer that ends in these ids has said all that is wanted.
+    """
+
+    key: Hashable
+    prefix: tuple[int, ...]
+    inputs: Callable[[], dict[str, Tensor]]
+    suffix: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling | None = None
+    draw: int = 0
+    stop: Callable[[Sequence[int]], bool] | None = None
+
+    @property
+    def group(self) -> Hashable:
+        """Equal for prompts that share a prefix."""
+        return self.key, self.prefix
+
+
+@dataclass
+class Work:
+    """Tokens that went through the language model, against those of the same prompts asked one by one."""
+
+    done: int = 0
+    one_by_one: int = 0
+    generated: int = 0
+
+    @property
+    def saved(self) -> float:
+        """Share of the one-by-one work that sharing has saved."""
+        return 1 - self.done / self.one_by_one if self.one_by_one else 0.0
+
+
+class KeyValues:
+    """For each layer the keys and values of several sequences: two (slots, heads, length, width) tensors."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def reserve(self, slots: int, length: int, like: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Room for `slots` sequences of `length` tokens; `like` has a tensor of each layer's heads, width and type."""
+        self.layers += [
+            (key.new_empty(0, key.shape[1], 0, key.shape[3]), value.new_empty(0, value.shape[1], 0, value.shape[3]))
+            for key, value in like[len(self.layers) :]
+        ]
+        for number, (keys, values) in enumerate(self.layers):  # layer by layer: one is held twice at a time
+            if keys.shape[0] < slots or keys.shape[2] < length:
+                self.layers[number] = (_larger(keys, slots, length), _larger(values, slots, length))
+
+    def write(self, slot: int, layers: Sequence[tuple[Tensor, Tensor]], tokens: int) -> None:
+        """Put the first `tokens` of (1, heads, length, width) keys and values into a slot."""
+        for (keys, values), (key, value) in zip(self.layers, layers, strict=True):
+            keys[slot, :, :tokens] = key[0, :, :tokens]
+            values[slot, :, :tokens] = value[0, :, :tokens]
+
+    def read(self, slot: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
+        """Windows on a slot, in the shape that `write` takes."""
+        return [
+            (keys[slot : slot + 1, :, :tokens], values[slot : slot + 1, :, :tokens]) for keys, values in self.layers
+        ]
+
+
+def _larger(old: Tensor, slots: int, length: int) -> Tensor:
+    new = old.new_zeros(max(slots, old.shape[0]), old.shape[1], max(length, old.shape[2]), old.shape[3])
+    new[: old.shape[0], :, : old.shape[2]] = old
+    return new
+
+
+@dataclass(eq=False)
+class _Prefix:
+    """A prefix whose keys and values are held; `slot` is its place among them."""
+
+    group: Hashable
+    slot: int
+    tokens: int
+    pixels: bytes  # hash of what the image became, for the seeds of draws
+    rows: int = 0  # prompts at work that share it
+
+
+@dataclass(eq=False)
+class _Row:
+    """A prompt at work: its place among the rows is its slot."""
+
+    prompt: Prompt
+    places: list[int]
+    ids: list[int]  # behind the prefix: the suffix and what has been generated
+    cached: int = 0  # of which the keys and values are held
+    prefix: _Prefix | None = None
+    random: random.Random | None = None
+    saved: list[tuple[Tensor, Tensor]] | None = None  # keys and values that an earlier prompt leaves to this one
+    same: Hashable = None  # equal for prompts with the same answer
+
+    @property
+    def answer(self) -> list[int]:
+        return self.ids[len(self.prompt.suffix) :]
+
+    @property
+    def width(self) -> int:
+        """Tokens that this row is expected to need at most."""
+        rest = self.prompt.max_new_tokens - len(self.answer)
+        return len(self.ids) + min(rest, GROWTH)
+
+
+@dataclass
+class _Plan:
+    """One packed step: the next token of each of the first `running` rows, then all that is new of the rows after them.
+
+    Indices count packed tokens, slots or, in `*_back`, places of a flattened grid.
+    """
+
+    own: KeyValues
+    shared: KeyValues
+    slots: Tensor  # (tokens,) of each packed token's row
+    places: Tensor  # (tokens,) behind the prefix
+    running: int
+    running_length: int
+    running_hidden: Tensor  # (running, 1, 1, 1, running_length): keys that a row has not
+    grid: Tensor  # (prefixes, most rows of one) packed tokens of the running rows, by prefix
+    grid_back: Tensor  # (running,)
+    shared_length: int
+    shared_hidden: Tensor | None  # (prefixes, 1, 1, 1, shared_length), where lengths differ
+    fresh: list[tuple[int, int, int, int]]  # prefix slot, its tokens, first and last + 1 packed token that look at it
+    fresh_rows: int
+    fresh_length: int
+    fresh_grid: Tensor  # (fresh rows, most new tokens of one)
+    fresh_back: Tensor  # (new tokens,)
+    fresh_hidden: Tensor  # (fresh rows, 1, most new tokens, 1, fresh_length)
+
+
+_Part = tuple[Tensor, Tensor, Tensor]
+
+
+def _part(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> _Part:
+    """One part of a softmax: (batch, heads, queries, width) sums of values, their largest score, and sum of weights.
+
+    Args:
+        query: (batch, queries, key heads, queries of a key head, width), scaled.
+        keys: (batch, key heads, keys, width).
+        values: The same.
+        hidden: Broadcast to (batch, key heads, queries, queries of a key head, keys); True where a key is not seen.
+    """
+    batch, count, heads, share, width = query.shape
+    scores = query.transpose(1, 2).reshape(batch, heads, count * share, width) @ keys.mT
+    scores = scores.float()
+    if hidden is not None:
+        scores.view(batch, heads, count, share, -1).masked_fill_(hidden, float("-inf"))
+    highest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    summed = (weights.to(values.dtype) @ values).float()
+    return tuple(  # type: ignore[return-value]
+        part.view(batch, heads, count, share, -1).transpose(1, 2) for part in (summed, highest, total)
+    )
+
+
+def _joined(one: _Part, two: _Part) -> Tensor:
+    """(tokens, key heads, queries of a key head, width): the softmax over both parts' keys."""
+    highest = torch.maximum(one[1], two[1])
+    first, second = (one[1] - highest).exp_(), (two[1] - highest).exp_()
+    return (one[0] * first).add_(two[0] * second).div_((one[2] * first).add_(two[2] * second))
+
+
+def _flat(part: _Part, back: Tensor) -> _Part:
+    """(tokens, ...) of a part on a (batch, queries, ...) grid."""
+    return tuple(tensor.flatten(0, 1)[back] for tensor in part)  # type: ignore[return-value]
+
+
+def shared_prefix_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    plan: _Plan,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' interface of attention functions, over a packed step; see `_Plan` and the module.
+
+    Args:
+        module: The layer; its `layer_idx` chooses the keys and values.
+        query: (1, heads, tokens, width), rotated.
+        key: (1, key heads, tokens, width), rotated; written into the rows' own keys.
+        value: (1, key heads, tokens, width).
+        attention_mask: None.
+        scaling: Of the scores.
+        plan: Of the step.
+        sliding_window: Of a layer that has one: not supported.
+        others: A layer's further wishes: not supported.
+
+    Returns:
+        (1, tokens, heads, width) and no weights.
+
+    Raises:
+        NotImplementedError: The layer wants something else than plain causal attention.
+    """
+    wishes = sorted(name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None)
+    if sliding_window is not None or wishes or others.get("dropout"):
+        raise NotImplementedError(f"attention with {', '.join(wishes) or 'a sliding window or dropout'}")
+    own_keys, own_values = plan.own.layers[module.layer_idx]
+    keys, values = plan.shared.layers[module.layer_idx]
+    own_keys[plan.slots, :, plan.places] = key[0].transpose(0, 1)
+    own_values[plan.slots, :, plan.places] = value[0].transpose(0, 1)
+    heads = key.shape[1]
+    packed = (query[0] * scaling).transpose(0, 1).unflatten(1, (heads, -1))  # (tokens, key heads, share, width)
+    parts = []
+    if plan.running:
+        length, count = plan.running_length, len(plan.grid)
+        apart = _part(
+            packed[: plan.running, None],
+            own_keys[: plan.running, :, :length],
+            own_values[: plan.running, :, :length],
+            plan.running_hidden,
+        )
+        common = _part(
+            packed[plan.grid],
+            keys[:count, :, : plan.shared_length],
+            values[:count, :, : plan.shared_length],
+            plan.shared_hidden,
+        )
+        alone: Any = tuple(tensor[:, 0] for tensor in apart)
+        parts.append(_joined(alone, _flat(common, plan.grid_back)))
+    if plan.fresh:
+        rows, length = slice(plan.running, plan.running + plan.fresh_rows), plan.fresh_length
+        apart = _flat(
+            _part(packed[plan.fresh_grid], own_keys[rows, :, :length], own_values[rows, :, :length], plan.fresh_hidden),
+            plan.fresh_back,
+        )
+        of_prefixes = [
+            _part(packed[None, start:end], keys[slot, None, :, :tokens], values[slot, None, :, :tokens], None)
+            for slot, tokens, start, end in plan.fresh
+        ]
+        together: Any = tuple(torch.cat([part[number][0] for part in of_prefixes]) for number in range(3))
+        parts.append(_joined(apart, together))
+    return torch.cat(parts).flatten(1, 2).to(query.dtype)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, shared_prefix_attention)
+
+
+class Engine:
+    """Prompts that share images -> token ids, in the order in which answers end. Add prompts, then iterate.
+
+    Args:
+        model: A transformers image-text model: `model.model` takes ids and pixels and fills a cache, and
+            `model.model.language_model` is a decoder with causal attention and one position a token.
+        ends: Token ids that end an answer.
+        suppressed: Token ids that are never generated.
+        rows: Prompts at work at a time, at most.
+        batch_tokens: Tokens whose keys and values are held at a time; None finds it from the free memory.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        ends: set[int],
+        suppressed: Sequence[int] = (),
+        rows: int = ROWS,
+        batch_tokens: int | None = None,
+    ) -> None:
+        self.model, self.ends = model, ends
+        self.suppressed = torch.tensor(sorted(suppressed), dtype=torch.long, device=model.device)
+        self.most_rows = rows
+        self.batch_tokens = batch_tokens
+        self.work = Work()
+        self._waiting: OrderedDict[Hashable, deque[_Row]] = OrderedDict()
+        self._same: dict[Hashable, _Row] = {}
+        self._images: dict[Hashable, Future[dict[str, Tensor]]] = {}
+        self._parent: _Row | None = None
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        self._own, self._shared = KeyValues(), KeyValues()
+        self._rows: list[_Row] = []
+        self._ended: list[_Row] = []
+        self._prefixes: list[_Prefix] = []
+
+    def add(self, place: int, prompt: Prompt) -> None:
+        """Wait for an answer to `prompt`; it comes under `place`.
+
+        While iterating, prompts may be added that go on from the answer that has just come: their suffix begins with
+        its prompt's suffix and answer, and what they have in common is not computed again.
+        """
+        drawn = (prompt.sampling, prompt.draw) if prompt.sampling else None
+        same = (prompt.group, prompt.suffix, prompt.max_new_tokens, prompt.stop, drawn)
+        if known := self._same.get(same):
+            known.places.append(place)
+            return
+        row = self._same[same] = _Row(prompt, [place], list(prompt.suffix), same=same)
+        queue = self._waiting.setdefault(prompt.group, deque())
+        parent = self._parent
+        if parent is None or parent.prompt.group != prompt.group:
+            queue.append(row)
+            return
+        shared = 0
+        for one, other in zip(parent.ids[: parent.cached], row.ids[:-1], strict=False):  # one token is to be fed
+            if one != other:
+                break
+            shared += 1
+        if shared:
+            row.saved = [
+                (key.clone(), value.clone()) for key, value in self._own.read(self._rows.index(parent), shared)
+            ]
+            row.cached = shared
+        queue.append(row)
+        self._waiting.move_to_end(prompt.group, last=False)  # while its prefix is held
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        """(place, token ids of the answer, its end token included), as answers end."""
+        with ThreadPoolExecutor(1) as self._reader:
+            try:
+                while self._waiting or self._rows:
+                    for row in self._next():
+                        self._parent = row
+                        del self._same[row.same]
+                        for place in row.places:
+                            yield place, row.answer
+                        self._parent = None
+                    self._leave()
+            finally:
+                for image in self._images.values():
+                    image.cancel()
+                self._images.clear()
+
+    def _next(self) -> list[_Row]:
+        """The rows that end with the next step, which is tried with half of what was at work if memory is short."""
+        while True:
+            try:
+                with torch.inference_mode():
+                    self._admit()
+                    return self._step()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            self._halve(reason)
+
+    def _halve(self, reason: str) -> None:
+        """Put every row back, forget all keys and values, and go on with half as many."""
+        rows, held = len(self._rows), self._held(len(self._prefixes), self._rows)
+        if self.most_rows == 1:
+            raise InputError(
+                f"one question at a time does not fit into the memory ({reason}). Pass dtype=bfloat16, four_bit=True, "
+                "or another device."
+            )
+        self.most_rows, self.batch_tokens = max(1, rows // 2), held // 2
+        logger.warning("out of memory with {} questions at a time; going on with {}", rows, self.most_rows)
+        for row in reversed(self._rows):
+            self._put_back(row)
+        self._forget_all()
+        gc.collect()
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _put_back(self, row: _Row) -> None:
+        """Let a row wait again; what it has generated stays."""
+        row.cached, row.prefix, row.saved = 0, None, None
+        group = row.prompt.group
+        self._waiting.setdefault(group, deque()).appendleft(row)
+        self._waiting.move_to_end(group, last=False)
+
+    def _held(self, prefixes: int, rows: Sequence[_Row]) -> int:
+        """Tokens whose keys and values are held by so many prefixes and these rows."""
+        longest = max((prefix.tokens for prefix in self._prefixes), default=0)
+        return prefixes * longest + len(rows) * max((row.width for row in rows), default=0)
+
+    def _admit(self) -> None:
+        """Let waiting rows join, as far as there is room; the first one always."""
+        running, tokens = len(self._rows), 0
+        while self._waiting and len(self._rows) < self.most_rows and tokens < FRESH_TOKENS:
+            group, queue = next(iter(self._waiting.items()))
+            prefix = next((prefix for prefix in self._prefixes if prefix.group == group), None)
+            row = queue[0]
+            if self._rows and self.batch_tokens is not None:
+                new = 0 if prefix else len(row.prompt.prefix)
+                if self._held(len(self._prefixes), [*self._rows, row]) + new > self.batch_tokens:
+                    break
+            if prefix is None:
+                prefix = self._fill(row.prompt)
+            queue.popleft()
+            if not queue:
+                del self._waiting[group]
+            row.prefix = prefix
+            prefix.rows += 1
+            if row.random is None and row.prompt.sampling is not None:
+                row.random = _random(row.prompt, prefix.pixels)
+            self._rows.append(row)
+            tokens += len(row.ids) - row.cached
+        by_prefix: Any = sorted(self._rows[running:], key=lambda row: row.prefix.slot)  # type: ignore[union-attr]
+        self._rows[running:] = by_prefix
+
+    def _fill(self, prompt: Prompt) -> _Prefix:
+        """Encode an image and compute its prefix's keys and values."""
+        inputs = self._inputs(prompt)
+        digest = hashlib.sha256()
+        for name in sorted(inputs):
+            digest.update(inputs[name].contiguous().view(torch.uint8).numpy().tobytes())
+        cache: Any = DynamicCache()
+        device, dtype = self.model.device, self.model.dtype
+        moved = {name: x.to(device, dtype) if x.is_floating_point() else x.to(device) for name, x in inputs.items()}
+        ids = torch.tensor([prompt.prefix], device=device)
+        self.model.model(input_ids=ids, past_key_values=cache, use_cache=True, **moved)
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        if self.batch_tokens is None:
+            self.batch_tokens = _free_tokens(layers, device)
+        prefix = _Prefix(prompt.group, len(self._prefixes), len(prompt.prefix), digest.digest())
+        slots = prefix.slot + 1
+        if self._shared.layers and self._shared.layers[0][0].shape[0] < slots:
+            slots += slots // 4
+        self._shared.reserve(slots, prefix.tokens, layers)
+        self._shared.write(prefix.slot, layers, prefix.tokens)
+        self._prefixes.append(prefix)
+        self.work.done += prefix.tokens
+        return prefix
+
+    def _inputs(self, prompt: Prompt) -> dict[str, Tensor]:
+        """The image of a prompt, read before it was due; those of the next groups are begun."""
+        ahead = iter(self._waiting.items())
+        for (group, queue), _ in zip(ahead, range(AHEAD + 1), strict=False):
+            if group not in self._images and not any(prefix.group == group for prefix in self._prefixes):
+                self._images[group] = self._reader.submit(queue[0].prompt.inputs)
+        return self._images.pop(prompt.group).result()
+
+    def _step(self) -> list[_Row]:
+        """Feed every row what is new of it, append one token to each, and return those that have ended."""
+        self._make_room()
+        rows = self._rows
+        leaders: dict[Hashable, int] = {}
+        running = next((number for number, row in enumerate(rows) if not _runs(row)), len(rows))
+        follows = {}  # rows that are another draw of a row before them
+        for number, row in enumerate(rows[running:], running):
+            first = leaders.setdefault((row.prompt.group, tuple(row.ids), row.cached), number)
+            if first != number:
+                follows[number] = first
+        order = [number for number in range(running, len(rows)) if number not in follows] + list(follows)
+        moved = {old: running + new for new, old in enumerate(order)}
+        rows[running:] = [rows[number] for number in order]
+        copies = {moved[number]: moved[first] for number, first in follows.items()}
+        fed = rows[: len(rows) - len(copies)]
+        like = self._shared.layers
+        length = -(-max(len(row.ids) for row in rows) // 32) * 32
+        slots = len(rows)
+        if self._own.layers and self._own.layers[0][0].shape[0] < slots:
+            slots += slots // 4
+        self._own.reserve(slots, length, like)
+        for slot, row in enumerate(fed):
+            if row.saved is not None:
+                self._own.write(slot, row.saved, row.cached)
+        plan, ids, positions, last = self._plan(fed, running)
+        hidden = self._forward(ids, positions, plan)
+        logits = self.model.get_output_embeddings()(hidden[last]).float()
+        if len(self.suppressed):
+            logits[:, self.suppressed] = float("-inf")
+        for slot, first in copies.items():
+            self._own.write(slot, self._own.read(first, len(rows[slot].ids)), len(rows[slot].ids))
+        which = list(range(len(fed))) + list(copies.values())
+        tokens = _choose(logits, which, rows)
+        self.work.done += len(ids)
+        ended = []
+        for row, token in zip(rows, tokens, strict=True):
+            row.cached, row.saved = len(row.ids), None
+            row.ids.append(token)
+            answer = row.answer
+            if (
+                token in self.ends
+                or len(answer) >= row.prompt.max_new_tokens
+                or (row.prompt.stop is not None and row.prompt.stop(answer))
+            ):
+                ended.append(row)
+                self.work.generated += len(answer) * len(row.places)
+                self.work.one_by_one += (len(row.prompt.prefix) + len(row.ids) - 1) * len(row.places)
+        self._ended = ended
+        return ended
+
+    def _make_room(self) -> None:
+        """Put the youngest rows back if answers have grown beyond the tokens that may be held."""
+        if self.batch_tokens is None:
+            return
+        while len(self._rows) > 1:
+            longest = max((prefix.tokens for prefix in self._prefixes), default=0)
+            held = len(self._prefixes) * longest + len(self._rows) * max(len(row.ids) for row in self._rows)
+            if held <= self.batch_tokens:
+                return
+            self._ended = [self._rows[-1]]
+            self._put_back(self._rows[-1])
+            self._leave()
+
+    def _plan(self, rows: Sequence[_Row], running: int) -> tuple[_Plan, Tensor, Tensor, Tensor]:
+        """The plan of a step, its (tokens,) ids and positions, and (rows,) each row's last packed token."""
+        device = self.model.device
+        ids: list[int] = []
+        slots, places, positions, last = list(ids), list(ids), list(ids), list(ids)
+        fresh: list[tuple[int, int, int, int]] = []
+        for slot, row in enumerate(rows):
+            prefix: Any = row.prefix
+            start = len(ids)
+            count = len(row.ids) - row.cached
+            ids += row.ids[row.cached :]
+            slots += [slot] * count
+            places += range(row.cached, len(row.ids))
+            positions += range(prefix.tokens + row.cached, prefix.tokens + len(row.ids))
+            last.append(len(ids) - 1)
+            if slot >= running:
+                if fresh and fresh[-1][0] == prefix.slot:
+                    start = fresh.pop()[2]
+                fresh.append((prefix.slot, prefix.tokens, start, len(ids)))
+        by_prefix: list[list[int]] = [[] for _ in self._prefixes]
+        for slot, row in enumerate(rows[:running]):
+            by_prefix[row.prefix.slot].append(slot)  # type: ignore[union-attr]
+        widest = max(map(len, by_prefix), default=0)
+        back = [0] * running
+        for number, of_prefix in enumerate(by_prefix):
+            for place, slot in enumerate(of_prefix):
+                back[slot] = number * widest + place
+        grid = [of_prefix + [0] * (widest - len(of_prefix)) for of_prefix in by_prefix]
+        lengths = [prefix.tokens for prefix in self._prefixes]
+        longest = max(lengths)
+
+        def tensor(values: Any) -> Tensor:
+            return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+
+        running_length = max((len(row.ids) for row in rows[:running]), default=0)
+        held = tensor([len(row.ids) for row in rows[:running]])
+        new = [len(row.ids) - row.cached for row in rows[running:]]
+        most, fresh_length = max(new, default=0), max((len(row.ids) for row in rows[running:]), default=0)
+        first = running
+        fresh_grid: list[list[int]] = []
+        fresh_back: list[int] = []
+        for number, count in enumerate(new):
+            fresh_grid.append([*range(first, first + count), *[0] * (most - count)])
+            fresh_back += range(number * most, number * most + count)
+            first += count
+        seen = tensor([row.cached for row in rows[running:]])[:, None] + torch.arange(most, device=device)
+        shared_hidden = None
+        if min(lengths) < longest:
+            shared_hidden = torch.arange(longest, device=device) >= tensor(lengths)[:, None, None, None, None]
+        plan = _Plan(
+            own=self._own,
+            shared=self._shared,
+            slots=tensor(slots),
+            places=tensor(places),
+            running=running,
+            running_length=running_length,
+            running_hidden=torch.arange(running_length, device=device) >= held[:, None, None, None, None],
+            grid=tensor(grid),
+            grid_back=tensor(back),
+            shared_length=longest,
+            shared_hidden=shared_hidden,
+            fresh=fresh,
+            fresh_rows=len(new),
+            fresh_length=fresh_length,
+            fresh_grid=tensor(fresh_grid),
+            fresh_back=tensor(fresh_back),
+            fresh_hidden=torch.arange(fresh_length, device=device) > seen[:, None, :, None, None],
+        )
+        return plan, tensor(ids), tensor(positions), tensor(last)
+
+    def _forward(self, ids: Tensor, positions: Tensor, plan: _Plan) -> Tensor:
+        """(tokens, width) last hidden states of a packed step."""
+        decoder = self.model.model.language_model
+        before = decoder.config._attn_implementation
+        decoder.config._attn_implementation = ATTENTION
+        try:
+            return decoder(
+                input_ids=ids[None], position_ids=positions[None], use_cache=False, plan=plan
+            ).last_hidden_state[0]
+        finally:
+            decoder.config._attn_implementation = before
+
+    @torch.inference_mode()
+    def _leave(self) -> None:
+        """Take the ended rows out: the last row moves into the gap, and so do prefixes that nobody needs."""
+        for row in self._ended:
+            slot = self._rows.index(row)
+            tail = self._rows.pop()
+            if tail is not row:
+                self._own.write(slot, self._own.read(len(self._rows), tail.cached), tail.cached)
+                self._rows[slot] = tail
+            prefix: Any = row.prefix
+            if prefix is not None:
+                prefix.rows -= 1
+        self._ended = []
+        for prefix in [one for one in self._prefixes if not one.rows and one.group not in self._waiting]:
+            tail_prefix = self._prefixes.pop()
+            if tail_prefix is not prefix:
+                self._shared.write(
+                    prefix.slot, self._shared.read(tail_prefix.slot, tail_prefix.tokens), tail_prefix.tokens
+                )
+                tail_prefix.slot = prefix.slot
+                self._prefixes[prefix.slot] = tail_prefix
+
+
+def _runs(row: _Row) -> bool:
+    """Whether all but the last token of a row, which has been generated, is computed."""
+    return row.cached == len(row.ids) - 1 and row.saved is None and bool(row.answer)
+
+
+def _random(prompt: Prompt, pixels: bytes) -> random.Random:
+    """Random numbers that depend on the seed, the image, the prompt and the number of the draw, and on nothing else."""
+    sampling: Any = prompt.sampling
+    told = f"{sampling.seed} {prompt.draw} {prompt.prefix} {prompt.suffix}".encode()
+    return random.Random(hashlib.sha256(told + pixels).digest())
+
+
+def _choose(logits: Tensor, which: Sequence[int], rows: Sequence[_Row]) -> list[int]:
+    """A token for each row, from row `which` of the logits."""
+    tokens = logits.argmax(-1)[torch.tensor(which, device=logits.device)].tolist()
+    by_sampling: dict[tuple[float, int, float], list[int]] = {}
+    for number, row in enumerate(rows):
+        if sampling := row.prompt.sampling:
+            settings = (sampling.temperature, sampling.top_k, sampling.top_p)
+            by_sampling.setdefault(settings, []).append(number)
+    for settings, numbers in by_sampling.items():
+        of = logits[torch.tensor([which[number] for number in numbers], device=logits.device)]
+        uniform = [rows[number].random.random() for number in numbers]  # type: ignore[union-attr]
+        for number, token in zip(numbers, draw(of, *settings, uniform), strict=True):
+            tokens[number] = token
+    return tokens
+
+
+def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: Sequence[float]) -> list[int]:
+    """One token a row: temperature, then the `top_k` likeliest, then the fewest that have `top_p` of the probability.
+
+    Args:
+        logits: (rows, vocab).
+        temperature: Above 0.
+        top_k: 0 keeps every token.
+        top_p: Above 0; 1 keeps every token. A token that crosses the share is kept, as in transformers.
+        uniform: A number in [0, 1) for each row: which token of the cumulated probabilities, in the order of ids, so
+            that rounding of the logits hardly ever changes the choice.
+    """
+    kept, ids = (logits / temperature).topk(min(top_k or logits.shape[1], logits.shape[1]))  # sorted
+    shares = kept.double().softmax(-1)
+    before = shares.cumsum(-1) - shares
+    shares = shares.masked_fill(before >= top_p, 0.0)
+    ids, order = ids.sort(-1)
+    cumulated = shares.gather(-1, order).cumsum(-1)
+    wanted = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * cumulated[:, -1:]
+    return ids.gather(-1, torch.searchsorted(cumulated, wanted, right=True).clamp_max(ids.shape[1] - 1))[:, 0].tolist()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _free_tokens(layers: Sequence[tuple[Tensor, Tensor]], device: Any) -> int:
+    """Tokens whose keys and values fit into the free memory: 80 % of a GPU's, half of a CPU's (our choice)."""
+    import psutil
+
+    size = sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for of_layer in layers for tensor in of_layer)
+    if device.type == "cuda":
+        return int(0.8 * torch.cuda.mem_get_info(device)[0] / size)
+    return int(0.5 * psutil.virtual_memory().available / size)
