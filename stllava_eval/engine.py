@@ -16,6 +16,7 @@ import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +122,32 @@ def _larger(old: Tensor, slots: int, length: int) -> Tensor:
     new = old.new_zeros(max(slots, old.shape[0]), old.shape[1], max(length, old.shape[2]), old.shape[3])
     new[: old.shape[0], :, : old.shape[2]] = old
     return new
+
+
+class _Filled(Exception):  # noqa: N818  nothing has gone wrong
+    """All keys and values of a prefix are there."""
+
+
+class _Filling(DynamicCache):
+    """A cache that ends the forward at the last layer's keys and values: nobody reads what a prefix's tokens say.
+
+    Spares most of one layer: a sixth of the prefix in the benchmark's network of six, a fortieth in a 7B.
+    """
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last = last
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **others: Any) -> Any:
+        """See `DynamicCache`.
+
+        Raises:
+            _Filled: This was the last layer.
+        """
+        both = super().update(key_states, value_states, layer_idx, *args, **others)
+        if layer_idx == self.last:
+            raise _Filled
+        return both
 
 
 @dataclass(eq=False)
@@ -453,11 +480,12 @@ class Engine:
         digest = hashlib.sha256()
         for name in sorted(inputs):
             digest.update(inputs[name].contiguous().view(torch.uint8).numpy().tobytes())
-        cache: Any = DynamicCache()
+        cache: Any = _Filling(self.model.config.get_text_config().num_hidden_layers - 1)
         device, dtype = self.model.device, self.model.dtype
         moved = {name: x.to(device, dtype) if x.is_floating_point() else x.to(device) for name, x in inputs.items()}
         ids = torch.tensor([prompt.prefix], device=device)
-        self.model.model(input_ids=ids, past_key_values=cache, use_cache=True, **moved)
+        with suppress(_Filled):
+            self.model.model(input_ids=ids, past_key_values=cache, use_cache=True, **moved)
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         if self.batch_tokens is None:
             self.batch_tokens = _free_tokens(layers, device)

@@ -259,3 +259,22 @@ def test_a_sliding_window_is_not_passed_over(model, monkeypatch):
     attention = module.ALL_ATTENTION_FUNCTIONS[module.ATTENTION]
     with pytest.raises(NotImplementedError, match="sliding window"):
         attention(None, None, None, None, None, 1.0, None, sliding_window=4)
+
+
+def test_filling_a_prefix_ends_at_the_last_layers_keys_and_values(model, monkeypatch):
+    seen = Counter()
+    for number, layer in enumerate(model.model.language_model.layers):
+        layer.mlp.register_forward_hook(lambda *_, number=number: seen.update([number]))
+    original = Engine._forward
+
+    def forward(self, *args):
+        if not seen["steps"]:
+            assert seen == {0: 1}  # of two layers
+        seen["steps"] += 1
+        return original(self, *args)
+
+    monkeypatch.setattr(Engine, "_forward", forward)
+    answers(engine(model), [prompt(0, (40, 50, 60))])
+    assert seen["steps"]
+    for layer in model.model.language_model.layers:
+        layer.mlp._forward_hooks.clear()
