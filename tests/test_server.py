@@ -503,6 +503,9 @@ def test_a_real_server_gives_the_answers_of_the_checkpoint(transformers_serve, c
     assert sorted(found) == list(range(len(questions)))
     assert len({answer.text for answer in expected}) > 3
     assert [found[place].text for place in range(len(questions))] == [answer.text for answer in expected]
+    for place, answer in enumerate(expected):
+        assert found[place].ended == answer.ended
+        assert found[place].tokens == answer.tokens + answer.ended  # the server counts the end token too
 
 
 def test_a_real_server_refuses_a_model_that_it_does_not_serve(transformers_serve):
