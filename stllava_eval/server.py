@@ -33,7 +33,7 @@ LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait; openai's own c
 LONGEST_TOKEN = 100  # characters; a reply with more of them per token asked did not keep to `max_tokens` (our choice)
 
 Request = dict[str, Any]
-"""What `chat.completions.create` takes but for the model: messages, max_tokens, temperature, ..."""
+"""What `chat.completions.create` takes but for the model: messages and max_tokens, and what else is wanted."""
 
 T = TypeVar("T")
 
