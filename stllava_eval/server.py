@@ -176,7 +176,8 @@ class Endpoint:
                 served = [str(one["id"]) for one in body["data"]]
             except (TypeError, KeyError):
                 served = []
-            names = self._clean(", ".join(served)) or "none that it lists"
+            unlisted = f"none that it lists ({body.reason})" if isinstance(body, _Trouble) else "none that it lists"
+            names = self._clean(", ".join(served)) or unlisted
             if model is None:
                 if len(served) != 1:
                     raise InputError(f"{self.base_url}: no model is named and it serves {names}. Name one with model=.")
