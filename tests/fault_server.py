@@ -1,0 +1,204 @@
+"""A small OpenAI-compatible server on this machine that goes wrong as it is told."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import PIL.Image
+
+MODEL = "tiny"
+KEY_REFUSED = "Incorrect API key provided: {key}"  # a real server shows part of it; this one shows all
+
+
+class FaultServer:
+    """`with FaultServer(...) as server: ServerAnswerer(server.url)`.
+
+    Args:
+        faults: For a question's text, or for the number of a request (from 0, in the order of arrival), what goes wrong
+            in the first, second, ... attempt. Without a fault (left), the answer is the text and the image's colour.
+        models: What `/v1/models` lists; a fault in place of the list is what happens there.
+        pause: Seconds that every reply takes.
+    """
+
+    def __init__(
+        self,
+        faults: dict[str | int, list[Fault]] | None = None,
+        models: list[str] | Fault | None = None,
+        pause: float = 0.0,
+    ) -> None:
+        self.faults = {key: list(all_of_them) for key, all_of_them in (faults or {}).items()}
+        self.models = [MODEL] if models is None else models
+        self.pause = pause
+        self.requests: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.most_at_once = self.replied = 0
+        self.closing = threading.Event()
+        self._lock = threading.Lock()
+        self._http = _Http(("127.0.0.1", 0), _Handler)
+        self._http.faulty = self
+        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
+
+    def __enter__(self) -> FaultServer:
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Nothing listens from here on."""
+        if not self.closing.is_set():
+            self.closing.set()
+            self._http.shutdown()
+            self._http.server_close()
+            self._thread.join()
+
+    def asked(self) -> list[str]:
+        """The text of every request, in the order of arrival."""
+        return [text(request) for request in self.requests]
+
+    def complete(self, handler: _Handler, request: dict[str, Any]) -> None:
+        with self._lock:
+            number = len(self.requests)
+            self.requests.append(request)
+            self.most_at_once = max(self.most_at_once, len(self.requests) - self.replied)
+            left = self.faults.get(number) or self.faults.get(text(request))
+            fault = left.pop(0) if left else None
+        if self.pause:
+            self.closing.wait(self.pause)
+        with self._lock:
+            self.replied += 1  # before its first byte: the client may ask again before we come back from the last one
+        if self.closing.is_set():
+            hangs_up(handler)
+        elif fault:
+            fault(handler)
+        else:
+            handler.says(answer(request))
+
+
+def text(request: dict[str, Any]) -> str:
+    """The text of a request's last message."""
+    content = request["messages"][-1]["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
+
+
+def answer(request: dict[str, Any]) -> str:
+    """What is answered: the text, and the colour of the image."""
+    content = request["messages"][-1]["content"]
+    if isinstance(content, str):
+        return content
+    url = content[0]["image_url"]["url"].removeprefix("data:image/png;base64,")
+    return f"{content[-1]['text']} {PIL.Image.open(io.BytesIO(base64.b64decode(url))).getpixel((0, 0))}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Http
+
+    def do_GET(self) -> None:
+        faulty = self.server.faulty
+        faulty.keys.append(self.headers["Authorization"])
+        if self.path != "/v1/models":
+            self.sends(404, {"detail": "Not Found"})
+        elif callable(faulty.models):
+            faulty.models(self)
+        else:
+            self.sends(200, {"object": "list", "data": [{"id": name} for name in faulty.models]})
+
+    def do_POST(self) -> None:
+        faulty = self.server.faulty
+        faulty.keys.append(self.headers["Authorization"])
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if isinstance(faulty.models, list) and request["model"] not in faulty.models:
+            error = {"message": f"The model `{request['model']}` does not exist.", "code": 404}
+            self.sends(404, {"error": error})
+        else:
+            faulty.complete(self, request)
+
+    def says(self, content: str | None, finish: str = "stop", **message: Any) -> None:
+        choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
+        self.sends(200, {"choices": [choice], "usage": {"completion_tokens": len((content or "").split())}})
+
+    def sends(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        named = {"Content-Type": "application/json", "Content-Length": str(len(raw))} | (headers or {})
+        for name, value in named.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _Http(ThreadingHTTPServer):
+    faulty: FaultServer
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, *_: object) -> None:
+        """The client went away: that is what some tests are about."""
+
+
+# what can go wrong --------------------------------------------------------------------------------------------------
+
+Fault = Callable[[_Handler], None]
+
+
+def refuses(status: int, message: str = "not now", **headers: str) -> Fault:
+    """An error as servers send it; `Retry_After="1"` adds a header, `{key}` in the message is the key that came."""
+
+    def fault(handler: _Handler) -> None:
+        key = (handler.headers["Authorization"] or "").removeprefix("Bearer ")
+        code = "insufficient_quota" if message == "insufficient_quota" else None
+        error = {"message": message.replace("{key}", key), "code": code}
+        handler.sends(status, {"error": error}, {name.replace("_", "-"): value for name, value in headers.items()})
+
+    return fault
+
+
+def sends(body: bytes, status: int = 200) -> Fault:
+    """These bytes, whatever they are."""
+    return lambda handler: handler.sends(status, body)
+
+
+def says(content: str | None, finish: str = "stop", **message: Any) -> Fault:
+    """A reply in good form: an empty one, one without text, a refusal, 8 MB of text."""
+    return lambda handler: handler.says(content, finish, **message)
+
+
+def silence(handler: _Handler) -> None:
+    """No byte until the server closes."""
+    handler.server.faulty.closing.wait(30)
+
+
+def hangs_up(handler: _Handler) -> None:
+    """The connection is closed without a reply."""
+    handler.close_connection = True
+
+
+def half_a_reply(handler: _Handler) -> None:
+    """The connection is closed in the middle of a reply."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [{"message": {"content": "ha')
+    handler.close_connection = True
+
+
+def slow_bytes(handler: _Handler) -> None:
+    """A reply that never stands still and never ends."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    while not handler.server.faulty.closing.wait(0.02):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
