@@ -11,8 +11,9 @@ model's `generate_until`: preparing images and prompts, answering, and what the 
 `_whole_command` is the same of the whole process: imports, loading of the weights and scores, alike for all, come on
 top. `over_bound_...` is our seconds / those of the work that no engine can leave out, each image and its prefix
 once and each further token once, at the rate at which this process forwards one prefix. `identical` is the share of
-answers equal to those of `generate` one at a time with our pixels, asked in the first round; `llava_hf` resizes images
-with torchvision, whose pixels differ by a rounding (`pixel_difference`).
+answers equal to those of `generate` one at a time with our pixels, asked in the first round. `llava_hf` resizes images
+with torchvision, whose pixels differ from PIL's by up to two grey levels (`pixel_difference`); a random network goes on
+from there to other answers (`identical_vs_llava_hf`), whose lengths stand under `answer_tokens`.
 """
 
 from __future__ import annotations
@@ -182,7 +183,10 @@ def figures(measured: Mapping[str, Sequence[Mapping[str, Report]]], counts: Mapp
             "rounds": len(rounds),
             "prefix_tokens": rounds[0]["ours"]["prefix_tokens"],
             "suffix_tokens": rounds[0]["ours"]["suffix_tokens"] / sum(counts[key]),
-            "answer_tokens": statistics.mean(one for reports in rounds for one in reports["ours"]["tokens"].values()),
+            "answer_tokens": {
+                system: statistics.mean(one for reports in rounds for one in reports[system]["tokens"].values())
+                for system in TIMED
+            },
         }
         for key, rounds in measured.items()
     }
