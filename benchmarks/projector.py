@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from figures import write
+from figures import status, write
 from torch import Tensor
 from torch.nn import functional
 
@@ -61,12 +61,6 @@ def run_once(form: str, layer: PrototypeExtractor, x: Tensor, training: bool) ->
     else:
         with torch.inference_mode():
             FORMS[form](layer, x)
-
-
-def status(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line.split()[1] for line in text.splitlines() if line.startswith(name)))
 
 
 def measure_memory(form: str, training: bool) -> int:
