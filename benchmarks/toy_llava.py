@@ -21,16 +21,16 @@ from stllava_eval.network.processing import SYSTEM
 
 # how many questions each image has
 SHAPES: dict[str, tuple[int, ...]] = {
-    "vqarad_short": (1, 2, 2, 3, 3) * 8,  # 88 questions, 40 images: 2.2 an image, as in VQA-RAD's test
-    "slake_short": (11,) * 10,  # 110 on 10
-    "pathvqa_short": (3, 3, 4, 4, 5, 5, 6, 7, 8, 9, 11, 13, 15, 17),  # 110 on 14: 7.9 an image, skewed
-    "vqarad_long": (1, 2, 2, 3, 3) * 4,
-    "slake_long": (11,) * 6,
-    "pathvqa_long": (3, 4, 5, 6, 7, 9, 11, 17),
+    "vqarad_short": (1, 2, 2, 3, 3) * 4,  # 44 questions, 20 images: 2.2 an image, as in VQA-RAD's test
+    "slake_short": (11,) * 6,  # 66 on 6
+    "pathvqa_short": (3, 4, 5, 6, 7, 9, 11, 17),  # 62 on 8: 7.8 an image, skewed
+    "vqarad_long": (1, 2, 2, 3, 3) * 3,
+    "slake_long": (11,) * 4,
+    "pathvqa_long": (3, 5, 6, 7, 9, 17),
 }
 MOST_TOKENS = {"short": 12, "long": 100}  # of an answer
 END_SCALE = {"short": 2.25, "long": 1.44}  # of the end token's row: answers of some 9 and 75 tokens
-IMAGE_SIDE, GRID = 512, 8  # px of an image; random colours it is made of, each way
+IMAGE_SIDE, GRID = 336, 8  # px of an image, which nobody then resizes; random colours it is made of, each way
 VOCABULARY = 560
 PAD, BOS, END, IMAGE = range(4)
 
