@@ -11,9 +11,9 @@ model's `generate_until`: preparing images and prompts, answering, and what the 
 `_whole_command` is the same of the whole process: imports, loading of the weights and scores, alike for all, come on
 top. `over_bound_...` is our seconds / those of the work that no engine can leave out, each image and its prefix
 once and each further token once, at the rate at which this process forwards one prefix. `identical` is the share of
-answers equal to those of `generate` one at a time with our pixels, asked in the first round. `llava_hf` resizes images
-with torchvision, whose pixels differ from PIL's by up to two grey levels (`pixel_difference`); a random network goes on
-from there to other answers (`identical_vs_llava_hf`), whose lengths stand under `answer_tokens`.
+answers equal to A's, which are those of `generate` one at a time. Images are 336 px, so that nobody resizes them: A
+resizes with torchvision, whose pixels differ from PIL's by up to two grey levels, and a random network goes on from
+there to other answers (3 of 10 at 512 px).
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ SYSTEMS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ours": ("stllava_med", "", ()),
     "llava_hf": ("llava_hf", "device=cpu,device_map=cpu", ("--batch_size", "1")),  # it refuses any other
     "batched": ("plain", "", ("--batch_size", "8")),
-    "one_by_one": ("plain", "", ("--batch_size", "1")),
     "other_images": ("stllava_med", "images=other", ()),
     "ours_bf16": ("stllava_med", "dtype=bfloat16", ()),
     "batched_bf16": ("plain", "dtype=bfloat16", ("--batch_size", "8")),
@@ -158,10 +157,8 @@ def figures(measured: Mapping[str, Sequence[Mapping[str, Report]]], counts: Mapp
     same: dict[str, list[bool]] = defaultdict(list)
     for rounds in measured.values():
         for reports in rounds:
-            same["identical_vs_llava_hf"] += equal(reports, "ours", "llava_hf")
+            same["identical"] += equal(reports, "ours", "llava_hf")
             same["identical_vs_batched"] += equal(reports, "ours", "batched")
-            if "one_by_one" in reports:
-                same["identical"] += equal(reports, "ours", "one_by_one")
     result: Report = {}
     for key, rounds in measured.items():
         result |= of_shape(key, rounds, len(counts[key]))
@@ -228,7 +225,7 @@ def bf16(bench: Bench, counts: Mapping[str, Sequence[int]]) -> Report:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", default="-", metavar="FILE", help="where to write the figures (default: stdout)")
-    parser.add_argument("--rounds", type=int, default=5, help="paired rounds of each shape (default: 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="paired rounds of each shape (default: 3)")
     parser.add_argument(
         "--shapes", default=",".join(SHAPES), help="some of, with commas between (default: %(default)s)"
     )
@@ -245,7 +242,7 @@ def main() -> None:
         result: Report = {"format": 1, "quick": given.quick, **checked(bench)}
         for number in range(given.rounds):
             for key in shapes:
-                order = [*TIMED[number % 3 :], *TIMED[: number % 3], *(["one_by_one"] if number == 0 else [])]
+                order = [*TIMED[number % 3 :], *TIMED[: number % 3]]
                 measured.setdefault(key, []).append(bench.round(key, counts[key], number, order))
             result |= figures(measured, counts)
             if given.json != "-":
