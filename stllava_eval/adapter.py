@@ -22,18 +22,25 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwr
 from lmms_eval.api.model import lmms
 from loguru import logger
 
-from stllava_eval.answering import Answer, Answerer, Question, default_checkpoint
+from stllava_eval.answering import Answer, Answerer, Question, default_checkpoint, open_answerer
 from stllava_eval.errors import InputError, printable
 from stllava_eval.images import decode
+from stllava_eval.metrics import is_failed_request
 from stllava_eval.plugin import MODEL
 from stllava_eval.runs import answered, data_hashes, refuse_old_folder, write_run
+from stllava_eval.server import Failure, ServerAnswerer
 from stllava_eval.unfinished import Unfinished, question_key
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGES = ("own", "other", "black")
-PARTS = ("base", "vision_tower", "projector", "vision_lora", "prototypes", "iterations")
+BACKENDS = ("transformers", "openai_server")
+SERVER = ("base_url", "model", "concurrency", "retries", "timeout")
+CHECKPOINT = (
+    *("pretrained", "dtype", "four_bit", "batch_tokens"),
+    *("base", "vision_tower", "projector", "vision_lora", "prototypes", "iterations"),
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ class StllavaMed(lmms):
             itself; see `network.checkpoint.open_checkpoint`.
         four_bit: True holds the language model in 4 bits (needs bitsandbytes and a folder of our own layout).
         batch_tokens: Tokens whose keys and values are held at a time (default: what the free memory holds).
+        backend: `transformers`; `openai_server` asks a server at `base_url` for the model `model` and takes
+            `concurrency`, `retries`, `timeout` (see `server.Endpoint`), and of the arguments above `images` only.
 
     `--batch_size N` keeps at most N questions at work at a time; untyped or `auto`, the memory and the engine decide.
     """
@@ -92,14 +101,19 @@ class StllavaMed(lmms):
         images: str = "own",
         four_bit: bool = False,
         batch_tokens: int | None = None,
+        backend: str = "transformers",
         **parts: Any,
     ) -> None:
         super().__init__()
         with ends_the_process():
-            if unknown := sorted(set(parts) - set(PARTS)):
+            if backend not in BACKENDS:
+                raise InputError(f"--model_args backend={backend}: unknown. Pass one of {', '.join(BACKENDS)}.")
+            named = {"pretrained": pretrained, "dtype": dtype, "four_bit": four_bit, "batch_tokens": batch_tokens}
+            takes = SERVER if backend == "openai_server" else CHECKPOINT
+            if unknown := sorted({*parts, *(name for name in named if named[name])} - set(takes)):
                 raise InputError(
-                    f"--model_args {', '.join(unknown)}: unknown. "
-                    f"It takes pretrained, device, dtype, images, four_bit, batch_tokens, {', '.join(PARTS)}."
+                    f"--model_args {', '.join(unknown)}: unknown with backend={backend}. "
+                    f"It takes images, device, {', '.join(takes)}."
                 )
             if images not in IMAGES:
                 raise InputError(f"--model_args images={images}: unknown. Pass one of {', '.join(IMAGES)}.")
@@ -113,10 +127,18 @@ class StllavaMed(lmms):
             self._world_size = int(os.environ.get("WORLD_SIZE", 1))
             if self._rank == 0:
                 refuse_old_folder()
-            self.answerer = Answerer(
-                str(pretrained or default_checkpoint()), device, dtype, four_bit, self.rows, batch_tokens, **parts
-            )
-            self._answers: dict[tuple[str, int], Answer] = {}
+            self.answerer: Answerer | ServerAnswerer
+            if backend == "openai_server":
+                if "base_url" not in parts:
+                    raise InputError("--model_args backend=openai_server: needs base_url=http://HOST:PORT/v1 too.")
+                if self.rows:
+                    raise InputError(f"--batch_size {batch_size}: a server makes its own batches. Pass concurrency=N.")
+                self.answerer = ServerAnswerer(**parts)
+            else:
+                self.answerer = open_answerer(
+                    str(pretrained or default_checkpoint()), device, dtype, four_bit, self.rows, batch_tokens, **parts
+                )
+            self._answers: dict[tuple[str, int], Answer | Failure] = {}
             self._rows_of_images: dict[tuple[str, str], dict[str, int]] = {}
             self._cached = False
             self._unfinished: Unfinished | None = None
@@ -132,12 +154,17 @@ class StllavaMed(lmms):
         with ends_the_process():
             answers = self._answered(requests)
             self._answers.update({_place(request): answer for request, answer in zip(requests, answers, strict=True)})
-            results = [GenerationResult(answer.text, TokenCounts(output_tokens=answer.tokens)) for answer in answers]
+            results = [
+                GenerationResult(f"[LMMS_EVAL_REQUEST_FAILED after {one.attempts} attempts] {one.reason}")
+                if isinstance(one, Failure)
+                else GenerationResult(one.text, TokenCounts(output_tokens=one.tokens))
+                for one in answers
+            ]
             if not self._cached:
                 self.record(requests, results)
             return results
 
-    def _answered(self, requests: Sequence[Instance]) -> list[Answer]:
+    def _answered(self, requests: Sequence[Instance]) -> list[Answer | Failure]:
         """The answers, those of a run of the same fingerprint that did not end among them.
 
         lmms-eval deals questions to processes one by one, which would let each of them encode nearly every image. So
@@ -158,24 +185,33 @@ class StllavaMed(lmms):
             if not one.ours
         }
         fresh = self._answer(mine, {key for key in mine if key in ours})
+        outcomes: dict[str, Answer | Failure] = dict(answers)
         for of_process in self._gathered(fresh):
-            answers |= of_process
-        return [answers[one.key] for one in asked]
+            outcomes |= of_process
+        failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
+        if failed and len(failed) == len(outcomes):
+            raise InputError(f"none of {len(failed)} questions was answered: {failed[0].reason}")
+        if failed and self._rank == 0:
+            logger.warning("{} of {} questions have no answer: {}", len(failed), len(outcomes), failed[0].reason)
+        return [outcomes[one.key] for one in asked]
 
-    def _answer(self, questions: dict[str, Question], kept: set[str]) -> dict[str, Answer]:
-        """Answers by key; those of the keys in `kept` are written down every second, so that a kill loses no more."""
-        keys, answers, fresh = list(questions), {}, {}
+    def _answer(self, questions: dict[str, Question], kept: set[str]) -> dict[str, Answer | Failure]:
+        """Outcomes by key; answers to the keys in `kept` are written down every second, so that no kill loses more."""
         assert self._unfinished is not None
+        keys, outcomes = list(questions), {}
+        fresh: list[tuple[str, Answer]] = []
         written = time.monotonic()
         try:
-            for place, answer in self.answerer.answer(list(questions.values()), progress=self._rank == 0):
-                answers[keys[place]] = fresh[keys[place]] = answer
+            for place, outcome in self.answerer.answer(list(questions.values()), progress=self._rank == 0):
+                outcomes[keys[place]] = outcome
+                if isinstance(outcome, Answer) and keys[place] in kept:
+                    fresh.append((keys[place], outcome))
                 if time.monotonic() - written >= 1:
-                    self._unfinished.add([(key, one) for key, one in fresh.items() if key in kept])
-                    fresh, written = {}, time.monotonic()
+                    self._unfinished.add(fresh)
+                    fresh, written = [], time.monotonic()
         finally:  # Ctrl-C too
-            self._unfinished.add([(key, one) for key, one in fresh.items() if key in kept])
-        return answers
+            self._unfinished.add(fresh)
+        return outcomes
 
     def _gathered(self, value: Any) -> list[Any]:
         """What every process hands in here, in the order of ranks."""
@@ -365,11 +401,12 @@ def _key_the_cache(model: StllavaMed) -> None:
     """Put `model`'s fingerprint into the keys of lmms-eval's `--use_cache`, and let the run folder hold its hits too.
 
     lmms-eval's own key knows neither weights nor images: a retrained checkpoint at the same path would be served the
-    old answers. Only calls made for our model are changed.
+    old answers; and it would serve a request that failed for good. Only calls made for our model are changed.
     """
     from lmms_eval.caching.response_cache import ResponseCache
 
     create = getattr(ResponseCache.create, "original", ResponseCache.create)
+    is_valid = getattr(ResponseCache._is_valid_response, "original", ResponseCache._is_valid_response)
     execute = getattr(ResponseCache.execute, "original", ResponseCache.execute)
 
     def create_keyed(cache_root: str, *, model: Any = "", model_args: Any = "", **others: Any) -> ResponseCache:
@@ -390,7 +427,13 @@ def _key_the_cache(model: StllavaMed) -> None:
         return responses
 
     current = model
+
+    def valid(response: Any, request_type: str) -> bool:
+        return is_valid(response, request_type) and not is_failed_request(str(unwrap_generation_output(response)[0]))
+
+    valid.original = is_valid  # type: ignore[attr-defined]
     create_keyed.original = create  # type: ignore[attr-defined]
     execute_and_record.original = execute  # type: ignore[attr-defined]
+    ResponseCache._is_valid_response = staticmethod(valid)
     ResponseCache.create = create_keyed  # type: ignore[method-assign,assignment]
     ResponseCache.execute = execute_and_record  # type: ignore[method-assign]

@@ -114,8 +114,8 @@ class Answerer:
 
         self.name, self.four_bit = name, four_bit
         self.rows, self.batch_tokens = rows, batch_tokens
-        self.device = _device(device)
-        self.dtype = _dtype(dtype, self.device)
+        self.device = torch_device(device)
+        self.dtype = torch_dtype(dtype, self.device)
         checkpoint = open_checkpoint(name, **parts)
         self.processor = checkpoint.processor()
         self.tokenizer = self.processor.tokenizer
@@ -190,7 +190,7 @@ class Answerer:
         asked = list(questions)
         for place, question in enumerate(asked):
             engine.add(place, self._prompt(place, question))
-        with _bar(len(asked), progress) as bar:
+        with progress_bar(len(asked), progress) as bar:
             for place, ids in engine:
                 answer = self._read(ids, asked[place])
                 for question in follow(place, answer) if follow else ():
@@ -198,7 +198,9 @@ class Answerer:
                     asked.append(question)
                     bar.total += 1
                 rate = engine.work.generated / max(bar.format_dict["elapsed"], 1e-9)
-                bar.set_postfix_str(f"{rate:.0f} tokens/s, {engine.work.saved:.0%} of the work saved", refresh=False)
+                bar.set_postfix_str(
+                    f"{rate:.0f} tokens/s, {max(engine.work.saved, 0):.0%} of the work saved", refresh=False
+                )
                 bar.update()
                 yield place, answer
 
@@ -240,13 +242,42 @@ class Answerer:
         return Answer(text.strip(), len(ids), ended)
 
 
-def _bar(total: int, shown: bool) -> Any:
+def open_answerer(
+    name: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    four_bit: bool = False,
+    rows: int | None = None,
+    batch_tokens: int | None = None,
+    **parts: Any,
+) -> Answerer:
+    """The answerer of a checkpoint: of our network or LLaVA's, else of any image-text model of transformers.
+
+    Raises:
+        InputError: As `Answerer`, or the model is another one and gets arguments that only ours has.
+    """
+    from stllava_eval.other import OtherAnswerer, is_other
+
+    if not is_other(name):
+        return Answerer(name, device, dtype, four_bit, rows, batch_tokens, **parts)
+    if wrong := sorted({*parts, *(["four_bit"] if four_bit else [])}):
+        raise InputError(f"{name}: {', '.join(wrong)} is for models of our own network and LLaVA's. Leave it out.")
+    return OtherAnswerer(name, device, dtype, rows, batch_tokens)
+
+
+def progress_bar(total: int, shown: bool) -> Any:
+    """A bar of questions on stderr, with the time left."""
     from tqdm import tqdm
 
     return tqdm(total=total, desc="answering", unit="question", disable=not shown, file=sys.stderr)
 
 
-def _device(name: str | None) -> torch.device:
+def torch_device(name: str | None) -> torch.device:
+    """As torch names it; None takes this process's GPU, else the CPU.
+
+    Raises:
+        InputError: There is no such device here.
+    """
     import torch
 
     if name is None:
@@ -264,7 +295,12 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _dtype(name: str | None, device: torch.device) -> torch.dtype:
+def torch_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """By its name; None takes float32 on a CPU and bfloat16 on a GPU (our choice).
+
+    Raises:
+        InputError: It is none of the three.
+    """
     import torch
 
     if name is None:

@@ -83,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--checkpoint", metavar="DIR_OR_HUB_ID", help="what to evaluate (default: see docs/cli.md)")
     run.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one under $STLLAVA_HOME/runs)")
-    run.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time (default: 16)")
+    run.add_argument(
+        "--batch-size", type=int, metavar="N", help="questions at a time, at most (default: what the memory holds)"
+    )
     run.add_argument("--limit", type=int, metavar="N", help="first N questions of each task (default: all)")
     run.add_argument(
         "--images",
@@ -212,7 +214,7 @@ def _run(arguments: argparse.Namespace) -> int:
     tasks = arguments.tasks.split(",")
     if unknown := [task for task in tasks if task not in TASKS]:
         raise InputError(f"--tasks {', '.join(unknown)}: unknown. Tasks are {', '.join(TASKS)}.")
-    if arguments.batch_size < 1 or (arguments.limit is not None and arguments.limit < 1):
+    if any(given is not None and given < 1 for given in (arguments.batch_size, arguments.limit)):
         raise InputError("--batch-size and --limit are whole numbers from 1 on.")
     if len(set(tasks)) < len(tasks):
         raise InputError(f"--tasks {arguments.tasks}: a task comes twice. Name each once.")
@@ -221,12 +223,14 @@ def _run(arguments: argparse.Namespace) -> int:
     from stllava_eval.answering import default_checkpoint
     from stllava_eval.datasets import prepare_on_first_use
     from stllava_eval.network.checkpoint import open_checkpoint
+    from stllava_eval.other import is_other
     from stllava_eval.runs import dataset_of, refuse_old_folder
 
     refuse_old_folder()
 
     checkpoint = arguments.checkpoint or default_checkpoint()
-    open_checkpoint(checkpoint).processor()
+    if not is_other(checkpoint):
+        open_checkpoint(checkpoint).processor()
     os.environ["STLLAVA_CHECKPOINT"] = checkpoint  # not in --model_args, which splits a path at its commas
     for name in DATASETS if "medvqa" in tasks else dict.fromkeys(map(dataset_of, tasks)):
         prepare_on_first_use(name, "test")
@@ -236,7 +240,7 @@ def _run(arguments: argparse.Namespace) -> int:
     sys.argv = [
         *("lmms-eval", "--model", "stllava_med", "--tasks", arguments.tasks),
         *("--model_args", f"images={arguments.images}"),
-        *("--batch_size", str(arguments.batch_size)),
+        *(("--batch_size", str(arguments.batch_size)) if arguments.batch_size else ()),
         *(("--limit", str(arguments.limit)) if arguments.limit else ()),
     ]
     cli_evaluate()

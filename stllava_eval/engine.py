@@ -508,8 +508,25 @@ class Engine:
         return self._images.pop(prompt.group).result()
 
     def _step(self) -> list[_Row]:
-        """Feed every row what is new of it, append one token to each, and return those that have ended."""
+        """Append a token to every row and return those that have ended."""
         self._make_room()
+        logits, which = self._feed()
+        self._ended = []
+        for row, token in zip(self._rows, _choose(logits, which, self._rows), strict=True):
+            row.ids.append(token)
+            answer = row.answer
+            if (
+                token in self.ends
+                or len(answer) >= row.prompt.max_new_tokens
+                or (row.prompt.stop is not None and row.prompt.stop(answer))
+            ):
+                self._ended.append(row)
+                self.work.generated += len(answer) * len(row.places)
+                self.work.one_by_one += (len(row.prompt.prefix) + len(row.ids) - 1) * len(row.places)
+        return self._ended
+
+    def _feed(self) -> tuple[Tensor, list[int]]:
+        """Feed every row what is new of it: logits of next tokens, and for each row which of them are its own."""
         rows = self._rows
         leaders: dict[Hashable, int] = {}
         running = next((number for number, row in enumerate(rows) if not _runs(row)), len(rows))
@@ -539,24 +556,10 @@ class Engine:
             logits[:, self.suppressed] = float("-inf")
         for slot, first in copies.items():
             self._own.write(slot, self._own.read(first, len(rows[slot].ids)), len(rows[slot].ids))
-        which = list(range(len(fed))) + list(copies.values())
-        tokens = _choose(logits, which, rows)
-        self.work.done += len(ids)
-        ended = []
-        for row, token in zip(rows, tokens, strict=True):
+        for row in rows:
             row.cached, row.saved = len(row.ids), None
-            row.ids.append(token)
-            answer = row.answer
-            if (
-                token in self.ends
-                or len(answer) >= row.prompt.max_new_tokens
-                or (row.prompt.stop is not None and row.prompt.stop(answer))
-            ):
-                ended.append(row)
-                self.work.generated += len(answer) * len(row.places)
-                self.work.one_by_one += (len(row.prompt.prefix) + len(row.ids) - 1) * len(row.places)
-        self._ended = ended
-        return ended
+        self.work.done += len(ids)
+        return logits, list(range(len(fed))) + list(copies.values())
 
     def _make_room(self) -> None:
         """Put the youngest rows back if answers have grown beyond the tokens that may be held."""
@@ -674,6 +677,46 @@ class Engine:
                 )
                 tail_prefix.slot = prefix.slot
                 self._prefixes[prefix.slot] = tail_prefix
+
+
+def misfit(model: Any, prompt: Prompt, inputs: dict[str, Tensor]) -> str:
+    """Why the engine would not give this model's own answers; empty if it does.
+
+    Two tokens are computed by both. Their logits may differ by a twentieth of their spread, which is far above rounding
+    in bfloat16 and far below what a wrong position or a key too few does (our choice).
+
+    Args:
+        model: As `Engine` takes it.
+        prompt: Any.
+        inputs: What the model's forward takes beside the ids of the whole prompt, on its device.
+    """
+    ids = [*prompt.prefix, *prompt.suffix]
+    try:
+        engine = Engine(model, set(), rows=1)
+        engine.add(0, prompt)
+        with torch.inference_mode(), ThreadPoolExecutor(1) as engine._reader:
+            engine._admit()
+            for _ in range(2):
+                logits, _ = engine._feed()
+                asked = torch.tensor([ids], device=model.device)
+                others = {name: _lengthened(x, len(ids)) for name, x in inputs.items()}
+                own = model(input_ids=asked, use_cache=False, **others).logits[0, -1].float()
+                if (difference := (logits[0] - own).abs().max() / own.std()) > 0.05:
+                    return f"its logits differ by {difference:.2g} of their spread"
+                token = int(own.argmax())
+                ids.append(token)
+                engine._rows[0].ids.append(token)
+    except Exception as error:  # whatever a model that is built otherwise raises
+        if _out_of_memory(error):
+            raise
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return ""
+
+
+def _lengthened(values: Tensor, tokens: int) -> Tensor:
+    """Values per token of a prompt, such as token types, go on with the last one; others stay."""
+    short = tokens - values.shape[-1] if values.dim() == 2 else 0
+    return torch.cat([values, values[:, -1:].expand(-1, short)], 1) if 0 < short < 3 else values
 
 
 def _runs(row: _Row) -> bool:

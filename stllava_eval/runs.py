@@ -25,6 +25,7 @@ from stllava_eval.home import home, whole_file, write_json
 
 if TYPE_CHECKING:
     from stllava_eval.answering import Answer
+    from stllava_eval.server import Failure
 
 FORMAT = 1
 PACKAGES = ("stllava-med", "lmms-eval", "torch", "transformers", "tokenizers", "pillow", "nltk", "numpy")
@@ -77,15 +78,17 @@ def dataset_of(task: str) -> str:
     return task.split("_")[0]
 
 
-def answered(task: str, doc: Mapping[str, Any], text: str, answer: str, generated: Answer | None) -> dict[str, Any]:
+def answered(
+    task: str, doc: Mapping[str, Any], text: str, answer: str, generated: Answer | Failure | None
+) -> dict[str, Any]:
     """One line of `answers.jsonl`: the question's row, the text that the model saw, and its answer."""
     return {
         "task": task,
         **{name: value for name, value in doc.items() if name != "image"},
         "text": text,
         "answer": answer,
-        "tokens": generated.tokens if generated else None,
-        "ended": generated.ended if generated else None,
+        "tokens": getattr(generated, "tokens", None),
+        "ended": getattr(generated, "ended", None),
     }
 
 
@@ -97,6 +100,8 @@ def write_run(rows: Sequence[Mapping[str, Any]], decided_by: Mapping[str, Any]) 
     Raises:
         InputError: The folder cannot be written.
     """
+    from stllava_eval.metrics import is_failed_request
+
     by_task: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
         by_task[row["task"]][row["id"]] = row
@@ -117,6 +122,7 @@ def write_run(rows: Sequence[Mapping[str, Any]], decided_by: Mapping[str, Any]) 
             "questions": len(asked),
             "of": len(split_rows),
             "cut": sum(row["ended"] is False for row in answers.values()),
+            "unanswered": [row["id"] for row in asked if is_failed_request(answers[row["id"]]["answer"])],
         }
         scores += _score(task, asked, {name: row["answer"] for name, row in answers.items()}, manifest, preset).rows
         ordered += [answers[row["id"]] for row in asked]

@@ -277,6 +277,7 @@ class ServerAnswerer:
         """What is known of what is done to questions and images, for a run's manifest."""
         return {
             "backend": "openai_server",
+            "device": "server",
             "base_url": self.endpoint.base_url,
             "model": self.name,
             "prompt": "the server's chat template",

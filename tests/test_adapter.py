@@ -1,11 +1,15 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import write_checkpoint, write_small_sets
+from fault_server import FaultServer, refuses
 
-from stllava_eval.adapter import StllavaMed, StllavaMedSimple
+from stllava_eval.adapter import StllavaMed, StllavaMedSimple, _Asked, _dealt
 from stllava_eval.answering import Answer, Answerer
 from stllava_eval.engine import Engine
 
@@ -149,6 +153,16 @@ def test_the_cache_serves_the_same_weights_images_and_prompts_only(prepared, che
         pytest.param({"dtype": "int8"}, "dtype 'int8' is unknown", id="dtype"),
         pytest.param({"device": "tpu"}, "device 'tpu' cannot be used", id="device"),
         pytest.param({"batch_size": "0"}, "--batch_size 0", id="batch size"),
+        pytest.param({"batch_tokens": 0}, "batch_tokens=0: pass a whole number", id="batch tokens"),
+        pytest.param({"backend": "vllm"}, "backend=vllm: unknown. Pass one of transformers, openai", id="backend"),
+        pytest.param({"backend": "openai_server"}, "pretrained: unknown with backend=openai_server", id="two models"),
+        pytest.param({"backend": "openai_server", "pretrained": None}, "needs base_url=http", id="no address"),
+        pytest.param({"base_url": "http://a/v1"}, "base_url: unknown with backend=transformers", id="two back ends"),
+        pytest.param(
+            {"backend": "openai_server", "pretrained": None, "base_url": "http://a/v1", "batch_size": "4"},
+            "--batch_size 4: a server makes its own batches",
+            id="a server's batch size",
+        ),
         pytest.param({"pretrained": "./nowhere"}, "./nowhere: no such folder", id="no checkpoint"),
     ],
 )
@@ -200,3 +214,104 @@ def test_a_checkpoint_without_some_of_its_weights_is_refused(prepared, checkpoin
         StllavaMed(str(broken))
     assert exit_.value.code == 2
     assert "1 missing (model.vision_tower.embeddings.class_embedding)" in capsys.readouterr().err
+
+
+def ask_server(server: FaultServer, tasks=("vqarad",), **options):
+    return evaluate(StllavaMed(backend="openai_server", base_url=server.url, **options), tasks)
+
+
+def test_a_server_answers_and_a_request_that_failed_for_good_is_unanswered(prepared):
+    with FaultServer({"What organ is shown?": [refuses(400, "too large")]}) as server:
+        results = ask_server(server, concurrency=1)
+    (folder,) = run_folders(prepared)
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["backend"], run["base_url"], run["dtype"]) == ("openai_server", server.url, "server")
+    (failed,) = run["tasks"]["vqarad"]["unanswered"]
+    found = answers_of(folder)
+    assert sum(answer.startswith("Is there a mass? (") for answer in found.values()) == 4
+    assert found["vqarad", failed] == "[LMMS_EVAL_REQUEST_FAILED after 1 attempts] HTTP 400: too large"
+    rows = json.loads((folder / "scores.json").read_text())["scores"]
+    n = {row["metric"]: row["n"] for row in rows if row["category"] == "all"}
+    assert (n["recall"], n["closed_accuracy"]) == (3, 4)
+    assert "recall" not in next(
+        sample for sample in results["samples"]["vqarad"] if sample["filtered_resps"][0].startswith("[LMMS")
+    )
+
+
+def test_a_server_that_answers_nothing_is_one_line_and_no_run(prepared, capsys):
+    faults = {number: [refuses(400, "no images here")] for number in range(8)}
+    with FaultServer(faults) as server, pytest.raises(SystemExit) as exit_:
+        ask_server(server)
+    assert exit_.value.code == 2
+    assert "none of 8 questions was answered: HTTP 400: no images here" in capsys.readouterr().err
+    assert not (prepared / "runs").exists()
+
+
+def test_answers_before_a_used_up_quota_are_kept_for_the_next_run(prepared, capsys):
+    with FaultServer({5: [refuses(429, "insufficient_quota")]}) as server:
+        with pytest.raises(SystemExit) as exit_:
+            ask_server(server, concurrency=1)
+        assert exit_.value.code == 2
+        assert "quota is used up" in capsys.readouterr().err
+        ask_server(server, concurrency=1)
+    assert len(server.requests) == 6 + 3
+    assert len(answers_of(run_folders(prepared)[0])) == 8
+
+
+def test_lmms_evals_cache_keeps_no_failed_request(prepared, tmp_path):
+    with FaultServer({"What organ is shown?": [refuses(400, "too large")]}) as server:
+        options = {
+            "model_args": f"backend=openai_server,base_url={server.url}",
+            "use_cache": str(tmp_path / "cache"),
+        }
+        evaluate("stllava_med", ["vqarad"], **options)
+        assert len(server.requests) == 8
+        evaluate("stllava_med", ["vqarad"], **options)
+        assert len(server.requests) == 9
+    assert json.loads((run_folders(prepared)[1] / "run.json").read_text())["tasks"]["vqarad"]["unanswered"] == []
+
+
+def asked(image: str, number: int) -> _Asked:
+    return _Asked(f"{image}-{number}", "vqarad", "test", number, "Why?", image, 8, (), True)
+
+
+def test_whole_images_are_dealt_so_that_processes_end_together():
+    counts = {"a": 17, "b": 11, "c": 3, "d": 3, "e": 1, "f": 1, "g": 1}
+    questions = [asked(image, number) for image, count in counts.items() for number in range(count)]
+    for processes in (1, 2, 3):
+        dealt = _dealt(questions, processes)
+        assert sorted(key for keys in dealt for key in keys) == sorted(one.key for one in questions)
+        images = [{key[0] for key in keys} for keys in dealt]
+        assert sum(map(len, images)) == len(counts)  # none at two processes
+        costs = [640 * len(of) + 32 * len(keys) for of, keys in zip(images, dealt, strict=True)]
+        assert max(costs) - min(costs) <= 640 + 32 * 3  # at most one small image
+    assert _dealt([], 2) == [[], []]
+
+
+TWO = """
+import json, os, sys
+from lmms_eval.__main__ import cli_evaluate
+from stllava_eval.engine import Engine
+filled, fill = [], Engine._fill
+Engine._fill = lambda self, prompt: filled.append(prompt.key) or fill(self, prompt)
+sys.argv[1:] = f"--model stllava_med --tasks vqarad,slake,pathvqa --model_args pretrained={sys.argv[1]}".split()
+cli_evaluate()
+print("FILLED", os.environ["RANK"], json.dumps(sorted(filled)))
+"""
+
+
+def test_two_processes_give_the_answers_of_one_and_share_no_image(prepared, checkpoint):
+    evaluate(StllavaMed(str(checkpoint)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    driver = prepared / "driver.py"
+    driver.write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(driver)]
+    done = subprocess.run([*command, str(checkpoint)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = run_folders(prepared)
+    assert (one / "answers.jsonl").read_bytes() == (two / "answers.jsonl").read_bytes()
+    assert (one / "scores.json").read_bytes() == (two / "scores.json").read_bytes()
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    filled = [json.loads(line.split(" ", 2)[2]) for line in done.stdout.splitlines() if line.startswith("FILLED")]
+    assert [len(images) for images in filled] == [6, 6]
+    assert len({str(image) for images in filled for image in images}) == 12
