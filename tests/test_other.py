@@ -149,6 +149,42 @@ def test_a_model_whose_positions_the_engine_does_not_know_is_answered_in_plain_b
     assert "answered in plain batches, images are not shared (its logits differ by" in "".join(told)
 
 
+def test_a_model_with_positions_in_three_dimensions_is_answered_in_plain_batches(tmp_path):
+    from transformers import (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    tokenizer = write_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<video>", "<start>", "<end>"]})
+    video, start, end = tokenizer.convert_tokens_to_ids(["<video>", "<start>", "<end>"])
+    turns = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    torch.manual_seed(0)
+    model = Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": turns},
+            vision_config={"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2},
+            image_token_id=3,
+            video_token_id=video,
+            vision_start_token_id=start,
+            vision_end_token_id=end,
+        )
+    )
+    processor = Qwen2VLProcessor(
+        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 8),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template=TEMPLATE.replace("IMAGE", "<start><image><end>"),
+    )
+    folder = save(tmp_path / "qwen", model, processor)
+    answerer = OtherAnswerer(str(folder))
+    assert answers(answerer, questions()) == plain(folder, questions())
+    assert answerer._misfit == "its image tokens have positions in three dimensions"
+
+
 def test_what_is_other(llava_next, checkpoint, tmp_path):
     assert is_other(str(llava_next))
     assert not is_other(str(checkpoint))
