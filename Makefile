@@ -22,7 +22,7 @@ demo: .venv/installed
 	rm -rf $(RUNS)
 	STLLAVA_RUN=$(RUNS)/tiny $(BIN)/lmms-eval --model stllava_med --tasks vqarad,slake,pathvqa
 	STLLAVA_RUN=$(RUNS)/tiny-shown-other-images $(BIN)/lmms-eval --model stllava_med --tasks vqarad,slake,pathvqa \
-		--model_args images=other --batch_size 16
+		--model_args images=other
 	$(BIN)/stllava-eval leaderboard $(RUNS)/tiny $(RUNS)/tiny-shown-other-images
 
 test: .venv/installed

@@ -40,6 +40,7 @@ SYSTEMS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ours": ("stllava_med", "", ()),
     "llava_hf": ("llava_hf", "device=cpu,device_map=cpu", ("--batch_size", "1")),  # it refuses any other
     "batched": ("plain", "", ("--batch_size", "8")),
+    "ours_equal_tokens": ("stllava_med", "batch_tokens={tokens}", ()),  # what B holds at a time, see `memory`
     "other_images": ("stllava_med", "images=other", ()),
     "ours_bf16": ("stllava_med", "dtype=bfloat16", ()),
     "batched_bf16": ("plain", "dtype=bfloat16", ("--batch_size", "8")),
@@ -74,6 +75,7 @@ class Bench:
         report = home / f"{system}.json"
         command = [sys.executable, str(HERE / "timed_lmms_eval.py"), str(report)]
         command += ["--model", model, "--tasks", task, "--gen_kwargs", f"max_new_tokens={MOST_TOKENS[length]}"]
+        others = others.format(tokens=8 * (640 + MOST_TOKENS[length]))
         command += ["--model_args", ",".join([f"pretrained={self.folder / length}", *filter(None, [others])])]
         command += ["--output_path", str(home / "output" / system), "--log_samples", *typed]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("STLLAVA_")}
@@ -211,6 +213,15 @@ def checked(bench: Bench) -> Report:
     }
 
 
+def memory(bench: Bench, counts: Mapping[str, Sequence[int]]) -> Report:
+    """Peak bytes of our process / of B's, where ours may hold the tokens of B's batch: 8 prompts of 640 and answers."""
+    ratios_of = {}
+    for key in counts:
+        reports = bench.round(key, counts[key], 0, ["ours_equal_tokens", "batched"])
+        ratios_of[key] = reports["ours_equal_tokens"]["peak_bytes"] / reports["batched"]["peak_bytes"]
+    return {"peak_memory_vs_batched": ratios_of}
+
+
 def bf16(bench: Bench, counts: Mapping[str, Sequence[int]]) -> Report:
     """Shares of answers that batching changes in bfloat16, where sums depend on their order: ours, and plain."""
     differ: dict[str, list[bool]] = defaultdict(list)
@@ -230,6 +241,7 @@ def main() -> None:
         "--shapes", default=",".join(SHAPES), help="some of, with commas between (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="every fourth image only")
+    parser.add_argument("--memory", action="store_true", help="also compare peak memory at equal tokens held")
     parser.add_argument("--bf16", action="store_true", help="also count the answers that batching changes in bfloat16")
     given = parser.parse_args()
     shapes = given.shapes.split(",")
@@ -247,6 +259,8 @@ def main() -> None:
             result |= figures(measured, counts)
             if given.json != "-":
                 write(result, given.json)  # what there is, should a later round not end
+        if given.memory:
+            result |= memory(bench, counts)
         if given.bf16:
             result |= bf16(bench, counts)
     write(result, given.json)
