@@ -38,7 +38,7 @@ IMAGES = ("own", "other", "black")
 BACKENDS = ("transformers", "openai_server")
 SERVER = ("base_url", "model", "concurrency", "retries", "timeout")
 CHECKPOINT = (
-    *("pretrained", "dtype", "four_bit", "batch_tokens"),
+    *("pretrained", "device", "dtype", "four_bit", "batch_tokens"),
     *("base", "vision_tower", "projector", "vision_lora", "prototypes", "iterations"),
 )
 
@@ -87,6 +87,7 @@ class StllavaMed(lmms):
             `concurrency`, `retries`, `timeout` (see `server.Endpoint`), and of the arguments above `images` only.
 
     `--batch_size N` keeps at most N questions at work at a time; untyped or `auto`, the memory and the engine decide.
+    From Python, 1 is the same as untyped; pass "1".
     """
 
     is_simple = False
@@ -108,12 +109,13 @@ class StllavaMed(lmms):
         with ends_the_process():
             if backend not in BACKENDS:
                 raise InputError(f"--model_args backend={backend}: unknown. Pass one of {', '.join(BACKENDS)}.")
-            named = {"pretrained": pretrained, "dtype": dtype, "four_bit": four_bit, "batch_tokens": batch_tokens}
+            named = {"pretrained": pretrained, "device": device, "dtype": dtype}
+            named |= {"four_bit": four_bit or None, "batch_tokens": batch_tokens}
             takes = SERVER if backend == "openai_server" else CHECKPOINT
-            if unknown := sorted({*parts, *(name for name in named if named[name])} - set(takes)):
+            if unknown := sorted({*parts, *(name for name in named if named[name] is not None)} - set(takes)):
                 raise InputError(
                     f"--model_args {', '.join(unknown)}: unknown with backend={backend}. "
-                    f"It takes images, device, {', '.join(takes)}."
+                    f"It takes images, {', '.join(takes)}."
                 )
             if images not in IMAGES:
                 raise InputError(f"--model_args images={images}: unknown. Pass one of {', '.join(IMAGES)}.")
@@ -196,7 +198,7 @@ class StllavaMed(lmms):
         return [outcomes[one.key] for one in asked]
 
     def _answer(self, questions: dict[str, Question], kept: set[str]) -> dict[str, Answer | Failure]:
-        """Outcomes by key; answers to the keys in `kept` are written down every second, so that no kill loses more."""
+        """Outcomes by key; answers to the keys in `kept` are written down about every second."""
         assert self._unfinished is not None
         keys, outcomes = list(questions), {}
         fresh: list[tuple[str, Answer]] = []
@@ -259,7 +261,7 @@ class StllavaMed(lmms):
         return Question(text, image, asked.max_new_tokens, asked.until)
 
     def _first_rows(self, task: str, split: str) -> dict[str, int]:
-        """A row of each image."""
+        """The first row of each image."""
         if (task, split) not in self._rows_of_images:
             rows = enumerate(self.task_dict[task][split]["image_id"])
             self._rows_of_images[task, split] = {name: row for row, name in reversed(list(rows))}

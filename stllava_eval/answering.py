@@ -124,7 +124,6 @@ class Answerer:
         self.image_token = checkpoint.config.image_token_id
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
-        self.padding = self.model.generation_config.pad_token_id
         self.sha256 = checkpoint.sha256
         self._stops: dict[tuple[str, ...], Callable[[Sequence[int]], bool]] = {}
 
@@ -157,9 +156,7 @@ class Answerer:
         Raises:
             InputError: The question holds a special token, such as the image's own.
         """
-        for text in [question or "", *(part for of_round in history for part in of_round)]:
-            if named := [token for token in self.tokenizer.all_special_tokens if token in text]:
-                raise InputError(f"question {text!r}: it holds the special token {named[0]}. Reword it.")
+        self._refuse_special_tokens([question or "", *(part for of_round in history for part in of_round)])
         ids = self.tokenizer(self.prompt(question, history), add_special_tokens=False).input_ids
         place = ids.index(self.image_token)
         return ids[:place] + [self.image_token] * self.image_tokens + ids[place + 1 :]
@@ -204,20 +201,38 @@ class Answerer:
                 bar.update()
                 yield place, answer
 
-    def _prompt(self, place: int, question: Question) -> Prompt:
-        from stllava_eval.engine import Prompt
+    def _refuse_special_tokens(self, texts: Sequence[str]) -> None:
+        for text in texts:
+            if named := [token for token in self.tokenizer.all_special_tokens if token in text]:
+                raise InputError(f"question {text!r}: it holds the special token {named[0]}. Reword it.")
 
+    def _prompt(self, place: int, question: Question) -> Prompt:
+        """The question as the engine takes it."""
         ids = self.token_ids(question.text, question.history)
         end = len(ids) - ids[::-1].index(self.image_token)
+        return self._prompt_of(
+            place, question, ids[:end], ids[end:], lambda: {"pixel_values": self.pixels(question.image())}
+        )
+
+    def _prompt_of(
+        self,
+        place: int,
+        question: Question,
+        prefix: Sequence[int],
+        suffix: Sequence[int],
+        inputs: Callable[[], dict[str, torch.Tensor]],
+    ) -> Prompt:
+        from stllava_eval.engine import Prompt
+
         ends = self.tokenizer.all_special_tokens  # they end answers by their ids and are in no text
         until = tuple(stop for stop in question.until if stop and stop not in ends)
-        if until and until not in self._stops:
+        if until and until not in self._stops:  # one function for equal stops: equal prompts are answered once
             self._stops[until] = partial(self._says, until)
         return Prompt(
-            key=("alone", place) if question.image_key is None else question.image_key,
-            prefix=tuple(ids[:end]),
-            inputs=lambda: {"pixel_values": self.pixels(question.image())},
-            suffix=tuple(ids[end:]),
+            key=_key(place, question),
+            prefix=tuple(prefix),
+            inputs=inputs,
+            suffix=tuple(suffix),
             max_new_tokens=question.max_new_tokens,
             sampling=question.sampling,
             draw=question.draw,
@@ -235,11 +250,26 @@ class Answerer:
         end = next((place for place, token in enumerate(ids) if token in self.ends), None)
         ended = end is not None
         ids = ids[:end]
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        for stop in question.until:
-            if stop and stop in text:
-                text, ended = text.split(stop, 1)[0], True
-        return Answer(text.strip(), len(ids), ended)
+        text, stopped = cut(str(self.tokenizer.decode(ids, skip_special_tokens=True)), question.until)
+        return Answer(text.strip(), len(ids), ended or stopped)
+
+
+def cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
+    """What stands before the first of the texts in `until`, and whether there was one.
+
+    >>> cut("a mass.\\n\\nThe end", ["\\n\\n", "end"])
+    ('a mass.', True)
+    """
+    whole = text
+    for stop in until:
+        if stop:
+            text = text.split(stop, 1)[0]
+    return text, text != whole
+
+
+def _key(place: int, question: Question) -> Hashable:
+    """Of the image: a question without one shares nothing."""
+    return ("alone", place) if question.image_key is None else question.image_key
 
 
 def open_answerer(

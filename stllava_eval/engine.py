@@ -103,7 +103,8 @@ class KeyValues:
         ]
         for number, (keys, values) in enumerate(self.layers):  # layer by layer: one is held twice at a time
             if keys.shape[0] < slots or keys.shape[2] < length:
-                self.layers[number] = (_larger(keys, slots, length), _larger(values, slots, length))
+                spare = slots // 4 if keys.shape[0] else 0  # else each further sequence would move all
+                self.layers[number] = (_moved(keys, slots + spare, length), _moved(values, slots + spare, length))
 
     def write(self, slot: int, layers: Sequence[tuple[Tensor, Tensor]], tokens: int) -> None:
         """Put the first `tokens` of (1, heads, length, width) keys and values into a slot."""
@@ -118,9 +119,11 @@ class KeyValues:
         ]
 
 
-def _larger(old: Tensor, slots: int, length: int) -> Tensor:
-    new = old.new_zeros(max(slots, old.shape[0]), old.shape[1], max(length, old.shape[2]), old.shape[3])
-    new[: old.shape[0], :, : old.shape[2]] = old
+def _moved(old: Tensor, slots: int, length: int) -> Tensor:
+    """`old` in exactly this room: beginnings of sequences, and of each its first tokens."""
+    new = old.new_zeros(slots, old.shape[1], length, old.shape[3])  # a hidden key weighs 0, and 0 times NaN is NaN
+    slots, length = min(slots, old.shape[0]), min(length, old.shape[2])
+    new[:slots, :, :length] = old[:slots, :, :length]
     return new
 
 
@@ -157,8 +160,8 @@ class _Prefix:
     group: Hashable
     slot: int
     tokens: int
-    pixels: bytes  # hash of what the image became, for the seeds of draws
-    rows: int = 0  # prompts at work that share it
+    pixels_sha256: bytes  # of what the image became, for the seeds of draws
+    users: int = 0  # prompts at work that share it
 
 
 @dataclass(eq=False)
@@ -170,8 +173,9 @@ class _Row:
     ids: list[int]  # behind the prefix: the suffix and what has been generated
     cached: int = 0  # of which the keys and values are held
     prefix: _Prefix | None = None
-    random: random.Random | None = None
-    saved: list[tuple[Tensor, Tensor]] | None = None  # keys and values that an earlier prompt leaves to this one
+    seed: bytes = b""  # of its draws
+    inherited: list[tuple[Tensor, Tensor]] | None = None  # keys and values that an earlier prompt leaves to this one
+    left: list[tuple[Tensor, Tensor]] | None = None  # what it leaves to later ones
     same: Hashable = None  # equal for prompts with the same answer
 
     @property
@@ -194,6 +198,7 @@ class _Plan:
 
     own: KeyValues
     shared: KeyValues
+    most_tokens: int  # of a prompt with its answer so far
     slots: Tensor  # (tokens,) of each packed token's row
     places: Tensor  # (tokens,) behind the prefix
     running: int
@@ -224,7 +229,9 @@ def _part(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) ->
         hidden: Broadcast to (batch, key heads, queries, queries of a key head, keys); True where a key is not seen.
     """
     batch, count, heads, share, width = query.shape
-    scores = query.transpose(1, 2).reshape(batch, heads, count * share, width) @ keys.mT
+    few = query.transpose(1, 2).reshape(batch, heads, count * share, width)
+    # for a few queries a CPU's library takes up to three times as long the other way round
+    scores = (keys @ few.mT).mT.contiguous() if count * share <= 8 else few @ keys.mT
     scores = scores.float()
     if hidden is not None:
         scores.view(batch, heads, count, share, -1).masked_fill_(hidden, float("-inf"))
@@ -270,7 +277,7 @@ def shared_prefix_attention(
         attention_mask: None.
         scaling: Of the scores.
         plan: Of the step.
-        sliding_window: Of a layer that has one: not supported.
+        sliding_window: Of a layer that has one: not supported where it is shorter than a prompt with its answer.
         others: A layer's further wishes: not supported.
 
     Returns:
@@ -280,8 +287,12 @@ def shared_prefix_attention(
         NotImplementedError: The layer wants something else than plain causal attention.
     """
     wishes = sorted(name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None)
-    if sliding_window is not None or wishes or others.get("dropout"):
-        raise NotImplementedError(f"attention with {', '.join(wishes) or 'a sliding window or dropout'}")
+    if sliding_window is not None and plan.most_tokens > sliding_window:  # a longer window hides nothing
+        wishes.append(f"a sliding window of {sliding_window} tokens")
+    if others.get("dropout"):
+        wishes.append("dropout")
+    if wishes:
+        raise NotImplementedError(f"attention with {', '.join(wishes)}")
     own_keys, own_values = plan.own.layers[module.layer_idx]
     keys, values = plan.shared.layers[module.layer_idx]
     own_keys[plan.slots, :, plan.places] = key[0].transpose(0, 1)
@@ -320,9 +331,6 @@ def shared_prefix_attention(
     return torch.cat(parts).flatten(1, 2).to(query.dtype)[None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION, shared_prefix_attention)
-
-
 class Engine:
     """Prompts that share images -> token ids, in the order in which answers end. Add prompts, then iterate.
 
@@ -343,6 +351,7 @@ class Engine:
         rows: int = ROWS,
         batch_tokens: int | None = None,
     ) -> None:
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION, shared_prefix_attention)
         self.model, self.ends = model, ends
         self.suppressed = torch.tensor(sorted(suppressed), dtype=torch.long, device=model.device)
         self.most_rows = rows
@@ -383,10 +392,10 @@ class Engine:
                 break
             shared += 1
         if shared:
-            row.saved = [
-                (key.clone(), value.clone()) for key, value in self._own.read(self._rows.index(parent), shared)
-            ]
-            row.cached = shared
+            if parent.left is None:
+                kept = self._own.read(self._rows.index(parent), parent.cached)
+                parent.left = [(key.clone(), value.clone()) for key, value in kept]
+            row.inherited, row.cached = parent.left, shared
         queue.append(row)
         self._waiting.move_to_end(prompt.group, last=False)  # while its prefix is held
 
@@ -414,7 +423,7 @@ class Engine:
                 with torch.inference_mode():
                     self._admit()
                     return self._step()
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
@@ -422,14 +431,13 @@ class Engine:
 
     def _halve(self, reason: str) -> None:
         """Put every row back, forget all keys and values, and go on with half as many."""
-        rows, held = len(self._rows), self._held(len(self._prefixes), self._rows)
+        rows, held = len(self._rows), self._held(len(self._prefixes), [row.width for row in self._rows])
         if self.most_rows == 1:
             raise InputError(
-                f"one question at a time does not fit into the memory ({reason}). Pass dtype=bfloat16, four_bit=True, "
-                "or another device."
+                f"one question at a time does not fit into memory ({reason}). Pass dtype=bfloat16, or another device."
             )
         self.most_rows, self.batch_tokens = max(1, rows // 2), held // 2
-        logger.warning("out of memory with {} questions at a time; going on with {}", rows, self.most_rows)
+        logger.warning("out of memory with {} questions at work; going on with {} at most", rows, self.most_rows)
         for row in reversed(self._rows):
             self._put_back(row)
         self._forget_all()
@@ -439,15 +447,15 @@ class Engine:
 
     def _put_back(self, row: _Row) -> None:
         """Let a row wait again; what it has generated stays."""
-        row.cached, row.prefix, row.saved = 0, None, None
+        row.cached, row.inherited = 0, None
         group = row.prompt.group
         self._waiting.setdefault(group, deque()).appendleft(row)
         self._waiting.move_to_end(group, last=False)
 
-    def _held(self, prefixes: int, rows: Sequence[_Row]) -> int:
-        """Tokens whose keys and values are held by so many prefixes and these rows."""
+    def _held(self, prefixes: int, rows: Sequence[int]) -> int:
+        """Tokens whose keys and values are held by so many prefixes and by rows of these lengths."""
         longest = max((prefix.tokens for prefix in self._prefixes), default=0)
-        return prefixes * longest + len(rows) * max((row.width for row in rows), default=0)
+        return prefixes * longest + len(rows) * _room(max(rows, default=0))
 
     def _admit(self) -> None:
         """Let waiting rows join, as far as there is room; the first one always."""
@@ -458,7 +466,7 @@ class Engine:
             row = queue[0]
             if self._rows and self.batch_tokens is not None:
                 new = 0 if prefix else len(row.prompt.prefix)
-                if self._held(len(self._prefixes), [*self._rows, row]) + new > self.batch_tokens:
+                if self._held(len(self._prefixes), [one.width for one in [*self._rows, row]]) + new > self.batch_tokens:
                     break
             if prefix is None:
                 prefix = self._fill(row.prompt)
@@ -466,9 +474,8 @@ class Engine:
             if not queue:
                 del self._waiting[group]
             row.prefix = prefix
-            prefix.rows += 1
-            if row.random is None and row.prompt.sampling is not None:
-                row.random = _random(row.prompt, prefix.pixels)
+            prefix.users += 1
+            row.seed = _seed(row.prompt, prefix.pixels_sha256)
             self._rows.append(row)
             tokens += len(row.ids) - row.cached
         by_prefix: Any = sorted(self._rows[running:], key=lambda row: row.prefix.slot)  # type: ignore[union-attr]
@@ -490,10 +497,8 @@ class Engine:
         if self.batch_tokens is None:
             self.batch_tokens = _free_tokens(layers, device)
         prefix = _Prefix(prompt.group, len(self._prefixes), len(prompt.prefix), digest.digest())
-        slots = prefix.slot + 1
-        if self._shared.layers and self._shared.layers[0][0].shape[0] < slots:
-            slots += slots // 4
-        self._shared.reserve(slots, prefix.tokens, layers)
+        longest = max([prefix.tokens, *(one.tokens for one in self._prefixes)])
+        self._shared.reserve(prefix.slot + 1, longest, layers)
         self._shared.write(prefix.slot, layers, prefix.tokens)
         self._prefixes.append(prefix)
         self.work.done += prefix.tokens
@@ -540,15 +545,10 @@ class Engine:
         rows[running:] = [rows[number] for number in order]
         copies = {moved[number]: moved[first] for number, first in follows.items()}
         fed = rows[: len(rows) - len(copies)]
-        like = self._shared.layers
-        length = -(-max(len(row.ids) for row in rows) // 32) * 32
-        slots = len(rows)
-        if self._own.layers and self._own.layers[0][0].shape[0] < slots:
-            slots += slots // 4
-        self._own.reserve(slots, length, like)
+        self._own.reserve(len(rows), _room(max(len(row.ids) for row in rows)), like=self._shared.layers)
         for slot, row in enumerate(fed):
-            if row.saved is not None:
-                self._own.write(slot, row.saved, row.cached)
+            if row.inherited is not None:
+                self._own.write(slot, row.inherited, row.cached)
         plan, ids, positions, last = self._plan(fed, running)
         hidden = self._forward(ids, positions, plan)
         logits = self.model.get_output_embeddings()(hidden[last]).float()
@@ -557,18 +557,14 @@ class Engine:
         for slot, first in copies.items():
             self._own.write(slot, self._own.read(first, len(rows[slot].ids)), len(rows[slot].ids))
         for row in rows:
-            row.cached, row.saved = len(row.ids), None
+            row.cached, row.inherited = len(row.ids), None
         self.work.done += len(ids)
         return logits, list(range(len(fed))) + list(copies.values())
 
     def _make_room(self) -> None:
-        """Put the youngest rows back if answers have grown beyond the tokens that may be held."""
-        if self.batch_tokens is None:
-            return
-        while len(self._rows) > 1:
-            longest = max((prefix.tokens for prefix in self._prefixes), default=0)
-            held = len(self._prefixes) * longest + len(self._rows) * max(len(row.ids) for row in self._rows)
-            if held <= self.batch_tokens:
+        """Put the last rows back if answers have grown beyond the tokens that may be held."""
+        while len(self._rows) > 1 and self.batch_tokens is not None:
+            if self._held(len(self._prefixes), [len(row.ids) for row in self._rows]) <= self.batch_tokens:
                 return
             self._ended = [self._rows[-1]]
             self._put_back(self._rows[-1])
@@ -578,7 +574,10 @@ class Engine:
         """The plan of a step, its (tokens,) ids and positions, and (rows,) each row's last packed token."""
         device = self.model.device
         ids: list[int] = []
-        slots, places, positions, last = list(ids), list(ids), list(ids), list(ids)
+        slots: list[int] = []
+        places: list[int] = []
+        positions: list[int] = []
+        last: list[int] = []
         fresh: list[tuple[int, int, int, int]] = []
         for slot, row in enumerate(rows):
             prefix: Any = row.prefix
@@ -606,7 +605,7 @@ class Engine:
         longest = max(lengths)
 
         def tensor(values: Any) -> Tensor:
-            return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+            return torch.tensor(values, dtype=torch.long, device=device)
 
         running_length = max((len(row.ids) for row in rows[:running]), default=0)
         held = tensor([len(row.ids) for row in rows[:running]])
@@ -626,6 +625,7 @@ class Engine:
         plan = _Plan(
             own=self._own,
             shared=self._shared,
+            most_tokens=int(max(positions)) + 1,
             slots=tensor(slots),
             places=tensor(places),
             running=running,
@@ -665,11 +665,9 @@ class Engine:
             if tail is not row:
                 self._own.write(slot, self._own.read(len(self._rows), tail.cached), tail.cached)
                 self._rows[slot] = tail
-            prefix: Any = row.prefix
-            if prefix is not None:
-                prefix.rows -= 1
+            row.prefix.users -= 1  # type: ignore[union-attr]
         self._ended = []
-        for prefix in [one for one in self._prefixes if not one.rows and one.group not in self._waiting]:
+        for prefix in [one for one in self._prefixes if not one.users and one.group not in self._waiting]:
             tail_prefix = self._prefixes.pop()
             if tail_prefix is not prefix:
                 self._shared.write(
@@ -722,16 +720,22 @@ def _lengthened(values: Tensor, tokens: int) -> Tensor:
     return torch.cat([values, values[:, -1:].expand(-1, short)], 1) if 0 < short < 3 else values
 
 
+def _room(tokens: int) -> int:
+    """Tokens that a row gets room for: in steps of 32, so that not every token moves all rows."""
+    return -(-tokens // 32) * 32
+
+
 def _runs(row: _Row) -> bool:
     """Whether all but the last token of a row, which has been generated, is computed."""
-    return row.cached == len(row.ids) - 1 and row.saved is None and bool(row.answer)
+    return row.cached == len(row.ids) - 1 and row.inherited is None and bool(row.answer)
 
 
-def _random(prompt: Prompt, pixels: bytes) -> random.Random:
-    """Random numbers that depend on the seed, the image, the prompt and the number of the draw, and on nothing else."""
-    sampling: Any = prompt.sampling
-    told = f"{sampling.seed} {prompt.draw} {prompt.prefix} {prompt.suffix}".encode()
-    return random.Random(hashlib.sha256(told + pixels).digest())
+def _seed(prompt: Prompt, pixels_sha256: bytes) -> bytes:
+    """What depends on the seed, the image, the prompt and the number of the draw, and on nothing else."""
+    if prompt.sampling is None:
+        return b""
+    told = f"{prompt.sampling.seed} {prompt.draw} {prompt.prefix} {prompt.suffix}".encode()
+    return hashlib.sha256(told + pixels_sha256).digest()
 
 
 def _choose(logits: Tensor, which: Sequence[int], rows: Sequence[_Row]) -> list[int]:
@@ -744,7 +748,10 @@ def _choose(logits: Tensor, which: Sequence[int], rows: Sequence[_Row]) -> list[
             by_sampling.setdefault(settings, []).append(number)
     for settings, numbers in by_sampling.items():
         of = logits[torch.tensor([which[number] for number in numbers], device=logits.device)]
-        uniform = [rows[number].random.random() for number in numbers]  # type: ignore[union-attr]
+        # by the token's place: a step that is tried again, after memory was short, draws the same
+        uniform = [
+            random.Random(rows[number].seed + len(rows[number].ids).to_bytes(4, "big")).random() for number in numbers
+        ]
         for number, token in zip(numbers, draw(of, *settings, uniform), strict=True):
             tokens[number] = token
     return tokens
@@ -776,10 +783,13 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _free_tokens(layers: Sequence[tuple[Tensor, Tensor]], device: Any) -> int:
-    """Tokens whose keys and values fit into the free memory: 80 % of a GPU's, half of a CPU's (our choice)."""
+    """Tokens whose keys and values may be held: 64 % of a GPU's free memory, 40 % of a CPU's (our choice).
+
+    Slots to spare take up to a quarter more.
+    """
     import psutil
 
     size = sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for of_layer in layers for tensor in of_layer)
     if device.type == "cuda":
-        return int(0.8 * torch.cuda.mem_get_info(device)[0] / size)
-    return int(0.5 * psutil.virtual_memory().available / size)
+        return int(0.64 * torch.cuda.mem_get_info(device)[0] / size)
+    return int(0.4 * psutil.virtual_memory().available / size)

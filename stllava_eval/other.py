@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
-from stllava_eval.answering import Answer, Answerer, Question, progress_bar, torch_device, torch_dtype
+from stllava_eval.answering import Answer, Answerer, Question, _key, progress_bar, torch_device, torch_dtype
 from stllava_eval.errors import InputError
 from stllava_eval.network.files import local_folder, one_line, read_json, refused, some
 
@@ -41,7 +40,8 @@ class OtherAnswerer(Answerer):
     """A model as `AutoModelForImageTextToText` loads it, with its own processor and chat template.
 
     The first prompt is answered twice: if the engine's logits are not the model's own, questions are answered in plain
-    padded batches, and a line in the log says why.
+    padded batches, and a line in the log says why. Each image is also opened once before the first answer: only the
+    processor knows how many tokens it becomes.
 
     Args:
         name: Folder or hub id.
@@ -110,24 +110,16 @@ class OtherAnswerer(Answerer):
         follow: Callable[[int, Answer], Sequence[Question]] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
         """See `Answerer.answer`."""
+        self._prefixes = {}  # of this call's images
         if questions and self._misfit is None:
-            from stllava_eval.engine import misfit
-
-            inputs = self._inputs(questions[0], slice(None))
-            try:
-                prompt = self._prompt(0, questions[0])
-            except ValueError as error:
-                self._misfit = one_line(error)
-            else:
-                moved = {key: self._moved(value) for key, value in inputs.items()}
-                self._misfit = misfit(self.model, prompt, moved)
+            self._misfit = self._find_misfit(questions)
             if self._misfit:
                 logger.warning("{}: answered in plain batches, images are not shared ({})", self.name, self._misfit)
         if not self._misfit:
             yield from super().answer(questions, progress, follow)
             return
         if follow or any(question.sampling for question in questions):
-            raise InputError(f"{self.name}: draws and further rounds need a model that the engine can share images of.")
+            raise InputError(f"{self.name}: draws need a model that the engine can share images of.")
         size = self.rows or ROWS
         with progress_bar(len(questions), progress) as bar:
             for start in range(0, len(questions), size):
@@ -135,6 +127,19 @@ class OtherAnswerer(Answerer):
                 for place, ids in enumerate(self._generated(batch), start):
                     yield place, self._read(ids, questions[place])
                 bar.update(len(batch))
+
+    def _find_misfit(self, questions: Sequence[Question]) -> str:
+        """Why the engine cannot answer these questions; empty if it can."""
+        from stllava_eval.engine import misfit
+
+        try:
+            prompts = [self._prompt(place, question) for place, question in enumerate(questions)]
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            return one_line(error)
+        whole = {name: self._moved(value) for name, value in self._inputs(questions[0], slice(None)).items()}
+        return misfit(self.model, prompts[0], whole)
 
     def _generated(self, batch: Sequence[Question]) -> list[list[int]]:
         import torch
@@ -161,6 +166,7 @@ class OtherAnswerer(Answerer):
         return output[:, inputs["input_ids"].shape[1] :].tolist()
 
     def _text(self, question: Question) -> str:
+        self._refuse_special_tokens([question.text or ""])
         return self.prompt(question.text, question.history)
 
     def _begins_by_itself(self, question: Question) -> bool:
@@ -194,10 +200,9 @@ class OtherAnswerer(Answerer):
         Raises:
             ValueError: The written-out prompt does not end as the tokenized one does.
         """
-        from stllava_eval.engine import Prompt
 
         plain = self.tokenizer(self._text(question), add_special_tokens=not self._begins_by_itself(question)).input_ids
-        key = ("alone", place) if question.image_key is None else question.image_key
+        key = _key(place, question)
         if key not in self._prefixes:
             whole = self._processed(question, question.image())["input_ids"][0].tolist()
             common = next(
@@ -209,23 +214,13 @@ class OtherAnswerer(Answerer):
                 0,
             )
             if not common:
-                raise ValueError("its prompt does not end in the question")
+                raise ValueError("its processor writes the image behind the question, or no tokens of it at all")
             self._prefixes[key] = whole[: len(whole) - common], plain[: len(plain) - common]
         prefix, start = self._prefixes[key]
         if plain[: len(start)] != start:
             raise ValueError("its prompts do not begin alike")
-        until = tuple(stop for stop in question.until if stop and stop not in self.tokenizer.all_special_tokens)
-        if until and until not in self._stops:
-            self._stops[until] = partial(self._says, until)
-        return Prompt(
-            key=key,
-            prefix=tuple(prefix),
-            inputs=lambda: self._inputs(question, slice(len(prefix))),
-            suffix=tuple(plain[len(start) :]),
-            max_new_tokens=question.max_new_tokens,
-            sampling=question.sampling,
-            draw=question.draw,
-            stop=self._stops.get(until),
+        return self._prompt_of(
+            place, question, prefix, plain[len(start) :], lambda: self._inputs(question, slice(len(prefix)))
         )
 
     @property

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import random
-import sys
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from stllava_eval.answering import Answer, Question
+from stllava_eval.answering import Answer, Question, cut, progress_bar
 from stllava_eval.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -290,12 +289,12 @@ class ServerAnswerer:
         Raises:
             InputError: As `Endpoint.replies`.
         """
-        from tqdm import tqdm
-
+        if any(question.text is None or question.history or question.sampling for question in questions):
+            raise InputError(f"{self.name}: a server is asked one round, greedily. Leave history and sampling out.")
         requests = [partial(_request, question) for question in questions]
         with (
             closing(self.endpoint.replies(requests)) as replies,
-            tqdm(total=len(questions), desc="answering", unit="question", disable=not progress, file=sys.stderr) as bar,
+            progress_bar(len(questions), progress) as bar,
         ):
             for place, reply in replies:
                 bar.update()
@@ -316,11 +315,8 @@ def _request(question: Question) -> Request:
 
 
 def _answer(reply: Reply, question: Question) -> Answer:
-    text, ended = reply.text, reply.finish == "stop"
-    for stop in question.until:
-        if stop and stop in text:
-            text, ended = text.split(stop, 1)[0], True
-    return Answer(text.strip(), reply.tokens, ended)
+    text, stopped = cut(reply.text, question.until)
+    return Answer(text.strip(), reply.tokens, stopped or reply.finish == "stop")
 
 
 def _read(body: Any, max_tokens: int) -> Reply | _Trouble:

@@ -1,7 +1,12 @@
+import shutil
+from dataclasses import replace
+
 import pytest
+import torch
 from PIL import Image
 
 from stllava_eval.answering import PUBLISHED, Answer, Answerer, Question, default_checkpoint, record_default_checkpoint
+from stllava_eval.engine import Sampling
 from stllava_eval.errors import InputError
 
 COLOURS = [(0, 0, 0), (200, 10, 10), (10, 200, 90), (255, 255, 255)]
@@ -58,6 +63,45 @@ def test_an_answer_ends_before_a_stop_string(answerer):
     (cut,) = answers(answerer, questions(until=(stop,))[:1])
     assert cut.text == whole.text.split(stop)[0].strip()
     assert cut.ended
+
+
+def test_further_rounds_and_draws_are_what_the_same_questions_asked_alone_give(answerer):
+    """The image is described, then two questions follow on each description, one drawn twice."""
+    hot = Sampling(temperature=1.2, top_k=50, top_p=0.95, seed=3)
+    first = [replace(question, image_key=number) for number, question in enumerate(questions()[::3])]
+    asked = list(first)
+
+    def follow(place: int, answer: Answer) -> list[Question]:
+        if place >= len(first):
+            return []
+        of = replace(asked[place], history=((asked[place].text, answer.text),))
+        more = [replace(of, text="Why?"), *(replace(of, text="Where?", sampling=hot, draw=draw) for draw in (0, 1))]
+        asked.extend(more)
+        return more
+
+    found = dict(answerer.answer(first, progress=False, follow=follow))
+    assert len(found) == len(asked) == 4 * 4
+    assert [found[place] for place in range(16)] == [answers(answerer, [question])[0] for question in asked]
+    drawn = [found[place].text for place, question in enumerate(asked) if question.sampling]
+    assert len(set(drawn)) == 8
+
+
+def test_a_prompt_goes_on_with_the_rounds_before_and_lets_the_model_ask(llama_tokenizer, tmp_path):
+    from test_checkpoint import make, original_names, write_flat_config, write_tower
+
+    from stllava_eval.network.processing import SYSTEM
+
+    model = make(rows=32000)
+    write_flat_config(tmp_path, model)
+    write_tower(tmp_path / "vit", model)
+    torch.save(original_names(model), tmp_path / "pytorch_model.bin")
+    for file in llama_tokenizer.iterdir():
+        shutil.copy(file, tmp_path)
+    answerer = Answerer(str(tmp_path), prototypes=3)
+    rounds = [("Describe it.", "A chest CT.")]
+    start = f"<s>{SYSTEM} USER: <image>\nDescribe it. ASSISTANT: A chest CT.</s>"
+    assert answerer.prompt("Why?", rounds) == f"{start}USER: Why? ASSISTANT:"
+    assert answerer.prompt(None, rounds) == f"{start}VUSER:"
 
 
 @pytest.mark.parametrize("token", ["<image>", "</s>"])

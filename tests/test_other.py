@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -192,6 +193,16 @@ def test_what_is_other(llava_next, checkpoint, tmp_path):
         is_other(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"prototypes is for models of our own network"):
         open_answerer(str(llava_next), prototypes=3)
+
+
+def test_questions_without_a_key_and_special_tokens(llava_next):
+    """A second call may have another image at the same place."""
+    answerer = OtherAnswerer(str(llava_next))
+    for question in questions()[::4]:
+        alone = replace(question, image_key=None)
+        assert answers(answerer, [alone]) == plain(llava_next, [alone])
+    with pytest.raises(InputError, match="holds the special token </s>"):
+        answers(answerer, [replace(questions()[0], text="Is </s> it?")])
 
 
 def test_missing_weights_are_refused(llava_next, tmp_path):

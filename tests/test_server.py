@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 import urllib.request
+from dataclasses import replace
 from email.utils import format_datetime
 
 import pytest
@@ -420,6 +421,11 @@ def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(key, monke
     assert "secret" not in str(raised.value)
 
 
+def test_draws_and_further_rounds_are_refused():
+    with FaultServer() as server, pytest.raises(InputError, match="a server is asked one round, greedily"):
+        list(ServerAnswerer(server.url).answer([replace(question("Why?"), history=(("a", "b"),))], progress=False))
+
+
 # what a run reads ---------------------------------------------------------------------------------------------------
 
 
@@ -432,6 +438,7 @@ def test_a_run_knows_the_server_and_the_model():
     assert one.dtype == "server"
     assert one.preprocessing == {
         "backend": "openai_server",
+        "device": "server",
         "base_url": server.url,
         "model": "one",
         "prompt": "the server's chat template",
@@ -498,7 +505,8 @@ def test_a_real_server_gives_the_answers_of_the_checkpoint(transformers_serve, c
         for colour in colours
         for text in texts
     ]
-    expected = list(Answerer(str(checkpoint), device="cpu").answer(questions, 1, progress=False))
+    here = dict(Answerer(str(checkpoint), device="cpu").answer(questions, progress=False))
+    expected = [here[place] for place in range(len(questions))]
     found = dict(ServerAnswerer(url, folder, concurrency=4).answer(questions, progress=False))
     assert sorted(found) == list(range(len(questions)))
     assert len({answer.text for answer in expected}) > 3

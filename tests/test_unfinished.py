@@ -97,6 +97,7 @@ def test_kill_9_loses_at_most_the_batch_in_hand(prepared, checkpoint):
             now = sum(file.read_bytes().count(b"\n") for file in files)
             assert now >= known  # what was on the disk stays there
             known = now
+        assert known >= wanted
         assert process.poll() is None, "it ended before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
