@@ -27,7 +27,7 @@ from stllava_eval.errors import InputError, printable
 from stllava_eval.images import decode
 from stllava_eval.metrics import is_failed_request
 from stllava_eval.plugin import MODEL
-from stllava_eval.runs import answered, data_hashes, refuse_old_folder, write_run
+from stllava_eval.runs import answered, data_hashes, dataset_of, refuse_old_folder, write_run
 from stllava_eval.server import Failure, ServerAnswerer
 from stllava_eval.unfinished import Unfinished, question_key
 
@@ -109,7 +109,7 @@ class StllavaMed(lmms):
         with ends_the_process():
             if backend not in BACKENDS:
                 raise InputError(f"--model_args backend={backend}: unknown. Pass one of {', '.join(BACKENDS)}.")
-            named = {"pretrained": pretrained, "device": device, "dtype": dtype}
+            named: dict[str, object] = {"pretrained": pretrained, "device": device, "dtype": dtype}
             named |= {"four_bit": four_bit or None, "batch_tokens": batch_tokens}
             takes = SERVER if backend == "openai_server" else CHECKPOINT
             if unknown := sorted({*parts, *(name for name in named if named[name] is not None)} - set(takes)):
@@ -122,7 +122,7 @@ class StllavaMed(lmms):
             if not isinstance(four_bit, bool):
                 raise InputError(f"--model_args four_bit={four_bit}: pass True or False.")
             self.images = images
-            if batch_tokens is not None and (not isinstance(batch_tokens, int) or batch_tokens < 1):
+            if batch_tokens is not None and (type(batch_tokens) is not int or batch_tokens < 1):
                 raise InputError(f"--model_args batch_tokens={batch_tokens}: pass a whole number of tokens from 1 on.")
             self.rows = _rows(batch_size)
             self._rank = int(os.environ.get("RANK", 0))
@@ -241,7 +241,7 @@ class StllavaMed(lmms):
 
     def _question(self, asked: _Asked) -> Question:
         """A question of one of our tasks; nothing is decoded before its image is due."""
-        of, image_id = asked.task, asked.image_id
+        of, image_id = dataset_of(asked.task), asked.image_id
         if self.images == "other":
             image_id = self._another(asked)
         row = self._first_rows(asked.task, asked.split)[image_id]
@@ -268,7 +268,11 @@ class StllavaMed(lmms):
         return self._rows_of_images[task, split]
 
     def _decoded(self, task: str, split: str, row: int) -> Image:
-        return decode(self.task_dict[task][split][row]["image"]["bytes"])
+        doc = self.task_dict[task][split][row]
+        try:
+            return decode(doc["image"]["bytes"])
+        except InputError as error:
+            raise InputError(f"{task} {split}, image {doc['image_id']}: {error}") from error
 
     def _another(self, asked: _Asked) -> str:
         """The image half the data set further on: the same for every batch size and process count."""
@@ -366,7 +370,7 @@ def _dealt(asked: Sequence[_Asked], processes: int) -> list[list[str]]:
     """
     by_image: dict[tuple[str, str, str], list[str]] = {}
     for one in asked:
-        by_image.setdefault((one.task, one.split, one.image_id), []).append(one.key)
+        by_image.setdefault((dataset_of(one.task), one.split, one.image_id), []).append(one.key)
     dealt: list[list[str]] = [[] for _ in range(processes)]
     costs = [0] * processes
     for keys in sorted(by_image.values(), key=lambda keys: (-len(keys), keys[0])):
@@ -376,14 +380,11 @@ def _dealt(asked: Sequence[_Asked], processes: int) -> list[list[str]]:
     return dealt
 
 
-def _rows(given: int | str) -> int | None:
+def _rows(given: int | str | None) -> int | None:
     """The questions at work at a time; lmms-eval hands over 1 if nothing was typed, and a string if something was."""
-    if given == 1 or str(given).startswith("auto"):
+    if given is None or given == "auto" or (type(given) is int and given == 1):
         return None
-    try:
-        rows = int(given)
-    except ValueError:
-        rows = 0
+    rows = int(given) if str(given).isdecimal() else 0
     if rows < 1:
         raise InputError(f"--batch_size {given}: not a batch size. Pass a whole number from 1 on, or auto.")
     return rows

@@ -203,6 +203,8 @@ class Answerer:
 
     def _refuse_special_tokens(self, texts: Sequence[str]) -> None:
         for text in texts:
+            if any("\ud800" <= sign <= "\udfff" for sign in text):
+                raise InputError(f"question {text!r}: it holds half a character. Mend its encoding.")
             if named := [token for token in self.tokenizer.all_special_tokens if token in text]:
                 raise InputError(f"question {text!r}: it holds the special token {named[0]}. Reword it.")
 

@@ -31,6 +31,7 @@ from stllava_eval.errors import InputError
 ROWS = 256  # our choice: from some 128 tokens on, matrix products are within 5 % of their full rate
 FRESH_TOKENS = 1024  # our choice: new suffixes that join one step, so that a step's activations stay small
 AHEAD = 2  # images that are read and preprocessed while the model is at work
+RECOVERED = 100  # our choice: steps after which twice as much is tried again
 GROWTH = 64  # tokens by which an answer is expected to grow at most, where its limit is further off
 ATTENTION = "stllava_shared_prefix"
 
@@ -102,9 +103,10 @@ class KeyValues:
             for key, value in like[len(self.layers) :]
         ]
         for number, (keys, values) in enumerate(self.layers):  # layer by layer: one is held twice at a time
-            if keys.shape[0] < slots or keys.shape[2] < length:
-                spare = slots // 4 if keys.shape[0] else 0  # else each further sequence would move all
-                self.layers[number] = (_moved(keys, slots + spare, length), _moved(values, slots + spare, length))
+            room = keys.shape[0] * keys.shape[2]
+            if keys.shape[0] < slots or keys.shape[2] < length or room > 2 * _spared(slots) * length:
+                all_slots = _spared(slots) if keys.shape[0] else slots
+                self.layers[number] = (_moved(keys, all_slots, length), _moved(values, all_slots, length))
 
     def write(self, slot: int, layers: Sequence[tuple[Tensor, Tensor]], tokens: int) -> None:
         """Put the first `tokens` of (1, heads, length, width) keys and values into a slot."""
@@ -117,6 +119,11 @@ class KeyValues:
         return [
             (keys[slot : slot + 1, :, :tokens], values[slot : slot + 1, :, :tokens]) for keys, values in self.layers
         ]
+
+
+def _spared(slots: int) -> int:
+    """With a quarter to spare, else each further sequence would move all."""
+    return slots + slots // 4
 
 
 def _moved(old: Tensor, slots: int, length: int) -> Tensor:
@@ -354,8 +361,9 @@ class Engine:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, shared_prefix_attention)
         self.model, self.ends = model, ends
         self.suppressed = torch.tensor(sorted(suppressed), dtype=torch.long, device=model.device)
-        self.most_rows = rows
+        self.rows = self.most_rows = rows
         self.batch_tokens = batch_tokens
+        self._steps = 0  # since memory was short
         self.work = Work()
         self._waiting: OrderedDict[Hashable, deque[_Row]] = OrderedDict()
         self._same: dict[Hashable, _Row] = {}
@@ -391,10 +399,14 @@ class Engine:
             if one != other:
                 break
             shared += 1
-        if shared:
-            if parent.left is None:
+        if shared and parent.left is None:
+            try:
                 kept = self._own.read(self._rows.index(parent), parent.cached)
                 parent.left = [(key.clone(), value.clone()) for key, value in kept]
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+        if shared and parent.left is not None:
             row.inherited, row.cached = parent.left, shared
         queue.append(row)
         self._waiting.move_to_end(prompt.group, last=False)  # while its prefix is held
@@ -422,7 +434,11 @@ class Engine:
             try:
                 with torch.inference_mode():
                     self._admit()
-                    return self._step()
+                    ended = self._step()
+                    self._steps += 1
+                    if self._steps == RECOVERED and self.most_rows < self.rows and self.batch_tokens:
+                        self.most_rows, self.batch_tokens, self._steps = 2 * self.most_rows, 2 * self.batch_tokens, 0
+                    return ended
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
@@ -431,12 +447,15 @@ class Engine:
 
     def _halve(self, reason: str) -> None:
         """Put every row back, forget all keys and values, and go on with half as many."""
-        rows, held = len(self._rows), self._held(len(self._prefixes), [row.width for row in self._rows])
+        rows = len(self._rows)
+        held = self._held(rows, max((row.width for row in self._rows), default=0))
         if self.most_rows == 1:
             raise InputError(
                 f"one question at a time does not fit into memory ({reason}). Pass dtype=bfloat16, or another device."
             )
-        self.most_rows, self.batch_tokens = max(1, rows // 2), held // 2
+        # with nothing at work, it was an image or its prefix that did not fit beside what was held
+        self.most_rows = max(1, (rows or self.most_rows) // 2)
+        self.batch_tokens, self._steps = (held or self.batch_tokens or 0) // 2, 0
         logger.warning("out of memory with {} questions at work; going on with {} at most", rows, self.most_rows)
         for row in reversed(self._rows):
             self._put_back(row)
@@ -452,21 +471,22 @@ class Engine:
         self._waiting.setdefault(group, deque()).appendleft(row)
         self._waiting.move_to_end(group, last=False)
 
-    def _held(self, prefixes: int, rows: Sequence[int]) -> int:
-        """Tokens whose keys and values are held by so many prefixes and by rows of these lengths."""
-        longest = max((prefix.tokens for prefix in self._prefixes), default=0)
-        return prefixes * longest + len(rows) * _room(max(rows, default=0))
+    def _held(self, rows: int, widest: int, new_prefix: int = 0) -> int:
+        """Tokens that there is room for with so many rows, the widest of `widest`, and perhaps one more prefix."""
+        longest = max([new_prefix, *(prefix.tokens for prefix in self._prefixes)])
+        return _spared(len(self._prefixes) + bool(new_prefix)) * longest + _spared(rows) * _room(widest)
 
     def _admit(self) -> None:
         """Let waiting rows join, as far as there is room; the first one always."""
         running, tokens = len(self._rows), 0
+        widest = max((row.width for row in self._rows), default=0)
         while self._waiting and len(self._rows) < self.most_rows and tokens < FRESH_TOKENS:
             group, queue = next(iter(self._waiting.items()))
             prefix = next((prefix for prefix in self._prefixes if prefix.group == group), None)
             row = queue[0]
             if self._rows and self.batch_tokens is not None:
                 new = 0 if prefix else len(row.prompt.prefix)
-                if self._held(len(self._prefixes), [one.width for one in [*self._rows, row]]) + new > self.batch_tokens:
+                if self._held(len(self._rows) + 1, max(widest, row.width), new) > self.batch_tokens:
                     break
             if prefix is None:
                 prefix = self._fill(row.prompt)
@@ -477,6 +497,7 @@ class Engine:
             prefix.users += 1
             row.seed = _seed(row.prompt, prefix.pixels_sha256)
             self._rows.append(row)
+            widest = max(widest, row.width)
             tokens += len(row.ids) - row.cached
         by_prefix: Any = sorted(self._rows[running:], key=lambda row: row.prefix.slot)  # type: ignore[union-attr]
         self._rows[running:] = by_prefix
@@ -564,7 +585,7 @@ class Engine:
     def _make_room(self) -> None:
         """Put the last rows back if answers have grown beyond the tokens that may be held."""
         while len(self._rows) > 1 and self.batch_tokens is not None:
-            if self._held(len(self._prefixes), [len(row.ids) for row in self._rows]) <= self.batch_tokens:
+            if self._held(len(self._rows), max(len(row.ids) for row in self._rows)) <= self.batch_tokens:
                 return
             self._ended = [self._rows[-1]]
             self._put_back(self._rows[-1])
@@ -783,13 +804,10 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _free_tokens(layers: Sequence[tuple[Tensor, Tensor]], device: Any) -> int:
-    """Tokens whose keys and values may be held: 64 % of a GPU's free memory, 40 % of a CPU's (our choice).
-
-    Slots to spare take up to a quarter more.
-    """
+    """Tokens whose keys and values fit into the free memory: 80 % of a GPU's, half of a CPU's (our choice)."""
     import psutil
 
     size = sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for of_layer in layers for tensor in of_layer)
     if device.type == "cuda":
-        return int(0.64 * torch.cuda.mem_get_info(device)[0] / size)
-    return int(0.4 * psutil.virtual_memory().available / size)
+        return int(0.8 * torch.cuda.mem_get_info(device)[0] / size)
+    return int(0.5 * psutil.virtual_memory().available / size)
