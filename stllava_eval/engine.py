@@ -361,9 +361,10 @@ class Engine:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, shared_prefix_attention)
         self.model, self.ends = model, ends
         self.suppressed = torch.tensor(sorted(suppressed), dtype=torch.long, device=model.device)
-        self.rows = self.most_rows = rows
+        self.most_rows = rows
         self.batch_tokens = batch_tokens
-        self._steps = 0  # since memory was short
+        self._whole: tuple[int, int | None] | None = None  # both, before memory was short
+        self._steps = 0  # since then
         self.work = Work()
         self._waiting: OrderedDict[Hashable, deque[_Row]] = OrderedDict()
         self._same: dict[Hashable, _Row] = {}
@@ -436,14 +437,20 @@ class Engine:
                     self._admit()
                     ended = self._step()
                     self._steps += 1
-                    if self._steps == RECOVERED and self.most_rows < self.rows and self.batch_tokens:
-                        self.most_rows, self.batch_tokens, self._steps = 2 * self.most_rows, 2 * self.batch_tokens, 0
+                    if self._steps == RECOVERED and self._whole:
+                        self._double(*self._whole)
                     return ended
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             self._halve(reason)
+
+    def _double(self, rows: int, tokens: int | None) -> None:
+        """Try twice as many again, up to what was allowed before memory was short."""
+        self.most_rows, self._steps = min(rows, 2 * self.most_rows), 0
+        if self.batch_tokens is not None:
+            self.batch_tokens = 2 * self.batch_tokens if tokens is None else min(tokens, 2 * self.batch_tokens)
 
     def _halve(self, reason: str) -> None:
         """Put every row back, forget all keys and values, and go on with half as many."""
@@ -453,9 +460,11 @@ class Engine:
             raise InputError(
                 f"one question at a time does not fit into memory ({reason}). Pass dtype=bfloat16, or another device."
             )
+        self._whole = self._whole or (self.most_rows, self.batch_tokens)
         # with nothing at work, it was an image or its prefix that did not fit beside what was held
         self.most_rows = max(1, (rows or self.most_rows) // 2)
-        self.batch_tokens, self._steps = (held or self.batch_tokens or 0) // 2, 0
+        held = held or self.batch_tokens or 0
+        self.batch_tokens, self._steps = held // 2 or None, 0
         logger.warning("out of memory with {} questions at work; going on with {} at most", rows, self.most_rows)
         for row in reversed(self._rows):
             self._put_back(row)
@@ -589,7 +598,7 @@ class Engine:
                 return
             self._ended = [self._rows[-1]]
             self._put_back(self._rows[-1])
-            self._leave()
+            self._leave(idle_too=True)
 
     def _plan(self, rows: Sequence[_Row], running: int) -> tuple[_Plan, Tensor, Tensor, Tensor]:
         """The plan of a step, its (tokens,) ids and positions, and (rows,) each row's last packed token."""
@@ -678,8 +687,12 @@ class Engine:
             decoder.config._attn_implementation = before
 
     @torch.inference_mode()
-    def _leave(self) -> None:
-        """Take the ended rows out: the last row moves into the gap, and so do prefixes that nobody needs."""
+    def _leave(self, idle_too: bool = False) -> None:
+        """Take the ended rows out, and the prefixes that nobody needs; what is last moves into the gap.
+
+        Args:
+            idle_too: Also take out the prefixes for which prompts wait while none is at work.
+        """
         for row in self._ended:
             slot = self._rows.index(row)
             tail = self._rows.pop()
@@ -688,7 +701,8 @@ class Engine:
                 self._rows[slot] = tail
             row.prefix.users -= 1  # type: ignore[union-attr]
         self._ended = []
-        for prefix in [one for one in self._prefixes if not one.users and one.group not in self._waiting]:
+        idle = [one for one in self._prefixes if not one.users]
+        for prefix in [one for one in idle if idle_too or one.group not in self._waiting]:
             tail_prefix = self._prefixes.pop()
             if tail_prefix is not prefix:
                 self._shared.write(

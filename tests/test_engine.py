@@ -158,6 +158,14 @@ def test_no_more_tokens_are_held_than_given(model, monkeypatch):
     monkeypatch.setattr(module, "GROWTH", 1)
     monkeypatch.setattr(Engine, "_forward", forward)
     monkeypatch.setattr(Engine, "_put_back", lambda self, row: back.append(row) or put_back(self, row))
+    make_room = Engine._make_room
+
+    def no_idle_prefix_is_left(self):
+        before = len(back)
+        make_room(self)
+        assert len(back) == before or all(prefix.users for prefix in self._prefixes)
+
+    monkeypatch.setattr(Engine, "_make_room", no_idle_prefix_is_left)
     prompts = some_prompts(4, 60, max_new_tokens=90)
     one = engine(model, batch_tokens=300)
     found = answers(one, prompts)
