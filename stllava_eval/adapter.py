@@ -138,7 +138,13 @@ class StllavaMed(lmms):
                 self.answerer = ServerAnswerer(**parts)
             else:
                 self.answerer = open_answerer(
-                    str(pretrained or default_checkpoint()), device, dtype, four_bit, self.rows, batch_tokens, **parts
+                    str(pretrained or default_checkpoint()),
+                    device=device,
+                    dtype=dtype,
+                    four_bit=four_bit,
+                    rows=self.rows,
+                    batch_tokens=batch_tokens,
+                    **parts,
                 )
             self._answers: dict[tuple[str, int], Answer | Failure] = {}
             self._rows_of_images: dict[tuple[str, str], dict[str, int]] = {}

@@ -231,7 +231,7 @@ class Answerer:
         if until and until not in self._stops:  # one function for equal stops: equal prompts are answered once
             self._stops[until] = partial(self._says, until)
         return Prompt(
-            key=_key(place, question),
+            key=image_key(place, question),
             prefix=tuple(prefix),
             inputs=inputs,
             suffix=tuple(suffix),
@@ -269,21 +269,17 @@ def cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
     return text, text != whole
 
 
-def _key(place: int, question: Question) -> Hashable:
-    """Of the image: a question without one shares nothing."""
+def image_key(place: int, question: Question) -> Hashable:
+    """The key of a question's image; a question without one gets a key of its own and shares nothing."""
     return ("alone", place) if question.image_key is None else question.image_key
 
 
-def open_answerer(
-    name: str,
-    device: str | None = None,
-    dtype: str | None = None,
-    four_bit: bool = False,
-    rows: int | None = None,
-    batch_tokens: int | None = None,
-    **parts: Any,
-) -> Answerer:
+def open_answerer(name: str, **arguments: Any) -> Answerer:
     """The answerer of a checkpoint: of our network or LLaVA's, else of any image-text model of transformers.
+
+    Args:
+        name: Folder or hub id.
+        arguments: Of `Answerer`; another model takes device, dtype, rows and batch_tokens of them.
 
     Raises:
         InputError: As `Answerer`, or the model is another one and gets arguments that only ours has.
@@ -291,10 +287,11 @@ def open_answerer(
     from stllava_eval.other import OtherAnswerer, is_other
 
     if not is_other(name):
-        return Answerer(name, device, dtype, four_bit, rows, batch_tokens, **parts)
-    if wrong := sorted({*parts, *(["four_bit"] if four_bit else [])}):
+        return Answerer(name, **arguments)
+    given = {argument: value for argument, value in arguments.items() if value is not None and value is not False}
+    if wrong := sorted(set(given) - {"device", "dtype", "rows", "batch_tokens"}):
         raise InputError(f"{name}: {', '.join(wrong)} is for models of our own network and LLaVA's. Leave it out.")
-    return OtherAnswerer(name, device, dtype, rows, batch_tokens)
+    return OtherAnswerer(name, **given)
 
 
 def progress_bar(total: int, shown: bool) -> Any:

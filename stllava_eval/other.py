@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
-from stllava_eval.answering import Answer, Answerer, Question, _key, progress_bar, torch_device, torch_dtype
+from stllava_eval.answering import Answer, Answerer, Question, image_key, progress_bar, torch_device, torch_dtype
 from stllava_eval.errors import InputError
 from stllava_eval.network.files import local_folder, one_line, read_json, refused, some
 
@@ -202,7 +202,7 @@ class OtherAnswerer(Answerer):
         """
 
         plain = self.tokenizer(self._text(question), add_special_tokens=not self._begins_by_itself(question)).input_ids
-        key = _key(place, question)
+        key = image_key(place, question)
         if key not in self._prefixes:
             whole = self._processed(question, question.image())["input_ids"][0].tolist()
             common = next(
