@@ -39,9 +39,9 @@ def is_other(name: str) -> bool:
 class OtherAnswerer(Answerer):
     """A model as `AutoModelForImageTextToText` loads it, with its own processor and chat template.
 
-    The first prompt is answered twice: if the engine's logits are not the model's own, questions are answered in plain
-    padded batches, and a line in the log says why. Each image is also opened once before the first answer: only the
-    processor knows how many tokens it becomes.
+    The first prompt of a call is answered twice: if the engine's logits are not the model's own, questions are answered
+    in plain padded batches, and a line in the log says why. Each image is also opened once before the first answer:
+    only the processor knows how many tokens it becomes.
 
     Args:
         name: Folder or hub id.
@@ -84,7 +84,7 @@ class OtherAnswerer(Answerer):
         self.sha256 = _hash(folder)
         self._stops = {}
         self._prefixes: dict[Any, tuple[list[int], list[int]]] = {}
-        self._misfit: str | None = None
+        self._misfit = ""
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class OtherAnswerer(Answerer):
     ) -> Iterator[tuple[int, Answer]]:
         """See `Answerer.answer`."""
         self._prefixes = {}  # of this call's images
-        if questions and self._misfit is None:
+        if questions and not self._misfit:
             self._misfit = self._find_misfit(questions)
             if self._misfit:
                 logger.warning("{}: answered in plain batches, images are not shared ({})", self.name, self._misfit)
