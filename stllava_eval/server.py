@@ -128,24 +128,30 @@ class Endpoint:
                 await asyncio.gather(*workers, return_exceptions=True)
 
     async def _reply(self, client: openai.AsyncOpenAI, request: Request) -> Reply | Failure:
+        outcome, attempts = await self._insist(client, self.model, request)
+        if isinstance(outcome, Reply):
+            return outcome
+        if outcome.gone:
+            raise InputError(
+                f"{self.base_url}: no server answers there any more ({outcome.reason}, {attempts} attempts). "
+                "Start it again."
+            )
+        return Failure(outcome.reason, attempts)
+
+    async def _insist(self, client: openai.AsyncOpenAI, model: str, request: Request) -> tuple[Reply | _Trouble, int]:
+        """The outcome of the last attempt, and how many there were."""
         attempt = 0
         while True:
             attempt += 1
-            outcome = await self._attempt(client, self.model, request)
+            outcome = await self._attempt(client, model, request)
             if isinstance(outcome, Reply):
-                return outcome
+                return outcome, attempt
             if outcome.ends_the_run:
                 raise InputError(outcome.ends_the_run)
             if not outcome.again or attempt > self.retries:
-                break
+                return outcome, attempt
             wait = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # requests that met one fault part ways
             await asyncio.sleep(max(wait, outcome.wait))
-        if outcome.gone:
-            raise InputError(
-                f"{self.base_url}: no server answers there any more ({outcome.reason}, {attempt} attempts). "
-                "Start it again."
-            )
-        return Failure(outcome.reason, attempt)
 
     async def _attempt(self, client: openai.AsyncOpenAI, model: str, request: Request) -> Reply | _Trouble:
         body = await self._json(partial(client.chat.completions.with_raw_response.create, model=model, **request))
@@ -183,9 +189,7 @@ class Endpoint:
                 model = served[0]
             elif model not in served:  # `transformers serve` lists what is cached, not what it serves: ask
                 hello: Request = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-                outcome = await self._attempt(client, model, hello)
-                if isinstance(outcome, _Trouble) and outcome.ends_the_run:
-                    raise InputError(outcome.ends_the_run)
+                outcome, _ = await self._insist(client, model, hello)
                 if isinstance(outcome, _Trouble) and outcome.status in (400, 404, 422):
                     raise InputError(
                         f"{self.base_url}: it does not serve {model!r} ({outcome.reason}). "

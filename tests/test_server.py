@@ -317,6 +317,15 @@ def test_a_model_that_is_served_and_not_listed_is_found_out_by_asking():
         assert server.asked() == ["Hello"]
 
 
+def test_a_fault_that_passes_hides_no_refusal_of_the_model():
+    """`transformers serve` hangs up after the HTTP 500 that is its list of models."""
+    faults = {"Hello": [hangs_up, refuses(404, "no such model")]}
+    with FaultServer(faults, models=refuses(500)) as server:
+        with pytest.raises(InputError, match=r"does not serve 'another' \(HTTP 404: no such model\)"):
+            ServerAnswerer(server.url, "another")
+        assert server.asked() == ["Hello", "Hello"]
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
