@@ -180,3 +180,22 @@ def llama_tokenizer(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     write_llama_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers(llama_tokenizer):
+    """LLaMA's tokenizer by `legacy`."""
+    from stllava_eval.network.processing import StllavaMedTokenizer, read_pieces
+
+    return {
+        legacy: StllavaMedTokenizer.from_pieces(*read_pieces(llama_tokenizer), legacy=legacy)
+        for legacy in (True, False)
+    }
+
+
+@pytest.fixture(scope="session")
+def processor(tokenizers):
+    """Of images of 28 px in patches of 14, with LLaMA's tokenizer."""
+    from stllava_eval.network.processing import make_processor
+
+    return make_processor(tokenizers[True], 28, 14)

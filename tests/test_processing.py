@@ -12,19 +12,6 @@ from stllava_eval.network.processing import read_pieces
 IMAGE = 32000
 
 
-@pytest.fixture(scope="module")
-def tokenizers(llama_tokenizer) -> dict[bool, StllavaMedTokenizer]:
-    return {
-        legacy: StllavaMedTokenizer.from_pieces(*read_pieces(llama_tokenizer), legacy=legacy)
-        for legacy in (True, False)
-    }
-
-
-@pytest.fixture(scope="module")
-def processor(tokenizers):
-    return make_processor(tokenizers[True], 28, 14)
-
-
 def messages(case: dict) -> list[dict]:
     """A golden conversation as messages; `ask` where its human turn was rendered as VUSER."""
     asked = iter(case["vuser_per_human_turn"])

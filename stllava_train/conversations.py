@@ -1,0 +1,279 @@
+"""A LLaVA-style JSON file -> checked conversations -> token ids, and which of them are learnt."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stllava_eval.errors import InputError
+
+NOTHING, ANSWER, QUESTION = 0, 1, 2  # what a token is learnt as
+SPECIAL = ("<s>", "</s>", "<unk>", "<pad>")
+ROLE = re.compile(r"\b(?:V?USER|ASSISTANT):")
+ROLES = {"human": "question", "gpt": "answer"}
+KEYS = ("conversations", "conversatons")  # LLaVA-Med's own files misspell it
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Questions and answers about one image, or about none.
+
+    Attributes:
+        id: The record's own, of one file.
+        image: The image's file, or None for text alone. It stands before the first question.
+        rounds: (question, answer), stripped, without the image's tag.
+        place: `FILE:LINE`, for messages.
+    """
+
+    id: str
+    image: Path | None
+    rounds: tuple[tuple[str, str], ...]
+    place: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a record, and what would be right."""
+
+    place: str  # FILE:LINE
+    id: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.id or 'a record'}: {self.what}"
+
+
+def read_conversations(file: Path, images: Path | None = None) -> tuple[list[Conversation], list[Problem]]:
+    """The sound records of `file`, in its order, and every problem of the others.
+
+    The format is LLaVA's: a JSON array, or a record a line, of `{"id", "image", "conversations": [{"from": "human",
+    "value": ...}, {"from": "gpt", "value": ...}, ...]}`. Turns are stripped. As in the authors' `preprocess_multimodal`
+    the image comes first whatever the place of its tag in the first turn, and tags there count as one.
+
+    Args:
+        file: JSON or JSONL.
+        images: The folder that images are relative to (default: that of `file`).
+
+    Raises:
+        InputError: The file is missing, no UTF-8 or no JSON, or holds no record.
+    """
+    folder = file.parent if images is None else images
+    sound: list[Conversation] = []
+    problems: list[Problem] = []
+    first: dict[str, str] = {}
+    for line, record in _records(file):
+        place = f"{file}:{line}"
+        wrong: list[str] = []
+        conversation = _conversation(record, place, folder, wrong)
+        if conversation.id and (before := first.setdefault(conversation.id, place)) != place:
+            wrong.append(f"its id stands at {before} too. Give each record one of its own.")
+        if wrong:
+            problems += [Problem(place, conversation.id, what) for what in wrong]
+        else:
+            sound.append(conversation)
+    if not sound and not problems:
+        raise InputError(f"{file}: it holds no record. See docs/data.md for the format.")
+    return sound, problems
+
+
+def _records(file: Path) -> Iterator[tuple[int, Any]]:
+    """(line on which it begins, from 1; record)."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
+        raise InputError(f"{file}: cannot be read ({why}). Pass a JSON file of conversations.") from error
+    decoder = json.JSONDecoder()
+    space = re.compile(r"\s*")
+    at = space.match(text).end()  # type: ignore[union-attr]
+    array = text[at : at + 1] == "["
+    at += array
+    line, counted = 1, 0
+    while True:
+        at = space.match(text, at).end()  # type: ignore[union-attr]
+        line, counted = line + text.count("\n", counted, at), at
+        if at == len(text) or (array and text[at] == "]"):
+            break
+        try:
+            record, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            where = getattr(error, "lineno", line)
+            what = getattr(error, "msg", "nested too deeply")
+            raise InputError(f"{file}:{where}: no JSON ({what}). Mend the file or write it again.") from error
+        yield line, record
+        at = space.match(text, at).end()  # type: ignore[union-attr]
+        if array and text[at : at + 1] == ",":
+            at += 1
+        elif array and text[at : at + 1] != "]":
+            line += text.count("\n", counted, at)
+            raise InputError(f"{file}:{line}: no JSON (a comma or ] is missing). Mend the file or write it again.")
+    if array and (at == len(text) or text[at + 1 :].strip()):
+        what = "the closing ] is missing" if at == len(text) else "more stands behind the closing ]"
+        raise InputError(f"{file}:{line}: no JSON ({what}). Mend the file or write it again.")
+
+
+def _conversation(record: Any, place: str, folder: Path, wrong: list[str]) -> Conversation:
+    """The record; what is wrong with it goes to `wrong`."""
+    if not isinstance(record, dict):
+        wrong.append(f"it is {_short(record)}, not an object with id and conversations.")
+        return Conversation("", None, (), place)
+    name = record.get("id")
+    if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
+        wrong.append(f"its id is {_short(name)}. Give it a text or a whole number.")
+        name = ""
+    image = None
+    if (given := record.get("image")) not in (None, ""):
+        if not isinstance(given, str) or "\0" in given:
+            wrong.append(f"its image is {_short(given)}, not the name of one file.")
+        elif not (image := folder / given).is_file():
+            wrong.append(
+                f"its image {given} is not in {folder}. Pass the folder of the images, or leave the record out."
+            )
+    turns = next((record[key] for key in KEYS if key in record), None)
+    if not isinstance(turns, list) or not turns:
+        wrong.append(f"its conversations are {_short(turns)}. Give a list of turns from human and gpt.")
+        turns = []
+    texts = [_turn(number, turn, bool(given), wrong) for number, turn in enumerate(turns)]
+    if turns and len(turns) % 2:
+        wrong.append(f"it ends with turn {len(turns)}, a question without an answer. Add the answer, or drop the turn.")
+    return Conversation(str(name), image, tuple(zip(texts[::2], texts[1::2], strict=False)), place)
+
+
+def _turn(number: int, turn: Any, has_image: bool, wrong: list[str]) -> str:
+    """The text of a turn, `number` from 0."""
+    name = f"turn {number + 1}"
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        wrong.append(f"{name} is {_short(turn)}, not an object with from and value.")
+        return ""
+    due = tuple(ROLES)[number % 2]
+    if turn.get("from") != due:
+        wrong.append(f"{name} is from {_short(turn.get('from'))}, not from {due}. They take turns, human first.")
+    text = turn["value"]
+    if "<image>" in text:
+        if not has_image:
+            wrong.append(f"{name} holds <image> and the record names no image. Add its image, or take the tag out.")
+        elif number:
+            wrong.append(f"{name} holds <image>. It belongs into the first turn.")
+        text = text.replace("<image>", "")
+    text = text.strip()
+    if not text:
+        wrong.append(f"{name} is empty. Write the {ROLES[due]}, or drop its round.")
+    if named := [token for token in SPECIAL if token in text]:
+        wrong.append(f"{name} holds {named[0]}, which the tokenizer would take for its own. Reword it.")
+    if role := ROLE.search(text):
+        wrong.append(f"{name} holds {role[0]}, which would read as the start of a turn. Reword it.")
+    if any("\ud800" <= sign <= "\udfff" for sign in text):
+        wrong.append(f"{name} holds half a character. Mend its encoding.")
+    return text
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True, default=str)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def asked(conversation: Conversation, seed: int, epoch: int, sq_r: float) -> tuple[bool, ...]:
+    """For each round, whether its question is learnt: rendered as VUSER's, not as USER's.
+
+    A question that is not the first of an image's conversation is, with probability `sq_r` in [0, 1]. As in the
+    authors' `preprocess_v1_sq2`; there the draw hung on the number of workers, here on seed, epoch, id and round alone.
+    """
+
+    def draw(number: int) -> float:
+        key = json.dumps([seed, epoch, conversation.id, number])
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
+
+    return tuple(
+        number > 0 and conversation.image is not None and draw(number) < sq_r
+        for number in range(len(conversation.rounds))
+    )
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as the network takes it: ids, one for every vector of the image, and what each is learnt as."""
+
+    ids: list[int]
+    kinds: list[int]  # NOTHING, ANSWER or QUESTION
+
+
+class Encoder:
+    """Conversations -> token ids, through a checkpoint's processor.
+
+    Learnt are, by character offsets in the rendered text, every answer with the space before it and its `</s>`, and
+    likewise the questions in `asks`: section 2.3 of the authors' rule, which their code reached by counting tokens.
+
+    Args:
+        processor: Of the checkpoint.
+        template: `v1`, or `v1_sq` whose system text speaks of asking, as the authors' stage 1 has it for every
+            conversation; `by_question` takes `v1_sq` where a question is learnt and `v1` elsewhere, so that the model
+            sees the prompt with which it will be asked (our choice).
+        image_tokens: Vectors that an image becomes.
+
+    Raises:
+        InputError: The processor lacks the template.
+    """
+
+    def __init__(self, processor: Any, template: str, image_tokens: int) -> None:
+        self.tokenizer, self.image_tokens = processor.tokenizer, image_tokens
+        self.image_token = self.tokenizer.convert_tokens_to_ids("<image>")
+        chat = processor.chat_template
+        known = chat if isinstance(chat, dict) else {"default": chat}
+        plain, asking = ("v1", "v1_sq") if template == "by_question" else (template, template)
+        if missing := [name for name in (plain, asking) if name not in known]:
+            raise InputError(
+                f"template {missing[0]!r}: the checkpoint has {', '.join(sorted(known))}. Choose of these."
+            )
+        self._plain, self._asking = known[plain], known[asking]
+
+    def __call__(self, conversation: Conversation, asks: Sequence[bool]) -> Encoded:
+        """`asks`: see `asked`.
+
+        Raises:
+            InputError: A turn holds one of the tokenizer's own tokens.
+        """
+        text, spans = self.rendered(conversation, asks)
+        own = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        kinds = [NOTHING] * len(own.input_ids)
+        place = 0
+        for start, end, kind in spans:
+            while own.offset_mapping[place][0] < start:
+                place += 1
+            while place < len(kinds) and own.offset_mapping[place][1] <= end:
+                if own.offset_mapping[place][0] < own.offset_mapping[place][1]:
+                    kinds[place] = kind
+                place += 1
+        ids = own.input_ids
+        if ids.count(self.image_token) != (conversation.image is not None):
+            raise InputError(f"{conversation.place}: {conversation.id}: it holds <image> as text. Reword it.")
+        if conversation.image is not None:
+            at = ids.index(self.image_token)
+            ids = ids[:at] + [self.image_token] * self.image_tokens + ids[at + 1 :]
+            kinds = kinds[:at] + [NOTHING] * self.image_tokens + kinds[at + 1 :]
+        return Encoded(ids, kinds)
+
+    def rendered(self, conversation: Conversation, asks: Sequence[bool]) -> tuple[str, list[tuple[int, int, int]]]:
+        """The text with one `<image>`, and what of it is learnt: (start, end, ANSWER or QUESTION), in characters."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        messages: list[dict[str, Any]] = []
+        kinds: list[int] = []
+        for number, (question, answer) in enumerate(conversation.rounds):
+            text: Any = question
+            if conversation.image is not None and number == 0:
+                text = [{"type": "image"}, {"type": "text", "text": question}]
+            messages.append({"role": "user", "content": text, "ask": asks[number]})
+            messages.append({"role": "assistant", "content": answer})
+            kinds += [QUESTION, ANSWER] if asks[number] else [ANSWER]
+        texts, spans = render_jinja_template(
+            [messages],
+            chat_template=self._asking if any(asks) else self._plain,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        return texts[0], [(start, end, kind) for (start, end), kind in zip(spans[0], kinds, strict=True)]
