@@ -264,16 +264,17 @@ class Encoder:
         messages: list[dict[str, Any]] = []
         kinds: list[int] = []
         for number, (question, answer) in enumerate(conversation.rounds):
-            text: Any = question
+            content: Any = question
             if conversation.image is not None and number == 0:
-                text = [{"type": "image"}, {"type": "text", "text": question}]
-            messages.append({"role": "user", "content": text, "ask": asks[number]})
+                content = [{"type": "image"}, {"type": "text", "text": question}]
+            messages.append({"role": "user", "content": content, "ask": asks[number]})
             messages.append({"role": "assistant", "content": answer})
             kinds += [QUESTION, ANSWER] if asks[number] else [ANSWER]
-        texts, spans = render_jinja_template(
+        made: Any = render_jinja_template(
             [messages],
             chat_template=self._asking if any(asks) else self._plain,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        return texts[0], [(start, end, kind) for (start, end), kind in zip(spans[0], kinds, strict=True)]
+        (text,), (spans,) = made
+        return text, [(start, end, kind) for (start, end), kind in zip(spans, kinds, strict=True)]

@@ -1,0 +1,283 @@
+"""A YAML file + `key=value` -> a recipe: every number of a training run."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from stllava_eval.errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Part:
+    """How one part of the network is trained: not at all, through a LoRA, or all of its weights.
+
+    Attributes:
+        learning_rate: Peak, 0 or more; unused where frozen.
+        rank, alpha, dropout: Of the LoRA; dropout in [0, 1). Its update is alpha / rank * B @ A.
+    """
+
+    train: Literal["frozen", "lora", "full"]
+    learning_rate: float = 0.0
+    rank: int = 0
+    alpha: int = 0
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stage 1, as numbers. A file under `recipes/` gives every one of them and names its source.
+
+    Attributes:
+        start: Checkpoint to start from, folder or hub id, in any layout that `open_checkpoint` reads.
+        start_vision_tower: Folder or hub id of the vision tower to start from; null takes that of `start`.
+        template: See `conversations.Encoder`.
+        sq_r: Probability, in [0, 1], that a question behind the first of an image's conversation is learnt too.
+        answer_weight, question_weight: Factors on the losses L_qa and L_vq of a token. Their sum is divided by the
+            number of all tokens learnt, so that 1 and 1 give one mean over them, as the authors' code does.
+        epochs: Times that every conversation is seen; the last step is filled up from the next epoch.
+        batch: Conversations in a step, over all processes.
+        micro_batch: Conversations that one device computes at once; it changes the memory needed, not the result.
+        max_tokens: Most tokens of a conversation, those of the image counted. Longer ones are refused.
+        warmup: Share of the steps, in [0, 1), over which learning rates rise; then they fall as a cosine to 0.
+        betas: Of AdamW.
+        max_grad_norm: Gradients are scaled down to this length.
+        dtype: Of what is frozen and of the computation; what is trained is held in float32.
+        four_bit: Hold the frozen language model in 4 bits (NF4, QLoRA).
+        gradient_checkpointing: Compute activations anew in the backward pass: less memory, a third more time.
+        save_every: Steps between two checkpoints to resume from.
+    """
+
+    start: str
+    start_vision_tower: str | None
+    template: Literal["v1", "v1_sq", "by_question"]
+    sq_r: float
+    answer_weight: float
+    question_weight: float
+    epochs: float
+    batch: int
+    micro_batch: int
+    max_tokens: int
+    warmup: float
+    weight_decay: float
+    betas: tuple[float, float]
+    max_grad_norm: float
+    dtype: Literal["float32", "bfloat16"]
+    four_bit: bool
+    gradient_checkpointing: bool
+    save_every: int
+    seed: int
+    language_model: Part
+    vision_tower: Part
+    projector: Part
+
+    def parts(self) -> dict[str, Part]:
+        """By name, the one whose learning rate is shown first in front."""
+        return {name: getattr(self, name) for name in ("language_model", "projector", "vision_tower")}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as a YAML file holds them; a part without what its way of training does not use."""
+        plain = asdict(self) | {"betas": list(self.betas)}
+        for name, part in self.parts().items():
+            plain[name] = {key: getattr(part, key) for key in USED[part.train]}
+        return plain
+
+
+USED = {
+    "frozen": ("train",),
+    "full": ("train", "learning_rate"),
+    "lora": ("train", "learning_rate", "rank", "alpha", "dropout"),
+}
+
+
+def read_recipe(name: str, changes: Sequence[str] = (), stage: str | None = None) -> Recipe:
+    """The recipe of a YAML file, changed.
+
+    A file may hold `stages`, each of which overrides the keys beside it; then `stage` chooses one.
+
+    Args:
+        name: A file, or the name of one of ours (`tiny`).
+        changes: `key=value` each, the value as YAML; `language_model.learning_rate=1e-4` reaches into a part.
+        stage: Name of a stage.
+
+    Raises:
+        InputError: The file is missing or no YAML, or a key is unknown, missing, or of the wrong type or range.
+    """
+    file = _file(name)
+    raw = _yaml(file.read_text(encoding="utf-8"), str(file))
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: it holds no keys. See stllava_train/recipes for examples.")
+    stages = raw.pop("stages", None)
+    if stages is None and stage is not None:
+        raise InputError(f"stage {stage!r}: {name} has no stages. Leave it out.")
+    if stages is not None:
+        if not isinstance(stages, dict) or not all(isinstance(one, dict) for one in stages.values()):
+            raise InputError(f"{file}: stages: give each stage's name and the keys that it changes.")
+        if stage not in stages:
+            given = "no stage is named" if stage is None else f"stage {stage!r}: it has none of that name"
+            raise InputError(f"{name}: {given}. Choose one with --stage: {', '.join(stages)}.")
+        raw = _merged(raw, stages[stage])
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise InputError(f"{change!r}: not key=value, such as epochs=3.")
+        path = key.strip().split(".")
+        raw = _merged(raw, _nested(path, _yaml(value, change)), change)
+    recipe = _build(Recipe, raw, str(file))
+    _check(recipe, str(file))
+    return recipe
+
+
+def recipe_names() -> list[str]:
+    """Of the files under `recipes/`."""
+    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+
+
+def _file(name: str) -> Path:
+    for file in (Path(name), RECIPES / f"{name}.yaml"):
+        if file.is_file():
+            return file
+    close = difflib.get_close_matches(name, recipe_names(), 1)
+    hint = f"Did you mean {close[0]}?" if close else "Pass a file or one of ours."
+    raise InputError(f"recipe {name}: no such file, and ours are {', '.join(recipe_names())}. {hint}")
+
+
+def _yaml(text: str, place: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.2's numbers: 2e-4 is one, which YAML 1.1 takes for a text."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{place}{line}: no YAML ({getattr(error, 'problem', error)}). Mend it.") from error
+
+
+def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
+    head, *rest = path
+    return {head: _nested(rest, value) if rest else value}
+
+
+def _merged(raw: Mapping[str, Any], change: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    """`raw` with `change` in it; parts are merged key by key."""
+    both = dict(raw)
+    for key, value in change.items():
+        before = both.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            both[key] = _merged(before, value, place)
+        elif isinstance(before, dict) and place:
+            raise InputError(f"{place!r}: {key} is a part. Change one of its keys, such as {key}.learning_rate=1e-4.")
+        else:
+            both[key] = value
+    return both
+
+
+def _build(kind: Any, raw: Mapping[str, Any], place: str) -> Any:
+    """A dataclass of `raw`, whose keys and types are checked."""
+    hints = get_type_hints(kind)
+    for key in raw:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, 1, 0)
+            raise InputError(f"{place}: {key}: unknown. Did you mean {close[0]}?")
+    values = {}
+    for field in fields(kind):
+        if field.name not in raw:
+            if kind is Recipe:
+                raise InputError(f"{place}: {field.name} is missing. A recipe gives every number.")
+            continue
+        values[field.name] = _typed(hints[field.name], raw[field.name], f"{place}: {field.name}")
+    if kind is Part:
+        _check_part(values, raw, place)
+    return kind(**values)
+
+
+def _check_part(values: Mapping[str, Any], raw: Mapping[str, Any], place: str) -> None:
+    used = USED.get(values.get("train", ""), ())
+    if not used:
+        raise InputError(f"{place}: train is missing. Choose frozen, lora or full.")
+    if missing := [key for key in used if key not in raw]:
+        raise InputError(f"{place}: {missing[0]} is missing. A part trained {values['train']} needs {', '.join(used)}.")
+
+
+def _typed(kind: Any, value: Any, place: str) -> Any:
+    if type(None) in get_args(kind):
+        return None if value is None else _typed(get_args(kind)[0], value, place)
+    if kind is Part:
+        if not isinstance(value, dict):
+            raise InputError(f"{place}: {value!r} is no part. Give train, learning_rate and so on.")
+        return _build(Part, value, place)
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise InputError(f"{place}: {value!r}. Choose one of {', '.join(map(str, get_args(kind)))}.")
+        return value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list) or len(value) != 2:
+            raise InputError(f"{place}: {value!r} are not two numbers, such as [0.9, 0.999].")
+        return tuple(_typed(float, one, place) for one in value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and isinstance(value, str) and value:
+        return value
+    names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
+    raise InputError(f"{place}: {value!r} is not {names[kind]}.")
+
+
+def _check(recipe: Recipe, place: str) -> None:
+    """Ranges, and what does not go together."""
+    for key, value, low, high in _ranges(recipe):
+        if not low <= value <= high:
+            most = f"at most {high:g}" if value > high else f"at least {low:g}"
+            raise InputError(f"{place}: {key}: {value:g}. It is {most}.")
+    if all(part.train == "frozen" for part in recipe.parts().values()):
+        raise InputError(f"{place}: every part is frozen. Train one of {', '.join(recipe.parts())}.")
+    if recipe.four_bit and recipe.language_model.train == "full":
+        raise InputError(f"{place}: four_bit: a language model in 4 bits trains through a LoRA. Set its train to lora.")
+    if recipe.projector.train == "lora":
+        raise InputError(f"{place}: projector.train: lora. The projector is small: choose full or frozen.")
+    trained = {part.train for part in (recipe.language_model, recipe.vision_tower)}
+    if trained == {"lora", "full"}:
+        raise InputError(f"{place}: one tower is trained lora and the other full. Choose one way, or freeze one.")
+    if recipe.warmup >= 1:
+        raise InputError(f"{place}: warmup: {recipe.warmup:g}. It is a share of the steps, below 1.")
+
+
+def _ranges(recipe: Recipe) -> Iterator[tuple[str, float, float, float]]:
+    most = float(2**31)
+    yield "sq_r", recipe.sq_r, 0, 1
+    yield "answer_weight", recipe.answer_weight, 0, most
+    yield "question_weight", recipe.question_weight, 0, most
+    yield "epochs", recipe.epochs, 1e-6, most
+    for key in ("batch", "micro_batch", "max_tokens", "save_every"):
+        yield key, getattr(recipe, key), 1, most
+    yield "warmup", recipe.warmup, 0, 1
+    yield "weight_decay", recipe.weight_decay, 0, most
+    yield "max_grad_norm", recipe.max_grad_norm, 1e-9, most
+    for beta in recipe.betas:
+        yield "betas", beta, 0, 1
+    yield "seed", recipe.seed, 0, 2**32 - 1
+    for name, part in recipe.parts().items():
+        if part.train != "frozen":
+            yield f"{name}.learning_rate", part.learning_rate, 0, most
+        if part.train == "lora":
+            yield f"{name}.rank", part.rank, 1, most
+            yield f"{name}.alpha", part.alpha, 1, most
+            yield f"{name}.dropout", part.dropout, 0, 0.999
