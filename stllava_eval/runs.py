@@ -138,8 +138,8 @@ def write_run(rows: Sequence[Mapping[str, Any]], decided_by: Mapping[str, Any]) 
             "command": shlex.join(sys.argv),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "fingerprint": fingerprint,
-            "versions": {name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
-            "commit": _commit(),
+            "versions": {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
+            "commit": commit(),
             **deciding,
         },
     )
@@ -348,24 +348,25 @@ def _new_folder(checkpoint: str) -> Path:
     return folder
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Of an installed package; None where there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of our own checkout, with `+changes` if files differ from it; None for an installed wheel."""
     top = Path(__file__).resolve().parent.parent
     if not (top / ".git").exists():
         return None
     try:
-        commit = subprocess.run(["git", "-C", top, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        head = subprocess.run(["git", "-C", top, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
         status = subprocess.run(["git", "-C", top, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
 def some(ids: Sequence[str]) -> str:

@@ -1,11 +1,13 @@
-"""stllava-train: tiny. Heavy imports sit inside the commands, so that help is instant."""
+"""stllava-train: tiny, sft, merge, card. Heavy imports sit inside the commands, so that help is instant."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from stllava_eval import __version__
 from stllava_eval.errors import InputError, printable
@@ -47,7 +49,113 @@ def parser() -> argparse.ArgumentParser:
     )
     tiny.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
     tiny.set_defaults(command=_tiny)
+    _add_sft(commands)
+    _add_merge(commands)
+    _add_card(commands)
     return top
+
+
+def _add_sft(commands: Any) -> None:
+    sft = commands.add_parser(
+        "sft",
+        help="stage 1: learn to answer and to ask",
+        description="Train a checkpoint on conversations, by a recipe. RUN becomes a checkpoint that the harness "
+        "evaluates, with the losses of every step, their curves and a model card beside it. Under torchrun or "
+        "accelerate launch it trains on several devices, with the same result.",
+        epilog="examples:\n"
+        "  stllava-train sft --recipe stllava-med-7b --data med-im.json --out runs/stage1 --dry-run\n"
+        "  stllava-train sft --recipe stllava-med-7b --data med-im.json --out runs/stage1 epochs=3\n"
+        "  stllava-train sft --recipe stllava-med-7b --data med-im.json --out runs/stage1 epochs=3 --resume\n"
+        "  torchrun --nproc_per_node 2 -m stllava_train.cli sft --recipe tiny --data a.json --out runs/a start=DIR",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sft.add_argument("--recipe", required=True, metavar="R", help="a YAML file, or the name of one of ours")
+    sft.add_argument("--stage", metavar="NAME", help="the stage of a recipe that has several")
+    sft.add_argument(
+        "--data",
+        required=True,
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="conversations, LLaVA's JSON or JSONL; may be given several times",
+    )
+    sft.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: that of each FILE)")
+    sft.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder to write")
+    sft.add_argument("--resume", action="store_true", help="go on with the run in RUN, which was broken off")
+    sft.add_argument("--dry-run", action="store_true", help="print tokens, steps, parameters and memory; train nothing")
+    sft.add_argument("--default", action="store_true", help="make RUN the default checkpoint of the harness")
+    sft.add_argument("--wandb", action="store_true", help="report to Weights & Biases as well as to TensorBoard")
+    sft.add_argument("changes", nargs="*", metavar="key=value", help="changes of the recipe, such as epochs=3")
+    sft.set_defaults(command=_sft)
+
+
+def _add_merge(commands: Any) -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="write a run's adapter and its base as one whole checkpoint",
+        description="Merge the LoRA of RUN into the checkpoint that it builds on, in float32, and write the whole "
+        "network as a folder that from_pretrained, this harness and stage 2 read.",
+        epilog="examples:\n  stllava-train merge runs/stage1 --out checkpoints/stage1",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    merge.add_argument("run", metavar="RUN", help="folder of a training run, or any adapter that the harness loads")
+    merge.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    merge.set_defaults(command=_merge)
+
+
+def _add_card(commands: Any) -> None:
+    card = commands.add_parser(
+        "card",
+        help="write a run's model card anew, with scores",
+        description="Write README.md of a training run: data, recipe, losses, and the scores of its evaluations.",
+        epilog="examples:\n  stllava-train card runs/stage1 --eval ~/.cache/stllava-med/runs/stage1",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    card.add_argument("run", type=Path, metavar="RUN", help="folder of a training run")
+    card.add_argument(
+        "--eval", action="append", type=Path, default=[], metavar="DIR", help="folder of an evaluation of it"
+    )
+    card.set_defaults(command=_card)
+
+
+def _sft(arguments: argparse.Namespace) -> int:
+    # before torch is imported: on a CPU, threads that wait should not keep the others from working
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from stllava_train.recipe import read_recipe
+
+    recipe = read_recipe(arguments.recipe, arguments.changes, arguments.stage)
+    from stllava_train.sft import open_work, report, train
+
+    work = open_work(recipe, arguments.data, arguments.images)
+    if arguments.dry_run:
+        print(report(work))
+        return 0
+    train(work, arguments.out, arguments.resume, wandb=arguments.wandb)
+    if int(os.environ.get("RANK", 0)) == 0:
+        if arguments.default:
+            from stllava_eval.answering import record_default_checkpoint
+
+            record_default_checkpoint(arguments.out)
+        print(f"{arguments.out}: the checkpoint; losses.jsonl, curves.png, tensorboard and README.md are beside it")
+    return 0
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from stllava_eval.network.checkpoint import open_checkpoint
+    from stllava_eval.network.convert import convert
+
+    convert(open_checkpoint(arguments.run), arguments.out)
+    print(f"{arguments.out}: the whole checkpoint")
+    return 0
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    from stllava_train.card import CARD, write_card
+
+    write_card(arguments.run, arguments.eval)
+    print(arguments.run / CARD)
+    return 0
 
 
 def _tiny(arguments: argparse.Namespace) -> int:

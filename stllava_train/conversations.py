@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,14 @@ class Conversation:
         image: The image's file, or None for text alone. It stands before the first question.
         rounds: (question, answer), stripped, without the image's tag.
         place: `FILE:LINE`, for messages.
+        unordered: The record's key `unordered`: its rounds are questions of a data set that do not build on each other.
     """
 
     id: str
     image: Path | None
     rounds: tuple[tuple[str, str], ...]
     place: str
+    unordered: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,10 @@ def _conversation(record: Any, place: str, folder: Path, wrong: list[str]) -> Co
     texts = [_turn(number, turn, bool(given), wrong) for number, turn in enumerate(turns)]
     if turns and len(turns) % 2:
         wrong.append(f"it ends with turn {len(turns)}, a question without an answer. Add the answer, or drop the turn.")
-    return Conversation(str(name), image, tuple(zip(texts[::2], texts[1::2], strict=False)), place)
+    unordered = record.get("unordered", False)
+    if not isinstance(unordered, bool):
+        wrong.append(f"its unordered is {_short(unordered)}. Give true or false, or leave it out.")
+    return Conversation(str(name), image, tuple(zip(texts[::2], texts[1::2], strict=False)), place, bool(unordered))
 
 
 def _turn(number: int, turn: Any, has_image: bool, wrong: list[str]) -> str:
@@ -177,21 +182,33 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
+def in_epoch(conversation: Conversation, seed: int, epoch: int) -> Conversation:
+    """`conversation` as `epoch` sees it: an unordered one with its rounds in an order drawn from seed, epoch and id.
+
+    So every question stands first at times, as it does when the model is evaluated (our choice).
+    """
+    if not conversation.unordered:
+        return conversation
+    places = range(len(conversation.rounds))
+    drawn = sorted(places, key=lambda place: _uniform(seed, epoch, conversation.id, "order", place))
+    return replace(conversation, rounds=tuple(conversation.rounds[place] for place in drawn))
+
+
 def asked(conversation: Conversation, seed: int, epoch: int, sq_r: float) -> tuple[bool, ...]:
     """For each round, whether its question is learnt: rendered as VUSER's, not as USER's.
 
     A question that is not the first of an image's conversation is, with probability `sq_r` in [0, 1]. As in the
     authors' `preprocess_v1_sq2`; there the draw hung on the number of workers, here on seed, epoch, id and round alone.
     """
-
-    def draw(number: int) -> float:
-        key = json.dumps([seed, epoch, conversation.id, number])
-        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big") / 2**56
-
     return tuple(
-        number > 0 and conversation.image is not None and draw(number) < sq_r
+        number > 0 and conversation.image is not None and _uniform(seed, epoch, conversation.id, "ask", number) < sq_r
         for number in range(len(conversation.rounds))
     )
+
+
+def _uniform(*key: Any) -> float:
+    """A number in [0, 1) that `key` alone decides."""
+    return int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:6], "big") / 2**48
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,641 @@
+"""Conversations -> a checkpoint that answers and asks: stage 1, on trl's SFTTrainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from stllava_eval import __version__
+from stllava_eval.errors import InputError
+from stllava_eval.home import whole_file, write_json
+from stllava_eval.images import decode
+from stllava_train.conversations import ANSWER, QUESTION, Conversation, Encoded, Encoder, asked, in_epoch
+from stllava_train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from stllava_eval.network.checkpoint import Checkpoint
+
+IGNORE = -100
+CACHE_BYTES = 2**30  # of prepared images, in each process that loads them
+LANGUAGE_LINEAR = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
+VISION_LINEAR = r"self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12]"
+# what may change when a run goes on: memory and safety, not what is learnt
+FREE_TO_CHANGE = {"micro_batch", "gradient_checkpointing", "save_every"}
+
+
+# --- the order of work ------------------------------------------------------------------------------------------------
+
+
+def steps_of(conversations: int, recipe: Recipe) -> int:
+    """Optimizer steps of a run: every conversation `epochs` times, the last step full."""
+    return math.ceil(conversations * recipe.epochs / recipe.batch - 1e-9)
+
+
+def plan(conversations: int, recipe: Recipe) -> list[tuple[int, int]]:
+    """(place of a conversation, epoch), in the order in which they are learnt from.
+
+    Each epoch is an order of its own, drawn from (seed, epoch). Steps are full: the last one takes the first
+    conversations of the epoch that would follow. So every step weighs the same on any number of processes, and a run
+    that goes on from a checkpoint sees exactly what it has not seen.
+    """
+    due: list[tuple[int, int]] = []
+    count = steps_of(conversations, recipe) * recipe.batch
+    epoch = 0
+    while len(due) < count:
+        order = torch.randperm(conversations, generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch))
+        due += [(place, epoch) for place in order.tolist()]
+        epoch += 1
+    return due[:count]
+
+
+# --- conversations to batches -----------------------------------------------------------------------------------------
+
+
+class Collator:
+    """Entries of the plan -> a batch: `input_ids`, `attention_mask`, `labels`, `kinds`, `pixel_values`, `places`.
+
+    The first four are (rows, tokens), padded on the right; `places` are those of the conversations.
+    """
+
+    def __init__(
+        self, conversations: Sequence[Conversation], recipe: Recipe, processor: Any, encoder: Encoder, padding: int
+    ) -> None:
+        self.conversations, self.recipe, self.padding = conversations, recipe, padding
+        self.image_processor, self.encoder = processor.image_processor, encoder
+        self._pixels: dict[Path, Tensor] = {}
+        self._cached = 0
+
+    def encoded(self, place: int, epoch: int) -> Encoded:
+        """The conversation at `place` with the questions that are learnt in `epoch`."""
+        conversation = in_epoch(self.conversations[place], self.recipe.seed, epoch)
+        return self.encoder(conversation, asked(conversation, self.recipe.seed, epoch, self.recipe.sq_r))
+
+    def __call__(self, entries: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+        """`entries`: `place` and `epoch` each."""
+        rows = [self.encoded(entry["place"], entry["epoch"]) for entry in entries]
+        shape = (len(rows), max(len(row.ids) for row in rows))
+        ids, mask = torch.full(shape, self.padding), torch.zeros(shape, dtype=torch.long)
+        kinds = torch.zeros(shape, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids[number, : len(row.ids)] = torch.tensor(row.ids)
+            kinds[number, : len(row.ids)] = torch.tensor(row.kinds)
+            mask[number, : len(row.ids)] = 1
+        batch = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": ids.masked_fill(kinds == 0, IGNORE),
+            "kinds": kinds,
+            "places": torch.tensor([entry["place"] for entry in entries]),
+        }
+        images = [image for entry in entries if (image := self.conversations[entry["place"]].image) is not None]
+        if images:
+            batch["pixel_values"] = torch.stack([self.pixels(image) for image in images])
+        return batch
+
+    def pixels(self, image: Path) -> Tensor:
+        """(3, side, side) normalised pixels."""
+        if image in self._pixels:
+            return self._pixels[image]
+        try:
+            picture = decode(image.read_bytes())
+        except OSError as error:
+            raise InputError(f"{image}: cannot be read ({error.strerror}). Put it back.") from error
+        except InputError as error:
+            raise InputError(f"{image}: {error}") from error
+        pixels = self.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+        if self._cached < CACHE_BYTES:
+            self._cached += pixels.nbytes
+            self._pixels[image] = pixels
+        return pixels
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a data file comes to, in tokens; questions are those that the first epoch draws."""
+
+    conversations: int
+    images: int
+    rounds: int
+    tokens: int
+    longest: int
+    answer_tokens: int
+    question_tokens: int
+
+
+def count(collator: Collator, progress: bool) -> Counts:
+    """Every conversation encoded as in the first epoch.
+
+    Raises:
+        InputError: One is longer than the recipe allows.
+    """
+    from tqdm import tqdm
+
+    recipe = collator.recipe
+    rows: list[Encoded] = []
+    for place, conversation in enumerate(
+        tqdm(collator.conversations, "counting tokens", unit="conversation", disable=None if progress else True, file=sys.stderr)
+    ):
+        most = len(collator.encoder(conversation, asked(conversation, 0, 0, math.ceil(recipe.sq_r))).ids)
+        if most > recipe.max_tokens:
+            raise InputError(
+                f"{conversation.place}: {conversation.id}: {most} tokens, more than max_tokens {recipe.max_tokens}. "
+                "Raise it, or leave the record out (`stllava-train check --write`)."
+            )
+        rows.append(collator.encoded(place, 0))
+    return Counts(
+        conversations=len(rows),
+        images=len({one.image for one in collator.conversations if one.image is not None}),
+        rounds=sum(len(one.rounds) for one in collator.conversations),
+        tokens=sum(len(row.ids) for row in rows),
+        longest=max(len(row.ids) for row in rows),
+        answer_tokens=sum(row.kinds.count(ANSWER) for row in rows),
+        question_tokens=sum(row.kinds.count(QUESTION) for row in rows),
+    )
+
+
+# --- the network, ready to be trained ---------------------------------------------------------------------------------
+
+
+def prepare(model: Any, recipe: Recipe) -> Any:
+    """The network with what the recipe trains, and only that, asking for gradients; held in float32.
+
+    LoRA on language model and vision tower is one PEFT configuration of path patterns, in which the projector is saved
+    whole. The tower's layers behind the one that is read get none: no gradient would reach them.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    read = _read_layers(model.config)
+    loras = {name: part for name, part in recipe.parts().items() if part.train == "lora"}
+    for name, part in recipe.parts().items():
+        if part.train == "full":
+            model.get_submodule(PATHS[name]).requires_grad_(True)
+    if recipe.language_model.train == "full":
+        model.lm_head.requires_grad_(True)
+    for name, parameter in model.model.vision_tower.named_parameters():
+        if re.match(rf"encoder\.layers\.(?!(?:{read})\.)|post_layernorm", name):
+            parameter.requires_grad_(False)
+    if not loras:
+        return model
+    patterns = {
+        "language_model": rf".*\.language_model\.layers\.\d+\.(?:{LANGUAGE_LINEAR})",
+        "vision_tower": rf".*\.vision_tower\.encoder\.layers\.(?:{read})\.(?:{VISION_LINEAR})",
+    }
+    first = loras.get("language_model") or loras["vision_tower"]
+    vision = {r".*\.vision_tower\..*": loras["vision_tower"]} if "vision_tower" in loras else {}
+    configuration = LoraConfig(
+        target_modules="|".join(f"(?:{patterns[name]})" for name in loras),
+        r=first.rank,
+        lora_alpha=first.alpha,
+        lora_dropout=first.dropout,
+        rank_pattern={pattern: part.rank for pattern, part in vision.items()},
+        alpha_pattern={pattern: part.alpha for pattern, part in vision.items()},
+        modules_to_save=["multi_modal_projector"] if recipe.projector.train == "full" else None,
+        task_type="CAUSAL_LM",
+    )
+    if recipe.four_bit:
+        from peft import prepare_model_for_kbit_training
+
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = get_peft_model(model, configuration)
+    if "vision_tower" in loras:  # one configuration has one dropout
+        dropout = loras["vision_tower"].dropout
+        for name, module in model.named_modules():
+            if ".vision_tower." in name and name.endswith(".lora_dropout"):
+                module["default"] = torch.nn.Dropout(dropout) if dropout else torch.nn.Identity()
+    return model
+
+
+PATHS = {
+    "language_model": "model.language_model",
+    "projector": "model.multi_modal_projector",
+    "vision_tower": "model.vision_tower",
+}
+
+
+def _read_layers(config: Any) -> str:
+    """A pattern of the numbers of the tower's layers that the features are read from, or pass through."""
+    read = config.vision_feature_layer
+    count = config.vision_config.num_hidden_layers
+    last = max(layer if layer >= 0 else count + 1 + layer for layer in (read if isinstance(read, list) else [read]))
+    return "|".join(map(str, range(last)))
+
+
+def part_of(parameter: str) -> str:
+    """The part that a parameter belongs to, by its name."""
+    return next((name for name, word in WORDS.items() if word in parameter), "language_model")
+
+
+WORDS = {"projector": "multi_modal_projector", "vision_tower": "vision_tower"}
+
+
+class SftTrainer(SFTTrainer):
+    """trl's, with two losses, a learning rate for each part, and a stop where the loss is no number."""
+
+    model: Any  # trl's and transformers' types leave these open
+    optimizer: Any
+
+    def __init__(self, recipe: Recipe, conversations: Sequence[Conversation], trace: Path, **others: Any) -> None:
+        self.recipe, self.conversations, self.trace = recipe, conversations, trace
+        super().__init__(**others)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:  # 16 bits would swallow most updates of a small learning rate
+                parameter.data = parameter.data.float()
+        self._sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """AdamW with a group for each part that is trained, the language model's first."""
+        if self.optimizer is None:
+            by_part: dict[str, list[Any]] = {name: [] for name in self.recipe.parts()}
+            for name, parameter in (self.model if model is None else model).named_parameters():
+                if parameter.requires_grad:
+                    by_part[part_of(name)].append(parameter)
+            rates = {name: part.learning_rate for name, part in self.recipe.parts().items()}
+            groups = [{"params": found, "lr": rates[name], "name": name} for name, found in by_part.items() if found]
+            self.optimizer = torch.optim.AdamW(groups, betas=self.recipe.betas, weight_decay=self.recipe.weight_decay)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Negative log-likelihood of answers and questions, in nats: their weighted sum over all tokens of the step.
+
+        Raises:
+            InputError: It is no number; the message names the conversations of the batch.
+        """
+        self._rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}  # of this step
+        kinds, places = inputs.pop("kinds")[:, 1:], inputs.pop("places")
+        outputs = model(**inputs, fused_lm_head=True)
+        losses = -outputs.log_probs  # (rows, tokens - 1), zero where nothing is learnt
+        at_question = kinds == QUESTION
+        answers = losses.masked_fill(at_question, 0).sum()
+        questions = losses.masked_fill(~at_question, 0).sum()
+        total = self.recipe.answer_weight * answers + self.recipe.question_weight * questions
+        if not torch.isfinite(total):
+            batch = [self.conversations[place] for place in places.tolist()]
+            raise InputError(
+                f"step {self.state.global_step + 1}: the loss is {total.item()} for "
+                f"{', '.join(f'{one.id} ({one.place})' for one in batch)}. Look at these records, or lower the "
+                "learning rates; --resume goes on from the last checkpoint."
+            )
+        with torch.no_grad():
+            self._sums += torch.stack([answers, questions, (kinds == ANSWER).sum(), at_question.sum()]).to(self._sums)
+        return total / num_items_in_batch * self.accelerator.num_processes
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """A step's losses, to `trace` and to whatever else listens."""
+        if "loss" not in logs:
+            return
+        sums = self.accelerator.reduce(self._sums, "sum").tolist()
+        self._sums.zero_()
+        record = step_record(self.state.global_step, sums, self.recipe)
+        record["gradient_norm"] = float(logs["grad_norm"])
+        record |= {f"learning_rate_{name}": rate for name, rate in self._rates.items()}
+        if self.accelerator.is_main_process:
+            with self.trace.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        self._metrics["train"].clear()
+        super().log({key: value for key, value in record.items() if value is not None and key != "step"})
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None in the folders to resume from; the run's own is written at its end."""
+
+
+def step_record(step: int, sums: Sequence[float], recipe: Recipe) -> dict[str, Any]:
+    """A line of the trace. `sums`: nats of answers and of questions, then their tokens."""
+    answers, questions, answer_tokens, question_tokens = sums
+    tokens = answer_tokens + question_tokens
+    return {
+        "step": step,
+        "loss": (recipe.answer_weight * answers + recipe.question_weight * questions) / tokens,
+        "answer_loss": answers / answer_tokens if answer_tokens else None,
+        "question_loss": questions / question_tokens if question_tokens else None,
+        "answer_tokens": int(answer_tokens),
+        "question_tokens": int(question_tokens),
+    }
+
+
+class _Bar(TrainerCallback):
+    """Steps done, time left and the last losses, on stderr; a mark in every folder to resume from that is whole."""
+
+    def __init__(self, progress: bool) -> None:
+        self.progress = progress
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        from tqdm import tqdm
+
+        shown = self.progress and state.is_world_process_zero
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="stage 1", unit="step", disable=not shown
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        names = {"answer_loss": "answers", "question_loss": "questions"}
+        losses = {shown: f"{logs[name]:.3f}" for name, shown in names.items() if name in (logs or {})}
+        self.bar.set_postfix(losses, refresh=False)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / WHOLE, {"step": state.global_step})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+WHOLE = "whole.json"  # the last file of a folder to resume from
+
+
+def last_whole(folder: Path) -> Path | None:
+    """The latest of the folders `checkpoint-N` in `folder` that was written to its end."""
+    whole = [file.parent for file in folder.glob(f"checkpoint-*/{WHOLE}")]
+    return max(whole, key=lambda one: int(one.name.rpartition("-")[2]), default=None)
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run before its first step: what it learns from, what it trains, in which order."""
+
+    recipe: Recipe
+    conversations: Sequence[Conversation]
+    checkpoint: Checkpoint
+    collator: Collator
+    counts: Counts
+    data: list[dict[str, Any]]  # file, sha256 and conversations of each
+
+
+def open_work(recipe: Recipe, files: Sequence[Path], images: Path | None = None, progress: bool = True) -> Work:
+    """Read and check everything that a run needs; no weights yet.
+
+    Raises:
+        InputError: Data, recipe and checkpoint do not fit together; the first problem of each kind is named.
+    """
+    from stllava_eval.network.checkpoint import open_checkpoint
+    from stllava_train.conversations import read_conversations
+
+    conversations: list[Conversation] = []
+    data = []
+    for file in files:
+        sound, problems = read_conversations(file, images)
+        if problems:
+            more = f" ({len(problems) - 1} more: `stllava-train check {file}`)" if len(problems) > 1 else ""
+            raise InputError(f"{problems[0]}{more}")
+        conversations += sound
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        data.append({"file": file.name, "sha256": sha256, "conversations": len(sound)})
+    checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
+    processor = checkpoint.processor()
+    encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
+    padding = checkpoint.config.text_config.pad_token_id or 0
+    collator = Collator(conversations, recipe, processor, encoder, padding)
+    return Work(recipe, conversations, checkpoint, collator, count(collator, progress), data)
+
+
+def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wandb: bool = False) -> None:
+    """Train, and write the folder `out`: the checkpoint, `losses.jsonl`, `curves.png`, `run.json`, a model card.
+
+    The same work, seed, number of processes and threads give the same weights, whether or not the run was broken off.
+
+    Args:
+        work: See `open_work`.
+        out: A new folder; with `resume`, that of a run which was broken off.
+        resume: Go on from the last whole checkpoint under `out`.
+        progress: Whether to show a bar on stderr.
+        wandb: Report to Weights & Biases as well as to TensorBoard.
+
+    Raises:
+        InputError: The folder holds another run, or a loss is no number.
+    """
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    manifest = _manifest(work)
+    _check_folder(out, manifest, resume)
+    last = last_whole(out / "checkpoints")
+    trace = out / "losses.jsonl"
+    if state.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "run.json", manifest)
+        _cut(trace, int(last.name.rpartition("-")[2]) if last else 0)
+    state.wait_for_everyone()
+    trainer = make_trainer(work, out, trace, progress, wandb)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    state.wait_for_everyone()
+    _save(trainer, work, out)
+    if state.is_main_process:
+        from stllava_train.card import draw_curves, write_card
+
+        draw_curves(trace, out / "curves.png")
+        write_card(out)
+    state.wait_for_everyone()
+
+
+def make_trainer(work: Work, out: Path, trace: Path, progress: bool = True, wandb: bool = False) -> SftTrainer:
+    """The trainer of `work`, which keeps what it resumes from under `out`.
+
+    Raises:
+        InputError: The batch cannot be dealt to the processes.
+    """
+    from accelerate import PartialState
+    from transformers import set_seed
+    from transformers.integrations import TensorBoardCallback
+
+    recipe, world = work.recipe, PartialState().num_processes
+    rows = min(recipe.micro_batch, recipe.batch // world)
+    if rows == 0 or recipe.batch % (rows * world):
+        raise InputError(
+            f"batch {recipe.batch}: it cannot be dealt to {world} processes of micro_batch {recipe.micro_batch}. "
+            "Choose a batch that is a multiple of both."
+        )
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
+    device = PartialState().device
+    steps = steps_of(len(work.conversations), recipe)
+    arguments = SFTConfig(
+        output_dir=str(out / "checkpoints"),
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=recipe.batch // (rows * world),
+        num_train_epochs=1,  # the plan holds all epochs
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(recipe.warmup * steps),
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.dtype == "bfloat16",
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        seed=recipe.seed,
+        use_cpu=not cuda,
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=4 if cuda else 0,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=recipe.save_every,
+        save_total_limit=2,  # one is whole while the other is written
+        disable_tqdm=True,
+        report_to=["wandb"] if wandb else [],
+    )
+    set_seed(recipe.seed)
+    model: Any = work.checkpoint.model("cpu" if not recipe.four_bit else device, dtype, recipe.four_bit)
+    model = prepare(model, recipe)
+    order = plan(len(work.conversations), recipe)
+    callbacks: list[TrainerCallback] = [_Bar(progress)]
+    if PartialState().is_main_process:
+        from torch.utils.tensorboard import SummaryWriter
+
+        callbacks.append(TensorBoardCallback(SummaryWriter(str(out / "tensorboard"))))
+    trainer = SftTrainer(
+        recipe,
+        work.conversations,
+        trace,
+        model=model,
+        args=arguments,
+        data_collator=work.collator,
+        train_dataset=Dataset.from_dict({"place": [one for one, _ in order], "epoch": [one for _, one in order]}),
+        processing_class=work.collator.encoder.tokenizer,
+        callbacks=callbacks,
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def report(work: Work) -> str:
+    """What a run would be: tokens, steps, and the weights of each part; for `--dry-run`."""
+    counts, recipe = work.counts, work.recipe
+    learnt = counts.answer_tokens + counts.question_tokens
+    steps = steps_of(counts.conversations, recipe)
+    shapes = parameters(work)
+    lines = [
+        f"{counts.conversations} conversations about {counts.images} images, {counts.rounds} rounds",
+        f"{counts.tokens} tokens in the first epoch, the longest conversation {counts.longest}; learnt are {learnt} "
+        f"({learnt / counts.tokens:.1%}): {counts.answer_tokens} of answers, {counts.question_tokens} of questions",
+        f"{steps} steps of {recipe.batch} conversations: {recipe.epochs:g} epochs",
+        *(
+            f"{name}: {recipe.parts()[name].train}, {trained:,} of {held:,} weights trained"
+            for name, (held, trained) in shapes.items()
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def parameters(work: Work) -> dict[str, tuple[int, int]]:
+    """For each part: its weights without adapters, and how many are trained, adapters' included. No weight is read."""
+    from accelerate import init_empty_weights
+
+    from stllava_eval.network import StllavaMedForConditionalGeneration
+
+    with init_empty_weights():
+        model: Any = StllavaMedForConditionalGeneration(work.checkpoint.config).requires_grad_(False)
+        held = dict.fromkeys(work.recipe.parts(), 0)
+        for name, parameter in model.named_parameters():
+            held[part_of(name)] += parameter.numel()
+        model = prepare(model, dataclasses.replace(work.recipe, four_bit=False))
+    trained = dict.fromkeys(held, 0)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            trained[part_of(name)] += parameter.numel()
+    return {name: (held[name], trained[name]) for name in held}
+
+
+def _manifest(work: Work) -> dict[str, Any]:
+    """What decides the result, for `run.json`."""
+    from stllava_eval.runs import commit, version
+
+    packages = ("torch", "transformers", "trl", "peft", "accelerate")
+    return {
+        "format": 1,
+        "stage": "sft",
+        "recipe": work.recipe.as_dict(),
+        "data": work.data,
+        "start": {"name": work.checkpoint.name, "sha256": work.checkpoint.sha256},
+        "counts": vars(work.counts),
+        "steps": steps_of(len(work.conversations), work.recipe),
+        "versions": {"stllava-med": __version__} | {name: version(name) for name in packages},
+        "commit": commit(),
+    }
+
+
+def _check_folder(out: Path, manifest: Mapping[str, Any], resume: bool) -> None:
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out}: it is not empty. Pass --resume to go on with the run in it, or another folder.")
+        return
+    try:
+        before = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out}: no run to go on with (run.json: {error}). Leave --resume out.") from error
+    recipe = {key: value for key, value in manifest["recipe"].items() if key not in FREE_TO_CHANGE}
+    for name, now, then in (
+        *((f"recipe: {key}", value, before.get("recipe", {}).get(key)) for key, value in recipe.items()),
+        ("data", [one["sha256"] for one in manifest["data"]], [one.get("sha256") for one in before.get("data", [])]),
+        ("start", manifest["start"]["sha256"], before.get("start", {}).get("sha256")),
+    ):
+        if now != then:
+            raise InputError(
+                f"{out}: {name}: the run in it has {then}, this call {now}. Call it as before, or without --resume "
+                "and with another --out."
+            )
+    if (out / FINISHED).is_file():
+        raise InputError(f"{out}: the run in it is finished. Nothing is left to do.")
+
+
+FINISHED = "README.md"  # the model card, the last file of a run
+
+
+def _cut(trace: Path, step: int) -> None:
+    """Take the lines behind `step` off the trace: they will be computed again."""
+    if trace.exists():
+        kept = [line for line in read_trace(trace) if line["step"] <= step]
+        with whole_file(trace) as unfinished:
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def read_trace(trace: Path) -> list[dict[str, Any]]:
+    """The steps of `losses.jsonl`; a last line that a kill cut short is left out."""
+    lines = []
+    for line in trace.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def _save(trainer: SftTrainer, work: Work, out: Path) -> None:
+    """The checkpoint, with everything that `stllava_med` needs to load it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if hasattr(model, "peft_config"):
+        start = Path(work.recipe.start)
+        base = str(start.resolve()) if start.exists() else work.recipe.start
+        model.peft_config["default"].base_model_name_or_path = base
+    trainer.save_model(str(out))
+    if trainer.accelerator.is_main_process:
+        work.checkpoint.processor().save_pretrained(out)
+        for litter in ("training_args.bin",):
+            (out / litter).unlink(missing_ok=True)
