@@ -131,23 +131,10 @@ def write_med_im(
     Raises:
         InputError: A file cannot be had or read, no image was found, or see `fetch_figures`.
     """
-    files = {name: _source_file(source, name, out / "med-im-source") for name in (INSTRUCTIONS, ADDRESSES)}
-    notes = []
-    for name, file in files.items():
-        with file.open("rb") as opened:
-            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-        if sha256 == PUBLISHED[name]:
-            continue
-        if source == MED_IM:
-            file.unlink()
-            raise InputError(
-                f"{MED_IM}: {name} is not the published file: its sha256 is {sha256}, not {PUBLISHED[name]}. "
-                "Get it elsewhere and pass its folder with --from."
-            )
-        notes.append(f"{file}: not the published file (sha256 {sha256[:16]}..., published {PUBLISHED[name][:16]}...)")
-    instructions = _instructions(files[INSTRUCTIONS])
-    usable, left_out = [], defaultdict(list)
-    for instruction in instructions:
+    files, notes = _source_files(source, out / "med-im-source")
+    usable = []
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for instruction in _instructions(files[INSTRUCTIONS]):
         trouble = _turn_trouble(instruction.turns)
         if trouble:
             left_out[trouble].append(instruction.id)
@@ -279,6 +266,25 @@ def _source_file(source: str, name: str, downloads: Path) -> Path:
         if path.is_file():
             return path
     raise InputError(f"--from {source}: it has no {name}. Pass the folder that holds {INSTRUCTIONS} and {ADDRESSES}.")
+
+
+def _source_files(source: str, downloads: Path) -> tuple[dict[str, Path], list[str]]:
+    """The two published files by name, and which of them differ from what LLaVA-Med published."""
+    files = {name: _source_file(source, name, downloads) for name in (INSTRUCTIONS, ADDRESSES)}
+    notes = []
+    for name, file in files.items():
+        with file.open("rb") as opened:
+            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+        if sha256 == PUBLISHED[name]:
+            continue
+        if source == MED_IM:
+            file.unlink()
+            raise InputError(
+                f"{MED_IM}: {name} is not the published file: its sha256 is {sha256}, not {PUBLISHED[name]}. "
+                "Get it elsewhere and pass its folder with --from."
+            )
+        notes.append(f"{file}: not the published file (sha256 {sha256[:16]}..., published {PUBLISHED[name][:16]}...)")
+    return files, notes
 
 
 def _instructions(path: Path) -> list[_Instruction]:
