@@ -147,7 +147,13 @@ def count(collator: Collator, progress: bool) -> Counts:
     recipe = collator.recipe
     rows: list[Encoded] = []
     for place, conversation in enumerate(
-        tqdm(collator.conversations, "counting tokens", unit="conversation", disable=None if progress else True, file=sys.stderr)
+        tqdm(
+            collator.conversations,
+            "counting tokens",
+            unit="conversation",
+            disable=None if progress else True,
+            file=sys.stderr,
+        )
     ):
         most = len(collator.encoder(conversation, asked(conversation, 0, 0, math.ceil(recipe.sq_r))).ids)
         if most > recipe.max_tokens:
