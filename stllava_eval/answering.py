@@ -28,7 +28,7 @@ class Question:
     """What is asked about one image.
 
     Args:
-        text: The question; None lets the model ask the next one (`VUSER:`).
+        text: The question; None lets the model ask the next one (`VUSER:`, template `v1_sq`).
         image: Opens the image (RGB) shortly before it is due, so that few lie in memory.
         max_new_tokens: Of the answer.
         until: Texts before which the answer ends.
@@ -140,7 +140,19 @@ class Answerer:
         }
 
     def prompt(self, question: str | None, history: Sequence[tuple[str, str]] = ()) -> str:
-        """The prompt of the checkpoint's template; `<image>` marks where the image's tokens go. See `Question`."""
+        """The prompt of the checkpoint's template; `<image>` marks where the image's tokens go. See `Question`.
+
+        Where the model asks, the template is `v1_sq`: what stage 1 trains it to ask in and the authors' `visual_sq.py`
+        is run with (`--conv-mode v1_sq`).
+
+        Raises:
+            InputError: The model is to ask, and its processor has no template `v1_sq`.
+        """
+        templates = self.processor.chat_template
+        if question is None and not (isinstance(templates, dict) and "v1_sq" in templates):
+            raise InputError(
+                f"{self.name}: its processor has no chat template v1_sq, so it cannot ask. Pass a question."
+            )
         asked = [text for text, _ in history] + ([] if question is None else [question])
         messages: list[dict[str, Any]] = []
         for number, text in enumerate(asked):
@@ -148,7 +160,10 @@ class Answerer:
             messages.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
             if number < len(history):
                 messages.append({"role": "assistant", "content": history[number][1]})
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, ask=question is None)
+        asks = question is None
+        return self.processor.apply_chat_template(
+            messages, chat_template="v1_sq" if asks else None, add_generation_prompt=True, ask=asks
+        )
 
     def token_ids(self, question: str | None, history: Sequence[tuple[str, str]] = ()) -> list[int]:
         """The prompt's token ids, with one image token for each vector that the image becomes.

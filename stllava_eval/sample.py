@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -406,6 +406,58 @@ def sample_rows(name: str, split: str) -> list[Row]:
     Raises:
         InputError: Name or split is unknown, or a package that ships images is missing.
     """
+    return _rows_and_facts(name, split)[0]
+
+
+def sample_facts(name: str, split: str) -> dict[str, dict[str, str]]:
+    """What is known of every image of a sample set: image id -> concept -> its value. An image's rows ask part of it.
+
+    Makes the images anew (seconds for a test split).
+
+    Raises:
+        InputError: As `sample_rows`.
+    """
+    return _rows_and_facts(name, split)[1]
+
+
+def true_answers(name: str, facts: dict[str, str]) -> dict[str, str]:
+    """Every question, in every wording of the set, that these facts answer -> its answer.
+
+    Questions about what the image does not have ("Where is the blue bar?" without a bar) and those whose answer is in
+    doubt ("Is the chest shown?" of a heart) are left out, as the rows leave them out.
+    """
+    answers: dict[str, str] = {}
+    for concept in _concepts(name):
+        if (value := facts.get(concept.name)) is None:
+            continue
+        for question, asked in _texts(concept):
+            if asked is None and value in concept.values:
+                answers[question] = value
+            elif asked is not None and (value == asked or _excludes(concept, value, asked)):
+                answers[question] = "yes" if value == asked else "no"
+    return answers
+
+
+def all_questions(name: str) -> set[str]:
+    """Every question that the set can ask of some image, in every wording: those of all splits, and more."""
+    return {question for concept in _concepts(name) for question, _ in _texts(concept)}
+
+
+def _concepts(name: str) -> tuple[Concept, ...]:
+    return PATHOLOGY if name == "pathvqa" else RADIOLOGY
+
+
+def _texts(concept: Concept) -> Iterator[tuple[str, str | None]]:
+    """Every question about a concept, and the value that it asks about; None for an open one."""
+    for wording in concept.open:
+        yield wording, None
+    for value, named in concept.values.items():
+        for wording in concept.closed:
+            yield wording.format(named), value
+
+
+def _rows_and_facts(name: str, split: str) -> tuple[list[Row], dict[str, dict[str, str]]]:
+    """The rows of a split, and the facts of each of its images by image id, also of an image that no row asks about."""
     import numpy as np
 
     if name not in SETS:
@@ -416,18 +468,24 @@ def sample_rows(name: str, split: str) -> list[Row]:
     groups = [(ORIGINS[split], _seen_pictures(name, split, rng))]
     if split == "test":
         groups.append(("unseen volume", _unseen_pictures(name, rng)))
-    concepts = PATHOLOGY if name == "pathvqa" else RADIOLOGY
+    concepts = _concepts(name)
     rows: list[Row] = []
+    facts: dict[str, dict[str, str]] = {}
     for origin, cuts in groups:
         pictures = [_edited(picture, rng) for picture in cuts]
         files = [_encoded(picture.pixels) for picture in pictures]
+        ids = [
+            f"{name}-sample-{split}-{origin.split()[0]}-{place:03d}-{picture.source}"
+            for place, picture in enumerate(pictures)
+        ]
+        facts |= {image_id: picture.facts for image_id, picture in zip(ids, pictures, strict=True)}
         for place, concept, value, asked in _questions(pictures, concepts, ASKED_SHARE[split], rng):
             wording, is_new = _wording(concept.open if asked is None else concept.closed, split, rng)
             rows.append(
                 Row(
                     id=f"{name}-sample-{split}-{len(rows):04d}",
                     image=files[place],
-                    image_id=f"{name}-sample-{split}-{origin.split()[0]}-{place:03d}-{pictures[place].source}",
+                    image_id=ids[place],
                     question=wording if asked is None else wording.format(concept.values[asked]),
                     reference=value if asked is None else ("yes" if value == asked else "no"),
                     kind="open" if asked is None and not concept.choice else "closed",
@@ -435,7 +493,7 @@ def sample_rows(name: str, split: str) -> list[Row]:
                     | {"origin": origin},
                 )
             )
-    return rows
+    return rows, facts
 
 
 def _categories(name: str, split: str, concept: str, facts: dict[str, str], is_new: bool) -> dict[str, str]:

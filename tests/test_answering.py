@@ -89,7 +89,7 @@ def test_further_rounds_and_draws_are_what_the_same_questions_asked_alone_give(a
 def test_a_prompt_goes_on_with_the_rounds_before_and_lets_the_model_ask(llama_tokenizer, tmp_path):
     from test_checkpoint import make, original_names, write_flat_config, write_tower
 
-    from stllava_eval.network.processing import SYSTEM
+    from stllava_eval.network.processing import SYSTEM, SYSTEM_SQ
 
     model = make(rows=32000)
     write_flat_config(tmp_path, model)
@@ -99,9 +99,12 @@ def test_a_prompt_goes_on_with_the_rounds_before_and_lets_the_model_ask(llama_to
         shutil.copy(file, tmp_path)
     answerer = Answerer(str(tmp_path), prototypes=3)
     rounds = [("Describe it.", "A chest CT.")]
-    start = f"<s>{SYSTEM} USER: <image>\nDescribe it. ASSISTANT: A chest CT.</s>"
-    assert answerer.prompt("Why?", rounds) == f"{start}USER: Why? ASSISTANT:"
-    assert answerer.prompt(None, rounds) == f"{start}VUSER:"
+    start = " USER: <image>\nDescribe it. ASSISTANT: A chest CT.</s>"
+    assert answerer.prompt("Why?", rounds) == f"<s>{SYSTEM}{start}USER: Why? ASSISTANT:"
+    assert answerer.prompt(None, rounds) == f"<s>{SYSTEM_SQ}{start}VUSER:"
+    del answerer.processor.chat_template["v1_sq"]
+    with pytest.raises(InputError, match="no chat template v1_sq, so it cannot ask"):
+        answerer.prompt(None, rounds)
 
 
 @pytest.mark.parametrize("token", ["<image>", "</s>"])

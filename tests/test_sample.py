@@ -10,7 +10,8 @@ from PIL import Image
 
 from stllava_eval import sample
 from stllava_eval.errors import InputError
-from stllava_eval.sample import REGIONS, SETS, SLABS, SPLITS, sample_rows
+from stllava_eval.metrics import folded_words
+from stllava_eval.sample import REGIONS, SETS, SLABS, SPLITS, all_questions, sample_facts, sample_rows, true_answers
 
 FIELDS = {
     "vqarad": {"organ", "question_type", "phrase_type", "origin"},
@@ -71,6 +72,37 @@ def test_the_sets_are_as_large_as_the_study_that_they_follow(rows):
     test = Counter(r.categories["origin"] for name in SETS for r in rows[name, "test"])
     assert test["held-out region"] > 1200
     assert test["unseen volume"] > 300
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_facts_of_an_image_answer_its_rows_and_more(rows, name):
+    facts = sample_facts(name, "validation")
+    assert {row.image_id for row in rows[name, "validation"]} <= set(facts)
+    for row in rows[name, "validation"]:
+        answers = true_answers(name, facts[row.image_id])
+        assert answers[row.question] == row.reference, row
+        assert set(answers) <= all_questions(name)
+        assert len(answers) > 12
+    for split in SPLITS:
+        assert {row.question for row in rows[name, split]} <= all_questions(name)
+
+
+def test_true_answers_leave_out_what_is_in_doubt_or_not_there():
+    answers = true_answers("vqarad", {"organ": "heart", "cross": "yes"})
+    assert answers["Which body part is this?"] == "heart"
+    assert (answers["Do we see the heart?"], answers["Do we see the leg?"]) == ("yes", "no")
+    assert "Do we see the chest?" not in answers  # a heart lies in it
+    assert answers["Is there a red cross?"] == "yes"
+    assert not any("bar" in question or "plane" in question for question in answers)
+
+
+def test_words_of_a_question_mean_one_thing():
+    for name in SETS:
+        meanings = defaultdict(set)
+        for asked in sample._concepts(name):
+            for question, value in sample._texts(asked):
+                meanings[folded_words(question)].add((asked.name, value))
+        assert {len(of) for of in meanings.values()} == {1}
 
 
 def test_a_closed_question_is_yes_or_no_unless_it_names_its_options(rows):
