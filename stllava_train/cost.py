@@ -36,18 +36,26 @@ class Stack:
         """Weights in the matrices of one layer."""
         return 2 * self.hidden * (self.hidden + self.key_value) + (2 + self.gated) * self.hidden * self.intermediate
 
-    def activations(self, width: int, lora: bool) -> int:
-        """Bytes for each token that one layer keeps for its backward pass.
+    def activations(self, width: int, train: str) -> int:
+        """Bytes for each token that one layer keeps for its backward pass; a test counts what autograd keeps.
 
-        Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1) count 34 bytes for each number of the hidden state in
-        GPT's layer in 16 bits. Here as there: what enters the attention, queries, keys, values, what leaves it, what
-        enters the MLP, both norms, and the MLP's insides. Not here: dropout's masks, and attention scores, which
-        no fused kernel keeps. A LoRA keeps of its own what enters each matrix, after dropout, and the mask.
+        Queries, keys, values, what leaves the attention, the MLP's insides, and what enters both norms, in float32;
+        attention scores are kept by no fused kernel. A matrix that is trained keeps what enters it as well, and a LoRA
+        does after dropout, with a byte for the mask. A frozen one keeps nothing. Korthikanti et al. 2022
+        (arXiv:2205.05198, section 4.1) count the same way for GPT: 34 bytes for each number of the hidden state.
+
+        Args:
+            width: Bytes of a number in the computation.
+            train: As of `Part`.
         """
-        inside = 4 if self.gated else 2
-        kept = width * (6 * self.hidden + 2 * self.key_value + inside * self.intermediate)
-        entering = (5 + self.gated) * self.hidden + self.intermediate
-        return kept + lora * (width + 1) * entering
+        insides = 2 * self.hidden + 2 * self.key_value + (2 + self.gated) * self.intermediate
+        norms = 2 * WIDTH["float32"] * self.hidden
+        kept = width * insides + norms
+        if train == "full":  # autocast makes a copy of its input for each matrix; what leaves the attention is kept
+            kept += norms + width * ((4 + self.gated) * self.hidden + self.intermediate)
+        if train == "lora":
+            kept += (width + 1) * ((5 + self.gated) * self.hidden + self.intermediate)
+        return kept
 
 
 @dataclass(frozen=True)
@@ -56,13 +64,14 @@ class Memory:
 
     frozen: float
     trained: float
+    copies: float  # of trained weights in bfloat16, which autocast holds until a forward pass ends
     activations: float
     head: float
 
     @property
     def total(self) -> float:
         """Bytes."""
-        return self.frozen + self.trained + self.activations + self.head
+        return self.frozen + self.trained + self.copies + self.activations + self.head
 
 
 def stacks(config: Any) -> tuple[Stack, Stack]:
@@ -105,15 +114,19 @@ def memory(recipe: Recipe, weights: Mapping[str, tuple[int, int]], config: Any, 
     ):
         if stack is vision and part.train == "frozen":
             continue  # nothing before the projector needs a gradient
-        layer = recipe.micro_batch * vectors * stack.activations(width, part.train == "lora")
+        vectors *= recipe.micro_batch
+        layer = vectors * stack.activations(width, part.train)
         if recipe.gradient_checkpointing:  # a layer's input, and all of one layer at a time
-            kept += stack.layers * recipe.micro_batch * vectors * stack.hidden * width
+            wide = recipe.four_bit or part.train == "full"  # then embeddings are float32, and what is added to them
+            kept += vectors * stack.layers * stack.hidden * (WIDTH["float32"] if wide else width)
             peak = max(peak, layer)
         else:
             kept += stack.layers * layer
+    trained = sum(trained for _, trained in weights.values())
     return Memory(
         frozen=frozen,
-        trained=TRAINED * sum(trained for _, trained in weights.values()),
+        trained=TRAINED * trained,
+        copies=width * trained if recipe.dtype == "bfloat16" else 0,
         activations=kept + peak,
         head=_head(recipe.micro_batch * tokens, language.hidden, config.text_config.vocab_size, width),
     )

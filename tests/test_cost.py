@@ -48,15 +48,58 @@ def test_weights_of_the_parts_are_those_of_the_network(recipe):
     assert WEIGHTS["vision_tower"][1] == 23 * 32 * (4 * 2048 + 2 * (1024 + 4096))
 
 
-def test_gpt_layer_without_dropout_and_scores_keeps_32_bytes_where_korthikanti_count_34():
-    gpt = Stack(layers=1, hidden=10, intermediate=40, key_value=10, gated=False)
-    assert gpt.activations(width=2, lora=False) == 32 * 10  # theirs has two masks of dropout of 1 byte more
+def test_llama_layer_keeps_by_hand():
+    # q, k, v, attention's output (4096 each), gate, its activation, up (11008 each); both norms' input in float32
+    insides = 2 * (4 * 4096 + 3 * 11008) + 2 * 4 * 4096
+    assert LANGUAGE.activations(2, "frozen") == insides
+    # what enters q, k, v, o, gate, up (4096 each) and down, in 16 bits, and a byte of dropout's mask
+    assert LANGUAGE.activations(2, "lora") == insides + 3 * (6 * 4096 + 11008)
+    # what enters q, k, v, gate, up and down, and the normalised state in float32
+    assert LANGUAGE.activations(2, "full") == insides + 2 * (5 * 4096 + 11008) + 2 * 4 * 4096
 
 
-def test_llama_layer_keeps_8_widths_of_the_hidden_state_and_4_of_the_mlp():
-    assert LANGUAGE.activations(2, lora=False) == 2 * (8 * 4096 + 4 * 11008)
-    # and 3 bytes of what enters q, k, v, o, gate, up (4096 each) and down
-    assert LANGUAGE.activations(2, lora=True) == 2 * (8 * 4096 + 4 * 11008) + 3 * (6 * 4096 + 11008)
+@pytest.mark.parametrize("train", ["frozen", "lora", "full"])
+def test_what_a_layer_keeps_is_what_autograd_keeps(train):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from torch.autograd.graph import saved_tensors_hooks
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    stack, tokens = Stack(1, 128, 344, 128, True), 256
+
+    def kept(layers: int) -> int:
+        network = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=stack.hidden,
+                intermediate_size=stack.intermediate,
+                num_hidden_layers=layers,
+                num_attention_heads=2,
+                vocab_size=16,
+                attn_implementation="sdpa",
+            )
+        )
+        if train != "full":
+            network = network.to(torch.bfloat16).requires_grad_(False)
+        if train == "lora":  # rank 1, whose own activations are nothing beside the rest
+            network = get_peft_model(network, LoraConfig(r=1, lora_dropout=0.0, target_modules="all-linear"))
+            for parameter in network.parameters():
+                parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+        embedded = network.get_input_embeddings()(torch.zeros(1, tokens, dtype=torch.long)).detach().requires_grad_()
+        weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+        seen = {}
+
+        def pack(tensor):
+            if tensor.dim() > 2 or tensor.shape[0] == tokens:  # not a weight or its copy in bfloat16
+                seen.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+            return tensor
+
+        with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(pack, lambda tensor: tensor):
+            network(inputs_embeds=embedded, use_cache=False)
+        return sum(one.untyped_storage().nbytes() for at, one in seen.items() if at not in weights)
+
+    found = (kept(4) - kept(1)) / 3 / tokens
+    mask = (5 + stack.gated) * stack.hidden + stack.intermediate if train == "lora" else 0  # no dropout here
+    assert stack.activations(2, train) - mask == pytest.approx(found, rel=0.05)
 
 
 def test_fewer_key_value_heads_make_smaller_layers():
@@ -70,9 +113,10 @@ def test_memory_of_the_7b_by_hand(recipe):
     assert one.trained == 16 * (319_815_680 + 24_128_514 + 13_565_952)
     assert one.trained == pytest.approx(5.7e9, rel=0.01)
     states = 1000 * 32 * 4096 * 2 + 577 * 23 * 1024 * 2  # each layer's input; 577 is the patches and CLS
-    assert one.activations == states + 1000 * LANGUAGE.activations(2, lora=True)
+    assert one.activations == states + 1000 * LANGUAGE.activations(2, "lora")
+    assert one.copies == one.trained / 8
     assert one.head == 1000 * 4096 * 6 + 1000 * 32000 * 2
-    assert one.total == one.frozen + one.trained + one.activations + one.head
+    assert one.total == one.frozen + one.trained + one.copies + one.activations + one.head
 
 
 def test_activations_grow_with_the_conversations_computed_at_once(recipe):
@@ -85,7 +129,7 @@ def test_activations_grow_with_the_conversations_computed_at_once(recipe):
 
 def test_without_checkpointing_every_layer_is_kept(recipe):
     plain = dataclasses.replace(recipe, micro_batch=1, gradient_checkpointing=False)
-    layers = 32 * 900 * LANGUAGE.activations(2, True) + 23 * 577 * VISION.activations(2, True)
+    layers = 32 * 900 * LANGUAGE.activations(2, "lora") + 23 * 577 * VISION.activations(2, "lora")
     assert memory(plain, WEIGHTS, CONFIG, tokens=900).activations == layers
 
 
