@@ -1,12 +1,14 @@
 """The arithmetic of memory and time, against numbers worked out by hand."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
 from stllava_eval.network.configuration import StllavaMedConfig
 from stllava_train.cost import Stack, hours, memory, operations, stacks
-from stllava_train.recipe import Part, Recipe, read_recipe
+from stllava_train.recipe import Part, Recipe, read_recipe, recipe_names
 
 CONFIG = StllavaMedConfig()  # the 7B
 # weights without adapters, and trained: LoRA of rank 128, the projector, LoRA of rank 32 on the 23 layers that are read
@@ -179,3 +181,26 @@ def test_hours_are_operations_over_what_the_devices_reach():
 def test_the_papers_epoch_is_under_an_hour_of_four_a100(recipe):
     """docs/train.md sets this beside the paper's 10 h."""
     assert hours(37_452 * operations(recipe, WEIGHTS, CONFIG, tokens=900), devices=4) == pytest.approx(0.82, abs=0.01)
+
+
+def billions(found: float) -> str:
+    return f"{found / 1e9:.1f}"
+
+
+def test_the_table_of_the_documentation_is_this_arithmetic():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "train.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w -]+)` \| (\d+ \|(?: [\d.]+ \|)+)$", text, re.MULTILINE))
+    assert {name.split()[0] for name in rows} == set(recipe_names()) - {"tiny"}
+    for name, cells in rows.items():
+        recipe = read_recipe(name.split()[0], stage=name.partition(" ")[2] or None)
+        held = {part: every for part, (every, _) in WEIGHTS.items()}
+        if "llava-med-curriculum" in name:
+            held["projector"] = 20_979_712  # mlp2x_gelu
+        weights = {
+            part: (held[part], {"frozen": 0, "lora": WEIGHTS[part][1], "full": held[part]}[how.train])
+            for part, how in recipe.parts().items()
+        }
+        usual = memory(recipe, weights, CONFIG, 900)
+        most = memory(recipe, weights, CONFIG, recipe.max_tokens)
+        kinds = (usual.frozen, usual.trained, usual.copies, usual.activations, usual.head, usual.total, most.total)
+        assert cells.split(" | ")[1:] == [*map(billions, kinds[:-1]), billions(kinds[-1]) + " |"], name
