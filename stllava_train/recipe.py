@@ -6,9 +6,9 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from stllava_eval.errors import InputError
 
@@ -111,27 +111,31 @@ def read_recipe(name: str, changes: Sequence[str] = (), stage: str | None = None
         InputError: The file is missing or no YAML, or a key is unknown, missing, or of the wrong type or range.
     """
     file = _file(name)
-    raw = _yaml(file.read_text(encoding="utf-8"), str(file))
+    place = str(file)
+    raw = _yaml(_text(file), place)
     if not isinstance(raw, dict):
-        raise InputError(f"{file}: it holds no keys. See stllava_train/recipes for examples.")
-    stages = raw.pop("stages", None)
-    if stages is None and stage is not None:
-        raise InputError(f"stage {stage!r}: {name} has no stages. Leave it out.")
-    if stages is not None:
-        if not isinstance(stages, dict) or not all(isinstance(one, dict) for one in stages.values()):
-            raise InputError(f"{file}: stages: give each stage's name and the keys that it changes.")
+        raise InputError(f"{place}: it holds no keys. See stllava_train/recipes for examples.")
+    if "stages" in raw:
+        stages = raw.pop("stages")
+        if not isinstance(stages, dict) or not stages or not all(isinstance(one, dict) for one in stages.values()):
+            raise InputError(f"{place}: stages: give each stage's name and the keys that it changes.")
         if stage not in stages:
             given = "no stage is named" if stage is None else f"stage {stage!r}: it has none of that name"
-            raise InputError(f"{name}: {given}. Choose one with --stage: {', '.join(stages)}.")
+            raise InputError(f"{place}: {given}. Choose one with --stage: {', '.join(stages)}.")
         raw = _merged(raw, stages[stage])
+        place += f", stage {stage}"
+    elif stage is not None:
+        raise InputError(f"stage {stage!r}: {place} has no stages. Leave it out.")
     for change in changes:
         key, equals, value = change.partition("=")
-        if not equals:
+        if not equals or not key.strip():
             raise InputError(f"{change!r}: not key=value, such as epochs=3.")
         path = key.strip().split(".")
         raw = _merged(raw, _nested(path, _yaml(value, change)), change)
-    recipe = _build(Recipe, raw, str(file))
-    _check(recipe, str(file))
+    if changes:
+        place += f" with {' '.join(changes)}"
+    recipe = _build(Recipe, raw, place)
+    _check(recipe, place)
     return recipe
 
 
@@ -142,30 +146,64 @@ def recipe_names() -> list[str]:
 
 def _file(name: str) -> Path:
     for file in (Path(name), RECIPES / f"{name}.yaml"):
-        if file.is_file():
-            return file
+        try:
+            if file.is_file():
+                return file
+        except (OSError, ValueError):  # a name too long, or with a null character, before Python 3.14
+            pass
     close = difflib.get_close_matches(name, recipe_names(), 1)
     hint = f"Did you mean {close[0]}?" if close else "Pass a file or one of ours."
     raise InputError(f"recipe {name}: no such file, and ours are {', '.join(recipe_names())}. {hint}")
 
 
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
+        raise InputError(f"{file}: cannot be read ({why}). Pass a YAML file, such as one of ours.") from error
+
+
 def _yaml(text: str, place: str) -> Any:
+    """Texts, numbers, true, false, null, lists, and dicts by text: the part of YAML 1.2 that recipes need.
+
+    PyYAML's own YAML 1.1 takes 2e-4 for a text, `no` for false, 010 for 8 and 1:30 for 90, and of a key that stands
+    twice the last one wins. Aliases, which can make a page of text fill the memory, and tags are refused.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's numbers: 2e-4 is one, which YAML 1.1 takes for a text."""
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # ours, below, and none of PyYAML's
 
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            event = self.peek_event()
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+                raise yaml.MarkedYAMLError(problem="an alias or a tag", problem_mark=event.start_mark)
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+            made: dict[str, Any] = {}
+            for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.value in made:
+                    what = f"{key.value} stands there twice" if isinstance(key, yaml.ScalarNode) else "a key is no text"
+                    raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
+                made[key.value] = self.construct_object(value, deep=True)
+            return made
+
+    for tag, pattern, first in (
+        ("null", r"(?:null|~|)$", ["n", "~", ""]),
+        ("bool", r"(?:true|false)$", ["t", "f"]),
+        ("int", r"[-+]?(?:0|[1-9]\d{0,99})$", list("-+0123456789")),
+        ("float", r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$", list("-+.0123456789")),
+    ):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{place}{line}: no YAML ({getattr(error, 'problem', error)}). Mend it.") from error
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or "nested too deeply"
+        raise InputError(f"{place}{line}: no YAML that recipes are written in ({what}). Mend it.") from error
 
 
 def _nested(path: Sequence[str], value: Any) -> dict[str, Any]:
@@ -192,26 +230,18 @@ def _build(kind: Any, raw: Mapping[str, Any], place: str) -> Any:
     hints = get_type_hints(kind)
     for key in raw:
         if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, 1, 0)
+            close = difflib.get_close_matches(key, hints, 1, 0)
             raise InputError(f"{place}: {key}: unknown. Did you mean {close[0]}?")
-    values = {}
-    for field in fields(kind):
-        if field.name not in raw:
-            if kind is Recipe:
-                raise InputError(f"{place}: {field.name} is missing. A recipe gives every number.")
-            continue
-        values[field.name] = _typed(hints[field.name], raw[field.name], f"{place}: {field.name}")
+    values = {key: _typed(hints[key], value, f"{place}: {key}") for key, value in raw.items()}
     if kind is Part:
-        _check_part(values, raw, place)
-    return kind(**values)
-
-
-def _check_part(values: Mapping[str, Any], raw: Mapping[str, Any], place: str) -> None:
-    used = USED.get(values.get("train", ""), ())
-    if not used:
-        raise InputError(f"{place}: train is missing. Choose frozen, lora or full.")
-    if missing := [key for key in used if key not in raw]:
-        raise InputError(f"{place}: {missing[0]} is missing. A part trained {values['train']} needs {', '.join(used)}.")
+        if "train" not in values:
+            raise InputError(f"{place}: train is missing. Choose {', '.join(USED)}.")
+        needed, reader = USED[values["train"]], f"A part trained {values['train']} needs {{}}."
+    else:
+        needed, reader = tuple(hints), "A recipe gives every number."
+    if missing := [key for key in needed if key not in values]:
+        raise InputError(f"{place}: {missing[0]} is missing. {reader.format(', '.join(needed))}")
+    return kind(**{key: values[key] for key in needed})  # a frozen part forgets the rank of its LoRA
 
 
 def _typed(kind: Any, value: Any, place: str) -> Any:
@@ -243,41 +273,42 @@ def _typed(kind: Any, value: Any, place: str) -> Any:
 
 def _check(recipe: Recipe, place: str) -> None:
     """Ranges, and what does not go together."""
-    for key, value, low, high in _ranges(recipe):
+    for key, value, low, high, words in _ranges(recipe):
         if not low <= value <= high:
-            most = f"at most {high:g}" if value > high else f"at least {low:g}"
-            raise InputError(f"{place}: {key}: {value:g}. It is {most}.")
+            raise InputError(f"{place}: {key}: {value:g}. It is {words}.")
     if all(part.train == "frozen" for part in recipe.parts().values()):
         raise InputError(f"{place}: every part is frozen. Train one of {', '.join(recipe.parts())}.")
+    if recipe.answer_weight == 0 and recipe.question_weight * recipe.sq_r == 0:
+        raise InputError(f"{place}: answer_weight: 0, and no question is learnt either. Set it to 1.")
     if recipe.four_bit and recipe.language_model.train == "full":
         raise InputError(f"{place}: four_bit: a language model in 4 bits trains through a LoRA. Set its train to lora.")
     if recipe.projector.train == "lora":
         raise InputError(f"{place}: projector.train: lora. The projector is small: choose full or frozen.")
-    trained = {part.train for part in (recipe.language_model, recipe.vision_tower)}
-    if trained == {"lora", "full"}:
+    if {recipe.language_model.train, recipe.vision_tower.train} == {"lora", "full"}:
         raise InputError(f"{place}: one tower is trained lora and the other full. Choose one way, or freeze one.")
-    if recipe.warmup >= 1:
-        raise InputError(f"{place}: warmup: {recipe.warmup:g}. It is a share of the steps, below 1.")
 
 
-def _ranges(recipe: Recipe) -> Iterator[tuple[str, float, float, float]]:
+def _ranges(recipe: Recipe) -> Iterator[tuple[str, float, float, float, str]]:
+    """(key, value, least, most, what it may be)."""
     most = float(2**31)
-    yield "sq_r", recipe.sq_r, 0, 1
-    yield "answer_weight", recipe.answer_weight, 0, most
-    yield "question_weight", recipe.question_weight, 0, most
-    yield "epochs", recipe.epochs, 1e-6, most
+    share, below_1 = (0.0, math.nextafter(1, 0)), "0 or more and below 1"
+    size, count = (0.0, most), (1.0, most)
+    yield "sq_r", recipe.sq_r, 0, 1, "from 0 to 1"
+    yield "answer_weight", recipe.answer_weight, *size, "0 or more"
+    yield "question_weight", recipe.question_weight, *size, "0 or more"
+    yield "epochs", recipe.epochs, 1e-6, most, "more than 0"
     for key in ("batch", "micro_batch", "max_tokens", "save_every"):
-        yield key, getattr(recipe, key), 1, most
-    yield "warmup", recipe.warmup, 0, 1
-    yield "weight_decay", recipe.weight_decay, 0, most
-    yield "max_grad_norm", recipe.max_grad_norm, 1e-9, most
+        yield key, getattr(recipe, key), *count, "at least 1"
+    yield "warmup", recipe.warmup, *share, below_1
+    yield "weight_decay", recipe.weight_decay, *size, "0 or more"
+    yield "max_grad_norm", recipe.max_grad_norm, 1e-9, most, "more than 0"
     for beta in recipe.betas:
-        yield "betas", beta, 0, 1
-    yield "seed", recipe.seed, 0, 2**32 - 1
+        yield "betas", beta, *share, below_1
+    yield "seed", recipe.seed, 0, 2**32 - 1, "from 0 to 4294967295"
     for name, part in recipe.parts().items():
         if part.train != "frozen":
-            yield f"{name}.learning_rate", part.learning_rate, 0, most
+            yield f"{name}.learning_rate", part.learning_rate, *size, "0 or more"
         if part.train == "lora":
-            yield f"{name}.rank", part.rank, 1, most
-            yield f"{name}.alpha", part.alpha, 1, most
-            yield f"{name}.dropout", part.dropout, 0, 0.999
+            yield f"{name}.rank", part.rank, *count, "at least 1"
+            yield f"{name}.alpha", part.alpha, *count, "at least 1"
+            yield f"{name}.dropout", part.dropout, *share, below_1
