@@ -344,10 +344,8 @@ class _Bar(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from tqdm import tqdm
 
-        shown = self.progress and state.is_world_process_zero
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc="stage 1", unit="step", disable=not shown
-        )
+        hidden = None if self.progress and state.is_world_process_zero else True
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="stage 1", unit="step", disable=hidden)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         names = {"answer_loss": "answers", "question_loss": "questions"}
