@@ -190,7 +190,7 @@ def in_epoch(conversation: Conversation, seed: int, epoch: int) -> Conversation:
     if not conversation.unordered:
         return conversation
     places = range(len(conversation.rounds))
-    drawn = sorted(places, key=lambda place: _uniform(seed, epoch, conversation.id, "order", place))
+    drawn = sorted(places, key=lambda place: uniform(seed, epoch, conversation.id, "order", place))
     return replace(conversation, rounds=tuple(conversation.rounds[place] for place in drawn))
 
 
@@ -201,12 +201,12 @@ def asked(conversation: Conversation, seed: int, epoch: int, sq_r: float) -> tup
     authors' `preprocess_v1_sq2`; there the draw hung on the number of workers, here on seed, epoch, id and round alone.
     """
     return tuple(
-        number > 0 and conversation.image is not None and _uniform(seed, epoch, conversation.id, "ask", number) < sq_r
+        number > 0 and conversation.image is not None and uniform(seed, epoch, conversation.id, "ask", number) < sq_r
         for number in range(len(conversation.rounds))
     )
 
 
-def _uniform(*key: Any) -> float:
+def uniform(*key: Any) -> float:
     """A number in [0, 1) that `key` alone decides."""
     return int.from_bytes(hashlib.sha256(json.dumps(key).encode()).digest()[:6], "big") / 2**48
 
@@ -227,9 +227,9 @@ class Encoder:
 
     Args:
         processor: Of the checkpoint.
-        template: `v1`, or `v1_sq` whose system text speaks of asking, as the authors' stage 1 has it for every
-            conversation; `by_question` takes `v1_sq` where a question is learnt and `v1` elsewhere, so that the model
-            sees the prompt with which it will be asked (our choice).
+        template: `v1`, or `v1_sq` whose system text speaks of asking, which the authors' stage 1 puts before every
+            conversation; `either` takes one of the two by a draw, so that the model answers with the prompt it will be
+            evaluated with, and asks with the one it will ask with (our choice).
         image_tokens: Vectors that an image becomes.
 
     Raises:
@@ -241,20 +241,19 @@ class Encoder:
         self.image_token = self.tokenizer.convert_tokens_to_ids("<image>")
         chat = processor.chat_template
         known = chat if isinstance(chat, dict) else {"default": chat}
-        plain, asking = ("v1", "v1_sq") if template == "by_question" else (template, template)
-        if missing := [name for name in (plain, asking) if name not in known]:
-            raise InputError(
-                f"template {missing[0]!r}: the checkpoint has {', '.join(sorted(known))}. Choose of these."
-            )
-        self._plain, self._asking = known[plain], known[asking]
+        names = ("v1", "v1_sq") if template == "either" else (template,)
+        if missing := [name for name in names if name not in known]:
+            has = ", ".join(sorted(known))
+            raise InputError(f"template {missing[0]!r}: the checkpoint has {has}. Choose one of these.")
+        self._templates = [known[name] for name in names]
 
-    def __call__(self, conversation: Conversation, asks: Sequence[bool]) -> Encoded:
-        """`asks`: see `asked`.
+    def __call__(self, conversation: Conversation, asks: Sequence[bool], draw: float = 0.0) -> Encoded:
+        """`asks`: see `asked`; `draw`, in [0, 1], chooses the template where there is a choice.
 
         Raises:
             InputError: A turn holds one of the tokenizer's own tokens.
         """
-        text, spans = self.rendered(conversation, asks)
+        text, spans = self.rendered(conversation, asks, draw)
         own = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         kinds = [NOTHING] * len(own.input_ids)
         place = 0
@@ -274,7 +273,9 @@ class Encoder:
             kinds = kinds[:at] + [NOTHING] * self.image_tokens + kinds[at + 1 :]
         return Encoded(ids, kinds)
 
-    def rendered(self, conversation: Conversation, asks: Sequence[bool]) -> tuple[str, list[tuple[int, int, int]]]:
+    def rendered(
+        self, conversation: Conversation, asks: Sequence[bool], draw: float = 0.0
+    ) -> tuple[str, list[tuple[int, int, int]]]:
         """The text with one `<image>`, and what of it is learnt: (start, end, ANSWER or QUESTION), in characters."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -289,7 +290,7 @@ class Encoder:
             kinds += [QUESTION, ANSWER] if asks[number] else [ANSWER]
         made: Any = render_jinja_template(
             [messages],
-            chat_template=self._asking if any(asks) else self._plain,
+            chat_template=self._templates[round(draw * (len(self._templates) - 1))],
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )

@@ -101,6 +101,7 @@ def write_vqa(name: str, out: Path, *, split: str = "train", language: str = "en
             files[image_id],
             [text for row in rows[first : first + rounds] for text in (row.question.strip(), row.reference.strip())],
         )
+        | {"unordered": True}  # no question builds on the one before
         for (_, image_id), rows in asked.items()
         for first in range(0, len(rows), rounds)
     ]

@@ -46,6 +46,7 @@ class Recipe:
         batch: Conversations in a step, over all processes.
         micro_batch: Conversations that one device computes at once; it changes the memory needed, not the result.
         max_tokens: Most tokens of a conversation, those of the image counted. Longer ones are refused.
+        augment: Show every image a little moved and shaded anew each time, see `augment.augmented`.
         warmup: Share of the steps, in [0, 1), over which learning rates rise; then they fall as a cosine to 0.
         betas: Of AdamW.
         max_grad_norm: Gradients are scaled down to this length.
@@ -57,7 +58,7 @@ class Recipe:
 
     start: str
     start_vision_tower: str | None
-    template: Literal["v1", "v1_sq", "by_question"]
+    template: Literal["v1", "v1_sq", "either"]
     sq_r: float
     answer_weight: float
     question_weight: float
@@ -65,6 +66,7 @@ class Recipe:
     batch: int
     micro_batch: int
     max_tokens: int
+    augment: bool
     warmup: float
     weight_decay: float
     betas: tuple[float, float]

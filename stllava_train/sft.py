@@ -23,7 +23,8 @@ from stllava_eval import __version__
 from stllava_eval.errors import InputError
 from stllava_eval.home import whole_file, write_json
 from stllava_eval.images import decode
-from stllava_train.conversations import ANSWER, QUESTION, Conversation, Encoded, Encoder, asked, in_epoch
+from stllava_train.augment import augmented
+from stllava_train.conversations import ANSWER, QUESTION, Conversation, Encoded, Encoder, asked, in_epoch, uniform
 from stllava_train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -81,8 +82,10 @@ class Collator:
 
     def encoded(self, place: int, epoch: int) -> Encoded:
         """The conversation at `place` with the questions that are learnt in `epoch`."""
-        conversation = in_epoch(self.conversations[place], self.recipe.seed, epoch)
-        return self.encoder(conversation, asked(conversation, self.recipe.seed, epoch, self.recipe.sq_r))
+        seed = self.recipe.seed
+        conversation = in_epoch(self.conversations[place], seed, epoch)
+        asks = asked(conversation, seed, epoch, self.recipe.sq_r)
+        return self.encoder(conversation, asks, uniform(seed, epoch, conversation.id, "template"))
 
     def __call__(self, entries: Sequence[Mapping[str, int]]) -> dict[str, Any]:
         """`entries`: `place` and `epoch` each."""
@@ -101,10 +104,23 @@ class Collator:
             "kinds": kinds,
             "places": torch.tensor([entry["place"] for entry in entries]),
         }
-        images = [image for entry in entries if (image := self.conversations[entry["place"]].image) is not None]
-        if images:
-            batch["pixel_values"] = torch.stack([self.pixels(image) for image in images])
+        with_image = [entry for entry in entries if self.conversations[entry["place"]].image is not None]
+        if with_image:
+            batch["pixel_values"] = torch.stack([self._seen(entry["place"], entry["epoch"]) for entry in with_image])
         return batch
+
+    def _seen(self, place: int, epoch: int) -> Tensor:
+        """(3, side, side): the image of the conversation at `place` as `epoch` sees it."""
+        conversation = self.conversations[place]
+        assert conversation.image is not None
+        pixels = self.pixels(conversation.image)
+        if not self.recipe.augment:
+            return pixels
+        mean, std = (
+            torch.tensor(of)[:, None, None] for of in (self.image_processor.image_mean, self.image_processor.image_std)
+        )
+        draw = int(2**32 * uniform(self.recipe.seed, epoch, conversation.id, "augment"))
+        return (augmented((pixels * std + mean)[None], torch.Generator().manual_seed(draw))[0] - mean) / std
 
     def pixels(self, image: Path) -> Tensor:
         """(3, side, side) normalised pixels."""
@@ -155,7 +171,7 @@ def count(collator: Collator, progress: bool) -> Counts:
             file=sys.stderr,
         )
     ):
-        most = len(collator.encoder(conversation, asked(conversation, 0, 0, math.ceil(recipe.sq_r))).ids)
+        most = len(collator.encoder(conversation, asked(conversation, 0, 0, math.ceil(recipe.sq_r)), 1.0).ids)
         if most > recipe.max_tokens:
             raise InputError(
                 f"{conversation.place}: {conversation.id}: {most} tokens, more than max_tokens {recipe.max_tokens}. "

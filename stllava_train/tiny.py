@@ -17,6 +17,7 @@ from stllava_eval.datasets import Row
 from stllava_eval.errors import InputError
 from stllava_eval.images import decode
 from stllava_eval.network.processing import SYSTEM, make_processor
+from stllava_train.augment import augmented
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -515,27 +516,8 @@ def _normalised(pixels: Tensor) -> Tensor:
 
 
 def _augmented(pixels: Tensor) -> Tensor:
-    """Normalised pixels, moved and scaled by up to 4 % and with other brightness, contrast and colours.
-
-    Nothing is mirrored or turned: that would make answers about sides and planes wrong.
-    """
-    import torch
-    from torch.nn import functional
-
-    count = len(pixels)
-    scale, shift = (
-        1 + 0.04 * (2 * torch.rand(count) - 1),
-        0.08 * (2 * torch.rand(count, 2) - 1),
-    )  # shift: 2 is the width
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = scale
-    theta[:, :, 2] = shift
-    grid = functional.affine_grid(theta, list(pixels.shape), align_corners=False)
-    moved = functional.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
-    gain = (1 + 0.2 * (2 * torch.rand(count, 1, 1, 1) - 1)) * (1 + 0.05 * (2 * torch.rand(count, 3, 1, 1) - 1))
-    offset = 12 * (2 * torch.rand(count, 1, 1, 1) - 1)
-    noise = 6 * torch.rand(count, 1, 1, 1) * torch.randn_like(moved)
-    return _normalised((moved * gain + offset + noise).clamp(0, 255))
+    """0..255 -> augmented and normalised."""
+    return _normalised(255 * augmented(pixels / 255))
 
 
 def _write(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:

@@ -105,11 +105,11 @@ def test_a_template_that_a_checkpoint_lacks_is_refused(processor):
         Encoder(processor, "v2", 4)
 
 
-def test_by_question_speaks_of_asking_where_it_asks(processor, folder):
+def test_either_template_is_drawn(processor, folder):
     conversation = Conversation("a", folder / "x.png", (("What?", "A lung."), ("Where?", "Left.")), "")
-    encoder = Encoder(processor, "by_question", 4)
-    assert "virtual user" in encoder.rendered(conversation, (False, True))[0]
-    assert "virtual user" not in encoder.rendered(conversation, (False, False))[0]
+    encoder = Encoder(processor, "either", 4)
+    found = ["virtual user" in encoder.rendered(conversation, (False, True), draw)[0] for draw in (0, 0.49, 0.51, 1)]
+    assert found == [False, False, True, True]
 
 
 # which questions ----------------------------------------------------------------------------------------------------
