@@ -66,7 +66,7 @@ def read_conversations(file: Path, images: Path | None = None) -> tuple[list[Con
     sound: list[Conversation] = []
     problems: list[Problem] = []
     first: dict[str, str] = {}
-    for line, record in _records(file):
+    for line, record in records(file):
         place = f"{file}:{line}"
         wrong: list[str] = []
         conversation = _conversation(record, place, folder, wrong)
@@ -81,8 +81,12 @@ def read_conversations(file: Path, images: Path | None = None) -> tuple[list[Con
     return sound, problems
 
 
-def _records(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line on which it begins, from 1; record)."""
+def records(file: Path) -> Iterator[tuple[int, Any]]:
+    """(line on which it begins, from 1; record), of a JSON array or a record a line.
+
+    Raises:
+        InputError: See `read_conversations`.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -270,10 +274,11 @@ class Encoder:
             messages.append({"role": "user", "content": text, "ask": asks[number]})
             messages.append({"role": "assistant", "content": answer})
             kinds += [QUESTION, ANSWER] if asks[number] else [ANSWER]
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(  # it says that it returns a text
             [messages],
             chat_template=self._asking if any(asks) else self._plain,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
+        texts, spans = rendered
         return texts[0], [(start, end, kind) for (start, end), kind in zip(spans[0], kinds, strict=True)]
