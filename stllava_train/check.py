@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stllava_train")
 
-Given, Made = TypeVar("Given"), TypeVar("Made")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 KINDS = ("form", "image", "length", "duplicate", "test image")
 SETS = ("vqarad", "slake", "pathvqa")

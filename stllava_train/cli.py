@@ -96,13 +96,11 @@ def _check(arguments: argparse.Namespace) -> int:
         raise InputError(f"--write {out}: it is a DATA file. Choose another name.")
     if out and images is None and {file.parent.resolve() for file in files} != {out.parent.resolve()}:
         raise InputError(
-            f"--write {out}: images are relative to the file's folder, and DATA lies elsewhere. Pass --images, or write "
-            f"into {files[0].parent}."
+            f"--write {out}: images are relative to the file's folder, and DATA lies elsewhere. Pass --images, or "
+            f"write into {files[0].parent}."
         )
     if arguments.max_tokens is not None and (arguments.max_tokens < 1 or not arguments.checkpoint):
-        raise InputError(
-            f"--max-tokens {arguments.max_tokens}: it takes a number from 1 on, and --checkpoint to count."
-        )
+        raise InputError(f"--max-tokens {arguments.max_tokens}: a number from 1 on, with --checkpoint to count.")
     if not arguments.checkpoint:
         print("lengths are not counted: name the model whose tokenizer does, --checkpoint DIR", file=sys.stderr)
     every = problems(
@@ -117,10 +115,14 @@ def _check(arguments: argparse.Namespace) -> int:
         records = len({problem.place for problem in every})
         kinds = Counter(problem.kind for problem in every)
         counts = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind])
-        print(f"{len(every)} problems in {records} records: {counts}")
+        print(f"{_counted(len(every), 'problem')} in {_counted(records, 'record')}: {counts}")
     if out:
-        print(printable(f"{out}: {write_sound(files, every, out)} records"))
+        print(printable(f"{out}: {_counted(write_sound(files, every, out), 'record')}"))
     return 1 if every else 0
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _encoder(checkpoint: str) -> Encoder:
@@ -130,7 +132,7 @@ def _encoder(checkpoint: str) -> Encoder:
 
     opened = open_checkpoint(checkpoint)
     processor = opened.processor()
-    template = "v1_sq" if "v1_sq" in processor.chat_template else "v1"
+    template = "v1_sq" if "v1_sq" in (processor.chat_template or ()) else "v1"
     return Encoder(processor, template, opened.config.image_seq_length)
 
 
