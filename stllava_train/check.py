@@ -74,13 +74,14 @@ def problems(
         "duplicate": _duplicates(sound, seen),
         "test image": _with_image(everyone, seen, lambda look: look.leak),
     }
-    order = {str(file): number for number, file in enumerate(files)}
-
-    def place(problem: Problem) -> tuple[int, int]:
-        file, _, line = problem.place.rpartition(":")
-        return order[file], int(line)
-
-    return sorted((Found(one.place, one.id, one.what, kind) for kind in KINDS for one in found[kind]), key=place)
+    order: dict[str, int] = {}
+    for file in files:
+        for place, _ in records(file):
+            order[place] = len(order)
+    return sorted(
+        (Found(one.place, one.id, one.what, kind) for kind in KINDS for one in found[kind]),
+        key=lambda one: order[one.place],
+    )
 
 
 def leaks(conversations: Sequence[Conversation], progress: bool = True) -> list[Problem]:
@@ -103,7 +104,7 @@ def write_sound(files: Sequence[Path], found: Iterable[Problem], out: Path) -> i
     """
     wrong = {problem.place for problem in found}
     lines = [
-        json.dumps(record) for file in files for line, record in records(file) if f"{file}:{line}" not in wrong
+        json.dumps(record) for file in files for place, record in records(file) if place not in wrong
     ]  # ASCII, since half a character in a field that we do not read has no UTF-8
     with whole_file(out) as unfinished:
         unfinished.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
@@ -206,8 +207,7 @@ def _images_of_others(file: Path, images: Path | None, sound: set[str]) -> list[
     """The records that are not among the sound ones and name an image that exists: its problems are told too."""
     folder = file.parent if images is None else images
     found = []
-    for line, record in records(file):
-        place = f"{file}:{line}"
+    for place, record in records(file):
         name = record.get("image") if isinstance(record, dict) else None
         if place not in sound and isinstance(name, str) and name and "\0" not in name and (folder / name).is_file():
             found.append(Conversation(str(record.get("id") or ""), folder / name, (), place))

@@ -79,6 +79,20 @@ def test_the_same_image_and_rounds_under_two_ids_are_a_duplicate(folder):
     ]
 
 
+def test_records_on_one_line_are_told_apart_by_column(tested, capsys):
+    file, out = tested / "data.json", tested / "sound.json"
+    file.write_text(json.dumps([record("a"), record("b", "2.png"), record("a", "0.png"), record("d", "1.png")]))
+    starts = [match.start() + 1 for match in re.finditer(r'\{"id"', file.read_text())]
+    assert main(["check", str(file), "--write", str(out)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"{file}:1:{starts[1]}: b: its image is test image vqarad/synpic2.jpg, pixel for pixel. Leave it out.",
+        f"{file}:1:{starts[2]}: a: its id stands at {file}:1 too. Give each record one of its own.",
+        "2 problems in 2 records: 1 form, 1 test image",
+        f"{out}: 2 records",
+    ]
+    assert [one["id"] for one in json.loads(out.read_text())] == ["a", "d"]
+
+
 def test_two_files_are_checked_as_one(folder):
     one, other = write(folder, record("a"), name="x.json"), write(folder, record("a", answer="No."), name="b.json")
     assert [str(problem) for problem in problems([one, other], progress=False)] == [
