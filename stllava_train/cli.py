@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="stllava-train",
         description="Train medical vision-language models. Research only; not for clinical use.",
-        epilog="examples:\n  stllava-train tiny\n  stllava-train tiny --out runs/tiny --seed 1",
+        epilog="examples:\n  stllava-train check data/train.json --images data/images\n  stllava-train tiny",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"stllava-med {__version__}")

@@ -248,7 +248,8 @@ class Encoder:
             InputError: A turn holds one of the tokenizer's own tokens.
         """
         text, spans = self.rendered(conversation, asks)
-        own = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # not verbose: it would warn of texts longer than the tokenizer's own limit, which is no limit here
+        own = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         kinds = [NOTHING] * len(own.input_ids)
         place = 0
         for start, end, kind in spans:
