@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError
 from stllava_eval.home import home, whole_file, write_json
-from stllava_eval.images import decode
+from stllava_eval.images import decode, pixel_hash, truncated_refused
 
 if TYPE_CHECKING:
     import datasets
@@ -363,9 +363,7 @@ def read_rows(name: str, split: str, home_folder: Path | None = None) -> list[Ro
 
 
 def _pixel_hash(image: bytes) -> str:
-    """Hex sha256 of width, height and the decoded RGB pixels: equal for equal pictures in any encoding."""
-    picture = decode(image)
-    return hashlib.sha256(f"{picture.width}x{picture.height} ".encode() + picture.tobytes()).hexdigest()
+    return pixel_hash(decode(image))
 
 
 def _decoded(title: str, images: Iterable[tuple[str, bytes]], missing: Sequence[str] = ()) -> dict[bytes, str]:
@@ -388,7 +386,7 @@ def _decoded(title: str, images: Iterable[tuple[str, bytes]], missing: Sequence[
         except InputError as error:
             return error
 
-    with _truncated_refused(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with truncated_refused(), ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = tqdm(pool.map(attempt, users), f"{title}: images", len(users), disable=None)
         outcomes = dict(zip(users, progress, strict=True))
     broken = [*missing]
@@ -398,19 +396,6 @@ def _decoded(title: str, images: Iterable[tuple[str, bytes]], missing: Sequence[
     if broken:
         raise InputError(f"{title}: {len(broken)} missing or unreadable images. {_listed(broken)}")
     return {image: str(outcome) for image, outcome in outcomes.items()}
-
-
-@contextmanager
-def _truncated_refused() -> Iterator[None]:
-    """Pillow as it is by default: packages such as lmms-eval let it fill truncated images, for the whole process."""
-    import PIL.ImageFile
-
-    before = PIL.ImageFile.LOAD_TRUNCATED_IMAGES
-    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        PIL.ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 # From a source to files.

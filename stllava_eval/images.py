@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from stllava_eval.errors import InputError
@@ -30,6 +33,24 @@ def decode(image: bytes) -> Image:
     except Exception as error:  # Pillow's readers raise nearly everything on a broken file, SyntaxError included
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"an image of {len(image)} bytes cannot be decoded ({reason}). Download it again.") from error
+
+
+@contextmanager
+def truncated_refused() -> Iterator[None]:
+    """Pillow as it is by default: packages such as lmms-eval let it fill truncated images, for the whole process."""
+    import PIL.ImageFile
+
+    before = PIL.ImageFile.LOAD_TRUNCATED_IMAGES
+    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        PIL.ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def pixel_hash(picture: Image) -> str:
+    """Hex sha256 of width, height and pixels: equal for equal pictures that `decode` gave, in any encoding."""
+    return hashlib.sha256(f"{picture.width}x{picture.height} ".encode() + picture.tobytes()).hexdigest()
 
 
 def rgb(image: Image) -> Image:

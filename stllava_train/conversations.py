@@ -27,7 +27,7 @@ class Conversation:
         id: The record's own, of one file.
         image: The image's file, or None for text alone. It stands before the first question.
         rounds: (question, answer), stripped, without the image's tag.
-        place: `FILE:LINE`, for messages.
+        place: `FILE:LINE`, for messages; see `records`.
         unordered: The record's key `unordered`: its rounds are questions of a data set that do not build on each other.
     """
 
@@ -42,7 +42,7 @@ class Conversation:
 class Problem:
     """What is wrong with a record, and what would be right."""
 
-    place: str  # FILE:LINE
+    place: str  # see `records`
     id: str
     what: str
 
@@ -68,8 +68,7 @@ def read_conversations(file: Path, images: Path | None = None) -> tuple[list[Con
     sound: list[Conversation] = []
     problems: list[Problem] = []
     first: dict[str, str] = {}
-    for line, record in _records(file):
-        place = f"{file}:{line}"
+    for place, record in records(file):
         wrong: list[str] = []
         conversation = _conversation(record, place, folder, wrong)
         if conversation.id and (before := first.setdefault(conversation.id, place)) != place:
@@ -83,8 +82,15 @@ def read_conversations(file: Path, images: Path | None = None) -> tuple[list[Con
     return sound, problems
 
 
-def _records(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line on which it begins, from 1; record)."""
+def records(file: Path) -> Iterator[tuple[str, Any]]:
+    """(place, record), of a JSON array or a record a line.
+
+    The place is `FILE:LINE` of its beginning, from 1; `FILE:LINE:COLUMN` where another record begins before it on that
+    line, since `json.dump` writes all on one. No two records share a place.
+
+    Raises:
+        InputError: See `read_conversations`.
+    """
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -95,19 +101,23 @@ def _records(file: Path) -> Iterator[tuple[int, Any]]:
     at = space.match(text).end()  # type: ignore[union-attr]
     array = text[at : at + 1] == "["
     at += array
-    line, counted = 1, 0
+    line, counted, begin, taken = 1, 0, 0, 0  # `begin` of the line; `taken`: the last one that a record begins on
     while True:
         at = space.match(text, at).end()  # type: ignore[union-attr]
-        line, counted = line + text.count("\n", counted, at), at
+        if more := text.count("\n", counted, at):
+            line, begin = line + more, text.rindex("\n", counted, at) + 1
+        counted = at
         if at == len(text) or (array and text[at] == "]"):
             break
+        begins = at - begin + 1
         try:
             record, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             where = getattr(error, "lineno", line)
             what = getattr(error, "msg", "nested too deeply")
             raise InputError(f"{file}:{where}: no JSON ({what}). Mend the file or write it again.") from error
-        yield line, record
+        yield f"{file}:{line}" + (f":{begins}" if line == taken else ""), record
+        taken = line
         at = space.match(text, at).end()  # type: ignore[union-attr]
         if array and text[at : at + 1] == ",":
             at += 1
@@ -254,7 +264,8 @@ class Encoder:
             InputError: A turn holds one of the tokenizer's own tokens.
         """
         text, spans = self.rendered(conversation, asks, draw)
-        own = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # not verbose: it would warn of texts longer than the tokenizer's own limit, which is no limit here
+        own = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         kinds = [NOTHING] * len(own.input_ids)
         place = 0
         for start, end, kind in spans:

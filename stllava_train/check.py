@@ -1,0 +1,261 @@
+"""Files of conversations -> everything that is wrong with them: form, images, length, duplicates, test images."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stllava_eval.errors import InputError
+from stllava_eval.home import home, whole_file
+from stllava_eval.images import decode, pixel_hash, truncated_refused
+from stllava_train.conversations import Conversation, Encoder, Problem, read_conversations, records
+from stllava_train.likeness import COPY, Gallery
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger("stllava_train")
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+KINDS = ("form", "image", "length", "duplicate", "test image")
+SETS = ("vqarad", "slake", "pathvqa")
+MAX_TOKENS = 2623  # the authors': 2048 ids with the image as one, and 575 more for an image of 576 vectors
+
+
+@dataclass(frozen=True)
+class Found(Problem):
+    """A problem and its kind, of `KINDS`."""
+
+    kind: str
+
+
+def problems(
+    files: Sequence[Path],
+    images: Path | None = None,
+    encoder: Encoder | None = None,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = True,
+) -> list[Found]:
+    """Every problem, sorted by file and line.
+
+    A record can have several. Of records that say the same, the first is taken for sound.
+
+    Args:
+        files: JSON or JSONL.
+        images: The folder that images are relative to (default: that of each file).
+        encoder: Counts tokens; without one, lengths are not looked at.
+        max_tokens: That a conversation may have, its image's vectors included.
+        progress: Whether to draw a bar on stderr, where that is a terminal.
+
+    Raises:
+        InputError: A file is missing or no JSON, or a prepared test split is not whole.
+    """
+    sound: list[Conversation] = []
+    form: list[Problem] = []
+    others: list[Conversation] = []
+    for file in files:
+        read, wrong = read_conversations(file, images)
+        sound, form = sound + read, form + wrong
+        others += _images_of_others(file, images, {conversation.place for conversation in read})
+    seen = _looked_at([*sound, *others], progress, _test_images(progress))
+    everyone = [*sound, *others]
+    found = {
+        "form": form + _ids_in_two_files(sound),
+        "image": _with_image(everyone, seen, lambda look: look.broken),
+        "length": [] if encoder is None else _too_long(sound, encoder, max_tokens, progress),
+        "duplicate": _duplicates(sound, seen),
+        "test image": _with_image(everyone, seen, lambda look: look.leak),
+    }
+    order: dict[str, int] = {}
+    for file in files:
+        for place, _ in records(file):
+            order[place] = len(order)
+    return sorted(
+        (Found(one.place, one.id, one.what, kind) for kind in KINDS for one in found[kind]),
+        key=lambda one: order[one.place],
+    )
+
+
+def leaks(conversations: Sequence[Conversation], progress: bool = True) -> list[Problem]:
+    """The conversations whose image is in a prepared test split, or looks like one of it, in their order.
+
+    Test splits that are not prepared are named in a warning. Images that cannot be decoded are in none.
+
+    Raises:
+        InputError: A prepared test split is not whole.
+    """
+    tests = _test_images(progress)
+    return _with_image(conversations, _looked_at(conversations, progress, tests), lambda look: look.leak)
+
+
+def write_sound(files: Sequence[Path], found: Iterable[Problem], out: Path) -> int:
+    """Write the records without a problem to `out`, equal as JSON, a line each in one array. Returns their number.
+
+    Raises:
+        InputError: See `read_conversations` and `whole_file`.
+    """
+    wrong = {problem.place for problem in found}
+    lines = [
+        json.dumps(record) for file in files for place, record in records(file) if place not in wrong
+    ]  # ASCII, since half a character in a field that we do not read has no UTF-8
+    with whole_file(out) as unfinished:
+        unfinished.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    return len(lines)
+
+
+# Images.
+
+
+@dataclass(frozen=True)
+class _TestImages:
+    names: dict[str, str]  # pixel hash -> vqarad/synpic100132.jpg
+    listed: list[str]  # names, as the gallery numbers them
+    gallery: Gallery | None  # None where nothing is prepared
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one look at an image file found."""
+
+    pixels: str | None = None  # None where it cannot be decoded
+    broken: str | None = None
+    leak: str | None = None
+
+
+def _test_images(progress: bool) -> _TestImages:
+    """Of the test splits under `$STLLAVA_HOME`; those that lack are named in a warning."""
+    from stllava_eval.datasets import read_manifest, read_rows
+
+    missing: list[str] = []
+    files: dict[bytes, str] = {}
+    for name in SETS:
+        if not (home() / "data" / name / "test.json").exists():
+            missing.append(f"{name} test (not prepared; run `stllava-eval prepare {name}`)")
+            continue
+        if read_manifest(name, "test").sample:
+            missing.append(f"{name} test (only its sample is prepared; run `stllava-eval prepare {name}`)")
+        for row in read_rows(name, "test"):
+            files.setdefault(row.image, f"{name}/{row.image_id}")
+    if missing:
+        log.warning("not compared with: %s", ", ".join(missing))
+    names: dict[str, str] = {}
+    pictures: list[Image] = []
+    for file, picture in zip(files, _mapped(decode, files, "test images", progress), strict=True):
+        if (pixels := pixel_hash(picture)) not in names:
+            names[pixels] = files[file]
+            pictures.append(_small(picture))
+    return _TestImages(names, list(names.values()), Gallery(pictures) if pictures else None)
+
+
+def _small(picture: Image) -> Image:
+    """All that a gallery needs of it: a thousand test images of many megapixels would fill the memory."""
+    return picture if max(picture.size) <= 1024 else picture.reduce(max(picture.size) // 512)
+
+
+def _looked_at(conversations: Iterable[Conversation], progress: bool, tests: _TestImages) -> dict[Path, _Look]:
+    """Each distinct file, decoded once."""
+    paths = list(dict.fromkeys(one.image for one in conversations if one.image is not None))
+    return dict(zip(paths, _mapped(lambda path: _look(path, tests), paths, "images", progress), strict=True))
+
+
+def _look(path: Path, tests: _TestImages) -> _Look:
+    try:
+        picture = decode(path.read_bytes())
+    except OSError as error:
+        return _Look(broken=f"its image {path} cannot be read ({error.strerror or error}).")
+    except InputError as error:
+        return _Look(broken=f"its image {path}: {error}")
+    pixels = pixel_hash(picture)
+    if pixels in tests.names:
+        return _Look(pixels, leak=f"its image is test image {tests.names[pixels]}, pixel for pixel. Leave it out.")
+    if tests.gallery is not None:
+        number, distance = tests.gallery.nearest(picture)
+        if distance <= COPY:
+            like = f"its image looks like test image {tests.listed[number]} (distance {distance:.3f} of at most {COPY})"
+            return _Look(pixels, leak=f"{like}. Compare the two, and leave it out.")
+    return _Look(pixels)
+
+
+def _mapped(function: Callable[[Given], Made], given: Iterable[Given], title: str, progress: bool) -> list[Made]:
+    """In the order given, a thread a core: Pillow decodes and scales without the lock."""
+    from tqdm import tqdm
+
+    todo = list(given)
+    with truncated_refused(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(tqdm(pool.map(function, todo), title, len(todo), disable=None if progress else True))
+
+
+def _with_image(
+    conversations: Iterable[Conversation], seen: dict[Path, _Look], what: Callable[[_Look], str | None]
+) -> list[Problem]:
+    return [
+        Problem(one.place, one.id, text)
+        for one in conversations
+        if one.image is not None and (text := what(seen[one.image]))
+    ]
+
+
+def _images_of_others(file: Path, images: Path | None, sound: set[str]) -> list[Conversation]:
+    """The records that are not among the sound ones and name an image that exists: its problems are told too."""
+    folder = file.parent if images is None else images
+    found = []
+    for place, record in records(file):
+        name = record.get("image") if isinstance(record, dict) else None
+        if place not in sound and isinstance(name, str) and name and "\0" not in name and (folder / name).is_file():
+            found.append(Conversation(str(record.get("id") or ""), folder / name, (), place))
+    return found
+
+
+# Records.
+
+
+def _ids_in_two_files(conversations: Iterable[Conversation]) -> list[Problem]:
+    first: dict[str, str] = {}
+    return [
+        Problem(one.place, one.id, f"its id stands at {before} too. Give each record one of its own.")
+        for one in conversations
+        if (before := first.setdefault(one.id, one.place)) != one.place
+    ]
+
+
+def _duplicates(conversations: Iterable[Conversation], seen: dict[Path, _Look]) -> list[Problem]:
+    """The same rounds about the same pixels, in whatever file they are, or about no image."""
+    first: dict[Any, Conversation] = {}
+    found = []
+    for one in conversations:
+        pixels = None if one.image is None else seen[one.image].pixels
+        if one.image is not None and pixels is None:
+            continue
+        if (before := first.setdefault((pixels, one.rounds), one)) is not one:
+            what = f"its image and rounds are those of {before.id} at {before.place}. Keep one of the two."
+            found.append(Problem(one.place, one.id, what))
+    return found
+
+
+def _too_long(
+    conversations: Sequence[Conversation], encoder: Encoder, max_tokens: int, progress: bool
+) -> list[Problem]:
+    """Counted with every question learnt that can be, which is the longest that training renders."""
+    from tqdm import tqdm
+
+    found = []
+    for one in tqdm(conversations, "lengths", disable=None if progress else True):
+        asks = [number > 0 and one.image is not None for number in range(len(one.rounds))]
+        try:
+            count = len(encoder(one, asks).ids)
+        except InputError as error:
+            found.append(Problem(one.place, one.id, str(error).removeprefix(f"{one.place}: {one.id}: ")))
+            continue
+        if count > max_tokens:
+            image = f", {encoder.image_tokens} of them its image's" if one.image else ""
+            what = f"it has {count} tokens{image}, and at most {max_tokens} are read. Drop rounds, or make two of it."
+            found.append(Problem(one.place, one.id, what))
+    return found

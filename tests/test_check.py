@@ -1,0 +1,222 @@
+"""Checking training data: what is reported, what is written, and the exit code."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_likeness import COPIES, scan
+
+from stllava_eval.datasets import DATASETS, Row, write_split
+from stllava_train.check import leaks, problems
+from stllava_train.cli import main
+from stllava_train.conversations import read_conversations
+
+
+def record(id: str, image: str | None = None, question: str = "Where?", answer: str = "Left.") -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": id, "conversations": turns} | ({"image": image} if image else {})
+
+
+def write(folder: Path, *records: dict, name: str = "data.json") -> Path:
+    file = folder / name
+    file.write_text("[\n" + ",\n".join(json.dumps(one) for one in records) + "\n]\n")
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path, home) -> Path:
+    """With three scans, of which the last is a test image of VQA-RAD, under an empty $STLLAVA_HOME."""
+    for number in range(3):
+        scan(number).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def tested(folder) -> Path:
+    fields = dict.fromkeys(DATASETS["vqarad"].categories, "")
+    image = (folder / "2.png").read_bytes()
+    row = Row("1", image, "synpic2.jpg", "Where?", "left", "open", fields)
+    write_split("vqarad", "test", [row], edition="t", official=False, sample=True, source="t", licence="CC0-1.0")
+    return folder
+
+
+def told(file: Path, **settings) -> list[str]:
+    return [str(problem).removeprefix(f"{file}:") for problem in problems([file], progress=False, **settings)]
+
+
+def test_sound_data_has_no_problem(tested):
+    file = write(tested, record("a", "0.png"), record("b", "1.png"), record("c"))
+    assert told(file) == []
+
+
+def test_an_image_that_cannot_be_decoded_is_reported_for_every_record(folder):
+    whole = (folder / "0.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.jpg").write_text("no image")
+    file = write(folder, record("a", "cut.png"), record("b", "0.png"), record("c", "cut.png"), record("d", "text.jpg"))
+    found = told(file)
+    assert [one[:2] for one in found] == ["2:", "4:", "5:"]
+    assert re.search(r"a: its image .*cut.png: an image of \d+ bytes cannot be decoded \(.*truncated", found[0])
+    assert "text.jpg: 8 bytes are no image that Pillow knows" in found[2]
+
+
+def test_the_same_image_and_rounds_under_two_ids_are_a_duplicate(folder):
+    Image.open(folder / "0.png").save(folder / "copy.bmp")  # other bytes, the same pixels
+    file = write(
+        folder,
+        record("a", "0.png"),
+        record("b", "copy.bmp"),
+        record("c", "0.png", answer="Right."),
+        record("d", "1.png"),
+        record("e"),
+        record("f", question=" Where?\n"),
+    )
+    assert told(file) == [
+        f"3: b: its image and rounds are those of a at {file}:2. Keep one of the two.",
+        f"7: f: its image and rounds are those of e at {file}:6. Keep one of the two.",
+    ]
+
+
+def test_records_on_one_line_are_told_apart_by_column(tested, capsys):
+    file, out = tested / "data.json", tested / "sound.json"
+    file.write_text(json.dumps([record("a"), record("b", "2.png"), record("a", "0.png"), record("d", "1.png")]))
+    starts = [match.start() + 1 for match in re.finditer(r'\{"id"', file.read_text())]
+    assert main(["check", str(file), "--write", str(out)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        f"{file}:1:{starts[1]}: b: its image is test image vqarad/synpic2.jpg, pixel for pixel. Leave it out.",
+        f"{file}:1:{starts[2]}: a: its id stands at {file}:1 too. Give each record one of its own.",
+        "2 problems in 2 records: 1 form, 1 test image",
+        f"{out}: 2 records",
+    ]
+    assert [one["id"] for one in json.loads(out.read_text())] == ["a", "d"]
+
+
+def test_two_files_are_checked_as_one(folder):
+    one, other = write(folder, record("a"), name="x.json"), write(folder, record("a", answer="No."), name="b.json")
+    assert [str(problem) for problem in problems([one, other], progress=False)] == [
+        f"{other}:2: a: its id stands at {one}:2 too. Give each record one of its own."
+    ]
+
+
+def test_a_test_image_is_reported_pixel_for_pixel(tested):
+    Image.open(tested / "2.png").save(tested / "copy.bmp")
+    file = write(tested, record("a", "0.png"), record("b", "copy.bmp"))
+    assert told(file) == ["3: b: its image is test image vqarad/synpic2.jpg, pixel for pixel. Leave it out."]
+
+
+def test_a_copy_of_a_test_image_is_reported_with_its_distance(tested):
+    COPIES["224 px and JPEG"](scan(2)).save(tested / "copy.png")
+    (found,) = told(write(tested, record("a", "copy.png")))
+    assert re.search(r"^2: a: its image looks like test image vqarad/synpic2.jpg \(distance 0.0\d\d of at most", found)
+
+
+def test_the_image_of_a_record_with_another_problem_is_looked_at_too(tested):
+    file = write(tested, record("a", "2.png", answer=""))
+    assert [problem.kind for problem in problems([file], progress=False)] == ["form", "test image"]
+
+
+def test_what_is_not_prepared_is_named(tested, caplog):
+    told(write(tested, record("a", "0.png")))
+    assert caplog.messages == [
+        "not compared with: vqarad test (only its sample is prepared; run `stllava-eval prepare vqarad`), "
+        "slake test (not prepared; run `stllava-eval prepare slake`), "
+        "pathvqa test (not prepared; run `stllava-eval prepare pathvqa`)"
+    ]
+
+
+def test_leaks_are_of_conversations_alone(tested):
+    sound, _ = read_conversations(write(tested, record("a", "2.png"), record("b", "0.png"), record("c")))
+    assert [problem.id for problem in leaks(sound, progress=False)] == ["a"]
+
+
+def test_each_image_is_decoded_once(folder, monkeypatch):
+    from stllava_train import check
+
+    decoded = []
+    monkeypatch.setattr(check, "decode", lambda data: decoded.append(data) or scan(0))
+    told(write(folder, *(record(str(number), "0.png") for number in range(5))))
+    assert len(decoded) == 1
+
+
+# the command --------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_problems_by_line_and_counts_them(tested, capsys):
+    file = write(tested, record("a", "2.png"), record("\x1b[31m", answer=""), record("c"), record("d"))
+    assert main(["check", str(file)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [
+        f"{file}:2: a: its image is test image vqarad/synpic2.jpg, pixel for pixel. Leave it out.",
+        f"{file}:3: \\x1b[31m: turn 2 is empty. Write the answer, or drop its round.",
+        f"{file}:5: d: its image and rounds are those of c at {file}:4. Keep one of the two.",
+        "3 problems in 3 records: 1 form, 1 duplicate, 1 test image",
+    ]
+    assert "lengths are not counted: name the model" in printed.err
+
+
+def test_write_keeps_the_sound_records_unchanged(tested, capsys):
+    good = record("a", "0.png") | {"domain": {"xray": True}, "note": "\ud800 \u4e2d"}
+    file, out = write(tested, good, record("b", answer=""), record("c")), tested / "sound.json"
+    assert main(["check", str(file), "--write", str(out)]) == 1
+    assert json.loads(out.read_text()) == [good, record("c")]
+    assert len(out.read_text().splitlines()) == 4
+    assert capsys.readouterr().out.endswith(f"{out}: 2 records\n")
+    assert main(["check", str(out)]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_records_that_are_too_long_are_reported_with_the_images_tokens(folder, checkpoint, capsys, processor, tmp_path):
+    from stllava_train.conversations import Encoder
+
+    file = write(folder, record("a", "0.png"), record("b", "1.png", answer="word " * 50), record("c"))
+    encoder = Encoder(processor, "v1", image_tokens=4)
+    ((image, *_), _) = read_conversations(file)
+    short = len(encoder(image, (False,)).ids)
+    assert told(file, encoder=encoder, max_tokens=short)[0].startswith("3: b: it has ")
+    (found,) = told(file, encoder=encoder, max_tokens=short)
+    assert f", 4 of them its image's, and at most {short} are read. Drop rounds" in found
+    assert len(told(file, encoder=encoder, max_tokens=short - 1)) == 2
+
+
+def test_the_command_counts_with_the_checkpoints_tokenizer(folder, checkpoint, capsys):
+    file = write(folder, record("a", "0.png"), record("b", answer="word " * 50))
+    assert main(["check", str(file), "--checkpoint", str(checkpoint), "--max-tokens", "500"]) == 1
+    printed = capsys.readouterr()
+    assert re.search(r":3: b: it has \d+ tokens, and at most 500 are read", printed.out)
+    assert printed.out.endswith("\n1 problem in 1 record: 1 length\n")
+    assert "not counted" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["{tmp}/none.json"], "none.json: cannot be read", id="no file"),
+        pytest.param(["{tmp}/data.json", "{tmp}/data.json"], "a DATA file comes twice", id="a file twice"),
+        pytest.param(["{tmp}/data.json", "--images", "{tmp}/none"], "no such folder", id="no folder"),
+        pytest.param(["{tmp}/data.json", "--write", "{tmp}/data.json"], "it is a DATA file", id="onto itself"),
+        pytest.param(["{tmp}/data.json", "--write", "{tmp}/x/y.json"], "Pass --images, or write into", id="elsewhere"),
+        pytest.param(["{tmp}/data.json", "--max-tokens", "9"], "with --checkpoint to count", id="no tokenizer"),
+        pytest.param(["{tmp}/data.json", "--checkpoint", "{tmp}"], "it has no config.json", id="no checkpoint"),
+    ],
+)
+def test_a_wrong_call_is_one_line(folder, arguments, message, capsys):
+    write(folder, record("a"))
+    assert main(["check", *(argument.format(tmp=folder) for argument in arguments)]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_real_leaks_are_found(shared, home):
+    """SLAKE's Chinese training rows show 84 of its 96 English test images; see the README of the shared data."""
+    slake = shared / "data" / "slake"
+    rows = {part: json.loads((slake / f"{part}.json").read_text()) for part in ("train", "validate", "test")}
+    names = sorted({row["img_name"] for row in rows["test"] if row["q_lang"] == "en"})
+    fields = dict.fromkeys(DATASETS["slake"].categories, "")
+    kept = [Row(name, (slake / "imgs" / name).read_bytes(), name, "Q?", "A", "open", fields) for name in names]
+    write_split("slake", "test", kept, edition="t", official=False, sample=True, source="t", licence="CC-BY-4.0")
+    chinese = {row["img_name"] for part in ("train", "validate") for row in rows[part] if row["q_lang"] == "zh"}
+    file = write(home.parent, *(record(name, name) for name in sorted(chinese)[:60]))
+    found = problems([file], slake / "imgs", progress=False)
+    assert {problem.id for problem in found} == set(sorted(chinese)[:60]) & set(names)
+    assert all("pixel for pixel" in problem.what for problem in found)
