@@ -28,6 +28,8 @@ def write_card(folder: Path, evaluations: Sequence[Path] = ()) -> None:
         f"- `{_plain(one['file'])}`: {one['conversations']} conversations, sha256 `{one['sha256'][:16]}`"
         for one in manifest["data"]
     )
+    leak = manifest["test_images"]
+    warning = f"\n**{leak} of them show images of test splits: scores on those sets mean nothing.**\n" if leak else ""
     text = f"""---
 library_name: stllava-med
 pipeline_tag: image-text-to-text
@@ -47,7 +49,7 @@ lmms-eval --model stllava_med --tasks vqarad,slake,pathvqa --model_args pretrain
 {counts["conversations"]} conversations about {counts["images"]} images, {counts["rounds"]} rounds.
 Tokens in an epoch: {counts["tokens"]}, of which are learnt {counts["answer_tokens"]} of answers and
 {counts["question_tokens"]} of questions.
-
+{warning}
 ## Scores
 {_scores(folder, evaluations)}
 

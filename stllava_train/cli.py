@@ -173,8 +173,7 @@ def _add_sft(commands: Any) -> None:
         epilog="examples:\n"
         "  stllava-train sft --recipe stllava-med-7b --data med-im.json --out runs/stage1 --dry-run\n"
         "  stllava-train sft --recipe stllava-med-7b --data med-im.json --out runs/stage1 epochs=3\n"
-        "  stllava-train sft --recipe stllava-med-7b --data med-im.json --out runs/stage1 epochs=3 --resume\n"
-        "  torchrun --nproc_per_node 2 -m stllava_train.cli sft --recipe tiny --data a.json --out runs/a start=DIR",
+        "  stllava-train sft --recipe stllava-med-7b --data med-im.json --out runs/stage1 epochs=3 --resume",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sft.add_argument("--recipe", required=True, metavar="R", help="a YAML file, or the name of one of ours")
@@ -190,6 +189,11 @@ def _add_sft(commands: Any) -> None:
     sft.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: that of each FILE)")
     sft.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder to write")
     sft.add_argument("--resume", action="store_true", help="go on with the run in RUN, which was broken off")
+    sft.add_argument(
+        "--allow-test-images",
+        action="store_true",
+        help="train on images of prepared test splits too; the run's manifest and card count them (default: refused)",
+    )
     sft.add_argument("--dry-run", action="store_true", help="print tokens, steps, parameters and memory; train nothing")
     sft.add_argument("--default", action="store_true", help="make RUN the default checkpoint of the harness")
     sft.add_argument("--wandb", action="store_true", help="report to Weights & Biases as well as to TensorBoard")
@@ -235,12 +239,12 @@ def _sft(arguments: argparse.Namespace) -> int:
     recipe = read_recipe(arguments.recipe, arguments.changes, arguments.stage)
     from stllava_train.sft import open_work, report, train
 
-    work = open_work(recipe, arguments.data, arguments.images)
+    work = open_work(recipe, arguments.data, arguments.images, arguments.allow_test_images)
     if arguments.dry_run:
         print(report(work))
         return 0
     train(work, arguments.out, arguments.resume, wandb=arguments.wandb)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0:  # of several processes, one speaks
         if arguments.default:
             from stllava_eval.answering import record_default_checkpoint
 

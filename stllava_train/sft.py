@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from stllava_eval.home import whole_file, write_json
 from stllava_eval.images import decode
 from stllava_train.augment import augmented
 from stllava_train.conversations import ANSWER, QUESTION, Conversation, Encoded, Encoder, asked, in_epoch, uniform
+from stllava_train.cost import memory
 from stllava_train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -405,15 +407,30 @@ class Work:
     collator: Collator
     counts: Counts
     data: list[dict[str, Any]]  # file, sha256 and conversations of each
+    test_images: int  # conversations whose image is in a prepared test split
 
 
-def open_work(recipe: Recipe, files: Sequence[Path], images: Path | None = None, progress: bool = True) -> Work:
+def open_work(
+    recipe: Recipe,
+    files: Sequence[Path],
+    images: Path | None = None,
+    allow_test_images: bool = False,
+    progress: bool = True,
+) -> Work:
     """Read and check everything that a run needs; no weights yet.
 
+    Args:
+        recipe: How to train.
+        files: Conversations, see `read_conversations`.
+        images: The folder that images are relative to (default: that of each file).
+        allow_test_images: Train on images of prepared test splits too. They are counted in the run's manifest.
+        progress: Whether to show bars on stderr.
+
     Raises:
-        InputError: Data, recipe and checkpoint do not fit together; the first problem of each kind is named.
+        InputError: A record has a problem, or shows a test image; or recipe, data and checkpoint do not fit together.
     """
     from stllava_eval.network.checkpoint import open_checkpoint
+    from stllava_train.check import leaks
     from stllava_train.conversations import read_conversations
 
     conversations: list[Conversation] = []
@@ -431,7 +448,18 @@ def open_work(recipe: Recipe, files: Sequence[Path], images: Path | None = None,
     encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
     padding = checkpoint.config.text_config.pad_token_id or 0
     collator = Collator(conversations, recipe, processor, encoder, padding)
-    return Work(recipe, conversations, checkpoint, collator, count(collator, progress), data)
+    counts = count(collator, progress)
+    found = leaks(conversations, progress) if _first_process() else []
+    if found and not allow_test_images:
+        raise InputError(
+            f"{found[0]} {len(found)} conversations show test images: scores on these sets would mean nothing. Leave "
+            "them out (`stllava-train check --write`), or pass --allow-test-images."
+        )
+    return Work(recipe, conversations, checkpoint, collator, counts, data, len(found))
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wandb: bool = False) -> None:
@@ -561,7 +589,20 @@ def report(work: Work) -> str:
             for name, (held, trained) in shapes.items()
         ),
     ]
-    return "\n".join(lines)
+    needs = memory(recipe, shapes, work.checkpoint.config, counts.longest)
+    return "\n".join(
+        [
+            *lines,
+            f"by arithmetic, on one device: {_gib(needs.total)} GiB: {_gib(needs.frozen)} frozen, "
+            f"{_gib(needs.trained + needs.copies)} trained with gradients and moments, {_gib(needs.activations)} "
+            f"activations, {_gib(needs.head)} head",
+            *([f"{work.test_images} conversations show images of a test split"] if work.test_images else []),
+        ]
+    )
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f}"
 
 
 def parameters(work: Work) -> dict[str, tuple[int, int]]:
@@ -595,6 +636,7 @@ def _manifest(work: Work) -> dict[str, Any]:
         "data": work.data,
         "start": {"name": work.checkpoint.name, "sha256": work.checkpoint.sha256},
         "counts": vars(work.counts),
+        "test_images": work.test_images,
         "steps": steps_of(len(work.conversations), work.recipe),
         "versions": {"stllava-med": __version__} | {name: version(name) for name in packages},
         "commit": commit(),
