@@ -483,6 +483,7 @@ def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wa
     manifest = _manifest(work)
     _check_folder(out, manifest, resume)
     last = last_whole(out / "checkpoints")
+    state.wait_for_everyone()  # all have looked before one writes
     trace = out / "losses.jsonl"
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -531,7 +532,7 @@ def make_trainer(work: Work, out: Path, trace: Path, progress: bool = True, wand
         warmup_steps=math.ceil(recipe.warmup * steps),
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.dtype == "bfloat16",
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        activation_checkpointing=recipe.gradient_checkpointing,
         seed=recipe.seed,
         use_cpu=not cuda,
         train_sampling_strategy="sequential",

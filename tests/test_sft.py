@@ -1,0 +1,525 @@
+"""Stage 1: what is trained, in which order, with which loss; and that a run that was broken off goes on exactly."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from stllava_eval.errors import InputError
+from stllava_eval.network.checkpoint import open_checkpoint
+from stllava_train.card import draw_curves, write_card
+from stllava_train.recipe import Recipe, read_recipe
+from stllava_train.sft import (
+    last_whole,
+    make_trainer,
+    open_work,
+    parameters,
+    part_of,
+    plan,
+    prepare,
+    read_trace,
+    report,
+    steps_of,
+    train,
+)
+
+LORA = {"train": "lora", "learning_rate": 2e-3, "rank": 4, "alpha": 8, "dropout": 0.0}
+SMALL = {
+    "start_vision_tower": None,
+    "template": "v1_sq",
+    "sq_r": 0.5,
+    "answer_weight": 1.0,
+    "question_weight": 1.0,
+    "epochs": 2,
+    "batch": 4,
+    "micro_batch": 2,
+    "max_tokens": 600,
+    "augment": True,
+    "warmup": 0.1,
+    "weight_decay": 0.0,
+    "betas": [0.9, 0.999],
+    "max_grad_norm": 1.0,
+    "dtype": "float32",
+    "four_bit": False,
+    "gradient_checkpointing": False,
+    "save_every": 2,
+    "seed": 0,
+    "language_model": LORA,
+    "vision_tower": {**LORA, "rank": 2, "alpha": 4, "learning_rate": 1e-3},
+    "projector": {"train": "full", "learning_rate": 5e-4},
+}
+FULL = {name: {"train": "full", "learning_rate": 1e-3} for name in ("language_model", "vision_tower", "projector")}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(home):
+    """And no prepared test split."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Ten conversations, two of them about no image."""
+    folder = tmp_path_factory.mktemp("data")
+    records = []
+    for number in range(10):
+        turns = []
+        for turn in range(3):
+            tag = "<image>\n" if turn == 0 and number % 5 else ""
+            turns.append({"from": "human", "value": f"{tag}Is part {turn} of {number} a lung?"})
+            turns.append({"from": "gpt", "value": "yes" if (turn + number) % 2 else "no, it is a heart"})
+        record = {"id": f"c{number}", "conversations": turns, "unordered": number == 3}
+        if number % 5:
+            Image.new("RGB", (30, 20), (20 * number, 255 - 20 * number, 90)).save(folder / f"{number}.png")
+            record["image"] = f"{number}.png"
+        records.append(record)
+    (folder / "data.json").write_text("[\n" + ",\n".join(map(json.dumps, records)) + "\n]\n")
+    return folder / "data.json"
+
+
+@pytest.fixture
+def recipe_file(checkpoint, tmp_path):
+    def write(**changes) -> Path:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(SMALL | {"start": str(checkpoint)} | changes))
+        return file
+
+    return write
+
+
+@pytest.fixture
+def small(recipe_file):
+    return lambda **changes: read_recipe(str(recipe_file(**changes)))
+
+
+def work_of(recipe: Recipe, data: Path):
+    return open_work(recipe, [data], progress=False)
+
+
+def sft(recipe: Path, data: Path, out: Path, *more: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """The command, as a user runs it."""
+    return subprocess.run(command(recipe, data, out, *more, processes=processes), capture_output=True, text=True)
+
+
+def command(recipe: Path, data: Path, out: Path, *more: str, processes: int = 1) -> list[str]:
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port(), "-m"]
+    given = ["--recipe", str(recipe), "--data", str(data), "--out", str(out)]
+    return [*launcher, "stllava_train.cli", "sft", *given, *more]
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+# --- the order ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 5), (0.5, 2), (4, 10)])
+def test_the_plan_shows_every_conversation_once_an_epoch_in_full_steps(small, epochs, steps):
+    recipe = small(epochs=epochs)
+    due = plan(10, recipe)
+    assert len(due) == steps * recipe.batch == steps_of(10, recipe) * recipe.batch
+    for epoch in range(int(epochs)):
+        assert sorted(place for place, of in due if of == epoch) == list(range(10))
+    assert [epoch for _, epoch in due] == sorted(epoch for _, epoch in due)
+    assert due == plan(10, recipe)
+    assert due != plan(10, small(epochs=epochs, seed=1))
+
+
+def test_epochs_differ_in_order_and_questions(small, data):
+    work = work_of(small(), data)
+    due = plan(10, work.recipe)
+    assert [place for place, epoch in due if epoch == 0] != [place for place, epoch in due if epoch == 1]
+    asks = [[work.collator.encoded(place, epoch).kinds for place in range(10)] for epoch in range(2)]
+    assert asks[0] != asks[1]
+    with_image = next(place for place, one in enumerate(work.conversations) if one.image)
+    one, other = (work.collator([{"place": with_image, "epoch": epoch}])["pixel_values"] for epoch in range(2))
+    assert not torch.equal(one, other)
+    assert (one - other).abs().mean() < 0.6  # another shade, the same picture
+
+
+# --- the batch ------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_holds_the_conversations_padded_on_the_right(small, data):
+    work = work_of(small(augment=False), data)
+    entries = [{"place": place, "epoch": 0} for place in (0, 1, 7)]  # the first is about no image
+    batch = work.collator(entries)
+    assert batch["pixel_values"].shape == (2, 3, 28, 28)
+    assert batch["places"].tolist() == [0, 1, 7]
+    image = work.collator.encoder.image_token
+    for row, entry in enumerate(entries):
+        encoded = work.collator.encoded(**entry)
+        length = len(encoded.ids)
+        assert batch["input_ids"][row, :length].tolist() == encoded.ids
+        assert encoded.ids.count(image) == (0 if entry["place"] == 0 else 4)
+        assert batch["attention_mask"][row].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
+        labels = [token if kind else -100 for token, kind in zip(encoded.ids, encoded.kinds, strict=True)]
+        assert batch["labels"][row, :length].tolist() == labels
+        assert (batch["labels"][row, length:] == -100).all()
+
+
+def test_a_conversation_that_is_too_long_is_refused_with_its_line(small, data):
+    with pytest.raises(InputError, match=r"data\.json:2: c0: \d+ tokens, more than max_tokens 50\. Raise it, or leave"):
+        work_of(small(max_tokens=50), data)
+
+
+def test_an_image_that_is_gone_or_broken_is_named(small, data, tmp_path):
+    work = work_of(small(), data)
+    with pytest.raises(InputError, match=r"none\.png: cannot be read \(No such file"):
+        work.collator.pixels(tmp_path / "none.png")
+    (tmp_path / "none.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"none\.png: "):
+        work.collator.pixels(tmp_path / "none.png")
+
+
+def test_a_file_with_a_problem_is_refused(small, tmp_path):
+    file = tmp_path / "bad.json"
+    record = {"id": "a", "conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": ""}]}
+    file.write_text(json.dumps([record, record]))
+    with pytest.raises(InputError, match=r"bad\.json:1: a: turn 2 is empty\..* \(2 more: `stllava-train check .*`\)"):
+        work_of(small(), file)
+
+
+# --- what is trained ------------------------------------------------------------------------------------------------
+
+
+def trainable(model) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_lora_on_both_towers_and_the_whole_projector(small, data):
+    recipe = small(vision_tower={**LORA, "rank": 2, "alpha": 16, "dropout": 0.2})
+    model = prepare(work_of(recipe, data).checkpoint.model(), recipe)
+    found = trainable(model)
+    assert {part_of(name) for name in found} == set(recipe.parts())
+    language = [name for name in found if part_of(name) == "language_model"]
+    assert len(language) == 2 * 7 * 2  # layers, matrices, A and B
+    assert all(f".language_model.layers.{layer}." in "".join(language) for layer in (0, 1))
+    vision = [name for name in found if part_of(name) == "vision_tower"]
+    assert len(vision) == 1 * 6 * 2  # features come from the last layer but one, so the last gets none
+    assert all(".encoder.layers.0." in name for name in vision)
+    assert {found[name].shape[0] for name in language if "lora_A" in name} == {4}
+    assert {found[name].shape[0] for name in vision if "lora_A" in name} == {2}
+    scaling = {name: module.scaling["default"] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert {scale for name, scale in scaling.items() if "vision_tower" in name} == {8.0}
+    assert {scale for name, scale in scaling.items() if "language_model" in name} == {2.0}
+    dropouts = {
+        module.p
+        for name, module in model.named_modules()
+        if "vision_tower" in name and isinstance(module, torch.nn.Dropout)
+    }
+    assert dropouts == {0.2}
+    projector = [name for name in found if part_of(name) == "projector"]
+    assert projector
+    assert all("modules_to_save" in name for name in projector)
+
+
+def test_every_trained_weight_gets_a_gradient_and_no_other_one(small, data, tmp_path):
+    for number, changes in enumerate(({}, FULL, {"gradient_checkpointing": True})):
+        work = work_of(small(**changes), data)
+        trainer = make_trainer(work, tmp_path / str(number), tmp_path / "trace", progress=False)
+        trainer.create_optimizer_and_scheduler(1)
+        batch = work.collator([{"place": place, "epoch": 0} for place in (1, 2)])
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1)).backward()
+        found = trainable(trainer.model)
+        assert [name for name, one in found.items() if one.grad is None] == []
+        # a LoRA's B starts at zero, so that A's gradient is zero in the first step
+        assert [name for name, one in found.items() if not one.grad.any() and "lora_A" not in name] == []
+
+
+def test_a_part_alone_is_trained_without_an_adapter(small, data):
+    recipe = small(language_model={"train": "frozen"}, vision_tower={"train": "frozen"})
+    model = prepare(work_of(recipe, data).checkpoint.model(), recipe)
+    assert {part_of(name) for name in trainable(model)} == {"projector"}
+    assert not hasattr(model, "peft_config")
+
+
+def test_what_is_trained_is_held_in_float32_and_the_rest_in_16_bits(small, data, tmp_path):
+    work = work_of(small(dtype="bfloat16"), data)
+    model = make_trainer(work, tmp_path, tmp_path / "trace", progress=False).model
+    assert {one.dtype for one in trainable(model).values()} == {torch.float32}
+    assert {one.dtype for one in model.parameters() if not one.requires_grad} == {torch.bfloat16}
+
+
+def test_each_part_has_its_learning_rate(small, data, tmp_path):
+    trainer = make_trainer(work_of(small(), data), tmp_path, tmp_path / "trace", progress=False)
+    groups = trainer.create_optimizer().param_groups
+    assert [(group["name"], group["lr"]) for group in groups] == [
+        ("language_model", 2e-3),
+        ("projector", 5e-4),
+        ("vision_tower", 1e-3),
+    ]
+    assert sum(len(group["params"]) for group in groups) == len(trainable(trainer.model))
+
+
+def test_the_counts_of_weights_are_those_of_the_model(small, data):
+    for changes in ({}, FULL):
+        work = work_of(small(**changes), data)
+        model = prepare(work.checkpoint.model(), work.recipe)
+        expected = dict.fromkeys(work.recipe.parts(), 0)
+        for name, parameter in trainable(model).items():
+            expected[part_of(name)] += parameter.numel()
+        assert {name: trained for name, (_, trained) in parameters(work).items()} == expected
+
+
+# --- the loss -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.25), (0.0, 2.0)])
+def test_the_loss_is_the_weighted_mean_over_all_tokens_learnt(small, data, tmp_path, weights):
+    recipe = small(answer_weight=weights[0], question_weight=weights[1], augment=False)
+    work = work_of(recipe, data)
+    trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
+    trainer.create_optimizer_and_scheduler(1)
+    batch = work.collator([{"place": place, "epoch": 0} for place in range(6)])
+    model = work.checkpoint.model()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    scores = model(**inputs).logits[:, :-1].log_softmax(-1)
+    labels, kinds = batch["labels"][:, 1:], batch["kinds"][:, 1:]
+    nats = -scores.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    count = int((labels != -100).sum())
+    expected = sum(weight * nats[kinds == kind].sum().item() for weight, kind in zip(weights, (1, 2), strict=True))
+    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(count))
+    assert (kinds == 2).any()
+    assert loss.item() == pytest.approx(expected / count, rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_records(small, data, tmp_path):
+    work = work_of(small(), data)
+    trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
+    with torch.no_grad():
+        trainer.model.get_output_embeddings().weight.fill_(float("nan"))
+    first = [work.conversations[place] for place, _ in plan(10, work.recipe)[:2]]
+    names = ", ".join(f"{one.id} ({one.place})" for one in first)
+    with pytest.raises(InputError, match=re.escape(f"step 1: the loss is nan for {names}. Look at these records")):
+        trainer.train()
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unbroken(checkpoint, data, tmp_path_factory):
+    """A finished run of five steps, and its recipe."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(SMALL | {"start": str(checkpoint)}))
+    done = sft(recipe, data, folder / "run")
+    assert done.returncode == 0, done.stderr
+    return recipe, folder / "run"
+
+
+def weights(run: Path) -> bytes:
+    return (run / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_trace_curves_card_and_manifest(unbroken):
+    recipe, run = unbroken
+    trace = read_trace(run / "losses.jsonl")
+    assert [line["step"] for line in trace] == [1, 2, 3, 4, 5]
+    for line in trace:
+        answers = line["answer_tokens"] * line["answer_loss"]
+        questions = line["question_tokens"] * line["question_loss"] if line["question_tokens"] else 0
+        assert line["loss"] == pytest.approx((answers + questions) / (line["answer_tokens"] + line["question_tokens"]))
+    assert trace[0]["learning_rate_language_model"] == 0  # the warm-up starts
+    assert trace[1]["learning_rate_language_model"] == pytest.approx(2e-3)
+    assert trace[1]["learning_rate_projector"] == pytest.approx(5e-4)
+    with Image.open(run / "curves.png") as picture:
+        assert picture.size == (960, 540)
+    manifest = json.loads((run / "run.json").read_text())
+    assert manifest["recipe"] == read_recipe(str(recipe)).as_dict()
+    assert manifest["steps"] == 5
+    assert manifest["data"][0]["conversations"] == 10
+    card = (run / "README.md").read_text()
+    for part in ("Research only; not for clinical use.", "10 conversations about 8 images, 30 rounds", "sq_r: 0.5"):
+        assert part in card
+    assert list((run / "tensorboard").glob("events*"))
+
+
+def test_the_folder_is_a_checkpoint_with_what_was_learnt(unbroken, data, small, tmp_path):
+    _, run = unbroken
+    assert json.loads((run / "adapter_config.json").read_text())["inference_mode"] is True
+    loaded = open_checkpoint(str(run))
+    before = open_checkpoint(str(small().start)).model()
+    work = work_of(small(augment=False), data)
+    trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
+    trainer._load_from_checkpoint(str(last_whole(run / "checkpoints")))
+    batch = work.collator([{"place": 1, "epoch": 0}])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.inference_mode():
+        in_training = trainer.model.eval()(**inputs).logits
+        assert torch.allclose(loaded.model()(**inputs).logits, in_training, atol=1e-4)
+        assert not torch.allclose(before(**inputs).logits, in_training, atol=1e-2)
+    assert loaded.processor().chat_template.keys() == {"default", "v1", "v1_sq"}
+
+
+def test_merging_gives_one_whole_checkpoint(unbroken, tmp_path):
+    from stllava_train.cli import main
+
+    _, run = unbroken
+    assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 0
+    merged, apart = open_checkpoint(str(tmp_path / "merged")), open_checkpoint(str(run))
+    one, other = dict(merged.weights()), dict(apart.weights())
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_a_random_step_goes_on_exactly(unbroken, data, tmp_path, processes):
+    recipe, whole = unbroken
+    run = tmp_path / "run"
+    at = random.randint(1, 4)
+    process = subprocess.Popen(
+        command(recipe, data, run, processes=processes),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    trace = run / "losses.jsonl"
+    while not (trace.exists() and trace.read_text().count("\n") >= at):
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.002)
+    for one in (*psutil.Process(process.pid).children(recursive=True), process):
+        os.kill(one.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert not (run / "README.md").exists()
+    again = sft(recipe, data, run, "--resume", processes=processes)
+    assert again.returncode == 0, again.stderr
+    assert trace.read_bytes() == (whole / "losses.jsonl").read_bytes(), f"killed after step {at}"
+    assert weights(run) == weights(whole)
+
+
+def test_a_half_written_folder_is_not_gone_on_from(tmp_path):
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert last_whole(tmp_path) is None
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}" / "whole.json").write_text("{}")
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_fully_trained_network_goes_on_exactly_too(small, data, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    work = work_of(small(**FULL), data)
+    train(work, whole, progress=False)
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(*_, **__):
+        raise Stop
+
+    trainer_module = sys.modules["stllava_train.sft"]
+    original = trainer_module.SftTrainer.training_step
+    calls = []
+
+    def training_step(self, *arguments, **named):
+        calls.append(1)
+        return stop() if len(calls) > 6 else original(self, *arguments, **named)  # two micro-batches a step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module.SftTrainer, "training_step", training_step)
+        with pytest.raises(Stop):
+            train(work, broken, progress=False)
+    train(work, broken, resume=True, progress=False)
+    assert (broken / "losses.jsonl").read_bytes() == (whole / "losses.jsonl").read_bytes()
+    assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert open_checkpoint(str(broken)).layout == "stllava-med"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param(["sq_r=0.3"], r"recipe: sq_r: the run in it has 0\.5, this call 0\.3\. Call it as", id="recipe"),
+        pytest.param([], r"the run in it is finished\. Nothing is left to do", id="finished"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(unbroken, data, changes, message):
+    recipe, run = unbroken
+    work = work_of(read_recipe(str(recipe), changes), data)
+    with pytest.raises(InputError, match=message):
+        train(work, run, resume=True)
+
+
+def test_a_folder_with_something_in_it_is_not_overwritten(unbroken, data, tmp_path):
+    recipe, run = unbroken
+    work = work_of(read_recipe(str(recipe)), data)
+    with pytest.raises(InputError, match=r"it is not empty\. Pass --resume to go on with the run in it"):
+        train(work, run)
+    with pytest.raises(InputError, match=r"no run to go on with .*Leave --resume out"):
+        train(work, tmp_path / "new", resume=True)
+
+
+def test_a_batch_that_cannot_be_dealt_is_refused(small, data, tmp_path):
+    with pytest.raises(InputError, match="batch 4: it cannot be dealt to 1 processes of micro_batch 3"):
+        make_trainer(work_of(small(micro_batch=3), data), tmp_path, tmp_path / "trace")
+
+
+def test_test_images_are_refused_unless_allowed(small, data, prepared):
+    from stllava_eval.datasets import read_rows
+
+    leaked = data.parent / "leaked.png"
+    leaked.write_bytes(read_rows("vqarad", "test")[0].image)
+    file = data.parent / "leak.json"
+    record = {"id": "a", "image": "leaked.png", "conversations": json.loads(data.read_text())[1]["conversations"]}
+    file.write_text(json.dumps([record]))
+    with pytest.raises(InputError, match=r"leak\.json:1: a: its image is test image vqarad/.* --allow-test-images\."):
+        open_work(small(), [file], progress=False)
+    assert open_work(small(), [file], allow_test_images=True, progress=False).test_images == 1
+
+
+def test_a_dry_run_tells_tokens_steps_weights_and_memory(small, data):
+    text = report(work_of(small(), data))
+    for part in (
+        "10 conversations about 8 images, 30 rounds",
+        "5 steps of 4 conversations: 2 epochs",
+        "projector: full, 6,272 of 6,272 weights trained",
+        "by arithmetic, on one device: 0.0 GiB",
+    ):
+        assert part in text
+
+
+def test_a_wrong_call_is_one_line_and_trains_nothing(data, tmp_path, recipe_file):
+    done = sft(recipe_file(), data, tmp_path / "run", "epohs=3")
+    assert done.returncode == 2
+    assert done.stderr.startswith("stllava-train: ")
+    assert done.stderr.count("\n") == 1
+    assert "epohs: unknown. Did you mean epochs?" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# --- card and curves ------------------------------------------------------------------------------------------------
+
+
+def test_the_card_refuses_scores_of_other_weights(unbroken, tmp_path):
+    _, run = unbroken
+    (tmp_path / "run.json").write_text(json.dumps({"checkpoint": {"sha256": "0" * 64}}))
+    with pytest.raises(InputError, match=r"it is of other weights \(0000000000000000, here .*Evaluate .* again\."):
+        write_card(run, [tmp_path])
+    with pytest.raises(InputError, match="is no training run"):
+        write_card(tmp_path)
+
+
+def test_the_same_losses_draw_the_same_bytes(unbroken, tmp_path):
+    _, run = unbroken
+    draw_curves(run / "losses.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes() == (run / "curves.png").read_bytes()
