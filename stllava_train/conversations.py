@@ -195,7 +195,7 @@ def _short(value: Any) -> str:
 def in_epoch(conversation: Conversation, seed: int, epoch: int) -> Conversation:
     """`conversation` as `epoch` sees it: an unordered one with its rounds in an order drawn from seed, epoch and id.
 
-    So every question stands first at times, as it does when the model is evaluated (our choice).
+    So every question is learnt at times, and behind others at others (our choice).
     """
     if not conversation.unordered:
         return conversation
@@ -223,10 +223,16 @@ def uniform(*key: Any) -> float:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as the network takes it: ids, one for every vector of the image, and what each is learnt as."""
+    """A conversation, or several of one image, as the network takes it; a list entry each for every token.
 
-    ids: list[int]
-    kinds: list[int]  # NOTHING, ANSWER or QUESTION
+    A token sees what stands before it in its own thread and in thread 0: the prompt up to the image's end, which the
+    others share. A conversation by itself is all thread 0.
+    """
+
+    ids: list[int]  # one for every vector of the image
+    kinds: list[int]  # NOTHING, ANSWER or QUESTION: what it is learnt as
+    positions: list[int]
+    threads: list[int]
 
 
 class Encoder:
@@ -282,7 +288,28 @@ class Encoder:
             at = ids.index(self.image_token)
             ids = ids[:at] + [self.image_token] * self.image_tokens + ids[at + 1 :]
             kinds = kinds[:at] + [NOTHING] * self.image_tokens + kinds[at + 1 :]
-        return Encoded(ids, kinds)
+        return Encoded(ids, kinds, list(range(len(ids))), [0] * len(ids))
+
+    def together(self, conversation: Conversation, asks: Sequence[bool], draw: float = 0.0) -> Encoded:
+        """As `__call__`; but the rounds of an unordered conversation see the image and themselves, not each other.
+
+        It is then several conversations behind one copy of the image: a round whose question is learnt goes on from the
+        round before it, as learning to ask needs, and every other one starts anew, as it does in an evaluation.
+        """
+        starts = [number for number, ask in enumerate(asks) if not ask]
+        if not conversation.unordered or conversation.image is None or len(starts) < 2:
+            return self(conversation, asks, draw)
+        alone = [
+            self(replace(conversation, rounds=conversation.rounds[start:end]), asks[start:end], draw)
+            for start, end in zip(starts, [*starts[1:], len(asks)], strict=True)
+        ]
+        shared = alone[0].ids.index(self.image_token) + self.image_tokens
+        return Encoded(
+            ids=alone[0].ids[:shared] + [token for one in alone for token in one.ids[shared:]],
+            kinds=[NOTHING] * shared + [kind for one in alone for kind in one.kinds[shared:]],
+            positions=list(range(shared)) + [position for one in alone for position in one.positions[shared:]],
+            threads=[0] * shared + [number for number, one in enumerate(alone, 1) for _ in one.ids[shared:]],
+        )
 
     def rendered(
         self, conversation: Conversation, asks: Sequence[bool], draw: float = 0.0

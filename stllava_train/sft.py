@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,17 @@ from stllava_eval.errors import InputError
 from stllava_eval.home import whole_file, write_json
 from stllava_eval.images import decode
 from stllava_train.augment import augmented
-from stllava_train.conversations import ANSWER, QUESTION, Conversation, Encoded, Encoder, asked, in_epoch, uniform
+from stllava_train.conversations import (
+    ANSWER,
+    NOTHING,
+    QUESTION,
+    Conversation,
+    Encoded,
+    Encoder,
+    asked,
+    in_epoch,
+    uniform,
+)
 from stllava_train.cost import memory
 from stllava_train.recipe import Recipe
 
@@ -71,7 +81,8 @@ def plan(conversations: int, recipe: Recipe) -> list[tuple[int, int]]:
 class Collator:
     """Entries of the plan -> a batch: `input_ids`, `attention_mask`, `labels`, `kinds`, `pixel_values`, `places`.
 
-    The first four are (rows, tokens), padded on the right; `places` are those of the conversations.
+    The first four are (rows, tokens), padded on the right; `places` are those of the conversations. Where several
+    conversations share an image, the mask is (rows, 1, tokens, tokens) and `position_ids` are there too.
     """
 
     def __init__(
@@ -87,31 +98,34 @@ class Collator:
         seed = self.recipe.seed
         conversation = in_epoch(self.conversations[place], seed, epoch)
         asks = asked(conversation, seed, epoch, self.recipe.sq_r)
-        return self.encoder(conversation, asks, uniform(seed, epoch, conversation.id, "template"))
+        return self.encoder.together(conversation, asks, uniform(seed, epoch, conversation.id, "template"))
 
     def __call__(self, entries: Sequence[Mapping[str, int]]) -> dict[str, Any]:
         """`entries`: `place` and `epoch` each."""
         rows = [self.encoded(entry["place"], entry["epoch"]) for entry in entries]
-        shape = (len(rows), max(len(row.ids) for row in rows))
-        ids, mask = torch.full(shape, self.padding), torch.zeros(shape, dtype=torch.long)
-        kinds = torch.zeros(shape, dtype=torch.long)
-        for number, row in enumerate(rows):
-            ids[number, : len(row.ids)] = torch.tensor(row.ids)
-            kinds[number, : len(row.ids)] = torch.tensor(row.kinds)
-            mask[number, : len(row.ids)] = 1
+        width = max(len(row.ids) for row in rows)
+
+        def padded(lists: Iterable[Sequence[int]], padding: int) -> Tensor:
+            return torch.tensor([[*values, *[padding] * (width - len(values))] for values in lists])
+
+        ids, kinds = padded((row.ids for row in rows), self.padding), padded((row.kinds for row in rows), NOTHING)
+        threads = padded((row.threads for row in rows), -1)
         batch = {
             "input_ids": ids,
-            "attention_mask": mask,
-            "labels": ids.masked_fill(kinds == 0, IGNORE),
+            "attention_mask": (threads >= 0).long(),
+            "labels": ids.masked_fill(kinds == NOTHING, IGNORE),
             "kinds": kinds,
             "places": torch.tensor([entry["place"] for entry in entries]),
         }
+        if (threads > 0).any():
+            batch["attention_mask"] = _seen(threads)
+            batch["position_ids"] = padded((row.positions for row in rows), 0)
         with_image = [entry for entry in entries if self.conversations[entry["place"]].image is not None]
         if with_image:
-            batch["pixel_values"] = torch.stack([self._seen(entry["place"], entry["epoch"]) for entry in with_image])
+            batch["pixel_values"] = torch.stack([self._shown(entry["place"], entry["epoch"]) for entry in with_image])
         return batch
 
-    def _seen(self, place: int, epoch: int) -> Tensor:
+    def _shown(self, place: int, epoch: int) -> Tensor:
         """(3, side, side): the image of the conversation at `place` as `epoch` sees it."""
         conversation = self.conversations[place]
         assert conversation.image is not None
@@ -139,6 +153,13 @@ class Collator:
             self._cached += pixels.nbytes
             self._pixels[image] = pixels
         return pixels
+
+
+def _seen(threads: Tensor) -> Tensor:
+    """(rows, 1, tokens, tokens), True where the token of the last axis but one sees that of the last; -1 is padding."""
+    mine, theirs = threads[:, :, None], threads[:, None, :]
+    seen = torch.ones(threads.shape[1], threads.shape[1], dtype=torch.bool).tril() & ((theirs == 0) | (theirs == mine))
+    return seen[:, None]  # a padding token sees others of its kind: a row of nothing would be NaN
 
 
 @dataclass(frozen=True)

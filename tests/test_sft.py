@@ -1,5 +1,6 @@
 """Stage 1: what is trained, in which order, with which loss; and that a run that was broken off goes on exactly."""
 
+import dataclasses
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from PIL import Image
 from stllava_eval.errors import InputError
 from stllava_eval.network.checkpoint import open_checkpoint
 from stllava_train.card import draw_curves, write_card
+from stllava_train.conversations import asked, in_epoch
 from stllava_train.recipe import Recipe, read_recipe
 from stllava_train.sft import (
     last_whole,
@@ -174,6 +176,42 @@ def test_a_batch_holds_the_conversations_padded_on_the_right(small, data):
         labels = [token if kind else -100 for token, kind in zip(encoded.ids, encoded.kinds, strict=True)]
         assert batch["labels"][row, :length].tolist() == labels
         assert (batch["labels"][row, length:] == -100).all()
+
+
+def test_rounds_of_an_unordered_conversation_count_as_if_each_stood_alone(small, data, tmp_path):
+    """The losses of the packed row are those of its threads, each a conversation by itself."""
+    recipe = small(augment=False, sq_r=0.4)
+    work = work_of(recipe, data)
+    trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
+    trainer.create_optimizer_and_scheduler(1)
+    rounds = tuple((f"Is part {number} a lung?", f"no, {number}") for number in range(7))
+    one = dataclasses.replace(work.conversations[1], rounds=rounds, unordered=True)
+    work.conversations[1] = one
+    threads = set()
+    for epoch in range(4):
+        shown = in_epoch(one, recipe.seed, epoch)
+        asks = asked(shown, recipe.seed, epoch, recipe.sq_r)
+        packed = work.collator([{"place": 1, "epoch": epoch}, {"place": 2, "epoch": epoch}])
+        starts = [number for number, ask in enumerate(asks) if not ask]
+        threads.add(len(starts))
+        parts = [work.collator([{"place": 2, "epoch": epoch}])]
+        for start, end in zip(starts, [*starts[1:], len(asks)], strict=True):
+            encoded = work.collator.encoder(dataclasses.replace(shown, rounds=shown.rounds[start:end]), asks[start:end])
+            kinds = torch.tensor([encoded.kinds])
+            parts.append(
+                {
+                    "input_ids": torch.tensor([encoded.ids]),
+                    "attention_mask": torch.ones_like(kinds),
+                    "labels": torch.tensor([encoded.ids]).masked_fill(kinds == 0, -100),
+                    "kinds": kinds,
+                    "places": torch.tensor([1]),
+                    "pixel_values": packed["pixel_values"][:1],
+                }
+            )
+        one_by_one = sum(trainer.compute_loss(trainer.model, part, num_items_in_batch=1.0).item() for part in parts)
+        loss = trainer.compute_loss(trainer.model, packed, num_items_in_batch=1.0).item()
+        assert loss == pytest.approx(one_by_one, rel=1e-5)
+    assert len(threads) > 1
 
 
 def test_a_conversation_that_is_too_long_is_refused_with_its_line(small, data):
