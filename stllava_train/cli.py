@@ -55,9 +55,9 @@ def _add_tiny(commands: Any) -> None:
     tiny = commands.add_parser(
         "tiny",
         help="make the tiny network that recipe tiny starts from",
-        description="Make a network of 1.8 million weights and teach first its vision tower, then its language model,\n"
-        "on prepared training splits, in three minutes on two cores: what a LLaVA is to the real recipes.\n"
-        "`sft --recipe tiny` then teaches it to answer and to ask.",
+        description="Make a network of 1.8 million weights and teach its two towers apart, on prepared training\n"
+        "splits, in two minutes on two cores: what CLIP and Vicuna are to the real one. `sft --recipe tiny` then\n"
+        "teaches it to answer and to ask.",
         epilog="examples:\n  stllava-train tiny\n  stllava-train tiny vqarad slake --out checkpoints/start --seed 1",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
