@@ -520,6 +520,7 @@ def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wa
 
         draw_curves(trace, out / "curves.png")
         write_card(out)
+        write_json(out / "run.json", manifest | {"finished": True})
     state.wait_for_everyone()
 
 
@@ -685,11 +686,8 @@ def _check_folder(out: Path, manifest: Mapping[str, Any], resume: bool) -> None:
                 f"{out}: {name}: the run in it has {then}, this call {now}. Call it as before, or without --resume "
                 "and with another --out."
             )
-    if (out / FINISHED).is_file():
+    if before.get("finished"):  # no file tells it: PEFT writes a README.md of its own before any weight
         raise InputError(f"{out}: the run in it is finished. Nothing is left to do.")
-
-
-FINISHED = "README.md"  # the model card, the last file of a run
 
 
 def _cut(trace: Path, step: int) -> None:

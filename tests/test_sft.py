@@ -438,7 +438,6 @@ def test_a_run_killed_at_a_random_step_goes_on_exactly(unbroken, data, tmp_path,
         os.kill(one.pid, signal.SIGKILL)
     process.wait()
     process.stderr.close()
-    assert not (run / "README.md").exists()
     again = sft(recipe, data, run, "--resume", processes=processes)
     assert again.returncode == 0, again.stderr
     assert trace.read_bytes() == (whole / "losses.jsonl").read_bytes(), f"killed after step {at}"
@@ -482,6 +481,23 @@ def test_a_fully_trained_network_goes_on_exactly_too(small, data, tmp_path):
     assert (broken / "losses.jsonl").read_bytes() == (whole / "losses.jsonl").read_bytes()
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert open_checkpoint(str(broken)).layout == "stllava-med"
+
+
+def test_a_run_killed_after_its_last_step_is_not_taken_for_finished(unbroken, data, tmp_path, monkeypatch):
+    recipe, whole = unbroken
+    work = work_of(read_recipe(str(recipe)), data)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stllava_train.card.draw_curves", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(work, tmp_path / "run", progress=False)
+    train(work, tmp_path / "run", resume=True, progress=False)
+    assert (tmp_path / "run" / "losses.jsonl").read_bytes() == (whole / "losses.jsonl").read_bytes()
+    assert weights(tmp_path / "run") == weights(whole)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
 
 
 @pytest.mark.parametrize(
