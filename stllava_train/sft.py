@@ -651,13 +651,18 @@ def _manifest(work: Work) -> dict[str, Any]:
     """What decides the result, for `run.json`."""
     from stllava_eval.runs import commit, version
 
+    tower = work.recipe.start_vision_tower
     packages = ("torch", "transformers", "trl", "peft", "accelerate")
     return {
         "format": 1,
         "stage": "sft",
         "recipe": work.recipe.as_dict(),
         "data": work.data,
-        "start": {"name": work.checkpoint.name, "sha256": work.checkpoint.sha256},
+        "start": {
+            "name": work.checkpoint.name,
+            "sha256": work.checkpoint.sha256,
+            "vision_tower": tower and _placed(tower),  # read by whoever loads an adapter
+        },
         "counts": vars(work.counts),
         "test_images": work.test_images,
         "steps": steps_of(len(work.conversations), work.recipe),
@@ -709,13 +714,16 @@ def read_trace(trace: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _placed(source: str) -> str:
+    """A folder's full path, so that it is found from wherever; a hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
 def _save(trainer: SftTrainer, work: Work, out: Path) -> None:
     """The checkpoint, with everything that `stllava_med` needs to load it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
-        start = Path(work.recipe.start)
-        base = str(start.resolve()) if start.exists() else work.recipe.start
-        model.peft_config["default"].base_model_name_or_path = base
+        model.peft_config["default"].base_model_name_or_path = _placed(work.recipe.start)
     trainer.save_model(str(out))
     if trainer.accelerator.is_main_process:
         work.checkpoint.processor().save_pretrained(out)

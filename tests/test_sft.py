@@ -409,6 +409,25 @@ def test_the_folder_is_a_checkpoint_with_what_was_learnt(unbroken, data, small, 
     assert loaded.processor().chat_template.keys() == {"default", "v1", "v1_sq"}
 
 
+def test_an_adapter_comes_back_on_the_vision_tower_it_was_trained_on(small, data, checkpoint, tmp_path, monkeypatch):
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    with torch.no_grad():
+        for parameter in model.model.vision_tower.parameters():
+            parameter.mul_(2)
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    monkeypatch.chdir(tmp_path)
+    work = work_of(small(start_vision_tower="tower", epochs=0.4), data)
+    train(work, tmp_path / "run", progress=False)
+    before = dict(work.checkpoint.weights())
+    monkeypatch.chdir("/")
+    loaded = dict(open_checkpoint(str(tmp_path / "run")).weights())
+    name = "model.vision_tower.embeddings.patch_embedding.weight"
+    assert torch.equal(loaded[name], before[name])
+    assert not torch.equal(loaded[name], dict(open_checkpoint(str(checkpoint)).weights())[name])
+
+
 def test_merging_gives_one_whole_checkpoint(unbroken, tmp_path):
     from stllava_train.cli import main
 
