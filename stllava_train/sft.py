@@ -464,6 +464,12 @@ def open_work(
         conversations += sound
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         data.append({"file": file.name, "sha256": sha256, "conversations": len(sound)})
+    text = next((one for one in conversations if one.image is None), None)
+    if text and recipe.language_model.train == "frozen":
+        raise InputError(
+            f"{text.place}: {text.id}: it has no image, and only parts that look at one are trained. Leave it out, or "
+            "train the language model."
+        )
     checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
     processor = checkpoint.processor()
     encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
@@ -567,6 +573,9 @@ def make_trainer(work: Work, out: Path, trace: Path, progress: bool = True, wand
         logging_nan_inf_filter=False,
         save_steps=recipe.save_every,
         save_total_limit=2,  # one is whole while the other is written
+        # some micro-batches show no image: without it the towers' gradients are waited for, for ever. And it keeps
+        # DDP's buckets as they are, so that a run that goes on adds in the same order
+        ddp_find_unused_parameters=True,
         disable_tqdm=True,
         report_to=["wandb"] if wandb else [],
     )

@@ -109,9 +109,12 @@ def work_of(recipe: Recipe, data: Path):
     return open_work(recipe, [data], progress=False)
 
 
-def sft(recipe: Path, data: Path, out: Path, *more: str, processes: int = 1) -> subprocess.CompletedProcess:
+def sft(
+    recipe: Path, data: Path, out: Path, *more: str, processes: int = 1, timeout: float | None = None
+) -> subprocess.CompletedProcess:
     """The command, as a user runs it."""
-    return subprocess.run(command(recipe, data, out, *more, processes=processes), capture_output=True, text=True)
+    called = command(recipe, data, out, *more, processes=processes)
+    return subprocess.run(called, capture_output=True, text=True, timeout=timeout)
 
 
 def command(recipe: Path, data: Path, out: Path, *more: str, processes: int = 1) -> list[str]:
@@ -228,6 +231,12 @@ def test_an_image_that_is_gone_or_broken_is_named(small, data, tmp_path):
         work.collator.pixels(tmp_path / "none.png")
 
 
+def test_conversations_that_nothing_can_be_learnt_from_are_refused(small, data):
+    recipe = small(language_model={"train": "frozen"})
+    with pytest.raises(InputError, match=r"data\.json:2: c0: it has no image, and only parts that look at one are"):
+        work_of(recipe, data)
+
+
 def test_a_file_with_a_problem_is_refused(small, tmp_path):
     file = tmp_path / "bad.json"
     record = {"id": "a", "conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": ""}]}
@@ -285,7 +294,7 @@ def test_every_trained_weight_gets_a_gradient_and_no_other_one(small, data, tmp_
 
 def test_a_part_alone_is_trained_without_an_adapter(small, data):
     recipe = small(language_model={"train": "frozen"}, vision_tower={"train": "frozen"})
-    model = prepare(work_of(recipe, data).checkpoint.model(), recipe)
+    model = prepare(work_of(small(), data).checkpoint.model(), recipe)
     assert {part_of(name) for name in trainable(model)} == {"projector"}
     assert not hasattr(model, "peft_config")
 
@@ -461,6 +470,17 @@ def test_a_run_killed_at_a_random_step_goes_on_exactly(unbroken, data, tmp_path,
     assert again.returncode == 0, again.stderr
     assert trace.read_bytes() == (whole / "losses.jsonl").read_bytes(), f"killed after step {at}"
     assert weights(run) == weights(whole)
+
+
+def test_two_processes_learn_from_batches_without_an_image_and_equal_one(recipe_file, data, tmp_path):
+    """DDP waits for the gradient of every weight that it was not told may have none."""
+    recipe = recipe_file(**FULL, gradient_checkpointing=True, micro_batch=1, epochs=0.8)
+    runs = [tmp_path / str(processes) for processes in (1, 2)]
+    for run, processes in zip(runs, (1, 2), strict=True):
+        done = sft(recipe, data, run, processes=processes, timeout=300)
+        assert done.returncode == 0, done.stderr
+    one, two = ([line["loss"] for line in read_trace(run / "losses.jsonl")] for run in runs)
+    assert one == pytest.approx(two, rel=1e-4)  # gradients are added in another order
 
 
 def test_a_half_written_folder_is_not_gone_on_from(tmp_path):
