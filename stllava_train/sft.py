@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -512,12 +513,14 @@ def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wa
     last = last_whole(out / "checkpoints")
     state.wait_for_everyone()  # all have looked before one writes
     trace = out / "losses.jsonl"
+    trainer = make_trainer(work, out, trace, progress, wandb)  # writes nothing where it refuses
     if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "run.json", manifest)
         _cut(trace, int(last.name.rpartition("-")[2]) if last else 0)
+        for folder in set((out / "checkpoints").glob("checkpoint-*")) - {last}:
+            if not (folder / WHOLE).exists():  # it would count as one of the two that are kept
+                shutil.rmtree(folder)
     state.wait_for_everyone()
-    trainer = make_trainer(work, out, trace, progress, wandb)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     state.wait_for_everyone()
     _save(trainer, work, out)
@@ -534,13 +537,18 @@ def make_trainer(work: Work, out: Path, trace: Path, progress: bool = True, wand
     """The trainer of `work`, which keeps what it resumes from under `out`.
 
     Raises:
-        InputError: The batch cannot be dealt to the processes.
+        InputError: The batch cannot be dealt to the processes, or one process sees several GPUs.
     """
     from accelerate import PartialState
     from transformers import set_seed
     from transformers.integrations import TensorBoardCallback
 
     recipe, world = work.recipe, PartialState().num_processes
+    if world == 1 and (gpus := torch.cuda.device_count()) > 1:
+        raise InputError(
+            f"{gpus} GPUs are visible to one process. Start one for each (accelerate launch, see docs/train.md), or "
+            "show it a single one: CUDA_VISIBLE_DEVICES=0."
+        )
     rows = min(recipe.micro_batch, recipe.batch // world)
     if rows == 0 or recipe.batch % (rows * world):
         raise InputError(

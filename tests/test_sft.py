@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 from stllava_eval.errors import InputError
+from stllava_eval.home import write_json
 from stllava_eval.network.checkpoint import open_checkpoint
 from stllava_train.card import draw_curves, write_card
 from stllava_train.conversations import asked, in_epoch
@@ -562,9 +563,39 @@ def test_a_folder_with_something_in_it_is_not_overwritten(unbroken, data, tmp_pa
         train(work, tmp_path / "new", resume=True)
 
 
-def test_a_batch_that_cannot_be_dealt_is_refused(small, data, tmp_path):
+def test_a_batch_that_cannot_be_dealt_is_refused_and_nothing_written(small, data, tmp_path):
     with pytest.raises(InputError, match="batch 4: it cannot be dealt to 1 processes of micro_batch 3"):
-        make_trainer(work_of(small(micro_batch=3), data), tmp_path, tmp_path / "trace")
+        train(work_of(small(micro_batch=3), data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_gpus_need_several_processes(small, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(InputError, match=r"4 GPUs are visible to one process\. Start one for each .*DEVICES=0"):
+        make_trainer(work_of(small(), data), tmp_path, tmp_path / "trace")
+
+
+def test_half_written_folders_do_not_push_out_whole_ones(small, data, tmp_path, monkeypatch):
+    """Of the folders to resume from two are kept, by age, whether whole or not."""
+    work, run = work_of(small(epochs=1.2, save_every=1), data), tmp_path / "run"
+    original, wholes = write_json, []
+
+    def write(path, value):
+        if path.name == "whole.json":
+            wholes.append(last_whole(run / "checkpoints"))  # before this one is
+            if value["step"] == 3:
+                raise KeyboardInterrupt
+        original(path, value)
+
+    monkeypatch.setattr("stllava_train.sft.write_json", write)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(work, run, resume=run.exists(), progress=False)
+    (run / "checkpoints" / "checkpoint-9").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        train(work, run, resume=True, progress=False)
+    assert [one and one.name for one in wholes] == [None, "checkpoint-1", *["checkpoint-2"] * 3]
+    assert {one.name for one in (run / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-3"}
 
 
 def test_test_images_are_refused_unless_allowed(small, data, prepared):
