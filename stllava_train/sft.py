@@ -342,9 +342,18 @@ class SftTrainer(SFTTrainer):
         return total / num_items_in_batch * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """A step's losses, to `trace` and to whatever else listens."""
+        """A step's losses, to `trace` and to whatever else listens.
+
+        Raises:
+            InputError: The gradient is no number. Its step has been taken, but is never saved.
+        """
         if "loss" not in logs:
             return
+        if not math.isfinite(logs["grad_norm"]):
+            raise InputError(
+                f"step {self.state.global_step}: the gradient is {logs['grad_norm']}. Lower the learning rates; "
+                "--resume goes on from the last checkpoint."
+            )
         sums = self.accelerator.reduce(self._sums, "sum").tolist()
         self._sums.zero_()
         record = step_record(self.state.global_step, sums, self.recipe)

@@ -361,6 +361,16 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_records(small, dat
         trainer.train()
 
 
+def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_saved(small, data, tmp_path):
+    work = work_of(small(save_every=1), data)
+    trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
+    next(iter(trainable(trainer.model).values())).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(InputError, match=r"step 1: the gradient is (nan|inf)\. Lower the learning rates; --resume"):
+        trainer.train()
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not (tmp_path / "trace").exists()
+
+
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
