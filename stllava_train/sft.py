@@ -750,8 +750,9 @@ def _save(trainer: SftTrainer, work: Work, out: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
         model.peft_config["default"].base_model_name_or_path = _placed(work.recipe.start)
+    if trainer.is_fsdp_enabled:  # where each GPU saves its share, transformers' `save_model` writes no weights at all
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(out))
     if trainer.accelerator.is_main_process:
         work.checkpoint.processor().save_pretrained(out)
-        for litter in ("training_args.bin",):
-            (out / litter).unlink(missing_ok=True)
+        (out / "training_args.bin").unlink(missing_ok=True)

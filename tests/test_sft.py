@@ -24,6 +24,7 @@ from stllava_train.card import draw_curves, write_card
 from stllava_train.conversations import asked, in_epoch
 from stllava_train.recipe import Recipe, read_recipe
 from stllava_train.sft import (
+    _save,
     last_whole,
     make_trainer,
     open_work,
@@ -571,6 +572,28 @@ def test_a_folder_with_something_in_it_is_not_overwritten(unbroken, data, tmp_pa
         train(work, run)
     with pytest.raises(InputError, match=r"no run to go on with .*Leave --resume out"):
         train(work, tmp_path / "new", resume=True)
+
+
+def test_a_run_on_shared_weights_ends_with_a_whole_checkpoint(small, data, tmp_path, monkeypatch):
+    """Without GPUs accelerate knows no FSDP; what transformers asks its plugin for is tested."""
+    from types import SimpleNamespace
+
+    from accelerate import FullyShardedDataParallelPlugin
+
+    work = work_of(small(epochs=0.4), data)
+    trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    accelerator = SimpleNamespace(
+        state=state,
+        is_main_process=True,
+        unwrap_model=lambda model, **_: model,
+        get_state_dict=lambda model: model.state_dict(),
+    )
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    monkeypatch.setattr(trainer, "accelerator", accelerator)
+    _save(trainer, work, tmp_path / "run")
+    assert open_checkpoint(str(tmp_path / "run")).layout.startswith("adapter on")
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused_and_nothing_written(small, data, tmp_path):
