@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -341,9 +342,18 @@ class SftTrainer(SFTTrainer):
         return total / num_items_in_batch * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """A step's losses, to `trace` and to whatever else listens."""
+        """A step's losses, to `trace` and to whatever else listens.
+
+        Raises:
+            InputError: The gradient is no number. Its step has been taken, but is never saved.
+        """
         if "loss" not in logs:
             return
+        if not math.isfinite(logs["grad_norm"]):
+            raise InputError(
+                f"step {self.state.global_step}: the gradient is {logs['grad_norm']}. Lower the learning rates; "
+                "--resume goes on from the last checkpoint."
+            )
         sums = self.accelerator.reduce(self._sums, "sum").tolist()
         self._sums.zero_()
         record = step_record(self.state.global_step, sums, self.recipe)
@@ -464,6 +474,12 @@ def open_work(
         conversations += sound
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         data.append({"file": file.name, "sha256": sha256, "conversations": len(sound)})
+    text = next((one for one in conversations if one.image is None), None)
+    if text and recipe.language_model.train == "frozen":
+        raise InputError(
+            f"{text.place}: {text.id}: it has no image, and only parts that look at one are trained. Leave it out, or "
+            "train the language model."
+        )
     checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
     processor = checkpoint.processor()
     encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
@@ -506,12 +522,14 @@ def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wa
     last = last_whole(out / "checkpoints")
     state.wait_for_everyone()  # all have looked before one writes
     trace = out / "losses.jsonl"
+    trainer = make_trainer(work, out, trace, progress, wandb)  # writes nothing where it refuses
     if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "run.json", manifest)
         _cut(trace, int(last.name.rpartition("-")[2]) if last else 0)
+        for folder in set((out / "checkpoints").glob("checkpoint-*")) - {last}:
+            if not (folder / WHOLE).exists():  # it would count as one of the two that are kept
+                shutil.rmtree(folder)
     state.wait_for_everyone()
-    trainer = make_trainer(work, out, trace, progress, wandb)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     state.wait_for_everyone()
     _save(trainer, work, out)
@@ -520,6 +538,7 @@ def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wa
 
         draw_curves(trace, out / "curves.png")
         write_card(out)
+        write_json(out / "run.json", manifest | {"finished": True})
     state.wait_for_everyone()
 
 
@@ -527,13 +546,18 @@ def make_trainer(work: Work, out: Path, trace: Path, progress: bool = True, wand
     """The trainer of `work`, which keeps what it resumes from under `out`.
 
     Raises:
-        InputError: The batch cannot be dealt to the processes.
+        InputError: The batch cannot be dealt to the processes, or one process sees several GPUs.
     """
     from accelerate import PartialState
     from transformers import set_seed
     from transformers.integrations import TensorBoardCallback
 
     recipe, world = work.recipe, PartialState().num_processes
+    if world == 1 and (gpus := torch.cuda.device_count()) > 1:
+        raise InputError(
+            f"{gpus} GPUs are visible to one process. Start one for each (accelerate launch, see docs/train.md), or "
+            "show it a single one: CUDA_VISIBLE_DEVICES=0."
+        )
     rows = min(recipe.micro_batch, recipe.batch // world)
     if rows == 0 or recipe.batch % (rows * world):
         raise InputError(
@@ -566,6 +590,9 @@ def make_trainer(work: Work, out: Path, trace: Path, progress: bool = True, wand
         logging_nan_inf_filter=False,
         save_steps=recipe.save_every,
         save_total_limit=2,  # one is whole while the other is written
+        # some micro-batches show no image: without it the towers' gradients are waited for, for ever. And it keeps
+        # DDP's buckets as they are, so that a run that goes on adds in the same order
+        ddp_find_unused_parameters=True,
         disable_tqdm=True,
         report_to=["wandb"] if wandb else [],
     )
@@ -650,13 +677,18 @@ def _manifest(work: Work) -> dict[str, Any]:
     """What decides the result, for `run.json`."""
     from stllava_eval.runs import commit, version
 
+    tower = work.recipe.start_vision_tower
     packages = ("torch", "transformers", "trl", "peft", "accelerate")
     return {
         "format": 1,
         "stage": "sft",
         "recipe": work.recipe.as_dict(),
         "data": work.data,
-        "start": {"name": work.checkpoint.name, "sha256": work.checkpoint.sha256},
+        "start": {
+            "name": work.checkpoint.name,
+            "sha256": work.checkpoint.sha256,
+            "vision_tower": tower and _placed(tower),  # read by whoever loads an adapter
+        },
         "counts": vars(work.counts),
         "test_images": work.test_images,
         "steps": steps_of(len(work.conversations), work.recipe),
@@ -685,11 +717,8 @@ def _check_folder(out: Path, manifest: Mapping[str, Any], resume: bool) -> None:
                 f"{out}: {name}: the run in it has {then}, this call {now}. Call it as before, or without --resume "
                 "and with another --out."
             )
-    if (out / FINISHED).is_file():
+    if before.get("finished"):  # no file tells it: PEFT writes a README.md of its own before any weight
         raise InputError(f"{out}: the run in it is finished. Nothing is left to do.")
-
-
-FINISHED = "README.md"  # the model card, the last file of a run
 
 
 def _cut(trace: Path, step: int) -> None:
@@ -711,15 +740,19 @@ def read_trace(trace: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def _placed(source: str) -> str:
+    """A folder's full path, so that it is found from wherever; a hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).exists() else source
+
+
 def _save(trainer: SftTrainer, work: Work, out: Path) -> None:
     """The checkpoint, with everything that `stllava_med` needs to load it."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
-        start = Path(work.recipe.start)
-        base = str(start.resolve()) if start.exists() else work.recipe.start
-        model.peft_config["default"].base_model_name_or_path = base
+        model.peft_config["default"].base_model_name_or_path = _placed(work.recipe.start)
+    if trainer.is_fsdp_enabled:  # where each GPU saves its share, transformers' `save_model` writes no weights at all
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(out))
     if trainer.accelerator.is_main_process:
         work.checkpoint.processor().save_pretrained(out)
-        for litter in ("training_args.bin",):
-            (out / litter).unlink(missing_ok=True)
+        (out / "training_args.bin").unlink(missing_ok=True)

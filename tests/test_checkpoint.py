@@ -755,6 +755,16 @@ def test_four_bits_of_a_layout_that_is_not_ours_are_refused(full):
         open_checkpoint(str(folder), prototypes=3).model(four_bit=True)
 
 
+def test_four_bits_of_two_folders_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)  # bitsandbytes needs not be here
+    model = make()
+    model.save_pretrained(tmp_path / "whole")
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    checkpoint = open_checkpoint(str(tmp_path / "whole"), vision_tower=str(tmp_path / "tower"))
+    with pytest.raises(InputError, match="needs one folder of our own layout, vision tower and all"):
+        checkpoint.model(four_bit=True)
+
+
 # --- convert ----------------------------------------------------------------------------------------------------------
 
 

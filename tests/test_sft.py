@@ -18,11 +18,13 @@ import yaml
 from PIL import Image
 
 from stllava_eval.errors import InputError
+from stllava_eval.home import write_json
 from stllava_eval.network.checkpoint import open_checkpoint
 from stllava_train.card import draw_curves, write_card
 from stllava_train.conversations import asked, in_epoch
 from stllava_train.recipe import Recipe, read_recipe
 from stllava_train.sft import (
+    _save,
     last_whole,
     make_trainer,
     open_work,
@@ -109,9 +111,12 @@ def work_of(recipe: Recipe, data: Path):
     return open_work(recipe, [data], progress=False)
 
 
-def sft(recipe: Path, data: Path, out: Path, *more: str, processes: int = 1) -> subprocess.CompletedProcess:
+def sft(
+    recipe: Path, data: Path, out: Path, *more: str, processes: int = 1, timeout: float | None = None
+) -> subprocess.CompletedProcess:
     """The command, as a user runs it."""
-    return subprocess.run(command(recipe, data, out, *more, processes=processes), capture_output=True, text=True)
+    called = command(recipe, data, out, *more, processes=processes)
+    return subprocess.run(called, capture_output=True, text=True, timeout=timeout)
 
 
 def command(recipe: Path, data: Path, out: Path, *more: str, processes: int = 1) -> list[str]:
@@ -228,6 +233,12 @@ def test_an_image_that_is_gone_or_broken_is_named(small, data, tmp_path):
         work.collator.pixels(tmp_path / "none.png")
 
 
+def test_conversations_that_nothing_can_be_learnt_from_are_refused(small, data):
+    recipe = small(language_model={"train": "frozen"})
+    with pytest.raises(InputError, match=r"data\.json:2: c0: it has no image, and only parts that look at one are"):
+        work_of(recipe, data)
+
+
 def test_a_file_with_a_problem_is_refused(small, tmp_path):
     file = tmp_path / "bad.json"
     record = {"id": "a", "conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": ""}]}
@@ -285,7 +296,7 @@ def test_every_trained_weight_gets_a_gradient_and_no_other_one(small, data, tmp_
 
 def test_a_part_alone_is_trained_without_an_adapter(small, data):
     recipe = small(language_model={"train": "frozen"}, vision_tower={"train": "frozen"})
-    model = prepare(work_of(recipe, data).checkpoint.model(), recipe)
+    model = prepare(work_of(small(), data).checkpoint.model(), recipe)
     assert {part_of(name) for name in trainable(model)} == {"projector"}
     assert not hasattr(model, "peft_config")
 
@@ -351,6 +362,16 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_records(small, dat
         trainer.train()
 
 
+def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_saved(small, data, tmp_path):
+    work = work_of(small(save_every=1), data)
+    trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
+    next(iter(trainable(trainer.model).values())).register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(InputError, match=r"step 1: the gradient is (nan|inf)\. Lower the learning rates; --resume"):
+        trainer.train()
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert not (tmp_path / "trace").exists()
+
+
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +430,25 @@ def test_the_folder_is_a_checkpoint_with_what_was_learnt(unbroken, data, small, 
     assert loaded.processor().chat_template.keys() == {"default", "v1", "v1_sq"}
 
 
+def test_an_adapter_comes_back_on_the_vision_tower_it_was_trained_on(small, data, checkpoint, tmp_path, monkeypatch):
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    with torch.no_grad():
+        for parameter in model.model.vision_tower.parameters():
+            parameter.mul_(2)
+    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    monkeypatch.chdir(tmp_path)
+    work = work_of(small(start_vision_tower="tower", epochs=0.4), data)
+    train(work, tmp_path / "run", progress=False)
+    before = dict(work.checkpoint.weights())
+    monkeypatch.chdir("/")
+    loaded = dict(open_checkpoint(str(tmp_path / "run")).weights())
+    name = "model.vision_tower.embeddings.patch_embedding.weight"
+    assert torch.equal(loaded[name], before[name])
+    assert not torch.equal(loaded[name], dict(open_checkpoint(str(checkpoint)).weights())[name])
+
+
 def test_merging_gives_one_whole_checkpoint(unbroken, tmp_path):
     from stllava_train.cli import main
 
@@ -438,11 +478,21 @@ def test_a_run_killed_at_a_random_step_goes_on_exactly(unbroken, data, tmp_path,
         os.kill(one.pid, signal.SIGKILL)
     process.wait()
     process.stderr.close()
-    assert not (run / "README.md").exists()
     again = sft(recipe, data, run, "--resume", processes=processes)
     assert again.returncode == 0, again.stderr
     assert trace.read_bytes() == (whole / "losses.jsonl").read_bytes(), f"killed after step {at}"
     assert weights(run) == weights(whole)
+
+
+def test_two_processes_learn_from_batches_without_an_image_and_equal_one(recipe_file, data, tmp_path):
+    """DDP waits for the gradient of every weight that it was not told may have none."""
+    recipe = recipe_file(**FULL, gradient_checkpointing=True, micro_batch=1, epochs=0.8)
+    runs = [tmp_path / str(processes) for processes in (1, 2)]
+    for run, processes in zip(runs, (1, 2), strict=True):
+        done = sft(recipe, data, run, processes=processes, timeout=300)
+        assert done.returncode == 0, done.stderr
+    one, two = ([line["loss"] for line in read_trace(run / "losses.jsonl")] for run in runs)
+    assert one == pytest.approx(two, rel=1e-4)  # gradients are added in another order
 
 
 def test_a_half_written_folder_is_not_gone_on_from(tmp_path):
@@ -484,6 +534,23 @@ def test_a_fully_trained_network_goes_on_exactly_too(small, data, tmp_path):
     assert open_checkpoint(str(broken)).layout == "stllava-med"
 
 
+def test_a_run_killed_after_its_last_step_is_not_taken_for_finished(unbroken, data, tmp_path, monkeypatch):
+    recipe, whole = unbroken
+    work = work_of(read_recipe(str(recipe)), data)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stllava_train.card.draw_curves", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(work, tmp_path / "run", progress=False)
+    train(work, tmp_path / "run", resume=True, progress=False)
+    assert (tmp_path / "run" / "losses.jsonl").read_bytes() == (whole / "losses.jsonl").read_bytes()
+    assert weights(tmp_path / "run") == weights(whole)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -507,9 +574,61 @@ def test_a_folder_with_something_in_it_is_not_overwritten(unbroken, data, tmp_pa
         train(work, tmp_path / "new", resume=True)
 
 
-def test_a_batch_that_cannot_be_dealt_is_refused(small, data, tmp_path):
+def test_a_run_on_shared_weights_ends_with_a_whole_checkpoint(small, data, tmp_path, monkeypatch):
+    """Without GPUs accelerate knows no FSDP; what transformers asks its plugin for is tested."""
+    from types import SimpleNamespace
+
+    from accelerate import FullyShardedDataParallelPlugin
+
+    work = work_of(small(epochs=0.4), data)
+    trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    accelerator = SimpleNamespace(
+        state=state,
+        is_main_process=True,
+        unwrap_model=lambda model, **_: model,
+        get_state_dict=lambda model: model.state_dict(),
+    )
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    monkeypatch.setattr(trainer, "accelerator", accelerator)
+    _save(trainer, work, tmp_path / "run")
+    assert open_checkpoint(str(tmp_path / "run")).layout.startswith("adapter on")
+
+
+def test_a_batch_that_cannot_be_dealt_is_refused_and_nothing_written(small, data, tmp_path):
     with pytest.raises(InputError, match="batch 4: it cannot be dealt to 1 processes of micro_batch 3"):
-        make_trainer(work_of(small(micro_batch=3), data), tmp_path, tmp_path / "trace")
+        train(work_of(small(micro_batch=3), data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_gpus_need_several_processes(small, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(InputError, match=r"4 GPUs are visible to one process\. Start one for each .*DEVICES=0"):
+        make_trainer(work_of(small(), data), tmp_path, tmp_path / "trace")
+
+
+def test_half_written_folders_do_not_push_out_whole_ones(small, data, tmp_path, monkeypatch):
+    """Of the folders to resume from two are kept, by age, whether whole or not."""
+    work, run = work_of(small(epochs=1.2, save_every=1), data), tmp_path / "run"
+    original, wholes = write_json, []
+
+    def write(path, value):
+        if path.name == "whole.json":
+            wholes.append(last_whole(run / "checkpoints"))  # before this one is
+            if value["step"] == 3:
+                raise KeyboardInterrupt
+        original(path, value)
+
+    monkeypatch.setattr("stllava_train.sft.write_json", write)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            train(work, run, resume=run.exists(), progress=False)
+    (run / "checkpoints" / "checkpoint-9").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        train(work, run, resume=True, progress=False)
+    assert [one and one.name for one in wholes] == [None, "checkpoint-1", *["checkpoint-2"] * 3]
+    assert {one.name for one in (run / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-3"}
 
 
 def test_test_images_are_refused_unless_allowed(small, data, prepared):

@@ -220,7 +220,7 @@ class Checkpoint:
         """The network with these weights, for answering. No weight is held twice, whatever the layout.
 
         Raises:
-            InputError: `four_bit` without bitsandbytes, or for a source that is not a folder of our own layout.
+            InputError: `four_bit` without bitsandbytes, or for a source that is not one folder of our own layout.
         """
         if four_bit:
             return self._four_bit_model(device, dtype)
@@ -245,9 +245,10 @@ class Checkpoint:
 
         if find_spec("bitsandbytes") is None:
             raise InputError("four_bit: bitsandbytes is not installed. Run `pip install 'stllava-med[four-bit]'`.")
-        if self.layout != "stllava-med":
+        if self.layout != "stllava-med" or {taken.file.parent for taken in self.taken} != {self.folders[0]}:
             raise InputError(
-                f"{self.name} ({self.layout}): four_bit needs our own layout. Run `stllava-eval convert` first."
+                f"{self.name} ({self.layout}): four_bit needs one folder of our own layout, vision tower and all. Run "
+                "`stllava-eval convert` first."
             )
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -458,6 +459,9 @@ def _read_adapter(folder: Path, base: str | None, above: Sequence[Path]) -> _Dra
     """A PEFT folder, ours or the authors' LoRA stage, on the checkpoint that it names."""
     named = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     draft = _read(located(named, [folder], "base"), str(named), above=above)
+    if tower := _trained_tower(folder):
+        draft.vision = located(tower, [folder], "vision-tower")
+        draft.weights += [(file, _vision_name) for file in weight_files(draft.vision)]
     with WeightFile(_adapter_file(folder)) as weights:
         originals = any(key.startswith("base_model.model.model.layers.") for key in weights.entries)
     draft.folders.insert(0, folder)
@@ -475,6 +479,13 @@ def _read_adapter(folder: Path, base: str | None, above: Sequence[Path]) -> _Dra
     if (folder / "Vit-lora").is_dir():
         draft.add_adapter(folder / "Vit-lora", _flat_name, "vision")
     return draft
+
+
+def _trained_tower(folder: Path) -> str | None:
+    """The vision tower that `stllava-train sft` trained this adapter on, if it was not the base's own."""
+    manifest = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    start = manifest.get("start")
+    return start.get("vision_tower") if isinstance(start, dict) else None
 
 
 def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int | None) -> Checkpoint:
