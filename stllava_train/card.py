@@ -47,7 +47,7 @@ lmms-eval --model stllava_med --tasks vqarad,slake,pathvqa --model_args pretrain
 {data}
 
 {counts["conversations"]} conversations about {counts["images"]} images, {counts["rounds"]} rounds.
-Tokens in an epoch: {counts["tokens"]}, of which are learnt {counts["answer_tokens"]} of answers and
+Tokens in the first epoch: {counts["tokens"]}, of which are learnt {counts["answer_tokens"]} of answers and
 {counts["question_tokens"]} of questions.
 {warning}
 ## Scores

@@ -170,7 +170,7 @@ def _add_sft(commands: Any) -> None:
         help="stage 1: learn to answer and to ask",
         description="Train a checkpoint on conversations, by a recipe. RUN becomes a checkpoint that the harness "
         "evaluates, with the losses of every step, their curves and a model card beside it. Under torchrun or "
-        "accelerate launch it trains on several devices, with the same result.",
+        "accelerate launch it trains on several devices, on the same batches.",
         epilog="examples:\n"
         "  stllava-train sft --recipe stllava-med-7b --data med-im.json --out runs/stage1 --dry-run\n"
         "  stllava-train sft --recipe stllava-med-7b --data med-im.json --out runs/stage1 epochs=3\n"

@@ -48,6 +48,7 @@ class Recipe:
         max_tokens: Most tokens of a conversation, those of the image counted. Longer ones are refused.
         augment: Show every image a little moved and shaded anew each time, see `augment.augmented`.
         warmup: Share of the steps, in [0, 1), over which learning rates rise; then they fall as a cosine to 0.
+        weight_decay: Of AdamW, on every weight trained, biases and norms too.
         betas: Of AdamW.
         max_grad_norm: Gradients are scaled down to this length.
         dtype: Of what is frozen and of the computation; what is trained is held in float32.
@@ -284,6 +285,8 @@ def _check(recipe: Recipe, place: str) -> None:
         raise InputError(f"{place}: answer_weight: 0, and no question is learnt either. Set it to 1.")
     if recipe.four_bit and recipe.language_model.train == "full":
         raise InputError(f"{place}: four_bit: a language model in 4 bits trains through a LoRA. Set its train to lora.")
+    if recipe.four_bit and "lora" not in {part.train for part in recipe.parts().values()}:
+        raise InputError(f"{place}: four_bit: transformers trains in 4 bits beside a LoRA only. Set it to false.")
     if recipe.projector.train == "lora":
         raise InputError(f"{place}: projector.train: lora. The projector is small: choose full or frozen.")
     if {recipe.language_model.train, recipe.vision_tower.train} == {"lora", "full"}:

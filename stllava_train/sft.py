@@ -224,6 +224,7 @@ def prepare(model: Any, recipe: Recipe) -> Any:
     """
     from peft import LoraConfig, get_peft_model
 
+    model.requires_grad_(False)
     read = _read_layers(model.config)
     loras = {name: part for name, part in recipe.parts().items() if part.train == "lora"}
     for name, part in recipe.parts().items():
@@ -661,7 +662,7 @@ def parameters(work: Work) -> dict[str, tuple[int, int]]:
     from stllava_eval.network import StllavaMedForConditionalGeneration
 
     with init_empty_weights():
-        model: Any = StllavaMedForConditionalGeneration(work.checkpoint.config).requires_grad_(False)
+        model: Any = StllavaMedForConditionalGeneration(work.checkpoint.config)
         held = dict.fromkeys(work.recipe.parts(), 0)
         for name, parameter in model.named_parameters():
             held[part_of(name)] += parameter.numel()

@@ -227,6 +227,7 @@ def test_a_value_out_of_range_is_refused(change, message):
         (["projector.train=lora"], r"projector: rank is missing\. A part trained lora needs train, learning_rate"),
         (["language_model.train=full"], "one tower is trained lora and the other full"),
         (["language_model.train=full", "vision_tower.train=frozen", "four_bit=true"], "four_bit: .* through a LoRA"),
+        (["language_model.train=frozen", "vision_tower.train=frozen", "four_bit=true"], "four_bit: .* a LoRA only"),
         (["answer_weight=0", "sq_r=0"], "answer_weight: 0, and no question is learnt either"),
         (["answer_weight=0", "question_weight=0"], "answer_weight: 0, and no question is learnt either"),
     ],
