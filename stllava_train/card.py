@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,20 @@ def write_card(folder: Path, evaluations: Sequence[Path] = ()) -> None:
         for one in manifest["data"]
     )
     leak = manifest["test_images"]
+    source = shlex.quote(f"pretrained={_plain(str(folder))}")
+    versions = ", ".join(f"{name} {found}" for name, found in manifest["versions"].items())
     warning = f"\n**{leak} of them show images of test splits: scores on those sets mean nothing.**\n" if leak else ""
     text = f"""---
 library_name: stllava-med
 pipeline_tag: image-text-to-text
 base_model: {json.dumps(manifest["start"]["name"])}
 ---
-# {_plain(folder.resolve().name)}
+# `{_plain(folder.resolve().name)}`
 
 **{NOTICE}** Stage 1 (`stllava-train sft`) of the system of STLLaVA-Med (arXiv 2406.19973).
 
 ```sh
-lmms-eval --model stllava_med --tasks vqarad,slake,pathvqa --model_args pretrained={_plain(str(folder))}
+lmms-eval --model stllava_med --tasks vqarad,slake,pathvqa --model_args {source}
 ```
 
 ## Data
@@ -65,7 +68,7 @@ Started from `{_plain(manifest["start"]["name"])}` (weights sha256 `{manifest["s
 ```yaml
 {_yaml(manifest["recipe"])}```
 
-Versions: {", ".join(f"{name} {found}" for name, found in manifest["versions"].items())}; commit {manifest["commit"]}.
+Versions: {_plain(versions)}; commit {_plain(str(manifest["commit"]))}.
 """
     with whole_file(folder / CARD) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
@@ -106,6 +109,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if manifest["stage"] != "sft":
             raise KeyError("stage")
+        for key in ("recipe", "data", "start", "counts", "test_images", "steps", "versions", "commit"):
+            manifest[key]
         return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is no training run ({error!r}). Pass a folder of `stllava-train sft`.") from error
@@ -117,8 +122,13 @@ def _losses(folder: Path) -> list[dict[str, Any]]:
 
 def _read(trace: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in trace.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        lines = [json.loads(line) for line in trace.read_text(encoding="utf-8").splitlines()]
+        for line in lines:
+            for name in ("step", "answer_loss", "question_loss"):
+                if not isinstance(line[name], int | float) and (name == "step" or line[name] is not None):
+                    raise TypeError(f"{name} {line[name]!r}")
+        return lines
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{trace}: cannot be read ({error}). The run must be finished.") from error
 
 
@@ -150,7 +160,7 @@ def _scores(folder: Path, evaluations: Sequence[Path]) -> str:
 def _yaml(recipe: dict[str, Any]) -> str:
     import yaml
 
-    return yaml.safe_dump(recipe, sort_keys=False)
+    return "".join(f"{_plain(line)}\n" for line in yaml.safe_dump(recipe, sort_keys=False).splitlines())
 
 
 def _plain(text: str) -> str:

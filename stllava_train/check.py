@@ -68,7 +68,7 @@ def problems(
     seen = _looked_at([*sound, *others], progress, _test_images(progress))
     everyone = [*sound, *others]
     found = {
-        "form": form + _ids_in_two_files(sound),
+        "form": form + ids_in_two_files(sound),
         "image": _with_image(everyone, seen, lambda look: look.broken),
         "length": [] if encoder is None else _too_long(sound, encoder, max_tokens, progress),
         "duplicate": _duplicates(sound, seen),
@@ -84,16 +84,19 @@ def problems(
     )
 
 
-def leaks(conversations: Sequence[Conversation], progress: bool = True) -> list[Problem]:
-    """The conversations whose image is in a prepared test split, or looks like one of it, in their order.
+def looked_at(conversations: Sequence[Conversation], progress: bool = True) -> tuple[list[Problem], list[Problem]]:
+    """The conversations whose image cannot be decoded; those whose image is in a prepared test split, or looks so.
 
-    Test splits that are not prepared are named in a warning. Images that cannot be decoded are in none.
+    Each in their order. Test splits that are not prepared are named in a warning.
 
     Raises:
         InputError: A prepared test split is not whole.
     """
-    tests = _test_images(progress)
-    return _with_image(conversations, _looked_at(conversations, progress, tests), lambda look: look.leak)
+    seen = _looked_at(conversations, progress, _test_images(progress))
+    return (
+        _with_image(conversations, seen, lambda look: look.broken),
+        _with_image(conversations, seen, lambda look: look.leak),
+    )
 
 
 def write_sound(files: Sequence[Path], found: Iterable[Problem], out: Path) -> int:
@@ -217,7 +220,8 @@ def _images_of_others(file: Path, images: Path | None, sound: set[str]) -> list[
 # Records.
 
 
-def _ids_in_two_files(conversations: Iterable[Conversation]) -> list[Problem]:
+def ids_in_two_files(conversations: Iterable[Conversation]) -> list[Problem]:
+    """Records whose id another record has before them."""
     first: dict[str, str] = {}
     return [
         Problem(one.place, one.id, f"its id stands at {before} too. Give each record one of its own.")

@@ -22,13 +22,16 @@ DATASETS = ("vqarad", "slake", "pathvqa")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0 done, 1 the data has problems, 2 wrong call."""
+    """Run one command. Returns its exit code: 0 done, 1 the data has problems, 2 wrong call, 130 stopped by Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
         return arguments.command(arguments) or 0
     except InputError as error:
         print(printable(f"stllava-train: {error}"), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stllava-train: stopped. `sft` goes on with --resume, `data` by the same call.", file=sys.stderr)
+        return 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -158,7 +161,7 @@ def _print_written(title: str, written: Written) -> None:
     left_out = sum(map(len, written.left_out.values()))
     print(
         f"{title}: {written.conversations:,} conversations, {written.images:,} images, {written.questions:,} "
-        f"questions, {left_out:,} left out: {written.path}"
+        f"questions, {left_out:,} left out: {printable(str(written.path))}"
     )
     for why, ids in written.left_out.items():
         print(f"  left out, {why}: {len(ids):,}: {printable(', '.join(ids))}")
@@ -242,19 +245,21 @@ def _sft(arguments: argparse.Namespace) -> int:
     from stllava_train.recipe import read_recipe
 
     recipe = read_recipe(arguments.recipe, arguments.changes, arguments.stage)
-    from stllava_train.sft import open_work, report, train
+    from stllava_train.sft import first_process, open_work, report, train
 
+    _check_images(arguments.images)
     work = open_work(recipe, arguments.data, arguments.images, arguments.allow_test_images)
     if arguments.dry_run:
         print(report(work))
         return 0
     train(work, arguments.out, arguments.resume, wandb=arguments.wandb)
-    if int(os.environ.get("RANK", 0)) == 0:  # of several processes, one speaks
+    if first_process():
         if arguments.default:
             from stllava_eval.answering import record_default_checkpoint
 
             record_default_checkpoint(arguments.out)
-        print(f"{arguments.out}: the checkpoint; losses.jsonl, curves.png, tensorboard and README.md are beside it")
+        beside = "losses.jsonl, curves.png, tensorboard and README.md are beside it"
+        print(printable(f"{arguments.out}: the checkpoint; {beside}"))
     return 0
 
 
@@ -263,7 +268,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     from stllava_eval.network.convert import convert
 
     convert(open_checkpoint(arguments.run), arguments.out)
-    print(f"{arguments.out}: the whole checkpoint")
+    print(printable(f"{arguments.out}: the whole checkpoint"))
     return 0
 
 
@@ -271,7 +276,7 @@ def _card(arguments: argparse.Namespace) -> int:
     from stllava_train.card import CARD, write_card
 
     write_card(arguments.run, arguments.eval)
-    print(arguments.run / CARD)
+    print(printable(str(arguments.run / CARD)))
     return 0
 
 
@@ -309,8 +314,7 @@ def _check(arguments: argparse.Namespace) -> int:
     files, images, out = arguments.data, arguments.images, arguments.write
     if len({file.resolve() for file in files}) < len(files):
         raise InputError("a DATA file comes twice. Name each once.")
-    if images is not None and not images.is_dir():
-        raise InputError(f"--images {images}: no such folder. Pass the one that the records' images are relative to.")
+    _check_images(images)
     if out and out.resolve() in {file.resolve() for file in files}:
         raise InputError(f"--write {out}: it is a DATA file. Choose another name.")
     if out and images is None and {file.parent.resolve() for file in files} != {out.parent.resolve()}:
@@ -340,6 +344,11 @@ def _check(arguments: argparse.Namespace) -> int:
     return 1 if every else 0
 
 
+def _check_images(images: Path | None) -> None:
+    if images is not None and not images.is_dir():
+        raise InputError(f"--images {images}: no such folder. Pass the one that the records' images are relative to.")
+
+
 def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
@@ -363,7 +372,7 @@ def _tiny(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or home() / "checkpoints" / "tiny-start"
     write_start({name: read_rows(name, "train") for name in arguments.sets or DATASETS}, out, seed=arguments.seed)
-    print(f"{out}: a network to start from: stllava-train sft --recipe tiny start={out} ...")
+    print(printable(f"{out}: a network to start from: stllava-train sft --recipe tiny start={out} ..."))
     return 0
 
 

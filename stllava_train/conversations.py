@@ -270,7 +270,11 @@ class Encoder:
         names = ("v1", "v1_sq") if template == "either" else (template,)
         if missing := [name for name in names if name not in known]:
             has = ", ".join(sorted(known))
-            raise InputError(f"template {missing[0]!r}: the checkpoint has {has}. Choose one of these.")
+            can = [name for name in ("v1", "v1_sq") if name in known]
+            what = (
+                f"Choose {' or '.join(can)}." if can else "Training needs v1 or v1_sq: start from another checkpoint."
+            )
+            raise InputError(f"template {missing[0]!r}: the checkpoint has {has}. {what}")
         self._templates = [known[name] for name in names]
 
     def __call__(self, conversation: Conversation, asks: Sequence[bool], draw: float = 0.0) -> Encoded:

@@ -7,16 +7,19 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -359,6 +362,11 @@ class SftTrainer(SFTTrainer):
         self._sums.zero_()
         record = step_record(self.state.global_step, sums, self.recipe)
         record["gradient_norm"] = float(logs["grad_norm"])
+        if not math.isfinite(record["gradient_norm"]):  # its weights are no numbers now, and would be saved next
+            raise InputError(
+                f"step {record['step']}: the gradient is {record['gradient_norm']}. Lower the learning rates; --resume "
+                "goes on from the last checkpoint."
+            )
         record |= {f"learning_rate_{name}": rate for name, rate in self._rates.items()}
         if self.accelerator.is_main_process:
             with self.trace.open("a", encoding="utf-8") as file:
@@ -411,7 +419,7 @@ class _Bar(TrainerCallback):
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / WHOLE, {"step": state.global_step})
+            write_json(folder / WHOLE, {"step": state.global_step, "files": _sizes(folder)})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
@@ -421,9 +429,39 @@ WHOLE = "whole.json"  # the last file of a folder to resume from
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The latest of the folders `checkpoint-N` in `folder` that was written to its end."""
-    whole = [file.parent for file in folder.glob(f"checkpoint-*/{WHOLE}")]
-    return max(whole, key=lambda one: int(one.name.rpartition("-")[2]), default=None)
+    """The latest of the folders `checkpoint-N` in `folder` that was written to its end.
+
+    Raises:
+        InputError: A file in it is not as it was written: without its optimizer's state, training would go another way.
+    """
+    whole = [file.parent for file in folder.glob(f"checkpoint-*/{WHOLE}") if _step(file.parent) is not None]
+    last = max(whole, key=lambda one: _step(one) or 0, default=None)
+    if last is not None:
+        try:
+            written = json.loads((last / WHOLE).read_text(encoding="utf-8"))["files"]
+            found = _sizes(last)
+            changed = sorted(name for name, size in written.items() if found.get(name) != size)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            changed = [WHOLE]
+        if changed:
+            raise InputError(
+                f"{last}: {', '.join(changed)}: not as the run wrote it. Put it back, or delete this folder: --resume "
+                "then goes on from the one before it, or begins anew."
+            )
+    return last
+
+
+def _step(folder: Path) -> int | None:
+    """The N of a folder `checkpoint-N`."""
+    number = folder.name.rpartition("-")[2]
+    return int(number) if re.fullmatch(r"[0-9]{1,15}", number) else None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file, but of the one that lists them."""
+    return {
+        file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file() and file.name != WHOLE
+    }
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -462,7 +500,7 @@ def open_work(
         InputError: A record has a problem, or shows a test image; or recipe, data and checkpoint do not fit together.
     """
     from stllava_eval.network.checkpoint import open_checkpoint
-    from stllava_train.check import leaks
+    from stllava_train.check import ids_in_two_files, looked_at
     from stllava_train.conversations import read_conversations
 
     conversations: list[Conversation] = []
@@ -481,13 +519,19 @@ def open_work(
             f"{text.place}: {text.id}: it has no image, and only parts that look at one are trained. Leave it out, or "
             "train the language model."
         )
+    if twice := ids_in_two_files(conversations):
+        more = f" ({len(twice)} ids stand twice)" if len(twice) > 1 else ""
+        raise InputError(f"{twice[0]}{more}")
     checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
     processor = checkpoint.processor()
     encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
     padding = checkpoint.config.text_config.pad_token_id or 0
     collator = Collator(conversations, recipe, processor, encoder, padding)
     counts = count(collator, progress)
-    found = leaks(conversations, progress) if _first_process() else []
+    broken, found = looked_at(conversations, progress) if first_process() else ([], [])
+    if broken:
+        more = f" ({len(broken) - 1} more: `stllava-train check`)" if len(broken) > 1 else ""
+        raise InputError(f"{broken[0]} Put it back, or leave the record out.{more}")
     if found and not allow_test_images:
         raise InputError(
             f"{found[0]} {len(found)} conversations show test images: scores on these sets would mean nothing. Leave "
@@ -496,8 +540,47 @@ def open_work(
     return Work(recipe, conversations, checkpoint, collator, counts, data, len(found))
 
 
-def _first_process() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+def first_process() -> bool:
+    """Of several, the one that speaks and writes. RANK alone says nothing: a batch system may have set it."""
+    return _processes().is_main_process
+
+
+def _processes() -> Any:
+    """accelerate's `PartialState`.
+
+    Raises:
+        InputError: The environment speaks of several processes, and no launcher started them.
+    """
+    from accelerate import PartialState
+
+    from stllava_eval.network.files import one_line
+
+    try:
+        return PartialState(cpu=not torch.cuda.is_available())
+    except ValueError as error:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        raise InputError(
+            f"{given} in the environment: {one_line(error)}. Start several processes with torchrun, or unset these."
+        ) from error
+
+
+def _check_wandb() -> None:
+    """Log in before any work.
+
+    Raises:
+        InputError: wandb is not installed, or has no key.
+    """
+    from stllava_eval.network.files import one_line
+
+    try:
+        import wandb
+
+        wandb.login()
+    except ImportError as error:
+        raise InputError("--wandb: wandb is not installed. Run `pip install wandb`, or leave it out.") from error
+    except wandb.Error as error:
+        raise InputError(f"--wandb: {one_line(error)}. Set WANDB_MODE=offline, or leave it out.") from error
 
 
 def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wandb: bool = False) -> None:
@@ -515,25 +598,32 @@ def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wa
     Raises:
         InputError: The folder holds another run, or a loss is no number.
     """
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = _processes()
     manifest = _manifest(work)
     _check_folder(out, manifest, resume)
     last = last_whole(out / "checkpoints")
-    state.wait_for_everyone()  # all have looked before one writes
     trace = out / "losses.jsonl"
-    trainer = make_trainer(work, out, trace, progress, wandb)  # writes nothing where it refuses
+    step = (_step(last) or 0) if last else 0
+    kept = _kept(trace, step)
+    _rows(work.recipe, state.num_processes)
+    if work.recipe.four_bit:
+        work.checkpoint.check_four_bit()
+    if wandb and state.is_main_process:
+        _check_wandb()
+    state.wait_for_everyone()  # all have looked before one writes
     if state.is_main_process:
         write_json(out / "run.json", manifest)
-        _cut(trace, int(last.name.rpartition("-")[2]) if last else 0)
-        for folder in set((out / "checkpoints").glob("checkpoint-*")) - {last}:
-            if not (folder / WHOLE).exists():  # it would count as one of the two that are kept
-                shutil.rmtree(folder)
+        with whole_file(trace) as unfinished:
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        for folder in (out / "checkpoints").glob("checkpoint-*"):
+            if not (folder / WHOLE).is_file():  # a kill left it; it would count as one of the two that are kept
+                shutil.rmtree(folder, ignore_errors=True)
     state.wait_for_everyone()
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    state.wait_for_everyone()
-    _save(trainer, work, out)
+    with _disk_told(out):
+        trainer = make_trainer(work, out, trace, progress, wandb)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        state.wait_for_everyone()
+        _save(trainer, work, out)
     if state.is_main_process:
         from stllava_train.card import draw_curves, write_card
 
@@ -541,6 +631,47 @@ def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wa
         write_card(out)
         write_json(out / "run.json", manifest | {"finished": True})
     state.wait_for_everyone()
+
+
+@contextmanager
+def _disk_told(out: Path) -> Iterator[None]:
+    """A full disk, or a file that cannot be read, as one line: transformers, torch and safetensors raise their own.
+
+    Raises:
+        InputError: With the reason.
+    """
+    from stllava_eval.network.files import one_line
+
+    try:
+        yield
+    except Exception as error:
+        theirs = re.search(r"PytorchStream|inline_container|\(os error \d+\)", str(error))  # torch's, tokenizers'
+        if not theirs and not isinstance(error, OSError | SafetensorError | pickle.UnpicklingError):
+            raise
+        raise InputError(
+            f"{out}: its files cannot be written or read ({one_line(error)}). Free some space, or delete a broken "
+            f"folder under {out / 'checkpoints'}; --resume goes on from the last whole one."
+        ) from error
+
+
+def _rows(recipe: Recipe, processes: int) -> int:
+    """Conversations that one process computes at once.
+
+    Raises:
+        InputError: The batch cannot be dealt to the processes, or one process sees several GPUs.
+    """
+    if processes == 1 and (gpus := torch.cuda.device_count()) > 1:
+        raise InputError(
+            f"{gpus} GPUs are visible to one process. Start one for each (accelerate launch, see docs/train.md), or "
+            "show it a single one: CUDA_VISIBLE_DEVICES=0."
+        )
+    rows = min(recipe.micro_batch, recipe.batch // processes)
+    if rows == 0 or recipe.batch % (rows * processes):
+        raise InputError(
+            f"batch {recipe.batch}: it cannot be dealt to {processes} processes of micro_batch {recipe.micro_batch}. "
+            "Choose a batch that is a multiple of both."
+        )
+    return rows
 
 
 def make_trainer(work: Work, out: Path, trace: Path, progress: bool = True, wandb: bool = False) -> SftTrainer:
@@ -554,17 +685,7 @@ def make_trainer(work: Work, out: Path, trace: Path, progress: bool = True, wand
     from transformers.integrations import TensorBoardCallback
 
     recipe, world = work.recipe, PartialState().num_processes
-    if world == 1 and (gpus := torch.cuda.device_count()) > 1:
-        raise InputError(
-            f"{gpus} GPUs are visible to one process. Start one for each (accelerate launch, see docs/train.md), or "
-            "show it a single one: CUDA_VISIBLE_DEVICES=0."
-        )
-    rows = min(recipe.micro_batch, recipe.batch // world)
-    if rows == 0 or recipe.batch % (rows * world):
-        raise InputError(
-            f"batch {recipe.batch}: it cannot be dealt to {world} processes of micro_batch {recipe.micro_batch}. "
-            "Choose a batch that is a multiple of both."
-        )
+    rows = _rows(recipe, world)
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
     device = PartialState().device
@@ -705,39 +826,56 @@ def _check_folder(out: Path, manifest: Mapping[str, Any], resume: bool) -> None:
         return
     try:
         before = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{out}: no run to go on with (run.json: {error}). Leave --resume out.") from error
+        before = {
+            "recipe": dict(before["recipe"]),
+            "data": [one["sha256"] for one in before["data"]],
+            "start": before["start"]["sha256"],
+            "finished": before.get("finished"),
+        }
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{out}: no run to go on with (run.json: {error!r}). Leave --resume out.") from error
     recipe = {key: value for key, value in manifest["recipe"].items() if key not in FREE_TO_CHANGE}
     for name, now, then in (
-        *((f"recipe: {key}", value, before.get("recipe", {}).get(key)) for key, value in recipe.items()),
-        ("data", [one["sha256"] for one in manifest["data"]], [one.get("sha256") for one in before.get("data", [])]),
-        ("start", manifest["start"]["sha256"], before.get("start", {}).get("sha256")),
+        *((f"recipe: {key}", value, before["recipe"].get(key)) for key, value in recipe.items()),
+        ("data", [one["sha256"] for one in manifest["data"]], before["data"]),
+        ("start", manifest["start"]["sha256"], before["start"]),
     ):
         if now != then:
             raise InputError(
                 f"{out}: {name}: the run in it has {then}, this call {now}. Call it as before, or without --resume "
                 "and with another --out."
             )
-    if before.get("finished"):  # no file tells it: PEFT writes a README.md of its own before any weight
+    if before["finished"]:  # no file tells it: PEFT writes a README.md of its own before any weight
         raise InputError(f"{out}: the run in it is finished. Nothing is left to do.")
 
 
-def _cut(trace: Path, step: int) -> None:
-    """Take the lines behind `step` off the trace: they will be computed again."""
-    if trace.exists():
-        kept = [line for line in read_trace(trace) if line["step"] <= step]
-        with whole_file(trace) as unfinished:
-            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+def _kept(trace: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of the trace up to `step`; those behind it will be computed again.
+
+    Raises:
+        InputError: One is missing.
+    """
+    kept = [line for line in read_trace(trace) if line["step"] <= step] if step else []
+    for number in range(1, step + 1):
+        if number > len(kept) or kept[number - 1]["step"] != number:
+            raise InputError(
+                f"{trace}:{number}: no losses of step {number}, and the run goes on from step {step}. Put the file "
+                "back, or train anew with another --out."
+            )
+    return kept
 
 
 def read_trace(trace: Path) -> list[dict[str, Any]]:
-    """The steps of `losses.jsonl`; a last line that a kill cut short is left out."""
+    """The steps of `losses.jsonl`, up to a line that is none: a kill cuts the last one short."""
     lines = []
-    for line in trace.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
+    try:
+        for line in trace.read_bytes().splitlines():
+            made = json.loads(line)
+            if not isinstance(made, dict) or not isinstance(made.get("step"), int):
+                break
+            lines.append(made)
+    except (OSError, ValueError, RecursionError):
+        pass
     return lines
 
 

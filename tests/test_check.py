@@ -9,7 +9,7 @@ from PIL import Image
 from test_likeness import COPIES, scan
 
 from stllava_eval.datasets import DATASETS, Row, write_split
-from stllava_train.check import leaks, problems
+from stllava_train.check import looked_at, problems
 from stllava_train.cli import main
 from stllava_train.conversations import read_conversations
 
@@ -128,7 +128,7 @@ def test_what_is_not_prepared_is_named(tested, caplog):
 
 def test_leaks_are_of_conversations_alone(tested):
     sound, _ = read_conversations(write(tested, record("a", "2.png"), record("b", "0.png"), record("c")))
-    assert [problem.id for problem in leaks(sound, progress=False)] == ["a"]
+    assert [problem.id for problem in looked_at(sound, progress=False)[1]] == ["a"]
 
 
 def test_each_image_is_decoded_once(folder, monkeypatch):

@@ -247,3 +247,14 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
     file.write_text('[\n{"id": "a", "id": "b", "conversations": []}]')
     with pytest.raises(InputError, match=r"data\.json:2: no JSON \(key 'id' stands twice\)\. Mend the file"):
         read_conversations(file)
+
+
+def test_a_checkpoint_without_the_templates_is_refused_with_what_can_be_done(processor):
+    class Mistral:
+        tokenizer, chat_template = processor.tokenizer, {"default": "", "mistral_instruct": ""}
+
+    with pytest.raises(InputError, match=r"has default, mistral_instruct\. Training needs v1 or v1_sq: start from"):
+        Encoder(Mistral(), "v1", 4)
+    Mistral.chat_template = {"default": "", "v1": ""}
+    with pytest.raises(InputError, match=r"template 'v1_sq': the checkpoint has default, v1\. Choose v1\."):
+        Encoder(Mistral(), "v1_sq", 4)

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -501,7 +502,7 @@ def test_a_half_written_folder_is_not_gone_on_from(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert last_whole(tmp_path) is None
     for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}" / "whole.json").write_text("{}")
+        (tmp_path / f"checkpoint-{step}" / "whole.json").write_text('{"files": {"trainer_state.json": 2}}')
     assert last_whole(tmp_path) == tmp_path / "checkpoint-10"
 
 
@@ -664,6 +665,216 @@ def test_a_wrong_call_is_one_line_and_trains_nothing(data, tmp_path, recipe_file
     assert not (tmp_path / "run").exists()
 
 
+# --- hostile and clumsy calls ---------------------------------------------------------------------------------------
+
+
+def test_ids_that_stand_in_two_files_are_refused(small, data, tmp_path):
+    copy = data.parent / "copy_data.json"
+    copy.write_bytes(data.read_bytes())
+    with pytest.raises(
+        InputError, match=r"data\.json:2: c0: its id stands at .*data\.json:2 too\..* \(10 ids stand twice\)"
+    ):
+        open_work(small(), [data, copy], progress=False)
+
+
+@pytest.mark.parametrize("broken", [b"no image", None], ids=["another file", "cut short"])
+def test_an_image_that_cannot_be_decoded_is_refused_before_training(small, data, broken):
+    (data.parent / "broken.png").write_bytes(broken or (data.parent / "1.png").read_bytes()[:60])
+    record = json.loads(data.read_text())[1] | {"image": "broken.png"}
+    file = data.parent / "broken.json"
+    file.write_text(json.dumps([record, record | {"id": "other"}]))
+    with pytest.raises(
+        InputError, match=r"broken\.json:1: c1: its image .*broken\.png: .* leave the record out\. \(1 more"
+    ):
+        work_of(small(), file)
+
+
+def test_a_rank_in_the_environment_does_not_switch_the_search_for_test_images_off(small, data, monkeypatch):
+    for rank in ("1", "", "x"):
+        monkeypatch.setenv("RANK", rank)
+        test_an_image_that_cannot_be_decoded_is_refused_before_training(small, data, b"no image")
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch": 3}, {"four_bit": True}])
+def test_a_run_that_cannot_start_leaves_nothing(small, data, tmp_path, changes, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError):
+        train(work_of(small(**changes), data), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(small, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/run/run\.json: cannot be written \(.*\)\. Free some space or choose"):
+        train(work_of(small(), data), tmp_path / "file" / "run", progress=False)
+
+
+@pytest.fixture(scope="module")
+def broken_off(checkpoint, data, tmp_path_factory):
+    """The work of a run of five steps, its folder as Ctrl-C in step 5 leaves it, and beside it the run not broken."""
+    from stllava_train import sft as module
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("broken-off")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(SMALL | {"start": str(checkpoint)}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STLLAVA_HOME", str(folder / "home"))
+        work = work_of(read_recipe(str(folder / "recipe.yaml")), data)
+        train(work, folder / "whole", progress=False)
+        original = module.SftTrainer.training_step
+
+        def training_step(self, *arguments, **named):
+            if self.state.global_step == 4:
+                raise KeyboardInterrupt
+            return original(self, *arguments, **named)
+
+        patch.setattr(module.SftTrainer, "training_step", training_step)
+        with pytest.raises(KeyboardInterrupt):
+            train(work, folder / "run", progress=False)
+    return work, folder / "run"
+
+
+HALF = object()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        pytest.param(
+            "optimizer.pt", None, r"checkpoint-4: optimizer\.pt: not as .* delete this folder", id="optimizer"
+        ),
+        pytest.param("optimizer.pt", HALF, r"checkpoint-4: optimizer\.pt: not as", id="half an optimizer"),
+        pytest.param("rng_state.pth", None, r"rng_state\.pth: not as", id="random numbers"),
+        pytest.param("scheduler.pt", None, r"scheduler\.pt: not as", id="scheduler"),
+        pytest.param("trainer_state.json", b"[]", r"trainer_state\.json: not as", id="state"),
+        pytest.param("adapter_model.safetensors", HALF, r"adapter_model\.safetensors: not as", id="weights"),
+        pytest.param("whole.json", b"{", r"whole\.json: not as", id="mark"),
+        pytest.param(
+            "../../losses.jsonl", None, r"losses\.jsonl:1: no losses of step 1, .* step 4\. Put", id="no trace"
+        ),
+        pytest.param("../../losses.jsonl", b"\xff\n", r"losses\.jsonl:1: no losses of step 1", id="binary trace"),
+        pytest.param("../../losses.jsonl", b"{}\n1\n", r"losses\.jsonl:1: no losses of step 1", id="another trace"),
+        pytest.param("../../losses.jsonl", HALF, r"losses\.jsonl:3: no losses of step 3", id="half a trace"),
+        pytest.param("../../run.json", b"[]", r"no run to go on with .* Leave --resume out", id="manifest"),
+        pytest.param("../../run.json", b"[" * 99999, r"no run to go on with", id="deep manifest"),
+    ],
+)
+def test_a_run_does_not_go_on_from_what_was_damaged(broken_off, tmp_path, name, content, message):
+    """Without the optimizer's state, say, it would go on and end elsewhere, without a word."""
+    work, folder = broken_off
+    run = shutil.copytree(folder, tmp_path / "run")
+    file = run / "checkpoints" / "checkpoint-4" / name
+    if content is None:
+        file.unlink()
+    else:
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2] if content is HALF else content)
+    with pytest.raises(InputError, match=message) as caught:
+        train(work, run, resume=True, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_garbage_of_the_right_size_is_one_line(broken_off, tmp_path):
+    work, folder = broken_off
+    run = shutil.copytree(folder, tmp_path / "run")
+    file = run / "checkpoints" / "checkpoint-4" / "optimizer.pt"
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(InputError, match=r"its files cannot be written or read \(.* delete a broken folder under"):
+        train(work, run, resume=True, progress=False)
+
+
+def test_without_the_damaged_folder_the_run_goes_on_from_the_one_before(broken_off, tmp_path):
+    work, folder = broken_off
+    run = shutil.copytree(folder, tmp_path / "run")
+    (run / "checkpoints" / "checkpoint-4" / "whole.json").unlink()  # as a kill while it is written leaves it
+    (run / "checkpoints" / "checkpoint-abc").mkdir()
+    (run / "checkpoints" / "checkpoint-abc" / "whole.json").write_text("{}")
+    train(work, run, resume=True, progress=False)
+    assert weights(run) == weights(folder.parent / "whole")
+    assert (run / "losses.jsonl").read_bytes() == (folder.parent / "whole" / "losses.jsonl").read_bytes()
+
+
+def test_two_calls_give_the_same_bytes(broken_off, tmp_path):
+    work, folder = broken_off
+    whole = folder.parent / "whole"
+    train(work, tmp_path / "whole", progress=False)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "losses.jsonl", "curves.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (whole / name).read_bytes(), name
+    cards = [(one / "README.md").read_text().replace(str(one), "") for one in (whole, tmp_path / "whole")]
+    assert cards[0] == cards[1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"),
+        Exception("No space left on device (os error 28)"),
+    ],
+    ids=["write", "torch.save", "tokenizers"],
+)
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(broken_off, tmp_path, monkeypatch, error):
+    from stllava_train import sft as module
+
+    def full(self, *_):
+        raise error
+
+    monkeypatch.setattr(module.SftTrainer, "_save_checkpoint", full)
+    with pytest.raises(InputError, match=r"its files cannot be written or read \(.*\)\. Free some space, or"):
+        train(broken_off[0], tmp_path / "run", progress=False)
+    assert len(read_trace(tmp_path / "run" / "losses.jsonl")) == 2
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_before_its_weights_are_saved(small, data, tmp_path):
+    work = work_of(small(save_every=1), data)
+    trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
+    next(iter(trainable(trainer.model).values())).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(InputError, match=r"step 1: the gradient is nan\. Lower the learning rates; --resume goes on"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoints/checkpoint-*"))
+    assert not (tmp_path / "trace").exists()
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(data, tmp_path, recipe_file, monkeypatch, capsys):
+    from stllava_train import sft as module
+    from stllava_train.cli import main
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "open_work", stopped)
+    assert main(["sft", "--recipe", str(recipe_file()), "--data", str(data), "--out", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err == (
+        "stllava-train: stopped. `sft` goes on with --resume, `data` by the same call.\n"
+    )
+
+
+def test_a_world_without_a_launcher_is_one_line(data, tmp_path, recipe_file):
+    call = command(recipe_file(), data, tmp_path / "run")
+    done = subprocess.run(call, capture_output=True, text=True, env=os.environ | {"RANK": "1", "WORLD_SIZE": "2"})
+    assert done.returncode == 2
+    assert re.search("stllava-train: RANK=1, .*WORLD_SIZE=2 in the environment: .* torchrun, or unset", done.stderr)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_that_is_not_installed_is_one_line(broken_off, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r"--wandb: wandb is not installed\. Run `pip install wandb`"):
+        train(broken_off[0], tmp_path / "run", progress=False, wandb=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_are_no_folder_are_told_as_such(data, tmp_path, recipe_file, capsys):
+    from stllava_train.cli import main
+
+    call = ["sft", "--recipe", str(recipe_file()), "--data", str(data), "--out", str(tmp_path / "run")]
+    assert main([*call, "--images", str(data)]) == 2
+    assert (
+        "data.json: no such folder. Pass the one that the records' images are relative to." in capsys.readouterr().err
+    )
+
+
 # --- card and curves ------------------------------------------------------------------------------------------------
 
 
@@ -680,3 +891,33 @@ def test_the_same_losses_draw_the_same_bytes(unbroken, tmp_path):
     _, run = unbroken
     draw_curves(run / "losses.jsonl", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes() == (run / "curves.png").read_bytes()
+
+
+def test_names_cannot_break_out_of_the_card(unbroken, tmp_path):
+    run = shutil.copytree(unbroken[1], tmp_path / "a b\n# [x](y)\x1b[31m`")
+    manifest = json.loads((run / "run.json").read_text())
+    evil = "x`\n---\n```\n# [a](b)<i>\x1b"
+    manifest["start"]["name"] = manifest["recipe"]["start"] = manifest["data"][0]["file"] = evil
+    manifest["versions"]["torch"] = manifest["commit"] = evil
+    (run / "run.json").write_text(json.dumps(manifest))
+    write_card(run)
+    card = (run / "README.md").read_text()
+    front = card.split("---\n")[1]
+    assert yaml.safe_load(front)["base_model"] == evil
+    assert "\x1b" not in card
+    assert "<i>" not in card.replace(front, "")
+    headings = [line for line in card.splitlines() if line.startswith("#")]
+    assert headings[1:] == ["## Data", "## Scores", "## Losses", "## Recipe"]
+    assert sum(line.lstrip().startswith("```") for line in card.splitlines()) == 4
+    assert "--model_args 'pretrained=" in card
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"step": 1, "answer_loss": "x", "question_loss": null}'])
+def test_a_card_of_a_damaged_run_is_one_line(unbroken, tmp_path, line):
+    run = shutil.copytree(unbroken[1], tmp_path / "run")
+    (run / "losses.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=r"losses\.jsonl: cannot be read"):
+        write_card(run)
+    (run / "run.json").write_text('{"stage": "sft"}')
+    with pytest.raises(InputError, match="is no training run"):
+        write_card(run)

@@ -238,10 +238,13 @@ class Checkpoint:
         model.generation_config = self.generation_config()
         return model.to(device).eval()
 
-    def _four_bit_model(self, device: Any, dtype: torch.dtype) -> StllavaMedForConditionalGeneration:
-        from importlib.util import find_spec
+    def check_four_bit(self) -> None:
+        """Look whether the network can be held in 4 bits, before any work.
 
-        from transformers import BitsAndBytesConfig
+        Raises:
+            InputError: bitsandbytes is not installed, or this is no folder of our own layout.
+        """
+        from importlib.util import find_spec
 
         if find_spec("bitsandbytes") is None:
             raise InputError("four_bit: bitsandbytes is not installed. Run `pip install 'stllava-med[four-bit]'`.")
@@ -250,6 +253,11 @@ class Checkpoint:
                 f"{self.name} ({self.layout}): four_bit needs one folder of our own layout, vision tower and all. Run "
                 "`stllava-eval convert` first."
             )
+
+    def _four_bit_model(self, device: Any, dtype: torch.dtype) -> StllavaMedForConditionalGeneration:
+        from transformers import BitsAndBytesConfig
+
+        self.check_four_bit()
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

@@ -160,6 +160,7 @@ def located(named: Any, folders: Sequence[Path], part: str) -> Path:
         InputError: It names none, or there is none.
     """
     words = part.replace("-", " ")
+    other = ", or write its place into adapter_config.json" if part == "base" else ""
     if not isinstance(named, str) or not named:
         raise InputError(f"{folders[0]}: it does not name its {words}. Pass --{part}.")
     if place := beside(named, folders):
@@ -167,7 +168,7 @@ def located(named: Any, folders: Sequence[Path], part: str) -> Path:
     try:
         return local_folder(named)
     except InputError as error:
-        raise InputError(f"{folders[0]} names {named!r} as its {words}: {error} Or pass --{part}.") from error
+        raise InputError(f"{folders[0]} names {named!r} as its {words}: {error} Or pass --{part}{other}.") from error
 
 
 def local_folder(name: str) -> Path:
