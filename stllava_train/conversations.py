@@ -96,7 +96,7 @@ def records(file: Path) -> Iterator[tuple[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
         raise InputError(f"{file}: cannot be read ({why}). Pass a JSON file of conversations.") from error
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
     space = re.compile(r"\s*")
     at = space.match(text).end()  # type: ignore[union-attr]
     array = text[at : at + 1] == "["
@@ -115,6 +115,7 @@ def records(file: Path) -> Iterator[tuple[str, Any]]:
         except (ValueError, RecursionError) as error:
             where = getattr(error, "lineno", line)
             what = getattr(error, "msg", "nested too deeply")
+            what = what if isinstance(error, json.JSONDecodeError | RecursionError) else str(error)
             raise InputError(f"{file}:{where}: no JSON ({what}). Mend the file or write it again.") from error
         yield f"{file}:{line}" + (f":{begins}" if line == taken else ""), record
         taken = line
@@ -127,6 +128,15 @@ def records(file: Path) -> Iterator[tuple[str, Any]]:
     if array and (at == len(text) or text[at + 1 :].strip()):
         what = "the closing ] is missing" if at == len(text) else "more stands behind the closing ]"
         raise InputError(f"{file}:{line}: no JSON ({what}). Mend the file or write it again.")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; Python's reader would take the last of those that share a key."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return made
 
 
 def _conversation(record: Any, place: str, folder: Path, wrong: list[str]) -> Conversation:

@@ -314,6 +314,6 @@ def _ranges(recipe: Recipe) -> Iterator[tuple[str, float, float, float, str]]:
         if part.train != "frozen":
             yield f"{name}.learning_rate", part.learning_rate, *size, "0 or more"
         if part.train == "lora":
-            yield f"{name}.rank", part.rank, *count, "at least 1"
+            yield f"{name}.rank", part.rank, 1, 2**14, "from 1 to 16384"  # no matrix of ours is wider
             yield f"{name}.alpha", part.alpha, *count, "at least 1"
             yield f"{name}.dropout", part.dropout, *share, below_1

@@ -240,3 +240,10 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path):
     (tmp_path / "data.json").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InputError, match="it is not UTF-8"):
         read_conversations(tmp_path / "data.json")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    file = tmp_path / "data.json"
+    file.write_text('[\n{"id": "a", "id": "b", "conversations": []}]')
+    with pytest.raises(InputError, match=r"data\.json:2: no JSON \(key 'id' stands twice\)\. Mend the file"):
+        read_conversations(file)

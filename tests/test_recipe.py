@@ -209,7 +209,8 @@ def test_a_value_of_the_wrong_type_is_refused(change, message):
         ("epochs=" + "9" * 5000, r"epochs: '999"),
         ("answer_weight=-1", "answer_weight: -1"),
         ("language_model.learning_rate=-1", r"language_model\.learning_rate: -1\. It is 0 or more\."),
-        ("language_model.rank=0", r"language_model\.rank: 0\. It is at least 1\."),
+        ("language_model.rank=0", r"language_model\.rank: 0\. It is from 1 to 16384\."),
+        ("language_model.rank=2147483648", r"language_model\.rank: 2\.14748e\+09\. It is from 1 to 16384\."),
         ("vision_tower.dropout=1", r"vision_tower\.dropout: 1\. It is 0 or more and below 1\."),
     ],
 )
