@@ -304,6 +304,9 @@ class SftTrainer(SFTTrainer):
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # 16 bits would swallow most updates of a small learning rate
                 parameter.data = parameter.data.float()
+        checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
+        if hasattr(self.model, "peft_config") and not checkpointing.get("use_reentrant"):
+            self.model.disable_input_require_grads()  # trl's hooks: gradients would go back through a frozen tower too
         self._sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
 
     def create_optimizer(self, model: Any = None) -> Any:

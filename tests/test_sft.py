@@ -295,6 +295,17 @@ def test_every_trained_weight_gets_a_gradient_and_no_other_one(small, data, tmp_
         assert [name for name, one in found.items() if not one.grad.any() and "lora_A" not in name] == []
 
 
+def test_nothing_goes_back_through_a_frozen_tower(small, data, tmp_path):
+    work = work_of(small(vision_tower={"train": "frozen"}, gradient_checkpointing=True), data)
+    trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
+    trainer.create_optimizer_and_scheduler(1)
+    found = []
+    tower = trainer.model.get_base_model().model.vision_tower
+    tower.register_forward_hook(lambda module, given, made: found.append(made.last_hidden_state.requires_grad))
+    trainer.compute_loss(trainer.model, work.collator([{"place": 1, "epoch": 0}]), num_items_in_batch=1)
+    assert found == [False]
+
+
 def test_a_part_alone_is_trained_without_an_adapter(small, data):
     recipe = small(language_model={"train": "frozen"}, vision_tower={"train": "frozen"})
     model = prepare(work_of(small(), data).checkpoint.model(), recipe)
