@@ -121,7 +121,7 @@ def sft(
 
 
 def command(recipe: Path, data: Path, out: Path, *more: str, processes: int = 1) -> list[str]:
-    launcher = [sys.executable, "-m"]
+    launcher = ["env", "OMP_NUM_THREADS=1", sys.executable, "-m"]  # torchrun's own default; sums hang on the number
     if processes > 1:
         launcher += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port(), "-m"]
     given = ["--recipe", str(recipe), "--data", str(data), "--out", str(out)]
