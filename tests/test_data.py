@@ -49,11 +49,13 @@ def test_the_questions_of_an_image_become_one_conversation_in_their_order(home, 
                 {"from": "human", "value": "What\tis it?"},
                 {"from": "gpt", "value": "a lung"},
             ],
+            "unordered": True,
         },
         {
             "id": "vqarad-b.png",
             "image": "images/vqarad/b.png",
             "conversations": [{"from": "human", "value": "<image>\nWhere?"}, {"from": "gpt", "value": "left"}],
+            "unordered": True,
         },
     ]
 

@@ -226,13 +226,15 @@ def test_a_line_that_is_none_is_named(server, tmp_path):
 
 
 def test_two_runs_in_one_folder_do_not_mix(server, tmp_path):
-    import filelock
-
-    with (
-        filelock.FileLock(tmp_path / ".manifest.jsonl.lock"),
-        pytest.raises(InputError, match="another run writes it"),
-    ):
-        fetch(server, tmp_path, "a.jpg")
+    program = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(); sys.stdin.read()"
+    lock = str(tmp_path / ".manifest.jsonl.lock")
+    with subprocess.Popen(
+        [sys.executable, "-c", program, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as another_run:
+        another_run.stdout.readline()  # it holds the lock
+        with pytest.raises(InputError, match="another run writes it"):
+            fetch(server, tmp_path, "a.jpg")
+        another_run.communicate()
 
 
 def write_source(server: PmcServer, folder: Path, images: int) -> None:
