@@ -74,17 +74,19 @@ class Memory:
         return self.frozen + self.trained + self.copies + self.activations + self.head
 
 
+def read_layers(config: Any) -> int:
+    """Layers of the vision tower that the features pass through, from the first on; the others are for nothing."""
+    read, count = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    return max(layer if layer >= 0 else count + 1 + layer for layer in (read if isinstance(read, list) else [read]))
+
+
 def stacks(config: Any) -> tuple[Stack, Stack]:
     """Of a StllavaMedConfig: the language model, and as much of the vision tower as is read."""
-    text, vision, read = config.text_config, config.vision_config, config.vision_feature_layer
-    last = max(
-        layer if layer >= 0 else vision.num_hidden_layers + 1 + layer
-        for layer in (read if isinstance(read, list) else [read])
-    )
+    text, vision = config.text_config, config.vision_config
     key_value = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
     return (
         Stack(text.num_hidden_layers, text.hidden_size, text.intermediate_size, key_value, True),
-        Stack(last, vision.hidden_size, vision.intermediate_size, vision.hidden_size, False),
+        Stack(read_layers(config), vision.hidden_size, vision.intermediate_size, vision.hidden_size, False),
     )
 
 

@@ -40,7 +40,7 @@ from stllava_train.conversations import (
     in_epoch,
     uniform,
 )
-from stllava_train.cost import memory
+from stllava_train.cost import memory, read_layers
 from stllava_train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 CACHE_BYTES = 2**30  # of prepared images, in each process that loads them
+PATHS = {  # of each part of a recipe in the network
+    "language_model": "model.language_model",
+    "projector": "model.multi_modal_projector",
+    "vision_tower": "model.vision_tower",
+}
 LANGUAGE_LINEAR = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
 VISION_LINEAR = r"self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12]"
 # what may change when a run goes on: memory and safety, not what is learnt
@@ -189,15 +194,9 @@ def count(collator: Collator, progress: bool) -> Counts:
 
     recipe = collator.recipe
     rows: list[Encoded] = []
-    for place, conversation in enumerate(
-        tqdm(
-            collator.conversations,
-            "counting tokens",
-            unit="conversation",
-            disable=None if progress else True,
-            file=sys.stderr,
-        )
-    ):
+    hidden = None if progress else True  # None: where stderr is no terminal
+    bar = tqdm(collator.conversations, "counting tokens", unit="conversation", disable=hidden, file=sys.stderr)
+    for place, conversation in enumerate(bar):
         most = len(collator.encoder(conversation, asked(conversation, 0, 0, math.ceil(recipe.sq_r)), 1.0).ids)
         if most > recipe.max_tokens:
             raise InputError(
@@ -228,7 +227,7 @@ def prepare(model: Any, recipe: Recipe) -> Any:
     from peft import LoraConfig, get_peft_model
 
     model.requires_grad_(False)
-    read = _read_layers(model.config)
+    read = "|".join(map(str, range(read_layers(model.config))))
     loras = {name: part for name, part in recipe.parts().items() if part.train == "lora"}
     for name, part in recipe.parts().items():
         if part.train == "full":
@@ -269,27 +268,10 @@ def prepare(model: Any, recipe: Recipe) -> Any:
     return model
 
 
-PATHS = {
-    "language_model": "model.language_model",
-    "projector": "model.multi_modal_projector",
-    "vision_tower": "model.vision_tower",
-}
-
-
-def _read_layers(config: Any) -> str:
-    """A pattern of the numbers of the tower's layers that the features are read from, or pass through."""
-    read = config.vision_feature_layer
-    count = config.vision_config.num_hidden_layers
-    last = max(layer if layer >= 0 else count + 1 + layer for layer in (read if isinstance(read, list) else [read]))
-    return "|".join(map(str, range(last)))
-
-
 def part_of(parameter: str) -> str:
-    """The part that a parameter belongs to, by its name."""
-    return next((name for name, word in WORDS.items() if word in parameter), "language_model")
-
-
-WORDS = {"projector": "multi_modal_projector", "vision_tower": "vision_tower"}
+    """The part that a parameter belongs to, by its name; the head is the language model's."""
+    parts = (name for name, path in PATHS.items() if f"{path.rpartition('.')[2]}." in parameter)
+    return next(parts, "language_model")
 
 
 class SftTrainer(SFTTrainer):
@@ -374,7 +356,6 @@ class SftTrainer(SFTTrainer):
         if self.accelerator.is_main_process:
             with self.trace.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-        self._metrics["train"].clear()
         super().log({key: value for key, value in record.items() if value is not None and key != "step"})
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
@@ -396,7 +377,7 @@ def step_record(step: int, sums: Sequence[float], recipe: Recipe) -> dict[str, A
 
 
 class _Bar(TrainerCallback):
-    """Steps done, time left and the last losses, on stderr; a mark in every folder to resume from that is whole."""
+    """Steps done, time left and the last losses, on stderr."""
 
     def __init__(self, progress: bool) -> None:
         self.progress = progress
@@ -416,6 +397,13 @@ class _Bar(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update()
 
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+
+class _Mark(TrainerCallback):
+    """`WHOLE` in every folder to resume from, once all processes have written theirs."""
+
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from accelerate import PartialState
 
@@ -423,9 +411,6 @@ class _Bar(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(folder / WHOLE, {"step": state.global_step, "files": _sizes(folder)})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
 
 
 WHOLE = "whole.json"  # the last file of a folder to resume from
@@ -723,9 +708,11 @@ def make_trainer(work: Work, out: Path, trace: Path, progress: bool = True, wand
     )
     set_seed(recipe.seed)
     model: Any = work.checkpoint.model("cpu" if not recipe.four_bit else device, dtype, recipe.four_bit)
+    # the mask of conversations that share an image is one of True and False, which "eager" would add to the scores
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
     model = prepare(model, recipe)
     order = plan(len(work.conversations), recipe)
-    callbacks: list[TrainerCallback] = [_Bar(progress)]
+    callbacks: list[TrainerCallback] = [_Bar(progress), _Mark()]
     if PartialState().is_main_process:
         from torch.utils.tensorboard import SummaryWriter
 
