@@ -23,7 +23,7 @@ def write_card(folder: Path, evaluations: Sequence[Path] = ()) -> None:
     from stllava_eval.leaderboard import NOTICE
 
     manifest = _manifest(folder)
-    lines = _losses(folder)
+    lines = _read(folder / "losses.jsonl")
     counts = manifest["counts"]
     data = "\n".join(
         f"- `{_plain(one['file'])}`: {one['conversations']} conversations, sha256 `{one['sha256'][:16]}`"
@@ -114,10 +114,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
         return manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} is no training run ({error!r}). Pass a folder of `stllava-train sft`.") from error
-
-
-def _losses(folder: Path) -> list[dict[str, Any]]:
-    return _read(folder / "losses.jsonl")
 
 
 def _read(trace: Path) -> list[dict[str, Any]]:
