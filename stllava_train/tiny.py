@@ -2,11 +2,13 @@
 
 The shape is STLLaVA-Med's (CLIP tower, prototype extractor, Llama) and so are the files. The real network starts from
 CLIP and Vicuna; here two steps do as much, the first of recipe F in the reference text embedded_data.md: the vision
-tower learns the facts that the rows state, the language model how questions and answers read. Neither meets the other.
+tower learns the facts that the rows state; the language model learns to answer from such facts, told in words, as
+Vicuna can. Neither meets the other.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,12 +37,22 @@ PROTOTYPES = 16  # 2.25 tokens of the paper's image are one prototype, 3 of this
 SPECIAL = ("<pad>", "<s>", "</s>")  # <image> comes behind the vocabulary, where nothing can generate it
 # Our choice, on the validation split and near the core-seconds of embedded_data.md, whose batches are 24 and 6
 VISION_IMAGES, TEXT_IMAGES, QUESTIONS = 24, 16, 12  # images in a step of either; questions of an image
-VISION_STEPS, TEXT_STEPS = 700, 100
+VISION_STEPS, TEXT_STEPS = 700, 300
 VISION_RATE, TEXT_RATE = 2e-3, 2e-3
 # At CLIP's 0.02 the tower is slow to learn where, at Llama's 0.02 the language model is slow to look at the image
 POSITION_SCALE, WEIGHT_SCALE = 2.0, 0.08
 WEIGHT_DECAY = 0.05  # our choice
 IGNORE = -100
+FILES = {  # of its checkpoint folder
+    "additional_chat_templates",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 @dataclass(frozen=True)
@@ -58,12 +70,12 @@ def write_start(
 ) -> dict[str, list[float]]:
     """Make the tiny network, teach its towers apart, and write its checkpoint folder.
 
-    The same rows, seed and number of threads give the same bytes. With `effort` 1: about 160 core-seconds.
+    The same rows, seed and number of threads give the same bytes. With `effort` 1: about 210 core-seconds.
 
     Args:
         train: Rows by data set.
-        out: The folder to write: weights, configuration, tokenizer, processor.
-        seed: Of the first weights, the order of the images and their augmentation.
+        out: The folder to write: weights, configuration, tokenizer, processor. A tiny start in it is overwritten.
+        seed: Of the first weights, the order of the images and their augmentation; from 0 to 2**32 - 1.
         effort: Factor on the number of steps.
         progress: Whether to show a bar on stderr.
 
@@ -71,13 +83,16 @@ def write_start(
         The losses of every step: "vision" in nats a question, "text" in nats a token.
 
     Raises:
-        InputError: There are no training rows, or an image cannot be decoded.
+        InputError: There are no training rows, an image cannot be decoded, or `out` holds something else.
     """
     import torch
     from tqdm import tqdm
 
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed {seed}: it is from 0 to {2**32 - 1}.")
     if not any(train.values()):
         raise InputError("training rows: none. The towers learn from some; see `stllava-eval prepare --sample`.")
+    _make_folder(out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = make_tokenizer(train)
@@ -281,34 +296,55 @@ def _train_vision(model: Any, album: Album, steps: int, bar: Any) -> list[float]
 
 
 def _train_text(model: Any, album: Album, tokenizer: PreTrainedTokenizerFast, steps: int, bar: Any) -> list[float]:
-    """The language model alone: every token of questions and answers, behind the prompt, without the image.
+    """The language model alone: every token of questions and answers, behind the prompt, where the image is a vector.
 
-    The image's tokens are left out and their positions kept, so that nothing moves when they come.
+    The vector, in the place of the image's first, is the sum of the embeddings of the words of all facts that are true
+    of the image. So "Is the plane axial?" is answered by whether "axial" is among them, which stage 1 from a blind
+    start found out late or never (docs/results.md). The image's other vectors are left out and their positions kept.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
     ids = tokenizer(f"{SYSTEM} USER: <image>\n").input_ids
     place = ids.index(tokenizer.convert_tokens_to_ids("<image>"))
-    prompt = ids[:place] + ids[place + 1 :]
-    positions = [at if at < place else at + IMAGE_TOKENS for at in range(len(prompt))]
+    positions = [at if at <= place else at + IMAGE_TOKENS - 1 for at in range(len(ids))]
+    words = _fact_words(album, tokenizer)
+    embed = model.model.language_model.embed_tokens
     optimizer, schedule = _optimizer([(model.model.language_model, TEXT_RATE)], steps)
     losses: list[float] = []
     for batch in _batches(len(album.texts), steps, TEXT_IMAGES):
-        texts = [text for place in batch for text in _some(album.texts[place])]
-        width = max(map(len, texts))
-        rows = torch.tensor([prompt + text + [IGNORE] * (width - len(text)) for text in texts])
+        asked = [(image, text) for image in batch for text in _some(album.texts[image])]
+        width = max(len(text) for _, text in asked)
+        rows = torch.tensor([ids + text + [IGNORE] * (width - len(text)) for _, text in asked])
+        rows[:, place] = 0  # no word
         at = torch.tensor(positions + [positions[-1] + 1 + number for number in range(width)])
+        vectors = embed(rows.clamp(min=0))
+        told = torch.stack([words[image] for image, _ in asked]) @ embed.weight
         hidden = model.model.language_model(
-            input_ids=rows.clamp(min=0),
+            inputs_embeds=torch.cat([vectors[:, :place], told[:, None], vectors[:, place + 1 :]], dim=1),
             attention_mask=(rows != IGNORE).long(),
             position_ids=at.expand(len(rows), -1),
             use_cache=False,
         ).last_hidden_state
-        learnt = rows[:, len(prompt) :]
-        logits = model.lm_head(hidden[:, len(prompt) - 1 : -1][learnt != IGNORE])
+        learnt = rows[:, len(ids) :]
+        logits = model.lm_head(hidden[:, len(ids) - 1 : -1][learnt != IGNORE])
         _step(cross_entropy(logits, learnt[learnt != IGNORE]), optimizer, schedule, bar, losses)
     return losses
+
+
+def _fact_words(album: Album, tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """(images, vocab), 1 where a token is in the words of a fact that is true of the image, else 0.
+
+    A fact's words are its answer; of "yes" those of the concept, of "no" none.
+    """
+    import torch
+
+    words = torch.zeros(len(album.facts), tokenizer.get_vocab()["<image>"])
+    for image, facts in enumerate(album.facts):
+        for concept, answer in (album.answers[number] for number, true in facts if true):
+            named = {"yes": concept, "no": ""}.get(answer, answer)
+            words[image, tokenizer(f" {named}".rstrip(), add_special_tokens=False).input_ids] = 1
+    return words
 
 
 def _optimizer(parts: Sequence[tuple[Any, float]], steps: int) -> tuple[Any, Any]:
@@ -372,9 +408,33 @@ def _augmented(pixels: Tensor) -> Tensor:
     return _normalised(255 * augmented(pixels / 255))
 
 
+def _make_folder(out: Path) -> None:
+    """Before any training.
+
+    Raises:
+        InputError: It cannot be made, or holds something other than a tiny start.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        other = any(out.iterdir()) and not _is_start(out)
+    except OSError as error:
+        raise InputError(f"{out}: no folder can be made there ({error.strerror}). Choose another --out.") from error
+    if other:
+        raise InputError(f"{out}: it is not empty and holds no tiny start. Choose another --out.")
+
+
+def _is_start(folder: Path) -> bool:
+    """Whether a tiny start lies in it and nothing else: a run or a merge of the tiny network has other files too."""
+    try:
+        network = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    names = {file.name for file in folder.iterdir()}
+    return names <= FILES and isinstance(network, dict) and network.get("num_prototypes") == PROTOTYPES
+
+
 def _write(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """The checkpoint folder: what `from_pretrained` of model, processor and tokenizer read."""
     processor = make_processor(tokenizer, SIDE, PATCH, "full")
-    out.mkdir(parents=True, exist_ok=True)
     model.eval().save_pretrained(out)
     processor.save_pretrained(out)

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from conftest import QUESTIONS, png
@@ -38,7 +40,7 @@ def start(tmp_path_factory):
 
 def test_both_towers_learn(start):
     _, losses = start
-    assert {name: len(found) for name, found in losses.items()} == {"vision": 70, "text": 10}
+    assert {name: len(found) for name, found in losses.items()} == {"vision": 70, "text": 30}
     for name, share in (("vision", 0.9), ("text", 0.6)):  # an image's facts are few and partly contradict each other
         assert sum(losses[name][-3:]) / 3 < share * losses[name][0], name
 
@@ -69,6 +71,24 @@ def test_stage_1_teaches_it_to_answer_and_to_ask(start, tmp_path, home):
     asked = Question(None, lambda: decode(taught[0].image), 32, history=history)
     ((_, question),) = answerer.answer([asked], progress=False)
     assert question.text in {row.question for row in taught}
+
+
+def test_the_language_model_is_told_the_true_facts_of_an_image_in_words():
+    class Words:  # a tokenizer whose ids are the places of these words
+        known = ("axial", "coronal", "upside", "down", "<image>")
+
+        def get_vocab(self):
+            return {word: place for place, word in enumerate(self.known)}
+
+        def __call__(self, text, add_special_tokens):
+            from types import SimpleNamespace
+
+            return SimpleNamespace(input_ids=[self.known.index(word) for word in text.split()])
+
+    answers = [("plane", "axial"), ("plane", "coronal"), ("upside down", "no"), ("upside down", "yes")]
+    facts = [[(0, True), (1, False), (2, True)], [(1, True), (3, True)], []]
+    told = tiny._fact_words(tiny.Album(torch.zeros(0), [], facts, answers), Words())
+    assert told.tolist() == [[1, 0, 0, 0], [0, 1, 1, 1], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +127,34 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]
+
+
+@pytest.mark.parametrize(
+    ("out", "seed", "message"),
+    [
+        ("file", 0, r"file: no folder can be made there \(File exists\)\. Choose another --out"),
+        ("file/start", 0, r"file/start: no folder can be made there \(Not a directory\)"),
+        ("notes", 0, r"notes: it is not empty and holds no tiny start\. Choose another --out"),
+        ("run", 0, r"run: it is not empty and holds no tiny start"),
+        ("new", -1, r"seed -1: it is from 0 to 4294967295\."),
+        ("new", 2**32, r"seed 4294967296: it is from 0"),
+    ],
+)
+def test_a_place_or_a_seed_that_cannot_be_is_refused_before_any_training(start, tmp_path, out, seed, message):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "config.json").write_text("{}")
+    run = shutil.copytree(start[0], tmp_path / "run")
+    (run / "run.json").write_text("{}")
+    with pytest.raises(InputError, match=message):
+        tiny.write_start(rows(1), tmp_path / out, seed=seed, effort=0.004, progress=False)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_tiny_start_is_made_anew_in_its_own_folder(tmp_path):
+    for seed in (0, 1):
+        tiny.write_start(rows(1), tmp_path, seed=seed, effort=0.004, progress=False)
+    assert {str(file.relative_to(tmp_path)) for file in tmp_path.iterdir()} == tiny.FILES
 
 
 def test_training_on_nothing_is_refused(tmp_path):
