@@ -14,15 +14,20 @@ from stllava_eval.home import whole_file
 CARD = "README.md"
 
 
-def write_card(folder: Path, evaluations: Sequence[Path] = ()) -> None:
+def write_card(folder: Path, evaluations: Sequence[Path] = (), manifest: dict[str, Any] | None = None) -> None:
     """Write `README.md` of a training run: recipe, data, losses, and the scores of these evaluations.
 
+    Args:
+        folder: Of the run.
+        evaluations: Run folders of the harness.
+        manifest: Of a run whose `run.json` does not yet say that it is finished (default: what it holds).
+
     Raises:
-        InputError: A folder is no run, or an evaluation is of other weights than the run's.
+        InputError: A folder is no run, the run is not finished, or an evaluation is of other weights than the run's.
     """
     from stllava_eval.leaderboard import NOTICE
 
-    manifest = _manifest(folder)
+    manifest = manifest or _manifest(folder)
     lines = _read(folder / "losses.jsonl")
     counts = manifest["counts"]
     data = "\n".join(
@@ -108,12 +113,25 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if manifest["stage"] != "sft":
-            raise KeyError("stage")
+            raise KeyError("stage sft")
         for key in ("recipe", "data", "start", "counts", "test_images", "steps", "versions", "commit"):
             manifest[key]
-        return manifest
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} is no training run ({error!r}). Pass a folder of `stllava-train sft`.") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{folder} is no training run ({fault(error)}). Pass a folder of `stllava-train sft`."
+        ) from error
+    if not manifest.get("finished"):
+        raise InputError(f"{folder}: the run in it is not finished. Finish it first: its call of `sft` with --resume.")
+    return manifest
+
+
+def fault(error: Exception) -> str:
+    """In words, what reading a `run.json` ended with."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "it has no run.json"
+    if isinstance(error, KeyError):
+        return f"its run.json has no {error.args[0]}"
+    return f"its run.json cannot be read: {getattr(error, 'strerror', None) or 'it is damaged'}"
 
 
 def _read(trace: Path) -> list[dict[str, Any]]:
@@ -145,9 +163,9 @@ def _scores(folder: Path, evaluations: Sequence[Path]) -> str:
     own = open_checkpoint(str(folder)).sha256
     for run in evaluations:
         try:
-            of = json.loads((run / "run.json").read_text(encoding="utf-8"))["checkpoint"]["sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{run} is not a run folder ({error!r}). Pass one of an evaluation.") from error
+            of = str(json.loads((run / "run.json").read_text(encoding="utf-8"))["checkpoint"]["sha256"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"{run} is not a run folder ({fault(error)}). Pass one of an evaluation.") from error
         if of != own:
             raise InputError(f"{run}: it is of other weights ({of[:16]}, here {own[:16]}). Evaluate {folder} again.")
     return f"```\n{board_text(board(list(evaluations)))}\n```"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from stllava_eval.errors import InputError
 from stllava_eval.home import home, whole_file
 from stllava_eval.images import decode, pixel_hash, truncated_refused
-from stllava_train.conversations import Conversation, Encoder, Problem, read_conversations, records
+from stllava_train.conversations import Conversation, Encoder, Problem, image_file, read_conversations, records
 from stllava_train.likeness import COPY, Gallery
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def problems(
         progress: Whether to draw a bar on stderr, where that is a terminal.
 
     Raises:
-        InputError: A file is missing or no JSON, or a prepared test split is not whole.
+        InputError: A file is missing, a pipe or no JSON, or a prepared test split is not whole.
     """
     sound: list[Conversation] = []
     form: list[Problem] = []
@@ -84,18 +85,30 @@ def problems(
     )
 
 
-def looked_at(conversations: Sequence[Conversation], progress: bool = True) -> tuple[list[Problem], list[Problem]]:
-    """The conversations whose image cannot be decoded; those whose image is in a prepared test split, or looks so.
+@dataclass(frozen=True)
+class Images:
+    """What a look at the conversations' images found."""
 
-    Each in their order. Test splits that are not prepared are named in a warning.
+    broken: list[Problem]  # of conversations whose image cannot be decoded, in their order
+    leaks: list[Problem]  # of those whose image is in a prepared test split, or looks so, in their order
+    pixels: dict[Path, str]  # `pixel_hash` of each image that can be decoded
+    sha256: str  # of all of them, in the order of the conversations
+
+
+def looked_at(conversations: Sequence[Conversation], progress: bool = True) -> Images:
+    """Every image of the conversations, decoded. Test splits that are not prepared are named in a warning.
 
     Raises:
         InputError: A prepared test split is not whole.
     """
     seen = _looked_at(conversations, progress, _test_images(progress))
-    return (
+    pixels = {path: look.pixels for path, look in seen.items() if look.pixels is not None}
+    in_order = [None if one.image is None else pixels.get(one.image) for one in conversations]
+    return Images(
         _with_image(conversations, seen, lambda look: look.broken),
         _with_image(conversations, seen, lambda look: look.leak),
+        pixels,
+        hashlib.sha256(json.dumps(in_order).encode()).hexdigest(),
     )
 
 
@@ -212,8 +225,8 @@ def _images_of_others(file: Path, images: Path | None, sound: set[str]) -> list[
     found = []
     for place, record in records(file):
         name = record.get("image") if isinstance(record, dict) else None
-        if place not in sound and isinstance(name, str) and name and "\0" not in name and (folder / name).is_file():
-            found.append(Conversation(str(record.get("id") or ""), folder / name, (), place))
+        if place not in sound and isinstance(name, str) and (image := image_file(folder, name)):
+            found.append(Conversation(str(record.get("id") or ""), image, (), place))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +63,7 @@ def read_conversations(file: Path, images: Path | None = None) -> tuple[list[Con
         images: The folder that images are relative to (default: that of `file`).
 
     Raises:
-        InputError: The file is missing, no UTF-8 or no JSON, or holds no record.
+        InputError: The file is missing, a pipe, no UTF-8 or no JSON, or holds no record.
     """
     folder = file.parent if images is None else images
     sound: list[Conversation] = []
@@ -92,6 +93,9 @@ def records(file: Path) -> Iterator[tuple[str, Any]]:
         InputError: See `read_conversations`.
     """
     try:
+        mode = file.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise InputError(f"{file}: no regular file, and data is read more than once. Write it to a file first.")
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
@@ -152,9 +156,10 @@ def _conversation(record: Any, place: str, folder: Path, wrong: list[str]) -> Co
     if (given := record.get("image")) not in (None, ""):
         if not isinstance(given, str) or "\0" in given:
             wrong.append(f"its image is {_short(given)}, not the name of one file.")
-        elif not (image := folder / given).is_file():
+        elif (image := image_file(folder, given)) is None:
+            shown = given if len(given) <= 255 else _short(given)  # a longer one may be the image itself, as text
             wrong.append(
-                f"its image {given} is not in {folder}. Pass the folder of the images, or leave the record out."
+                f"its image {shown} is not in {folder}. Pass the folder of the images, or leave the record out."
             )
     turns = next((record[key] for key in KEYS if key in record), None)
     if not isinstance(turns, list) or not turns:
@@ -167,6 +172,14 @@ def _conversation(record: Any, place: str, folder: Path, wrong: list[str]) -> Co
     if not isinstance(unordered, bool):
         wrong.append(f"its unordered is {_short(unordered)}. Give true or false, or leave it out.")
     return Conversation(str(name), image, tuple(zip(texts[::2], texts[1::2], strict=False)), place, bool(unordered))
+
+
+def image_file(folder: Path, name: str) -> Path | None:
+    """The file that a record's `image` names; None where there is none, or the name is too long to be one."""
+    try:
+        return folder / name if (folder / name).is_file() else None
+    except (OSError, ValueError):
+        return None
 
 
 def _turn(number: int, turn: Any, has_image: bool, wrong: list[str]) -> str:

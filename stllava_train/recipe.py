@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -130,16 +130,37 @@ def read_recipe(name: str, changes: Sequence[str] = (), stage: str | None = None
     elif stage is not None:
         raise InputError(f"stage {stage!r}: {place} has no stages. Leave it out.")
     for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"{change!r}: not key=value, such as epochs=3.")
-        path = key.strip().split(".")
-        raw = _merged(raw, _nested(path, _yaml(value, change)), change)
+        key, value = _change(change)
+        raw = _merged(raw, _nested(key.split("."), value), change)
     if changes:
         place += f" with {' '.join(changes)}"
+    if isinstance(projector := raw.get("projector"), dict) and projector.get("train") == "lora":
+        raise InputError(f"{place}: projector.train: lora. A projector is never a LoRA: choose full or frozen.")
     recipe = _build(Recipe, raw, place)
     _check(recipe, place)
     return recipe
+
+
+def changed(settings: Any, changes: Sequence[str]) -> Any:
+    """A frozen dataclass with some of its values changed.
+
+    Args:
+        settings: The dataclass, of plain values.
+        changes: `key=value` each, the value as YAML.
+
+    Raises:
+        InputError: A key is unknown, or a value of another type.
+    """
+    raw = dict(_change(change) for change in changes)
+    values = _known(type(settings), raw, " ".join(changes))
+    return replace(settings, **values)
+
+
+def _change(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"{text!r}: not key=value, such as epochs=3.")
+    return key.strip(), _yaml(value, text)
 
 
 def recipe_names() -> list[str]:
@@ -231,11 +252,7 @@ def _merged(raw: Mapping[str, Any], change: Mapping[str, Any], place: str = "") 
 def _build(kind: Any, raw: Mapping[str, Any], place: str) -> Any:
     """A dataclass of `raw`, whose keys and types are checked."""
     hints = get_type_hints(kind)
-    for key in raw:
-        if key not in hints:
-            close = difflib.get_close_matches(key, hints, 1, 0)
-            raise InputError(f"{place}: {key}: unknown. Did you mean {close[0]}?")
-    values = {key: _typed(hints[key], value, f"{place}: {key}") for key, value in raw.items()}
+    values = _known(kind, raw, place)
     if kind is Part:
         if "train" not in values:
             raise InputError(f"{place}: train is missing. Choose {', '.join(USED)}.")
@@ -245,6 +262,17 @@ def _build(kind: Any, raw: Mapping[str, Any], place: str) -> Any:
     if missing := [key for key in needed if key not in values]:
         raise InputError(f"{place}: {missing[0]} is missing. {reader.format(', '.join(needed))}")
     return kind(**{key: values[key] for key in needed})  # a frozen part forgets the rank of its LoRA
+
+
+def _known(kind: Any, raw: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The values of `raw`, all of them keys of the dataclass and of its types."""
+    hints = get_type_hints(kind)
+    for key in raw:
+        if key not in hints:
+            initials = [hint for hint in hints if "".join(word[0] for word in hint.split("_")) == key]  # lr, wd
+            close = initials or difflib.get_close_matches(key, hints, 1, 0)
+            raise InputError(f"{place}: {key}: unknown. Did you mean {close[0]}?")
+    return {key: _typed(hints[key], value, f"{place}: {key}") for key, value in raw.items()}
 
 
 def _typed(kind: Any, value: Any, place: str) -> Any:
@@ -287,8 +315,6 @@ def _check(recipe: Recipe, place: str) -> None:
         raise InputError(f"{place}: four_bit: a language model in 4 bits trains through a LoRA. Set its train to lora.")
     if recipe.four_bit and "lora" not in {part.train for part in recipe.parts().values()}:
         raise InputError(f"{place}: four_bit: transformers trains in 4 bits beside a LoRA only. Set it to false.")
-    if recipe.projector.train == "lora":
-        raise InputError(f"{place}: projector.train: lora. The projector is small: choose full or frozen.")
     if {recipe.language_model.train, recipe.vision_tower.train} == {"lora", "full"}:
         raise InputError(f"{place}: one tower is trained lora and the other full. Choose one way, or freeze one.")
 

@@ -9,11 +9,13 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from stllava_eval.errors import InputError
 from stllava_eval.home import whole_file, write_json
 from stllava_eval.images import decode
 from stllava_train.augment import augmented
+from stllava_train.card import fault
 from stllava_train.conversations import (
     ANSWER,
     NOTHING,
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from stllava_eval.network.checkpoint import Checkpoint
 
 IGNORE = -100
+PATIENCE = timedelta(hours=6)  # for the first process, which looks at every image while the others wait
 CACHE_BYTES = 2**30  # of prepared images, in each process that loads them
 PATHS = {  # of each part of a recipe in the network
     "language_model": "model.language_model",
@@ -57,6 +61,7 @@ LANGUAGE_LINEAR = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
 VISION_LINEAR = r"self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12]"
 # what may change when a run goes on: memory and safety, not what is learnt
 FREE_TO_CHANGE = {"micro_batch", "gradient_checkpointing", "save_every"}
+STARTS = {"start", "start_vision_tower"}
 
 
 # --- the order of work ------------------------------------------------------------------------------------------------
@@ -184,8 +189,8 @@ class Counts:
     question_tokens: int
 
 
-def count(collator: Collator, progress: bool) -> Counts:
-    """Every conversation encoded as in the first epoch.
+def count(collator: Collator, progress: bool, check: str) -> Counts:
+    """Every conversation encoded as in the first epoch. `check`: the call that lists every one that is too long.
 
     Raises:
         InputError: One is longer than the recipe allows.
@@ -201,7 +206,7 @@ def count(collator: Collator, progress: bool) -> Counts:
         if most > recipe.max_tokens:
             raise InputError(
                 f"{conversation.place}: {conversation.id}: {most} tokens, more than max_tokens {recipe.max_tokens}. "
-                "Raise it, or leave the record out (`stllava-train check --write`)."
+                f"Raise it, or leave the record out (`{check} --write FILE`)."
             )
         rows.append(collator.encoded(place, 0))
     return Counts(
@@ -324,7 +329,7 @@ class SftTrainer(SFTTrainer):
             raise InputError(
                 f"step {self.state.global_step + 1}: the loss is {total.item()} for "
                 f"{', '.join(f'{one.id} ({one.place})' for one in batch)}. Look at these records, or lower the "
-                "learning rates; --resume goes on from the last checkpoint."
+                "learning rates and train anew with another --out."
             )
         with torch.no_grad():
             self._sums += torch.stack([answers, questions, (kinds == ANSWER).sum(), at_question.sum()]).to(self._sums)
@@ -338,19 +343,14 @@ class SftTrainer(SFTTrainer):
         """
         if "loss" not in logs:
             return
-        if not math.isfinite(logs["grad_norm"]):
-            raise InputError(
-                f"step {self.state.global_step}: the gradient is {logs['grad_norm']}. Lower the learning rates; "
-                "--resume goes on from the last checkpoint."
-            )
         sums = self.accelerator.reduce(self._sums, "sum").tolist()
         self._sums.zero_()
         record = step_record(self.state.global_step, sums, self.recipe)
         record["gradient_norm"] = float(logs["grad_norm"])
         if not math.isfinite(record["gradient_norm"]):  # its weights are no numbers now, and would be saved next
             raise InputError(
-                f"step {record['step']}: the gradient is {record['gradient_norm']}. Lower the learning rates; --resume "
-                "goes on from the last checkpoint."
+                f"step {record['step']}: the gradient is {record['gradient_norm']}. Lower the learning rates and train "
+                "anew with another --out."
             )
         record |= {f"learning_rate_{name}": rate for name, rate in self._rates.items()}
         if self.accelerator.is_main_process:
@@ -465,6 +465,7 @@ class Work:
     collator: Collator
     counts: Counts
     data: list[dict[str, Any]]  # file, sha256 and conversations of each
+    images_sha256: str  # of the decoded images; empty on all processes but the first, which looks at them
     test_images: int  # conversations whose image is in a prepared test split
 
 
@@ -485,18 +486,20 @@ def open_work(
         progress: Whether to show bars on stderr.
 
     Raises:
-        InputError: A record has a problem, or shows a test image; or recipe, data and checkpoint do not fit together.
+        InputError: A record has a problem, or shows a test image; or recipe, data, checkpoint and the number of
+            processes do not fit together.
     """
     from stllava_eval.network.checkpoint import open_checkpoint
-    from stllava_train.check import ids_in_two_files, looked_at
+    from stllava_train.check import Images, ids_in_two_files, looked_at
     from stllava_train.conversations import read_conversations
 
+    _rows(recipe, _processes().num_processes)
     conversations: list[Conversation] = []
     data = []
     for file in files:
         sound, problems = read_conversations(file, images)
         if problems:
-            more = f" ({len(problems) - 1} more: `stllava-train check {file}`)" if len(problems) > 1 else ""
+            more = f" ({len(problems) - 1} more: `{_check_call([file], images)}`)" if len(problems) > 1 else ""
             raise InputError(f"{problems[0]}{more}")
         conversations += sound
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -510,22 +513,34 @@ def open_work(
     if twice := ids_in_two_files(conversations):
         more = f" ({len(twice)} ids stand twice)" if len(twice) > 1 else ""
         raise InputError(f"{twice[0]}{more}")
+    if steps_of(len(conversations), recipe) == 0:
+        raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
     checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
+    if recipe.four_bit:
+        checkpoint.check_four_bit()
     processor = checkpoint.processor()
     encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
     padding = checkpoint.config.text_config.pad_token_id or 0
     collator = Collator(conversations, recipe, processor, encoder, padding)
-    counts = count(collator, progress)
-    broken, found = looked_at(conversations, progress) if first_process() else ([], [])
-    if broken:
-        more = f" ({len(broken) - 1} more: `stllava-train check`)" if len(broken) > 1 else ""
+    check = _check_call(files, images)
+    length = shlex.join(["--checkpoint", recipe.start, "--max-tokens", str(recipe.max_tokens)])
+    counts = count(collator, progress, f"{check} {length}")
+    seen = looked_at(conversations, progress) if first_process() else Images([], [], {}, "")
+    if broken := seen.broken:
+        more = f" ({len(broken) - 1} more: `{check}`)" if len(broken) > 1 else ""
         raise InputError(f"{broken[0]} Put it back, or leave the record out.{more}")
-    if found and not allow_test_images:
+    if (found := seen.leaks) and not allow_test_images:
         raise InputError(
-            f"{found[0]} {len(found)} conversations show test images: scores on these sets would mean nothing. Leave "
-            "them out (`stllava-train check --write`), or pass --allow-test-images."
+            f"{found[0]} {len(found)} of {len(conversations)} conversations show test images: scores on these sets "
+            f"would mean nothing. Leave them out (`{check} --write FILE`), or pass --allow-test-images."
         )
-    return Work(recipe, conversations, checkpoint, collator, counts, data, len(found))
+    return Work(recipe, conversations, checkpoint, collator, counts, data, seen.sha256, len(found))
+
+
+def _check_call(files: Sequence[Path], images: Path | None) -> str:
+    """What lists every problem of these files."""
+    given = [*map(str, files), *(["--images", str(images)] if images else [])]
+    return shlex.join(["stllava-train", "check", *given])
 
 
 def first_process() -> bool:
@@ -544,7 +559,7 @@ def _processes() -> Any:
     from stllava_eval.network.files import one_line
 
     try:
-        return PartialState(cpu=not torch.cuda.is_available())
+        return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     except ValueError as error:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
         given = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
@@ -587,15 +602,15 @@ def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wa
         InputError: The folder holds another run, or a loss is no number.
     """
     state = _processes()
+    check_folder(out, resume)
     manifest = _manifest(work)
-    _check_folder(out, manifest, resume)
+    if resume:
+        _check_same(out, manifest)
     last = last_whole(out / "checkpoints")
     trace = out / "losses.jsonl"
     step = (_step(last) or 0) if last else 0
     kept = _kept(trace, step)
-    _rows(work.recipe, state.num_processes)
-    if work.recipe.four_bit:
-        work.checkpoint.check_four_bit()
+    _check_gpus(state.num_processes)
     if wandb and state.is_main_process:
         _check_wandb()
     state.wait_for_everyone()  # all have looked before one writes
@@ -608,7 +623,7 @@ def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wa
                 shutil.rmtree(folder, ignore_errors=True)
     state.wait_for_everyone()
     with _disk_told(out):
-        trainer = make_trainer(work, out, trace, progress, wandb)
+        trainer = make_trainer(work, out, trace, progress, wandb, step)
         trainer.train(resume_from_checkpoint=str(last) if last else None)
         state.wait_for_everyone()
         _save(trainer, work, out)
@@ -616,7 +631,7 @@ def train(work: Work, out: Path, resume: bool = False, progress: bool = True, wa
         from stllava_train.card import draw_curves, write_card
 
         draw_curves(trace, out / "curves.png")
-        write_card(out)
+        write_card(out, manifest=manifest)
         write_json(out / "run.json", manifest | {"finished": True})
     state.wait_for_everyone()
 
@@ -646,24 +661,29 @@ def _rows(recipe: Recipe, processes: int) -> int:
     """Conversations that one process computes at once.
 
     Raises:
-        InputError: The batch cannot be dealt to the processes, or one process sees several GPUs.
+        InputError: The batch cannot be dealt to the processes.
     """
+    rows = min(recipe.micro_batch, recipe.batch // processes)
+    if rows == 0 or recipe.batch % (rows * processes):
+        raise InputError(
+            f"batch {recipe.batch}: it cannot be dealt to {processes} process{'es' * (processes != 1)} of micro_batch "
+            f"{recipe.micro_batch}. Choose a batch that is a multiple of both."
+        )
+    return rows
+
+
+def _check_gpus(processes: int) -> None:
     if processes == 1 and (gpus := torch.cuda.device_count()) > 1:
         raise InputError(
             f"{gpus} GPUs are visible to one process. Start one for each (accelerate launch, see docs/train.md), or "
             "show it a single one: CUDA_VISIBLE_DEVICES=0."
         )
-    rows = min(recipe.micro_batch, recipe.batch // processes)
-    if rows == 0 or recipe.batch % (rows * processes):
-        raise InputError(
-            f"batch {recipe.batch}: it cannot be dealt to {processes} processes of micro_batch {recipe.micro_batch}. "
-            "Choose a batch that is a multiple of both."
-        )
-    return rows
 
 
-def make_trainer(work: Work, out: Path, trace: Path, progress: bool = True, wandb: bool = False) -> SftTrainer:
-    """The trainer of `work`, which keeps what it resumes from under `out`.
+def make_trainer(
+    work: Work, out: Path, trace: Path, progress: bool = True, wandb: bool = False, step: int = 0
+) -> SftTrainer:
+    """The trainer of `work`, which keeps what it resumes from under `out`, and has taken `step` steps before.
 
     Raises:
         InputError: The batch cannot be dealt to the processes, or one process sees several GPUs.
@@ -674,6 +694,7 @@ def make_trainer(work: Work, out: Path, trace: Path, progress: bool = True, wand
 
     recipe, world = work.recipe, PartialState().num_processes
     rows = _rows(recipe, world)
+    _check_gpus(world)
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
     device = PartialState().device
@@ -716,7 +737,9 @@ def make_trainer(work: Work, out: Path, trace: Path, progress: bool = True, wand
     if PartialState().is_main_process:
         from torch.utils.tensorboard import SummaryWriter
 
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(out / "tensorboard"))))
+        # steps behind the checkpoint that a broken run had taken would be shown twice
+        writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
+        callbacks.append(TensorBoardCallback(writer))
     trainer = SftTrainer(
         recipe,
         work.conversations,
@@ -744,7 +767,7 @@ def report(work: Work) -> str:
         f"{counts.conversations} conversations about {counts.images} images, {counts.rounds} rounds",
         f"{counts.tokens} tokens in the first epoch, the longest conversation {counts.longest}; learnt are {learnt} "
         f"({learnt / counts.tokens:.1%}): {counts.answer_tokens} of answers, {counts.question_tokens} of questions",
-        f"{steps} steps of {recipe.batch} conversations: {recipe.epochs:g} epochs",
+        f"{steps} steps of {recipe.batch} conversations: {recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}",
         *(
             f"{name}: {recipe.parts()[name].train}, {trained:,} of {held:,} weights trained"
             for name, (held, trained) in shapes.items()
@@ -796,6 +819,7 @@ def _manifest(work: Work) -> dict[str, Any]:
         "stage": "sft",
         "recipe": work.recipe.as_dict(),
         "data": work.data,
+        "images_sha256": work.images_sha256,
         "start": {
             "name": work.checkpoint.name,
             "sha256": work.checkpoint.sha256,
@@ -806,28 +830,71 @@ def _manifest(work: Work) -> dict[str, Any]:
         "steps": steps_of(len(work.conversations), work.recipe),
         "versions": {"stllava-med": __version__} | {name: version(name) for name in packages},
         "commit": commit(),
+        "machine": {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "processes": _processes().num_processes,
+            "threads": torch.get_num_threads(),
+        },
     }
 
 
-def _check_folder(out: Path, manifest: Mapping[str, Any], resume: bool) -> None:
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out}: it is not empty. Pass --resume to go on with the run in it, or another folder.")
+def check_folder(out: Path, resume: bool) -> None:
+    """Look at a run's folder before any work.
+
+    Raises:
+        InputError: It holds something; with `resume`, no run.
+    """
+    if resume:
+        _run_in(out)
         return
     try:
+        file = next((one for one in (out, *out.parents) if one.is_file()), None)
+        held = out.is_dir() and any(out.iterdir())
+    except OSError as error:
+        raise InputError(f"--out {out}: no folder can be made there ({error.strerror}). Choose another.") from error
+    if file:
+        raise InputError(f"--out {out}: {file} is a file. Choose another folder.")
+    if held:
+        if (out / "run.json").is_file():
+            raise InputError(f"{out}: it is not empty. Pass --resume to go on with the run in it, or another folder.")
+        raise InputError(f"{out}: it is not empty and holds no run. Choose another --out.")
+
+
+def _run_in(out: Path) -> dict[str, Any]:
+    """What decided the result of the run in `out`.
+
+    Raises:
+        InputError: There is none.
+    """
+    try:
         before = json.loads((out / "run.json").read_text(encoding="utf-8"))
-        before = {
+        return {
             "recipe": dict(before["recipe"]),
             "data": [one["sha256"] for one in before["data"]],
+            "images": before["images_sha256"],
             "start": before["start"]["sha256"],
             "finished": before.get("finished"),
         }
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{out}: no run to go on with (run.json: {error!r}). Leave --resume out.") from error
-    recipe = {key: value for key, value in manifest["recipe"].items() if key not in FREE_TO_CHANGE}
+        raise InputError(
+            f"{out}: no run to go on with ({fault(error)}). Leave --resume out, or name the folder of a run."
+        ) from error
+
+
+def _check_same(out: Path, manifest: Mapping[str, Any]) -> None:
+    """Whether the run in `out` is this one.
+
+    Raises:
+        InputError: It is another, or finished.
+    """
+    before = _run_in(out)
+    # a folder can be named in several ways: what counts is what lies in it
+    free = FREE_TO_CHANGE | (STARTS if manifest["start"]["sha256"] == before["start"] else set())
+    recipe = {key: value for key, value in manifest["recipe"].items() if key not in free}
     for name, now, then in (
         *((f"recipe: {key}", value, before["recipe"].get(key)) for key, value in recipe.items()),
         ("data", [one["sha256"] for one in manifest["data"]], before["data"]),
+        ("images", manifest["images_sha256"] or before["images"], before["images"]),  # the first process knows
         ("start", manifest["start"]["sha256"], before["start"]),
     ):
         if now != then:

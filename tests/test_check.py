@@ -128,7 +128,7 @@ def test_what_is_not_prepared_is_named(tested, caplog):
 
 def test_leaks_are_of_conversations_alone(tested):
     sound, _ = read_conversations(write(tested, record("a", "2.png"), record("b", "0.png"), record("c")))
-    assert [problem.id for problem in looked_at(sound, progress=False)[1]] == ["a"]
+    assert [problem.id for problem in looked_at(sound, progress=False).leaks] == ["a"]
 
 
 def test_each_image_is_decoded_once(folder, monkeypatch):
@@ -189,11 +189,17 @@ def test_the_command_counts_with_the_checkpoints_tokenizer(folder, checkpoint, c
     assert "not counted" not in printed.err
 
 
+def test_an_image_name_that_is_no_name_is_a_problem_of_its_record(folder, capsys):
+    file = write(folder, record("a", "0.png"), record("b", "x" * 300), record("c", "x\0", answer="Right."))
+    assert main(["check", str(file)]) == 1
+    assert re.search(r":3: b: its image .*\n.*:4: c: its image .*\n2 problems in 2", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         pytest.param(["{tmp}/none.json"], "none.json: cannot be read", id="no file"),
-        pytest.param(["{tmp}/data.json", "{tmp}/data.json"], "a DATA file comes twice", id="a file twice"),
+        pytest.param(["{tmp}/data.json", "{tmp}/data.json"], "a data file comes twice", id="a file twice"),
         pytest.param(["{tmp}/data.json", "--images", "{tmp}/none"], "no such folder", id="no folder"),
         pytest.param(["{tmp}/data.json", "--write", "{tmp}/data.json"], "it is a DATA file", id="onto itself"),
         pytest.param(["{tmp}/data.json", "--write", "{tmp}/x/y.json"], "Pass --images, or write into", id="elsewhere"),

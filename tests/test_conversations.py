@@ -1,6 +1,7 @@
 """Conversations: what is read, what is refused, and what is learnt."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,13 @@ def test_records_may_stand_a_line_each(folder):
             record("Q?", "A.", "<image> B?", "C.", image="x.png"), "turn 3 holds <image>. It belongs", id="late image"
         ),
         pytest.param(record("Q?", "A.", image="y.png"), "its image y.png is not in ", id="missing image"),
+        pytest.param(
+            record("Q?", "A.", image="x" * 300), r'its image "x{39}\.\.\. is not in ', id="a name of 300 characters"
+        ),
+        pytest.param(
+            record("Q?", "A.", image="data:image/png;base64," + "iVBO" * 2000), "is not in ", id="the image as text"
+        ),
+        pytest.param(record("Q?", "A.", image="x\0.png"), r"x\\u0000\.png\", not the name of one file", id="a null"),
         pytest.param(record("Q?", "A.", image=["x.png"]), r"its image is \[\"x.png\"\], not the name", id="two images"),
         pytest.param(record("Q?", "A.", id=None), "its id is null. Give it a text", id="no id"),
         pytest.param(record("Q?", "A.", id="sound"), "its id stands at .*data.json:2 too", id="an id twice"),
@@ -240,6 +248,15 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path):
     (tmp_path / "data.json").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InputError, match="it is not UTF-8"):
         read_conversations(tmp_path / "data.json")
+
+
+def test_a_pipe_is_refused_since_data_is_read_more_than_once():
+    read, write = os.pipe()
+    os.write(write, json.dumps([record("Q?", "A.")]).encode())
+    os.close(write)
+    with pytest.raises(InputError, match=rf"/dev/fd/{read}: no regular file, .*\. Write it to a file first\."):
+        read_conversations(Path(f"/dev/fd/{read}"))
+    os.close(read)
 
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):

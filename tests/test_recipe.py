@@ -143,6 +143,8 @@ def test_a_part_that_is_frozen_forgets_its_lora(tmp_path):
         ("=3", r"'=3': not key=value"),
         ("epoch=3", r"stllava-med-7b\.yaml with epoch=3: epoch: unknown\. Did you mean epochs\?"),
         ("projector.learning=1", r"projector: learning: unknown\. Did you mean learning_rate\?"),
+        ("language_model.lr=1", r"language_model: lr: unknown\. Did you mean learning_rate\?"),
+        ("wd=0", r"wd: unknown\. Did you mean weight_decay\?"),
         ("projector=full", r"'projector=full': projector is a part\. Change one of its keys"),
         ("stages=1", r"stages: unknown"),
         ("epochs.more=1", r"epochs: \{'more': 1\} is not a number"),
@@ -224,7 +226,7 @@ def test_a_value_out_of_range_is_refused(change, message):
     [
         ([f"{part}.train=frozen" for part in ("language_model", "vision_tower", "projector")], "every part is frozen"),
         (["projector.train=lora", "projector.rank=8", "projector.alpha=8", "projector.dropout=0"], "choose full or"),
-        (["projector.train=lora"], r"projector: rank is missing\. A part trained lora needs train, learning_rate"),
+        (["projector.train=lora"], r"projector\.train: lora\. A projector is never a LoRA: choose full or frozen\."),
         (["language_model.train=full"], "one tower is trained lora and the other full"),
         (["language_model.train=full", "vision_tower.train=frozen", "four_bit=true"], "four_bit: .* through a LoRA"),
         (["language_model.train=frozen", "vision_tower.train=frozen", "four_bit=true"], "four_bit: .* a LoRA only"),

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from conftest import write_checkpoint
 from PIL import Image
 
 from stllava_eval.errors import InputError
@@ -225,6 +227,20 @@ def test_a_conversation_that_is_too_long_is_refused_with_its_line(small, data):
         work_of(small(max_tokens=50), data)
 
 
+def test_the_call_in_the_message_finds_what_was_refused(small, data, tmp_path, monkeypatch, capsys):
+    from stllava_train.cli import main
+
+    file = Path(shutil.copy(data, tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        open_work(small(max_tokens=50), [file], data.parent, progress=False)
+    call = re.search("`stllava-train (.*)`", str(caught.value))[1]
+    assert call.startswith(f"check {file} --images {data.parent} --checkpoint ")
+    assert main(shlex.split(call)) == 1
+    assert re.search(r"data\.json:2: c0: it has \d+ tokens, and at most 50 are read", capsys.readouterr().out)
+    assert json.loads((tmp_path / "FILE").read_text()) == []
+
+
 def test_an_image_that_is_gone_or_broken_is_named(small, data, tmp_path):
     work = work_of(small(), data)
     with pytest.raises(InputError, match=r"none\.png: cannot be read \(No such file"):
@@ -246,6 +262,8 @@ def test_a_file_with_a_problem_is_refused(small, tmp_path):
     file.write_text(json.dumps([record, record]))
     with pytest.raises(InputError, match=r"bad\.json:1: a: turn 2 is empty\..* \(2 more: `stllava-train check .*`\)"):
         work_of(small(), file)
+    with pytest.raises(InputError, match=r"\(2 more: `stllava-train check \S+bad\.json --images \S+`\)"):
+        open_work(small(), [file], tmp_path, progress=False)
 
 
 # --- what is trained ------------------------------------------------------------------------------------------------
@@ -370,15 +388,22 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_records(small, dat
         trainer.model.get_output_embeddings().weight.fill_(float("nan"))
     first = [work.conversations[place] for place, _ in plan(10, work.recipe)[:2]]
     names = ", ".join(f"{one.id} ({one.place})" for one in first)
-    with pytest.raises(InputError, match=re.escape(f"step 1: the loss is nan for {names}. Look at these records")):
+    with pytest.raises(InputError) as told:
         trainer.train()
+    assert str(told.value) == (
+        f"step 1: the loss is nan for {names}. Look at these records, or lower the learning rates and train anew with "
+        "another --out."
+    )
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_saved(small, data, tmp_path):
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_saved(small, data, tmp_path, factor):
     work = work_of(small(save_every=1), data)
     trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
-    next(iter(trainable(trainer.model).values())).register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(InputError, match=r"step 1: the gradient is (nan|inf)\. Lower the learning rates; --resume"):
+    next(iter(trainable(trainer.model).values())).register_hook(lambda gradient: gradient * factor)
+    with pytest.raises(
+        InputError, match=r"step 1: the gradient is (nan|inf)\. Lower the learning rates and train anew"
+    ):
         trainer.train()
     assert not list((tmp_path / "checkpoints").iterdir())
     assert not (tmp_path / "trace").exists()
@@ -442,14 +467,19 @@ def test_the_folder_is_a_checkpoint_with_what_was_learnt(unbroken, data, small, 
     assert loaded.processor().chat_template.keys() == {"default", "v1", "v1_sq"}
 
 
-def test_an_adapter_comes_back_on_the_vision_tower_it_was_trained_on(small, data, checkpoint, tmp_path, monkeypatch):
+def tower_of(checkpoint: Path):
+    """Its vision tower, with other weights."""
     from transformers import LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    tower = LlavaForConditionalGeneration.from_pretrained(checkpoint).model.vision_tower
     with torch.no_grad():
-        for parameter in model.model.vision_tower.parameters():
+        for parameter in tower.parameters():
             parameter.mul_(2)
-    model.model.vision_tower.save_pretrained(tmp_path / "tower")
+    return tower
+
+
+def test_an_adapter_comes_back_on_the_vision_tower_it_was_trained_on(small, data, checkpoint, tmp_path, monkeypatch):
+    tower_of(checkpoint).save_pretrained(tmp_path / "tower")
     monkeypatch.chdir(tmp_path)
     work = work_of(small(start_vision_tower="tower", epochs=0.4), data)
     train(work, tmp_path / "run", progress=False)
@@ -544,6 +574,13 @@ def test_a_fully_trained_network_goes_on_exactly_too(small, data, tmp_path):
     assert (broken / "losses.jsonl").read_bytes() == (whole / "losses.jsonl").read_bytes()
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert open_checkpoint(str(broken)).layout == "stllava-med"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(broken / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("train/loss")]  # the broken run had taken step 3
+    expected = [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in read_trace(whole / "losses.jsonl")]
+    assert shown == expected
 
 
 def test_a_run_killed_after_its_last_step_is_not_taken_for_finished(unbroken, data, tmp_path, monkeypatch):
@@ -577,6 +614,18 @@ def test_another_run_is_not_gone_on_with(unbroken, data, changes, message):
         train(work, run, resume=True)
 
 
+def test_a_run_whose_images_have_changed_is_not_gone_on_with(data, small, tmp_path):
+    shutil.copytree(data.parent, tmp_path / "data")
+    train(work_of(small(), data), tmp_path / "run", progress=False)
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert manifest["machine"]["processes"] == manifest["machine"]["threads"] == 1
+    write_json(tmp_path / "run" / "run.json", manifest | {"finished": False})
+    changed = tmp_path / "data" / "1.png"
+    Image.new("RGB", (30, 20), (0, 0, 1)).save(changed)
+    with pytest.raises(InputError, match=r"run: images: the run in it has [0-9a-f]{64}, this call [0-9a-f]{64}\. Call"):
+        train(work_of(small(), tmp_path / "data" / "data.json"), tmp_path / "run", resume=True)
+
+
 def test_a_folder_with_something_in_it_is_not_overwritten(unbroken, data, tmp_path):
     recipe, run = unbroken
     work = work_of(read_recipe(str(recipe)), data)
@@ -584,6 +633,36 @@ def test_a_folder_with_something_in_it_is_not_overwritten(unbroken, data, tmp_pa
         train(work, run)
     with pytest.raises(InputError, match=r"no run to go on with .*Leave --resume out"):
         train(work, tmp_path / "new", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("out", "resume", "message"),
+    [
+        ("file", False, r"--out \S+file: \S+file is a file\. Choose another folder\."),
+        ("file/run", False, r"--out \S+file/run: \S+file is a file\. Choose another folder\."),
+        ("notes", False, r"notes: it is not empty and holds no run\. Choose another --out\."),
+        (
+            "notes",
+            True,
+            r"notes: no run to go on with \(it has no run\.json\)\. Leave --resume out, or name the folder",
+        ),
+        ("file", True, r"file: no run to go on with \(it has no run\.json\)"),
+        ("broken", True, r"broken: no run to go on with \(its run\.json cannot be read: it is damaged\)"),
+        ("lacking", True, r"lacking: no run to go on with \(its run\.json has no recipe\)"),
+    ],
+)
+def test_a_folder_that_is_no_place_for_the_run_is_refused_before_data_is_read(
+    recipe_file, tmp_path, capsys, out, resume, message
+):
+    from stllava_train.cli import main
+
+    (tmp_path / "file").write_text("")
+    for name, file, text in (("notes", "x", ""), ("broken", "run.json", "{"), ("lacking", "run.json", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(text)
+    call = ["sft", "--recipe", str(recipe_file()), "--data", "none.json", "--out", str(tmp_path / out)]
+    assert main([*call, *(["--resume"] if resume else [])]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_run_on_shared_weights_ends_with_a_whole_checkpoint(small, data, tmp_path, monkeypatch):
@@ -609,9 +688,16 @@ def test_a_run_on_shared_weights_ends_with_a_whole_checkpoint(small, data, tmp_p
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused_and_nothing_written(small, data, tmp_path):
-    with pytest.raises(InputError, match="batch 4: it cannot be dealt to 1 processes of micro_batch 3"):
+    with pytest.raises(InputError, match="batch 4: it cannot be dealt to 1 process of micro_batch 3"):
         train(work_of(small(micro_batch=3), data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match="batch 4: it cannot be dealt"):
+        work_of(small(micro_batch=3), tmp_path / "none.json")  # before data is read
+
+
+def test_a_run_of_no_step_is_refused(small, data):
+    with pytest.raises(InputError, match=r"epochs 1e-06: too few for one step of batch 65536\. Raise it\."):
+        work_of(small(epochs=1e-6, batch=65536), data)
 
 
 def test_several_gpus_need_several_processes(small, data, tmp_path, monkeypatch):
@@ -665,6 +751,7 @@ def test_a_dry_run_tells_tokens_steps_weights_and_memory(small, data):
         "by arithmetic, on one device: 0.0 GiB",
     ):
         assert part in text
+    assert "conversations: 1 epoch\n" in report(work_of(small(epochs=1), data))
 
 
 def test_a_wrong_call_is_one_line_and_trains_nothing(data, tmp_path, recipe_file):
@@ -677,6 +764,16 @@ def test_a_wrong_call_is_one_line_and_trains_nothing(data, tmp_path, recipe_file
 
 
 # --- hostile and clumsy calls ---------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_named_twice_is_refused(data, tmp_path, recipe_file, monkeypatch, capsys):
+    from stllava_train.cli import main
+
+    monkeypatch.chdir(data.parent)
+    call = ["sft", "--recipe", str(recipe_file()), "--out", str(tmp_path / "run"), "--dry-run"]
+    for again in ("data.json", "./data.json", str(data)):
+        assert main([*call, "--data", "data.json", "--data", again]) == 2
+        assert capsys.readouterr().err == "stllava-train: a data file comes twice. Name each once.\n"
 
 
 def test_ids_that_stand_in_two_files_are_refused(small, data, tmp_path):
@@ -715,9 +812,8 @@ def test_a_run_that_cannot_start_leaves_nothing(small, data, tmp_path, changes, 
 
 
 def test_a_place_that_cannot_be_written_is_one_line(small, data, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/run/run\.json: cannot be written \(.*\)\. Free some space or choose"):
-        train(work_of(small(), data), tmp_path / "file" / "run", progress=False)
+    with pytest.raises(InputError, match=r"no folder can be made there \(File name too long\)\. Choose another"):
+        train(work_of(small(), data), tmp_path / ("run" * 100), progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -805,6 +901,34 @@ def test_without_the_damaged_folder_the_run_goes_on_from_the_one_before(broken_o
     assert (run / "losses.jsonl").read_bytes() == (folder.parent / "whole" / "losses.jsonl").read_bytes()
 
 
+def test_a_start_may_be_named_in_another_way_when_a_run_goes_on(broken_off, data, tmp_path, monkeypatch):
+    """What counts is what lies in the folder: another network is refused, whatever its name."""
+    work, folder = broken_off
+    run = shutil.copytree(folder, tmp_path / "run")
+    start = Path(work.recipe.start)
+    write_checkpoint(tmp_path / "other", seed=1)
+    tower_of(start).save_pretrained(tmp_path / "tower")
+    for key, other in (("start", "other"), ("start_vision_tower", "tower")):
+        changed = work_of(dataclasses.replace(work.recipe, **{key: str(tmp_path / other)}), data)
+        with pytest.raises(
+            InputError, match=rf"run: recipe: {key}: the run in it has \S+, this call \S+{other}\. Call"
+        ):
+            train(changed, run, resume=True)
+    monkeypatch.chdir(start.parent)
+    train(work_of(dataclasses.replace(work.recipe, start=start.name), data), run, resume=True, progress=False)
+    assert weights(run) == weights(folder.parent / "whole")
+
+
+def test_a_run_that_was_broken_off_is_neither_merged_nor_described(broken_off, tmp_path, capsys):
+    from stllava_train.cli import main
+
+    _, run = broken_off
+    assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 2
+    assert "run is not a checkpoint: it has no config.json. It is a training run that is not" in capsys.readouterr().err
+    assert main(["card", str(run)]) == 2
+    assert "run: the run in it is not finished. Finish it first: its call of `sft` with" in capsys.readouterr().err
+
+
 def test_two_calls_give_the_same_bytes(broken_off, tmp_path):
     work, folder = broken_off
     whole = folder.parent / "whole"
@@ -836,16 +960,6 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(broken_off, tmp_path,
     assert len(read_trace(tmp_path / "run" / "losses.jsonl")) == 2
 
 
-def test_a_gradient_that_is_no_number_stops_the_run_before_its_weights_are_saved(small, data, tmp_path):
-    work = work_of(small(save_every=1), data)
-    trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
-    next(iter(trainable(trainer.model).values())).register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(InputError, match=r"step 1: the gradient is nan\. Lower the learning rates; --resume goes on"):
-        trainer.train()
-    assert not list(tmp_path.glob("checkpoints/checkpoint-*"))
-    assert not (tmp_path / "trace").exists()
-
-
 def test_ctrl_c_is_one_line_and_exit_code_130(data, tmp_path, recipe_file, monkeypatch, capsys):
     from stllava_train import sft as module
     from stllava_train.cli import main
@@ -855,9 +969,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(data, tmp_path, recipe_file, monke
 
     monkeypatch.setattr(module, "open_work", stopped)
     assert main(["sft", "--recipe", str(recipe_file()), "--data", str(data), "--out", str(tmp_path / "run")]) == 130
-    assert capsys.readouterr().err == (
-        "stllava-train: stopped. `sft` goes on with --resume, `data` by the same call.\n"
-    )
+    assert capsys.readouterr().err == ("stllava-train: stopped. The same call goes on; that of `sft` with --resume.\n")
 
 
 def test_a_world_without_a_launcher_is_one_line(data, tmp_path, recipe_file):
@@ -894,8 +1006,15 @@ def test_the_card_refuses_scores_of_other_weights(unbroken, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"checkpoint": {"sha256": "0" * 64}}))
     with pytest.raises(InputError, match=r"it is of other weights \(0000000000000000, here .*Evaluate .* again\."):
         write_card(run, [tmp_path])
-    with pytest.raises(InputError, match="is no training run"):
+    (tmp_path / "run.json").write_text(json.dumps({"checkpoint": {"sha256": 5}}))
+    with pytest.raises(InputError, match=r"it is of other weights \(5, here "):
+        write_card(run, [tmp_path])
+    with pytest.raises(InputError, match=r"run is not a run folder \(its run\.json has no checkpoint\)\. Pass one of"):
+        write_card(run, [run])
+    with pytest.raises(InputError, match=r"is no training run \(its run\.json has no stage\)\. Pass a folder of"):
         write_card(tmp_path)
+    with pytest.raises(InputError, match=r"none is no training run \(it has no run\.json\)"):
+        write_card(tmp_path / "none")
 
 
 def test_the_same_losses_draw_the_same_bytes(unbroken, tmp_path):

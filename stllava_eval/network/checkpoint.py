@@ -416,6 +416,8 @@ def _read(
         if not (folder / "config.json").is_file():
             alone = next((name for name in PROJECTOR_FILES if (folder / name).is_file()), None)
             hint = f"Pass {source}/{alone} as --projector." if alone else "Pass a folder with one and weights."
+            if (folder / "losses.jsonl").is_file():
+                hint = "It is a training run that is not finished: go on with it by --resume."
             raise InputError(f"{source} is not a checkpoint: it has no config.json. {hint}")
         raw = read_json(folder / "config.json")
         architectures = raw.get("architectures") or []
