@@ -36,6 +36,7 @@ class Question:
         history: Earlier (question, answer) rounds about the image; the first holds the image.
         sampling: How the answer is drawn; None takes the likeliest words.
         draw: The number of the draw, where several answers to one question are drawn.
+        template: Of the processor's chat templates; None takes `v1_sq` where the model asks, else the default one.
     """
 
     text: str | None
@@ -46,6 +47,7 @@ class Question:
     history: tuple[tuple[str, str], ...] = ()
     sampling: Sampling | None = None
     draw: int = 0
+    template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,20 +141,21 @@ class Answerer:
             "four_bit": self.four_bit,
         }
 
-    def prompt(self, question: str | None, history: Sequence[tuple[str, str]] = ()) -> str:
+    def prompt(self, question: str | None, history: Sequence[tuple[str, str]] = (), template: str | None = None) -> str:
         """The prompt of the checkpoint's template; `<image>` marks where the image's tokens go. See `Question`.
 
         Where the model asks, the template is `v1_sq`: what stage 1 trains it to ask in and the authors' `visual_sq.py`
         is run with (`--conv-mode v1_sq`).
 
         Raises:
-            InputError: The model is to ask, and its processor has no template `v1_sq`.
+            InputError: The processor has no such template.
         """
+        asks = question is None
+        template = template or ("v1_sq" if asks else None)
         templates = self.processor.chat_template
-        if question is None and not (isinstance(templates, dict) and "v1_sq" in templates):
-            raise InputError(
-                f"{self.name}: its processor has no chat template v1_sq, so it cannot ask. Pass a question."
-            )
+        if template and not (isinstance(templates, dict) and template in templates):
+            cannot = "it cannot ask. Pass a question" if asks else "it cannot be asked so. Leave the template out"
+            raise InputError(f"{self.name}: its processor has no chat template {template}, so {cannot}.")
         asked = [text for text, _ in history] + ([] if question is None else [question])
         messages: list[dict[str, Any]] = []
         for number, text in enumerate(asked):
@@ -160,19 +163,20 @@ class Answerer:
             messages.append({"role": "user", "content": [*image, {"type": "text", "text": text}]})
             if number < len(history):
                 messages.append({"role": "assistant", "content": history[number][1]})
-        asks = question is None
         return self.processor.apply_chat_template(
-            messages, chat_template="v1_sq" if asks else None, add_generation_prompt=True, ask=asks
+            messages, chat_template=template, add_generation_prompt=True, ask=asks
         )
 
-    def token_ids(self, question: str | None, history: Sequence[tuple[str, str]] = ()) -> list[int]:
+    def token_ids(
+        self, question: str | None, history: Sequence[tuple[str, str]] = (), template: str | None = None
+    ) -> list[int]:
         """The prompt's token ids, with one image token for each vector that the image becomes.
 
         Raises:
             InputError: The question holds a special token, such as the image's own.
         """
         self._refuse_special_tokens([question or "", *(part for of_round in history for part in of_round)])
-        ids = self.tokenizer(self.prompt(question, history), add_special_tokens=False).input_ids
+        ids = self.tokenizer(self.prompt(question, history, template), add_special_tokens=False).input_ids
         place = ids.index(self.image_token)
         return ids[:place] + [self.image_token] * self.image_tokens + ids[place + 1 :]
 
@@ -225,7 +229,7 @@ class Answerer:
 
     def _prompt(self, place: int, question: Question) -> Prompt:
         """The question as the engine takes it."""
-        ids = self.token_ids(question.text, question.history)
+        ids = self.token_ids(question.text, question.history, question.template)
         end = len(ids) - ids[::-1].index(self.image_token)
         return self._prompt_of(
             place, question, ids[:end], ids[end:], lambda: {"pixel_values": self.pixels(question.image())}

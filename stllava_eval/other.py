@@ -96,9 +96,9 @@ class OtherAnswerer(Answerer):
             "four_bit": False,
         }
 
-    def prompt(self, question: str | None, history: Sequence[tuple[str, str]] = ()) -> str:
+    def prompt(self, question: str | None, history: Sequence[tuple[str, str]] = (), template: str | None = None) -> str:
         """The prompt of the model's own chat template."""
-        if question is None or history:
+        if question is None or history or template:
             raise InputError(f"{self.name}: only a model of our own network asks, or goes on with a conversation.")
         content: Any = [{"type": "image"}, {"type": "text", "text": question}]
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -167,7 +167,7 @@ class OtherAnswerer(Answerer):
 
     def _text(self, question: Question) -> str:
         self._refuse_special_tokens([question.text or ""])
-        return self.prompt(question.text, question.history)
+        return self.prompt(question.text, question.history, question.template)
 
     def _begins_by_itself(self, question: Question) -> bool:
         """Whether the template writes the token that a text begins with."""

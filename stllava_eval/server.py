@@ -9,9 +9,10 @@ import io
 import json
 import os
 import random
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -32,7 +33,8 @@ LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait; openai's own c
 LONGEST_TOKEN = 100  # characters; a reply with more of them per token asked did not keep to `max_tokens` (our choice)
 
 Request = dict[str, Any]
-"""What `chat.completions.create` takes but for the model: messages and max_tokens, and what else is wanted."""
+"""What `chat.completions.create` takes but for the model: messages, max_tokens or max_completion_tokens, and what else
+is wanted."""
 
 T = TypeVar("T")
 
@@ -40,19 +42,26 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Reply:
     """The text as it came; the server's count of its tokens, mostly with the end token, 0 if it counts none; why it
-    ended: stop, length, ..."""
+    ended: stop, length, ...; the server's name for the model that spoke, and its count of the prompt's tokens."""
 
     text: str
     tokens: int
     finish: str | None
+    model: str | None = None
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A request without a reply: why, on one line that never holds the key, and after how many attempts."""
+    """A request without a reply: why, on one line that never holds the key, after how many attempts, and whether the
+    model or a filter declined it. Of one that was declined the server counts tokens too."""
 
     reason: str
     attempts: int
+    refused: bool = False
+    model: str | None = None
+    prompt_tokens: int = 0
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class _Trouble:
     """Nothing listens at the address."""
     ends_the_run: str = ""
     """Why no other request can succeed either, and what to do."""
+    declined: Reply | None = None
+    """What came instead of an answer, where the model or a filter declined."""
 
 
 class Endpoint:
@@ -81,19 +92,30 @@ class Endpoint:
         retries: Further attempts after one that failed and may succeed when repeated: HTTP 408, 409, 429 and 5xx, a
             time-out, a connection that breaks off, a reply that is no chat completion.
         timeout: Seconds that one attempt may take in all, however slowly its bytes come.
+        per_minute: Attempts begun in a minute, at most; None sets no limit.
 
     Raises:
         InputError: An argument is wrong, no server answers, it refuses the key, or it does not serve the model.
     """
 
     def __init__(
-        self, base_url: str, model: str | None = None, concurrency: int = 16, retries: int = 5, timeout: float = 120.0
+        self,
+        base_url: str,
+        model: str | None = None,
+        concurrency: int = 16,
+        retries: int = 5,
+        timeout: float = 120.0,
+        per_minute: float | None = None,
     ) -> None:
         for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
             if not isinstance(value, int) or value < least:
                 raise InputError(f"{name}={value}: pass a whole number from {least} on.")
         if not isinstance(timeout, int | float) or not timeout > 0:
             raise InputError(f"timeout={timeout}: pass a number of seconds above 0.")
+        if per_minute is not None and not 0 < per_minute < float("inf"):
+            raise InputError(f"per_minute={per_minute}: pass a number of requests above 0.")
+        self._apart = 60 / per_minute if per_minute else 0.0  # seconds
+        self._due = 0.0  # when the next attempt may begin, by `time.monotonic`
         self.base_url = _base_url(base_url)
         self._key = _key(self.base_url)
         self.concurrency, self.retries, self.timeout = concurrency, retries, timeout
@@ -136,13 +158,17 @@ class Endpoint:
                 f"{self.base_url}: no server answers there any more ({outcome.reason}, {attempts} attempts). "
                 "Start it again."
             )
-        return Failure(outcome.reason, attempts)
+        return _failure(outcome, attempts)
 
     async def _insist(self, client: openai.AsyncOpenAI, model: str, request: Request) -> tuple[Reply | _Trouble, int]:
         """The outcome of the last attempt, and how many there were."""
         attempt = 0
         while True:
             attempt += 1
+            if self._apart:
+                begins = max(now := time.monotonic(), self._due)
+                self._due = begins + self._apart
+                await asyncio.sleep(begins - now)
             outcome = await self._attempt(client, model, request)
             if isinstance(outcome, Reply):
                 return outcome, attempt
@@ -157,8 +183,8 @@ class Endpoint:
         body = await self._json(partial(client.chat.completions.with_raw_response.create, model=model, **request))
         if isinstance(body, _Trouble):
             return body
-        outcome = _read(body, request["max_tokens"])
-        return _Trouble(self._clean(outcome.reason), outcome.again) if isinstance(outcome, _Trouble) else outcome
+        outcome = _read(body, request.get("max_tokens") or request["max_completion_tokens"])
+        return replace(outcome, reason=self._clean(outcome.reason)) if isinstance(outcome, _Trouble) else outcome
 
     async def _find_model(self, model: str | None, emit: Callable[[str], None]) -> None:
         """`model`, or the only one that the server lists."""
@@ -204,7 +230,46 @@ class Endpoint:
 
         return AsyncOpenAI(base_url=self.base_url, api_key=self._key or "none", max_retries=0, timeout=None)
 
+    def call(self, send: Callable[[openai.AsyncOpenAI], Awaitable[Any]], what: str) -> str:
+        """The body of a reply to any other request, tried as often as `replies` tries.
+
+        Args:
+            send: Makes the request, a raw response.
+            what: It is for, in the message of an error.
+
+        Raises:
+            InputError: It cannot be had.
+        """
+        (body,) = _in_background(partial(self._call, send, what))
+        return body
+
+    async def _call(
+        self, send: Callable[[openai.AsyncOpenAI], Awaitable[Any]], what: str, emit: Callable[[str], None]
+    ) -> None:
+        async with self._client() as client:
+            outcome: str | _Trouble = ""
+            for attempt in range(self.retries + 1):
+                outcome = await self._text(partial(send, client))
+                if isinstance(outcome, str) or not outcome.again:
+                    break
+                await asyncio.sleep(max(FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25), outcome.wait))
+            if isinstance(outcome, _Trouble):
+                raise InputError(
+                    outcome.ends_the_run or f"{self.base_url}: {what}: {outcome.reason}. The same call tries again."
+                )
+            emit(outcome)
+
     async def _json(self, send: Callable[[], Awaitable[Any]]) -> Any:
+        """The JSON of a reply, or a `_Trouble`."""
+        body = await self._text(send)
+        if isinstance(body, _Trouble):
+            return body
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError):
+            return _Trouble(f"its reply is no JSON: {self._clean(body, 60)!r}", again=True)
+
+    async def _text(self, send: Callable[[], Awaitable[Any]]) -> str | _Trouble:
         """The body of a reply, or a `_Trouble`.
 
         None of the SDK's exceptions leaves here: they hold what the server said, which may be the key.
@@ -214,7 +279,7 @@ class Endpoint:
 
         try:
             async with asyncio.timeout(self.timeout):
-                body = (await send()).text
+                return str((await send()).text)
         except TimeoutError:
             return _Trouble(f"no reply within {self.timeout:g} s", again=True)
         except openai.APIStatusError as error:
@@ -223,10 +288,6 @@ class Endpoint:
             cause = error.__cause__
             reason = self._clean(f"the connection failed: {cause or error}")
             return _Trouble(reason, again=True, gone=isinstance(cause, httpx2.ConnectError))
-        try:
-            return json.loads(body)
-        except (ValueError, RecursionError):
-            return _Trouble(f"its reply is no JSON: {self._clean(body, 60)!r}", again=True)
 
     def _refused(self, error: openai.APIStatusError) -> _Trouble:
         status, body = error.status_code, error.body
@@ -293,7 +354,7 @@ class ServerAnswerer:
         Raises:
             InputError: As `Endpoint.replies`.
         """
-        if any(question.text is None or question.history or question.sampling for question in questions):
+        if any(one.text is None or one.history or one.sampling or one.template for one in questions):
             raise InputError(f"{self.name}: a server is asked one round, greedily. Leave history and sampling out.")
         requests = [partial(_request, question) for question in questions]
         with (
@@ -323,17 +384,39 @@ def _answer(reply: Reply, question: Question) -> Answer:
     return Answer(text.strip(), reply.tokens, stopped or reply.finish == "stop")
 
 
+def read_reply(body: Any, max_tokens: int) -> Reply | Failure:
+    """The reply in a chat completion that came another way, from a batch.
+
+    Args:
+        body: The completion, as JSON holds it.
+        max_tokens: That it was asked for.
+    """
+    outcome = _read(body, max_tokens)
+    if isinstance(outcome, Reply):
+        return outcome
+    return _failure(outcome, 1)
+
+
+def _failure(trouble: _Trouble, attempts: int) -> Failure:
+    if (declined := trouble.declined) is None:
+        return Failure(trouble.reason, attempts)
+    return Failure(trouble.reason, attempts, True, declined.model, declined.prompt_tokens, declined.tokens)
+
+
 def _read(body: Any, max_tokens: int) -> Reply | _Trouble:
     """The reply in a chat completion."""
     try:
         choice = body["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
         text, refusal = message.get("content"), message.get("refusal")
-        tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
+        usage = body.get("usage") or {}
+        tokens, prompt_tokens = (int(usage.get(f"{of}_tokens") or 0) for of in ("completion", "prompt"))
+        name = body.get("model")
+        reply = Reply("", tokens, finish, name if isinstance(name, str) else None, prompt_tokens)
     except (TypeError, KeyError, IndexError, AttributeError, ValueError):
         return _Trouble("its reply is no chat completion", again=True)
     if refusal or finish == "content_filter":
-        return _Trouble(f"refused: {refusal or 'content filter'}")
+        return _Trouble(f"refused: {refusal or 'content filter'}", declined=reply)
     if text is None:
         return _Trouble(f"its reply has no text (finish_reason {finish!r})")
     if not isinstance(text, str):
@@ -342,7 +425,7 @@ def _read(body: Any, max_tokens: int) -> Reply | _Trouble:
         return _Trouble(f"its reply has {len(text)} characters where {max_tokens} tokens were asked for")
     if not text.strip() and finish != "stop":
         return _Trouble(f"its reply is empty (finish_reason {finish!r})")
-    return Reply(text, tokens, finish)
+    return replace(reply, text=text)
 
 
 def _base_url(given: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import PIL.Image
 
 MODEL = "tiny"
+SNAPSHOT, PROMPT_TOKENS = "tiny-2026-11-01", 1000  # what it says of itself and of a prompt where `reply` is given
 KEY_REFUSED = "Incorrect API key provided: {key}"  # a real server shows part of it; this one shows all
 
 
@@ -24,6 +25,7 @@ class FaultServer:
             in the first, second, ... attempt. Without a fault (left), the answer is the text and the image's colour.
         models: What `/v1/models` lists; a fault in place of the list is what happens there.
         pause: Seconds that every reply takes.
+        reply: What is answered to a request without a fault; a fault in place of a text happens.
     """
 
     def __init__(
@@ -31,11 +33,14 @@ class FaultServer:
         faults: dict[str | int, list[Fault]] | None = None,
         models: list[str] | Fault | None = None,
         pause: float = 0.0,
+        reply: Callable[[dict[str, Any]], str | Fault] | None = None,
     ) -> None:
         self.faults = {key: list(all_of_them) for key, all_of_them in (faults or {}).items()}
         self.models = [MODEL] if models is None else models
-        self.pause = pause
+        self.pause, self.reply = pause, reply or answer
         self.requests: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.batches: dict[str, dict[str, Any]] = {}  # of the Batch API; see `answer_batches`
         self.keys: list[str | None] = []
         self.most_at_once = self.replied = 0
         self.closing = threading.Event()
@@ -60,6 +65,32 @@ class FaultServer:
             self._http.server_close()
             self._thread.join()
 
+    def answer_batches(self, status: str = "completed", share: float = 1.0, expired: str = "") -> None:
+        """What OpenAI does within a day: this share of each batch is answered, and `expired` said of the rest."""
+        for batch in self.batches.values():
+            if batch["status"] != "in_progress":
+                continue
+            rows = [json.loads(row) for row in self.files[batch["input_file_id"]].splitlines()]
+            done = rows[: round(share * len(rows))]
+            lines = []
+            for row in reversed(done):  # in no order
+                self.requests.append(row["body"])
+                choice = {"message": {"content": self.reply(row["body"])}, "finish_reason": "stop"}
+                usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": 3}
+                body = {"model": SNAPSHOT, "choices": [choice], "usage": usage}
+                lines.append({"custom_id": row["custom_id"], "response": {"status_code": 200, "body": body}})
+            batch |= {"status": status, "output_file_id": self.keep(lines)}
+            if expired:
+                error = {"code": expired, "message": "not within a day"}
+                lines = [{"custom_id": row["custom_id"], "response": None, "error": error} for row in rows[len(done) :]]
+                batch["error_file_id"] = self.keep(lines)
+
+    def keep(self, lines: list[dict[str, Any]]) -> str:
+        """A file of these lines."""
+        name = f"file-{len(self.files)}"
+        self.files[name] = "".join(json.dumps(row) + "\n" for row in lines).encode()
+        return name
+
     def asked(self) -> list[str]:
         """The text of every request, in the order of arrival."""
         return [text(request) for request in self.requests]
@@ -80,13 +111,14 @@ class FaultServer:
         elif fault:
             fault(handler)
         else:
-            handler.says(answer(request))
+            said = self.reply(request)
+            said(handler) if callable(said) else handler.says(said, usage=PROMPT_TOKENS if self.reply != answer else 0)
 
 
 def text(request: dict[str, Any]) -> str:
     """The text of a request's last message."""
     content = request["messages"][-1]["content"]
-    return content if isinstance(content, str) else content[-1]["text"]
+    return content if isinstance(content, str) else next(part["text"] for part in content if part["type"] == "text")
 
 
 def answer(request: dict[str, Any]) -> str:
@@ -105,7 +137,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         faulty = self.server.faulty
         faulty.keys.append(self.headers["Authorization"])
-        if self.path != "/v1/models":
+        path = self.path.removeprefix("/v1/").partition("?")[0].split("/")
+        if path == ["batches"]:
+            self.sends(200, {"object": "list", "data": list(faulty.batches.values())})
+        elif path[0] == "batches" and path[1] in faulty.batches:
+            self.sends(200, faulty.batches[path[1]])
+        elif path[0] == "files" and path[1] in faulty.files:
+            self.sends(200, faulty.files[path[1]])
+        elif self.path != "/v1/models":
             self.sends(404, {"detail": "Not Found"})
         elif callable(faulty.models):
             faulty.models(self)
@@ -115,16 +154,27 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         faulty = self.server.faulty
         faulty.keys.append(self.headers["Authorization"])
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if isinstance(faulty.models, list) and request["model"] not in faulty.models:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/v1/files":
+            start = body.index(b"{", body.index(b'filename="'))
+            faulty.files[name := f"file-{len(faulty.files)}"] = body[start : body.rindex(b"}") + 1]
+            self.sends(200, {"id": name, "object": "file"})
+            return
+        request = json.loads(body)
+        if self.path == "/v1/batches":
+            name = f"batch-{len(faulty.batches)}"
+            faulty.batches[name] = {"id": name, "object": "batch", "status": "in_progress", **request}
+            self.sends(200, faulty.batches[name])
+        elif isinstance(faulty.models, list) and request["model"] not in faulty.models:
             error = {"message": f"The model `{request['model']}` does not exist.", "code": 404}
             self.sends(404, {"error": error})
         else:
             faulty.complete(self, request)
 
-    def says(self, content: str | None, finish: str = "stop", **message: Any) -> None:
+    def says(self, content: str | None, finish: str = "stop", usage: int = 0, **message: Any) -> None:
         choice = {"index": 0, "message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
-        self.sends(200, {"choices": [choice], "usage": {"completion_tokens": len((content or "").split())}})
+        counts = {"completion_tokens": len((content or "").split())} | ({"prompt_tokens": usage} if usage else {})
+        self.sends(200, {"choices": [choice], "usage": counts} | ({"model": SNAPSHOT} if usage else {}))
 
     def sends(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()

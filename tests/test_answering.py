@@ -102,9 +102,12 @@ def test_a_prompt_goes_on_with_the_rounds_before_and_lets_the_model_ask(llama_to
     start = " USER: <image>\nDescribe it. ASSISTANT: A chest CT.</s>"
     assert answerer.prompt("Why?", rounds) == f"<s>{SYSTEM}{start}USER: Why? ASSISTANT:"
     assert answerer.prompt(None, rounds) == f"<s>{SYSTEM_SQ}{start}VUSER:"
+    assert answerer.prompt("Why?", template="v1_sq") == f"<s>{SYSTEM_SQ} USER: <image>\nWhy? ASSISTANT:"
     del answerer.processor.chat_template["v1_sq"]
     with pytest.raises(InputError, match="no chat template v1_sq, so it cannot ask"):
         answerer.prompt(None, rounds)
+    with pytest.raises(InputError, match="no chat template v1_sq, so it cannot be asked so"):
+        answerer.prompt("Why?", template="v1_sq")
 
 
 @pytest.mark.parametrize("token", ["<image>", "</s>"])

@@ -92,8 +92,10 @@ def test_a_request_is_greedy_holds_the_image_before_the_text_and_no_stop_strings
         ),
         pytest.param(says("", "length"), Failure("its reply is empty (finish_reason 'length')", 1), id="empty, cut"),
         pytest.param(says(None), Failure("its reply has no text (finish_reason 'stop')", 1), id="no text"),
-        pytest.param(says(None, refusal="I can't"), Failure("refused: I can't", 1), id="refused"),
-        pytest.param(says("par", "content_filter"), Failure("refused: content filter", 1), id="filtered"),
+        pytest.param(says(None, refusal="I can't"), Failure("refused: I can't", 1, refused=True), id="refused"),
+        pytest.param(
+            says("par", "content_filter"), Failure("refused: content filter", 1, refused=True, tokens=1), id="filtered"
+        ),
         pytest.param(
             says("word " * 1_600_000),
             Failure("its reply has 8000000 characters where 20 tokens were asked for", 1),
