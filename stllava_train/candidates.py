@@ -1,0 +1,476 @@
+"""A checkpoint + images -> candidates: questions that the model asks about each image, and its answers to each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stllava_eval.answering import Answer, Question
+from stllava_eval.errors import InputError
+from stllava_eval.images import decode
+from stllava_eval.metrics import folded_words
+from stllava_train.conversations import ROLE, Conversation
+from stllava_train.ledger import Ledger, Row, read_rows
+
+if TYPE_CHECKING:
+    from stllava_eval.answering import Answerer
+    from stllava_eval.engine import Sampling
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+AT_ONCE = 1024  # images whose prompts are made at a time (our choice): a million would fill the memory
+# Why a question, or the answers to one, are left out
+WHYS = ("no question", "repeat", "near repeat", "answers alike", "answers without end")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How candidates are drawn. The defaults are `ours`; `PRESETS` has the authors' own.
+
+    Attributes:
+        describe: The first question about every image, answered greedily before the model asks.
+        describe_tokens, question_tokens, answer_tokens: Most tokens of each.
+        questions: That are asked about an image.
+        question_temperature, question_top_k, question_top_p: How they are drawn; see `engine.Sampling`.
+        answers: To each question.
+        answer_temperature, answer_top_k, answer_top_p: How they are drawn.
+        need_question_mark: Leave out what does not end in one, or does not end at all.
+        near_repeat: Leave out a question whose ROUGE-L F1 with an earlier one about its image is this or more, in
+            [0, 1]; above 1 keeps all.
+        alike: Two answers are alike from this ROUGE-L F1 on, in [0, 1]; above 1, none are.
+        redraws: Further answers drawn, at most, in place of those alike or without an end. A question that is short of
+            answers after them is left out.
+        seed: Of all draws. Each depends on it, the image, the conversation and its number alone.
+    """
+
+    describe: str = "Can you describe the image in detail?"  # authors' visual_sq.py
+    describe_tokens: int = 1024  # authors' visual_sq.py
+    questions: int = 5  # authors' visual_sq.py, --n_shot; the paper does not say
+    question_tokens: int = 300  # authors' visual_sq.py
+    question_temperature: float = 1.2  # authors' visual_sq.py
+    question_top_k: int = 300  # authors' visual_sq.py
+    question_top_p: float = 0.95  # authors' visual_sq.py
+    answers: int = 2  # paper
+    answer_tokens: int = 1024  # authors' model_collectA.py
+    answer_temperature: float = 1.2  # paper
+    answer_top_k: int = 100  # paper
+    answer_top_p: float = 0.95  # paper
+    need_question_mark: bool = True  # our choice
+    # our choice. With the 0.7 of Self-Instruct (arXiv:2212.10560) "Is this a grey matter map?" would repeat "white"
+    near_repeat: float = 0.9
+    alike: float = 0.9  # our choice
+    redraws: int = 4  # our choice
+    seed: int = 0
+
+
+# The authors keep every question and every pair, equal ones too
+AUTHORS = Settings(need_question_mark=False, near_repeat=2.0, alike=2.0, redraws=0)
+PRESETS = {"ours": Settings(), "authors": AUTHORS}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A question about an image, and two or more answers, of which a judge is to say which is better.
+
+    Attributes:
+        id: `IMAGE#N`, the number from 0 of the question among those drawn about the image.
+        image: The image's file, relative to the folder of images.
+        image_sha256: `pixel_hash` of it.
+    """
+
+    id: str
+    image: str
+    image_sha256: str
+    question: str
+    answers: tuple[str, ...]
+
+
+def check_settings(settings: Settings) -> None:
+    """Look at the ranges.
+
+    Raises:
+        InputError: A value lies outside.
+    """
+    for name, least in (("describe_tokens", 1), ("question_tokens", 1), ("answer_tokens", 1), ("questions", 1)):
+        if getattr(settings, name) < least:
+            raise InputError(f"{name}={getattr(settings, name)}: give a whole number from {least} on.")
+    if settings.answers < 2:
+        raise InputError(f"answers={settings.answers}: there is nothing to prefer. Give 2 or more.")
+    for of in ("question", "answer"):
+        if not getattr(settings, f"{of}_temperature") > 0:
+            raise InputError(f"{of}_temperature={getattr(settings, f'{of}_temperature')}: give a number above 0.")
+        if getattr(settings, f"{of}_top_k") < 0:
+            raise InputError(f"{of}_top_k={getattr(settings, f'{of}_top_k')}: give 1 or more, or 0 for all tokens.")
+        if not 0 < getattr(settings, f"{of}_top_p") <= 1:
+            raise InputError(f"{of}_top_p={getattr(settings, f'{of}_top_p')}: give a share above 0, up to 1.")
+    for name in ("near_repeat", "alike"):
+        if not getattr(settings, name) > 0:
+            raise InputError(f"{name}={getattr(settings, name)}: give a share above 0; above 1 nothing is left out.")
+    for name in ("redraws", "seed"):
+        if getattr(settings, name) < 0:
+            raise InputError(f"{name}={getattr(settings, name)}: give 0 or more.")
+
+
+def images_in(folder: Path) -> list[str]:
+    """The image files under `folder`, by their names relative to it, sorted.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder. Pass the one that holds the images.")
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
+    if not names:
+        raise InputError(f"{folder}: it holds no image ({', '.join(sorted(SUFFIXES))}). Pass another folder.")
+    return names
+
+
+def listed_images(file: Path, folder: Path) -> list[str]:
+    """The images that a text file names, one a line, relative to `folder`.
+
+    Raises:
+        InputError: It cannot be read, names none, one twice, or one that is not there.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}). Pass a text file with an image's name a line.") from error
+    first: dict[str, int] = {}
+    for number, name in enumerate(lines, 1):
+        if not name.strip():
+            continue
+        if not (folder / name.strip()).is_file():
+            raise InputError(f"{file}:{number}: {name.strip()}: not in {folder}. Pass its folder with --images.")
+        if (before := first.setdefault(name.strip(), number)) != number:
+            raise InputError(f"{file}:{number}: {name.strip()} stands in line {before} too. Name each image once.")
+    if not first:
+        raise InputError(f"{file}: it names no image. Write one a line.")
+    return list(first)
+
+
+def sampled(names: Sequence[str], count: int | None, seed: int, what: str = "images") -> list[str]:
+    """`count` of the names, of `what`, drawn by the seed, in their order; all without a count.
+
+    Raises:
+        InputError: There are fewer.
+    """
+    if count is None:
+        return list(names)
+    if not 1 <= count <= len(names):
+        raise InputError(f"--sample {count}: there are {len(names)} {what}. Give a number from 1 to that.")
+    places = random.Random(seed).sample(range(len(names)), count)
+    return [names[place] for place in sorted(places)]
+
+
+Images = Sequence[tuple[str, Path, str]]
+"""(name, file, pixel hash) of each."""
+
+
+def write_candidates(
+    draw: Callable[[Images], Iterator[Row]],
+    checkpoint: Mapping[str, str],
+    names: Sequence[str],
+    folder: Path,
+    out: Path,
+    settings: Settings,
+    allow_test_images: bool = False,
+    progress: bool = True,
+) -> Counter[str]:
+    """Let the model ask about every image and answer itself; write a row an image to `out`.
+
+    A row holds `image`, `image_sha256`, `description` and `questions`, each with its `id`, `question`, `answers`, and
+    in `left_out` why it is no candidate, else null. A call with the same arguments goes on after a kill, with the
+    images that have no row; which images are answered together changes no row in float32.
+
+    Args:
+        draw: Makes the rows of some images: `rows_of`, or `cluster.candidates_by_ray`.
+        checkpoint: Name, sha256 and dtype of what asks and answers.
+        names: Images, relative to `folder`.
+        folder: Of the images.
+        out: `NAME.jsonl`.
+        settings: How `draw` draws questions and answers.
+        allow_test_images: Ask about images of prepared test splits too.
+        progress: Whether to show bars on stderr.
+
+    Returns:
+        How many "images", "images that cannot be decoded", "questions", "candidates", and questions left out by `WHYS`.
+
+    Raises:
+        InputError: An image is in a test split, or `out` holds another job's rows.
+    """
+    from tqdm import tqdm
+
+    from stllava_train.check import looked_at
+
+    seen = looked_at([Conversation(name, folder / name, (), str(folder / name)) for name in names], progress)
+    if seen.leaks and not allow_test_images:
+        raise InputError(
+            f"{seen.leaks[0]} {len(seen.leaks)} images are of a test split: what is learnt from them would spoil its "
+            "scores. Leave them out (--list), or pass --allow-test-images."
+        )
+    hashes = {name: seen.pixels.get(folder / name) for name in names}
+    decided_by = {
+        "stage": "candidates",
+        "checkpoint": dict(checkpoint),
+        "settings": asdict(settings),
+        "images": {"count": len(names), "sha256": _sha256([[name, hashes[name]] for name in names])},
+        "test_images": len(seen.leaks),
+    }
+    ledger = Ledger(out, lambda row: row["image"], decided_by)
+    for problem in seen.broken:
+        if problem.id not in ledger.rows:
+            ledger.add([{"image": problem.id, "broken": problem.what, "questions": []}])
+    due = [name for name in names if name not in ledger.rows]
+    hidden = None if progress else True  # None: where stderr is no terminal
+    with tqdm(total=len(names), initial=len(names) - len(due), unit="image", disable=hidden, file=sys.stderr) as bar:
+        for start in range(0, len(due), AT_ONCE):
+            some = due[start : start + AT_ONCE]
+            for row in draw([(name, folder / name, hashes[name] or "") for name in some]):
+                ledger.add([row])
+                bar.update()
+    counts = count(ledger.rows.values())
+    ledger.finish(names, counts=counts, folder=str(folder.resolve()))
+    return counts
+
+
+def count(rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
+    """See `write_candidates`."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts["images"] += 1
+        counts["images that cannot be decoded"] += "broken" in row
+        counts["questions"] += len(row["questions"])
+        counts["candidates"] += sum(one["left_out"] is None for one in row["questions"])
+        counts.update(one["left_out"] for one in row["questions"] if one["left_out"])
+    return counts
+
+
+def blind_answers(answerer: Answerer, candidates: Sequence[Candidate], tokens: int = 1024) -> dict[str, str]:
+    """Candidate's id -> the model's greedy answer to its question with a black image in view: what text alone tells."""
+    import PIL.Image
+
+    black = partial(PIL.Image.new, "RGB", (64, 64))
+    questions = [Question(one.question, black, tokens, image_key="black") for one in candidates]
+    return {candidates[place].id: answer.text for place, answer in answerer.answer(questions)}
+
+
+def read_candidates(path: Path) -> list[Candidate]:
+    """The candidates in a file that `write_candidates` wrote.
+
+    Raises:
+        InputError: It cannot be read, or a row is none of candidates.
+    """
+    found: list[Candidate] = []
+    known: set[str] = set()
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            for one in row["questions"]:
+                if one["left_out"] is None:
+                    candidate = Candidate(
+                        str(one["id"]),
+                        str(row["image"]),
+                        str(row["image_sha256"]),
+                        one["question"],
+                        tuple(one["answers"]),
+                    )
+                    texts = (row["image"], row["image_sha256"], candidate.question, *candidate.answers)
+                    if len(candidate.answers) < 2 or not all(isinstance(text, str) for text in texts):
+                        raise TypeError("a text is missing, or an answer")
+                    if candidate.id in known:
+                        raise TypeError(f"id {candidate.id} stands twice")
+                    known.add(candidate.id)
+                    found.append(candidate)
+        except (KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}:{number}: no row of candidates ({error}). Pass what `stllava-train candidates` wrote."
+            ) from error
+    return found
+
+
+# --- images side by side ----------------------------------------------------------------------------------------------
+
+
+class _Work:
+    """What is known so far of one image."""
+
+    def __init__(self, name: str, file: Path, sha256: str, settings: Settings) -> None:
+        self.name, self.file, self.sha256, self.settings = name, file, sha256, settings
+        self.description = ""
+        self.asked: dict[int, Answer] = {}  # by the number of the question
+        self.why: dict[int, str | None] = {}
+        self.answers: dict[int, dict[int, Answer]] = {}  # to each question that is kept, by the number of the draw
+        self.drawn: Counter[int] = Counter()  # answers to each question, those under way too
+
+    def describe(self) -> Question:
+        return self._question(self.settings.describe, max_new_tokens=self.settings.describe_tokens, template="v1_sq")
+
+    def ask(self, description: str) -> list[Question]:
+        settings, self.description = self.settings, description
+        sampling = _sampling(
+            settings.question_temperature, settings.question_top_k, settings.question_top_p, settings.seed
+        )
+        rounds = ((settings.describe, description),)
+        return [
+            self._question(
+                None, max_new_tokens=settings.question_tokens, history=rounds, sampling=sampling, draw=number
+            )
+            for number in range(settings.questions)
+        ]
+
+    def choose(self, special: Sequence[str]) -> None:
+        """Say of every question whether it is kept, in the order of their numbers."""
+        kept = [self.settings.describe]
+        for number in range(self.settings.questions):
+            self.why[number] = why_not(self.asked[number], kept, self.settings, special)
+            if self.why[number] is None:
+                kept.append(self.asked[number].text)
+                self.answers[number] = {}
+
+    def answer(self, number: int) -> list[tuple[int, Question]]:
+        """(draw, question) of the answers that the question is short of; none as long as some are under way."""
+        settings, drawn = self.settings, self.drawn[number]
+        if len(self.answers[number]) < drawn:
+            return []  # what is drawn next must not hang on which of them comes first
+        short = settings.answers - len(self.usable(number))
+        draws = range(drawn, drawn + min(short, settings.answers + settings.redraws - drawn))
+        self.drawn[number] += len(draws)
+        sampling = _sampling(settings.answer_temperature, settings.answer_top_k, settings.answer_top_p, settings.seed)
+        text = self.asked[number].text
+        return [
+            (draw, self._question(text, max_new_tokens=settings.answer_tokens, sampling=sampling, draw=draw))
+            for draw in draws
+        ]
+
+    def usable(self, number: int) -> list[str]:
+        """Answers in the order of their draws, without those that are alike an earlier one, empty or without an end."""
+        found: list[str] = []
+        for _, answer in sorted(self.answers[number].items()):
+            sound = self.settings.alike > 1 or (answer.ended and answer.text)
+            if sound and all(rouge_l(answer.text, before) < self.settings.alike for before in found):
+                found.append(answer.text)
+        return found
+
+    @property
+    def done(self) -> bool:
+        return bool(self.why) and all(len(got) == self.drawn[number] for number, got in self.answers.items())
+
+    def row(self) -> Row:
+        questions = []
+        for number in range(self.settings.questions):
+            why, answers = self.why[number], []
+            if why is None:
+                answers = self.usable(number)
+                if len(answers) < self.settings.answers:
+                    ended = sum(one.ended and bool(one.text) for one in self.answers[number].values())
+                    why = "answers alike" if ended >= self.settings.answers else "answers without end"
+            questions.append(
+                {
+                    "id": f"{self.name}#{number}",
+                    "question": self.asked[number].text,
+                    "answers": answers,
+                    "left_out": why,
+                }
+            )
+        return {
+            "image": self.name,
+            "image_sha256": self.sha256,
+            "description": self.description,
+            "questions": questions,
+        }
+
+    def _question(self, text: str | None, **others: Any) -> Question:
+        return Question(text, partial(_open, self.file), image_key=self.sha256, **others)
+
+
+def rows_of(answerer: Answerer, images: Images, settings: Settings) -> Iterator[Row]:
+    """A row for each image, as they get done, in no order; see `write_candidates`.
+
+    What an image needs next is asked as soon as that is known, so that images are at work side by side; each is encoded
+    once, and the questions about it share its beginning.
+    """
+    works = [_Work(*image, settings) for image in images]
+    steps = [("describe", work, 0, 0) for work in works]  # of every question put to the model: what it is for
+    special = answerer.tokenizer.all_special_tokens
+    done: list[_Work] = []
+
+    def follow(place: int, answer: Answer) -> list[Question]:
+        step, work, number, draw = steps[place]
+        further: list[tuple[str, int, int, Question]] = []
+        if step == "describe":
+            questions = work.ask(without(answer.text, special))
+            further = [("ask", number, 0, question) for number, question in enumerate(questions)]
+        elif step == "ask":
+            work.asked[number] = answer
+            if len(work.asked) == settings.questions:
+                work.choose(special)
+                further = [("answer", number, *due) for number in work.answers for due in work.answer(number)]
+        else:
+            work.answers[number][draw] = answer
+            further = [("answer", number, *due) for due in work.answer(number)]
+        steps.extend((step, work, number, draw) for step, number, draw, _ in further)
+        if work.done:
+            done.append(work)
+        return [question for *_, question in further]
+
+    for _ in answerer.answer([work.describe() for work in works], progress=False, follow=follow):
+        while done:
+            yield done.pop().row()
+
+
+def why_not(asked: Answer, kept: Sequence[str], settings: Settings, special: Sequence[str]) -> str | None:
+    """Why a question is left out, one of `WHYS`, beside those kept before it; None where it is kept."""
+    words = folded_words(asked.text)
+    if not words or ROLE.search(asked.text) or asked.text != without(asked.text, special):
+        return "no question"
+    if settings.need_question_mark and not (asked.ended and asked.text.endswith("?")):
+        return "no question"
+    if settings.near_repeat <= 1 and any(words == folded_words(before) for before in kept):
+        return "repeat"
+    if any(rouge_l(asked.text, before) >= settings.near_repeat for before in kept):
+        return "near repeat"
+    return None
+
+
+def rouge_l(one: str, other: str) -> float:
+    """ROUGE-L F1 of two texts by `folded_words`, in [0, 1]: 1 where both have the same words in the same order.
+
+    Source: Lin (2004), beta 1; rapidfuzz's Indel is it, twice the longest common subsequence by the sum of the lengths.
+    """
+    from rapidfuzz.distance import Indel
+
+    return float(Indel.normalized_similarity(folded_words(one), folded_words(other)))
+
+
+def without(text: str, special: Sequence[str]) -> str:
+    """`text` without what the tokenizer would take for its own tokens: it cannot be asked."""
+    for token in special:
+        text = text.replace(token, "")
+    return text.strip()
+
+
+def _sampling(*how: Any) -> Sampling:
+    from stllava_eval.engine import Sampling  # brings torch: a judge reads candidates without it
+
+    return Sampling(*how)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return decode(file.read_bytes())
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}). Put it back; the same call goes on.") from error
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
