@@ -1,0 +1,240 @@
+"""What judges said of two answers -> which of them is preferred, or why none is."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stllava_eval.errors import InputError
+from stllava_train.ledger import Row, read_rows
+
+if TYPE_CHECKING:
+    from stllava_train.candidates import Candidate
+
+# What can come of one question to a judge. Only the first has scores; none of the others is ever taken for a score:
+# the judge declined, said no two scores, could not be asked, or does not know (exact knowledge; a person who undid it)
+OUTCOMES = ("scored", "refused", "unparsable", "failed", "unknown")
+PERSON = "human:"  # begins the name of a judge who is one
+# What can come of all of a pair's verdicts. Only the first makes a preference
+FATES = ("preferred", "tie", "small margin", "orders disagree", "judges disagree", "not scored")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge said of two answers to one question, a row of `judged.jsonl`.
+
+    Attributes:
+        id: Of the candidate.
+        image: Its image, and `pixel_hash` of it.
+        judge: Who was asked: a model's name as we asked for it, `human:NAME`, or `exact`.
+        shown: Places in the candidate's answers of the two answers, in the order in which they were shown.
+        repetition: From 0, where the same is asked several times.
+        outcome: One of `OUTCOMES`.
+        scores: Of the two answers in the order shown, 1 to 10; None unless scored.
+        reply: All that the judge said; None where nothing came back.
+        why: What was wrong, where nothing was scored.
+        model: As the server names what answered, which can be a snapshot of what was asked for.
+        date: UTC, ISO 8601; None of exact knowledge, which does not hang on it.
+        prompt_sha256: Of the text put to the judge.
+        tokens: Of prompt and reply, as the server counts them.
+        cost: In USD; None where no price is known.
+    """
+
+    id: str
+    image: str
+    image_sha256: str
+    judge: str
+    shown: tuple[int, int]
+    repetition: int
+    outcome: str
+    scores: tuple[float, float] | None
+    reply: str | None
+    why: str | None
+    model: str | None
+    date: str | None
+    prompt_sha256: str | None
+    tokens: tuple[int, int] | None
+    cost: float | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What it answers: no two verdicts of a file share one."""
+        return self.id, self.judge, self.shown, self.repetition
+
+
+def verdict_of(row: Row) -> Verdict:
+    """The row of a file of verdicts.
+
+    Raises:
+        ValueError: It is none.
+    """
+    try:
+        made = dict(row)
+        for name, length in (("shown", 2), ("scores", 2), ("tokens", 2)):
+            if made[name] is not None:
+                made[name] = tuple(made[name])
+                if len(made[name]) != length:
+                    raise ValueError(f"{name}: {row[name]}")
+        if not all(isinstance(one, int | float) and math.isfinite(one) for one in made["scores"] or ()):
+            raise ValueError(f"scores: {made['scores']}")
+        if made["outcome"] not in OUTCOMES or (made["outcome"] == "scored") != (made["scores"] is not None):
+            raise ValueError(f"outcome {made['outcome']!r} with scores {made['scores']}")
+        return Verdict(**made)
+    except (KeyError, TypeError) as error:
+        raise ValueError(str(error)) from error
+
+
+def row_of(verdict: Verdict) -> Row:
+    """The verdict as a row of its file."""
+    return asdict(verdict)
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """The verdicts in a file that `stllava-train judge` wrote.
+
+    Raises:
+        InputError: It cannot be read, or a row is no verdict.
+    """
+    found: dict[Any, Verdict] = {}
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            verdict = verdict_of(row)
+        except ValueError as error:
+            raise InputError(
+                f"{path}:{number}: no verdict ({error}). Pass what `stllava-train judge` wrote."
+            ) from error
+        found[verdict.key] = verdict  # what failed first, and came when it was asked again
+    return list(found.values())
+
+
+# --- verdicts to preferences ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What all verdicts on two answers of a candidate come to.
+
+    Attributes:
+        id: Of the candidate.
+        answers: Places of the two answers, the lower one first.
+        fate: One of `FATES`.
+        chosen, rejected: Places of the answers, where one is preferred.
+        margin: Score of the chosen less that of the rejected, mean over orders, repetitions and the judges who prefer
+            it; 0 where none is preferred.
+        judges: Those who prefer it.
+    """
+
+    id: str
+    answers: tuple[int, int]
+    fate: str
+    chosen: int | None = None
+    rejected: int | None = None
+    margin: float = 0.0
+    judges: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How verdicts become preferences. The default is ours; `AUTHORS_RULE` theirs.
+
+    Attributes:
+        both_orders: A judge's verdict counts only where it prefers the same answer in both orders. Else the first order
+            alone counts, the answer with the lower place shown first.
+        min_margin: Of the scores, mean over what a judge was asked, in points of 10; 0 or more.
+        tie_to_second: A tie prefers the answer with the higher place, which one order alone shows second.
+    """
+
+    both_orders: bool = True
+    min_margin: float = 1.0  # our choice: a point is the least that a judge of whole numbers can tell
+    tie_to_second: bool = False
+
+
+# authors' eval_gpt4v_review.py: one order, `score1 > score2` or else the second answer
+AUTHORS_RULE = Rule(both_orders=False, min_margin=0.0, tie_to_second=True)
+
+
+def preferences(
+    candidates: Sequence[Candidate], verdicts: Iterable[Verdict], rule: Rule = Rule(), judges: Sequence[str] = ()
+) -> list[Preference]:
+    """A preference, or why there is none, for every two answers of every candidate, in their order.
+
+    Of several judges more than half of those who scored the two answers must prefer the same one. Ties and orders that
+    disagree are votes against both; a refusal is no vote.
+
+    Args:
+        candidates: What was judged.
+        verdicts: On them; others are passed over.
+        rule: How verdicts count.
+        judges: Whose verdicts count (default: all that occur).
+    """
+    of: dict[tuple[str, tuple[int, int]], dict[str, list[Verdict]]] = defaultdict(lambda: defaultdict(list))
+    names = dict.fromkeys(judges)
+    for one in verdicts:
+        if not judges:
+            names[one.judge] = None
+        if one.judge in names:
+            of[one.id, (min(one.shown), max(one.shown))][one.judge].append(one)
+    return [
+        _preference(candidate.id, both, {name: judged(of[candidate.id, both][name], rule) for name in names})
+        for candidate in candidates
+        for both in combinations(range(len(candidate.answers)), 2)
+    ]
+
+
+def judged(verdicts: Sequence[Verdict], rule: Rule = Rule()) -> tuple[str, float]:
+    """(fate, score of the lower place less that of the higher) by one judge's verdicts on two answers.
+
+    The fate is one of `FATES` but "judges disagree". Repetitions of an order are averaged before orders are compared. A
+    tie in one order is a tie, whatever the other one says.
+    """
+    by_order: dict[bool, list[float]] = defaultdict(list)
+    for one in verdicts:
+        in_order = one.shown[0] < one.shown[1]
+        if one.scores is not None:
+            first, second = one.scores
+            by_order[in_order].append(first - second if in_order else second - first)
+    means = {order: sum(found) / len(found) for order, found in by_order.items()}
+    needed: tuple[bool, ...] = (True, False) if rule.both_orders else (True,)
+    person = bool(verdicts) and verdicts[0].judge.startswith(PERSON)
+    if person:  # sees one order, drawn blindly: asked twice, one remembers
+        needed = tuple(means) or needed
+    if any(order not in means for order in needed):
+        return "not scored", 0.0
+    values = [means[order] for order in needed]
+    margin = sum(values) / len(values)
+    if min(values) < 0 < max(values):
+        return "orders disagree", margin
+    if 0 in values:
+        second = rule.tie_to_second and not person and not any(values)
+        return ("preferred", -0.0) if second else ("tie", margin)
+    return ("preferred" if abs(margin) >= rule.min_margin else "small margin"), margin
+
+
+def _preference(id: str, answers: tuple[int, int], by_judge: Mapping[str, tuple[str, float]]) -> Preference:
+    """By each judge's fate and margin, see `judged`."""
+    lower, higher = answers
+    by_judge = {name: of for name, of in by_judge.items() if of[0] != "not scored"}
+    preferring = {name: margin for name, (fate, margin) in by_judge.items() if fate == "preferred"}
+    for_lower = {name: margin for name, margin in preferring.items() if margin > 0}
+    for_higher = {name: -margin for name, margin in preferring.items() if margin <= 0}
+    for chosen, rejected, margins in ((lower, higher, for_lower), (higher, lower, for_higher)):
+        if 2 * len(margins) > len(by_judge):
+            mean = sum(margins.values()) / len(margins)
+            return Preference(id, answers, "preferred", chosen, rejected, mean, tuple(margins))
+    found = {fate for fate, _ in by_judge.values()}
+    if not found:
+        return Preference(id, answers, "not scored")
+    return Preference(id, answers, found.pop() if len(found) == 1 and found != {"preferred"} else "judges disagree")
+
+
+def fates(found: Iterable[Preference]) -> Mapping[str, int]:
+    """How many have each fate, in the order of `FATES`."""
+    counts = dict.fromkeys(FATES, 0)
+    for one in found:
+        counts[one.fate] += 1
+    return counts
