@@ -1,0 +1,551 @@
+"""Verdicts -> preference pairs: a chosen and a rejected answer to a question about an image, in the files DPO reads."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import combinations, count
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from stllava_eval.errors import InputError
+from stllava_eval.home import whole_file
+from stllava_eval.images import decode
+from stllava_train.candidates import Candidate
+from stllava_train.conversations import ROLE, SPECIAL, Conversation, records, uniform
+from stllava_train.data import SUFFIXES, safe_names
+from stllava_train.ledger import Ledger, Row, line, read_rows
+from stllava_train.verdicts import Rule, Verdict, preferences
+
+FORMATS = ("trl", "authors", "llama-factory", "ms-swift")
+PUBLISHED_KEYS = ("chosen_conversations", "reject_conversations")  # authors' train_dpo.py; not "rejected"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to a question about an image, of which one is to become likelier than the other.
+
+    Attributes:
+        id: Of the candidate; with the places of the two answers where it has more than two, `a.png#0:0-2`.
+        image: The image's file, relative to the folder of images.
+        image_sha256: `pixel_hash` of it.
+        question, chosen, rejected: Stripped, without the image's tag.
+        margin: Score of the chosen less that of the rejected, in points of 10, at least 0; None where no scores are
+            known, as in the authors' files.
+        judges: Who prefer the chosen, sorted; empty where not known.
+    """
+
+    id: str
+    image: str
+    image_sha256: str
+    question: str
+    chosen: str
+    rejected: str
+    margin: float | None
+    judges: tuple[str, ...]
+
+
+KEYS = tuple(field.name for field in fields(Pair))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Pairs, and how many are left out by why."""
+
+    pairs: list[Pair]
+    left_out: dict[str, int]
+
+
+def make_pairs(
+    candidates: Sequence[Candidate], verdicts: Iterable[Verdict], rule: Rule, judges: Sequence[str] = ()
+) -> Kept:
+    """A pair for every two answers of which one is preferred, in the order of the candidates.
+
+    Every two answers of every candidate are either a pair or left out once, by one of `verdicts.FATES` or by `trouble`.
+
+    Args:
+        candidates: What was judged.
+        verdicts: On them alone.
+        rule: How verdicts become preferences.
+        judges: Whose verdicts count (default: all that occur).
+
+    Raises:
+        InputError: A verdict is on no candidate, or a judge has none.
+    """
+    verdicts = list(verdicts)
+    of = {one.id: one for one in candidates}
+    for verdict in verdicts:
+        judged = of.get(verdict.id)
+        both = min(verdict.shown), max(verdict.shown)
+        if (
+            judged is None
+            or both not in combinations(range(len(judged.answers)), 2)
+            or verdict.image_sha256 != judged.image_sha256
+        ):
+            raise InputError(
+                f"{verdict.id}: {verdict.judge} judged answers {verdict.shown[0]} and {verdict.shown[1]} about image "
+                f"{verdict.image_sha256[:12]}, which are no candidate's. Pass the candidates that were judged."
+            )
+    known = {one.judge for one in verdicts}
+    if strangers := sorted({*judges} - known):
+        raise InputError(f"--judge {strangers[0]}: no verdict is its. There are those of {', '.join(sorted(known))}.")
+    names = sorted({*judges} or known)
+    pairs: list[Pair] = []
+    left_out: Counter[str] = Counter()
+    for one in preferences(candidates, verdicts, rule, names):
+        if one.chosen is None or one.rejected is None:
+            left_out[one.fate] += 1
+            continue
+        candidate = of[one.id]
+        answers = candidate.answers
+        texts = candidate.question.strip(), answers[one.chosen].strip(), answers[one.rejected].strip()
+        if why := trouble(*texts):
+            left_out[why] += 1
+            continue
+        id = one.id if len(candidate.answers) == 2 else f"{one.id}:{one.answers[0]}-{one.answers[1]}"
+        pairs.append(Pair(id, candidate.image, candidate.image_sha256, *texts, one.margin, one.judges))
+    return Kept(pairs, dict(left_out))
+
+
+def trouble(question: str, chosen: str, rejected: str) -> str | None:
+    """Why these stripped texts make no pair; None where they do.
+
+    >>> trouble("Where?", "Left.</s>", "Right.")
+    '</s> in chosen'
+    """
+    for name, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
+        if not text:
+            return f"empty {name}"
+        if marks := [mark for mark in (*SPECIAL, "<image>") if mark in text] + ROLE.findall(text):
+            return f"{marks[0]} in {name}"
+        if re.search("[\ud800-\udfff]", text):
+            return f"half a character in {name}"
+    return "chosen equals rejected" if chosen == rejected else None
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The pairs of a file, each of them checked.
+
+    Raises:
+        InputError: It cannot be read or holds none, or a row is no pair.
+    """
+    found: dict[str, Pair] = {}
+    for number, row in enumerate(read_rows(path), 1):
+        try:
+            pair = _pair(row)
+            if pair.id in found:
+                raise ValueError(f"id {pair.id} stands twice. Give each pair one of its own.")
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: {error}") from None
+        found[pair.id] = pair
+    if not found:
+        raise InputError(f"{path}: it holds no pair. Pass what `stllava-train pairs` wrote.")
+    return list(found.values())
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_inside(value: Any) -> bool:
+    """Whether it names a file that lies in the folder it is relative to."""
+    if not isinstance(value, str) or value == "" or "\0" in value:
+        return False
+    return not PurePosixPath(value).is_absolute() and ".." not in PurePosixPath(value).parts
+
+
+def _is_margin(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value < math.inf)
+
+
+# What a row holds -> whether a value is right, and what would be
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "id": (lambda value: isinstance(value, str) and value != "", "a text"),
+    "image": (_is_inside, "a file's name relative to the folder of images"),
+    "image_sha256": (
+        lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)),
+        "64 hex digits",
+    ),
+    "question": (_is_text, "a text"),
+    "chosen": (_is_text, "a text"),
+    "rejected": (_is_text, "a text"),
+    "margin": (_is_margin, "a number from 0 on, or null"),
+    "judges": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of names"),
+}
+
+
+def _pair(row: Row) -> Pair:
+    """Raises ValueError where the row is none."""
+    form = f"A pair has {', '.join(KEYS)}; see docs/data.md."
+    if missing := [key for key in KEYS if key not in row]:
+        raise ValueError(f"no {missing[0]}. {form}")
+    if others := [key for key in row if key not in KEYS]:
+        raise ValueError(f"{others[0]} is no key of a pair. {form}")
+    for key, (is_right, right) in CHECKS.items():
+        if not is_right(row[key]):
+            raise ValueError(f"{key} is {json.dumps(row[key])[:60]}, not {right}. Mend the line, or delete it.")
+    texts = {key: row[key].strip() for key in ("question", "chosen", "rejected")}
+    if why := trouble(**texts):
+        raise ValueError(f"{why}. Mend the line, or delete it.")
+    return Pair(**row | texts | {"judges": tuple(row["judges"])})
+
+
+# --- which pairs are written ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which pairs are written where. The default writes all to one file.
+
+    Attributes:
+        per_image: Pairs of an image, at most; see `largest_margins`.
+        balance_length: See `length_balanced`. Each of the two files is balanced by itself.
+        held_out: Share of the images whose pairs are held out, in [0, 1); see `split`.
+        seed: Of what is drawn.
+    """
+
+    per_image: int | None = None
+    balance_length: bool = False
+    held_out: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """The pairs to learn from and those held out, and how many are left out by why, on the way to here."""
+
+    train: list[Pair]
+    held_out: list[Pair]
+    left_out: dict[str, int]
+    options: Options
+
+
+def selected(kept: Kept, options: Options = Options()) -> Split:
+    """`kept`, or fewer, by the options.
+
+    Raises:
+        InputError: An option makes no sense, or a file would be empty.
+    """
+    if options.per_image is not None and options.per_image < 1:
+        raise InputError(f"--per-image {options.per_image}: no pair. Give a number from 1 on.")
+    if not 0 <= options.held_out < 1:
+        raise InputError(f"--held-out {options.held_out}: no share. Give a number from 0 on and below 1, such as 0.1.")
+    pairs = kept.pairs if options.per_image is None else largest_margins(kept.pairs, options.per_image)
+    train, held_out = split(pairs, options.held_out, options.seed)
+    if options.balance_length:
+        train, held_out = length_balanced(train, options.seed), length_balanced(held_out, options.seed)
+    further = {
+        "smaller margin than others of its image": len(kept.pairs) - len(pairs),
+        "balance of lengths": len(pairs) - len(train) - len(held_out),
+    }
+    left_out = kept.left_out | {why: number for why, number in further.items() if number}
+    if not train:
+        whys = "; ".join(f"{why}: {number}" for why, number in left_out.items())
+        raise InputError(f"no pair to learn from ({whys or 'there is none'}). Judge more candidates, or ask for less.")
+    if options.held_out and not held_out:
+        raise InputError(
+            f"--held-out {options.held_out}: nothing is held out of {len({one.image_sha256 for one in pairs})} images. "
+            "Give a larger share or another --seed."
+        )
+    return Split(train, held_out, left_out, options)
+
+
+def largest_margins(pairs: Sequence[Pair], per_image: int) -> list[Pair]:
+    """At most so many pairs of each image, those with the largest margins, in their order.
+
+    Of equal margins the lower id stays; an unknown margin counts as the smallest. Equal pixels are one image.
+    """
+    of: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        of[pair.image_sha256].append(pair)
+    best = {one.id for some in of.values() for one in sorted(some, key=lambda one: (-_margin(one), one.id))[:per_image]}
+    return [pair for pair in pairs if pair.id in best]
+
+
+def split(pairs: Sequence[Pair], held_out: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """(pairs to learn from, pairs held out), each in their order; no image is in both.
+
+    An image is held out with probability `held_out`, in [0, 1), by its pixels and the seed alone: other images, names
+    and the order change nothing, and a larger share holds out what a smaller one does. Copies of a picture whose pixels
+    differ are different images.
+    """
+    parts: tuple[list[Pair], list[Pair]] = [], []
+    for pair in pairs:
+        parts[uniform(seed, "held out", pair.image_sha256) < held_out].append(pair)
+    return parts
+
+
+def length_balanced(pairs: Sequence[Pair], seed: int) -> list[Pair]:
+    """As many pairs whose chosen answer is the longer one as pairs whose rejected one is, in words; in their order.
+
+    Pairs of the more frequent kind are dropped, the smallest margins first, of equal margins by a draw: by id it would
+    always be the last images. Pairs of equal lengths stay.
+
+    Judges like longer answers, and DPO learns that length first: the answers grow, right or wrong (Park et al. 2024,
+    arXiv:2403.19159). Of balanced pairs, and of held-out ones, a model that is only longer gets half right.
+    """
+    longer: list[Pair] = []
+    shorter: list[Pair] = []
+    for pair in pairs:
+        difference = len(pair.chosen.split()) - len(pair.rejected.split())
+        if difference:
+            (longer if difference > 0 else shorter).append(pair)
+    fewer, more = sorted((longer, shorter), key=len)
+    more.sort(key=lambda pair: (_margin(pair), uniform(seed, "balance", pair.id)))
+    dropped = {pair.id for pair in more[: len(more) - len(fewer)]}
+    return [pair for pair in pairs if pair.id not in dropped]
+
+
+def _margin(pair: Pair) -> float:
+    """For sorting: an unknown margin is smaller than any other."""
+    return -1.0 if pair.margin is None else pair.margin
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_pairs(
+    made: Split, out: Path, source: Mapping[str, Any], formats: Sequence[str] = (), images: Path | None = None
+) -> list[Path]:
+    """Write `NAME.jsonl`, where pairs are held out `NAME-held-out.jsonl` too, and the same pairs for other trainers.
+
+    Beside each file of pairs lies its manifest: the source, the options, and how many pairs were left out by why. Other
+    trainers' files are `NAME.trl.jsonl`, `NAME.authors.json`, `NAME.ms-swift.jsonl` and the folder
+    `NAME.llama-factory/`, LLaMA-Factory's `dataset_dir`. All but the authors' hold whole paths of the images.
+
+    Args:
+        made: See `selected`.
+        out: `NAME.jsonl`.
+        source: What the pairs were made of, for the manifest.
+        formats: Of `FORMATS`.
+        images: The folder of the images; formats other than the authors' need it.
+
+    Returns:
+        The files written, manifests aside.
+
+    Raises:
+        InputError: `out` holds other pairs or something else, an image is missing, or the disk is full.
+    """
+    if unknown := [format for format in formats if format not in FORMATS]:
+        raise InputError(f"--format {unknown[0]}: unknown. Choose of {', '.join(FORMATS)}.")
+    parts = {"train": (out, made.train)}
+    if made.held_out:
+        parts["held-out"] = (out.with_name(f"{out.stem}-held-out{out.suffix}"), made.held_out)
+    exports: dict[Path, str] = {}
+    for format in dict.fromkeys(formats):
+        exports |= _exports(dict(parts.values()), out, format, images)
+    for part, (path, pairs) in parts.items():
+        decided_by = {"stage": "pairs", "part": part, "source": source, "options": asdict(made.options)}
+        ledger = Ledger(path, lambda row: row["id"], decided_by | {"rows_sha256": _sha256(pairs)})
+        ledger.add(asdict(pair) for pair in pairs if pair.id not in ledger.rows)
+        counts = {"train": len(made.train), "held_out": len(made.held_out), "left_out": made.left_out}
+        ledger.finish([pair.id for pair in pairs], counts=counts)
+    for file, text in exports.items():
+        with whole_file(file) as unfinished:
+            unfinished.write_text(text, encoding="utf-8", newline="\n")
+    return [*(path for path, _ in parts.values()), *exports]
+
+
+def _exports(parts: Mapping[Path, Sequence[Pair]], out: Path, format: str, images: Path | None) -> dict[Path, str]:
+    """The text of each file of a format; `parts` by their files of pairs."""
+    texts: dict[Path, str] = {}
+    listed: Row = {}
+    for path, pairs in parts.items():
+        lines = [line(exported(pair, format, _image_path(pair, format, images))) for pair in pairs]
+        if format in ("trl", "ms-swift"):
+            texts[path.with_suffix(f".{format}.jsonl")] = "".join(lines)
+            continue
+        array = "[\n" + ",\n".join(text.rstrip("\n") for text in lines) + "\n]\n"
+        if format == "authors":
+            texts[path.with_suffix(".authors.json")] = array
+            continue
+        folder = out.with_suffix(".llama-factory")
+        texts[folder / f"{path.stem}.json"] = array
+        columns = {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "images": "images"}
+        known = {"file_name": f"{path.stem}.json", "formatting": "sharegpt", "ranking": True, "columns": columns}
+        listed[path.stem] = known  # LLaMA-Factory finds a file by this entry alone
+        texts[folder / "dataset_info.json"] = json.dumps(listed, indent=2, ensure_ascii=False) + "\n"
+    return texts
+
+
+def exported(pair: Pair, format: str, image: str) -> Row:
+    """The pair as another trainer reads it, one of `FORMATS`."""
+    asked = {"from": "human", "value": f"<image>\n{pair.question}"}
+    chosen, rejected = ({"from": "gpt", "value": text} for text in (pair.chosen, pair.rejected))
+    if format == "authors":  # train_dpo.py:945-975
+        return {
+            "id": pair.id,
+            "image": image,
+            "chosen_conversations": [asked, chosen],
+            "reject_conversations": [asked, rejected],
+        }
+    if format == "llama-factory":
+        # hiyouga/LLaMA-Factory, data/README.md, "Sharegpt Format": "Preference Dataset", "Multimodal Image Dataset"
+        return {"conversations": [asked], "chosen": chosen, "rejected": rejected, "images": [image]}
+    if format == "ms-swift":
+        # modelscope/ms-swift, docs/source_en/Customization/Custom-dataset.md, "RLHF", "Multimodal"; no newline behind
+        # the tag: its templates for LLaVA add one
+        turns = [{"role": "user", "content": f"<image>{pair.question}"}, {"role": "assistant", "content": pair.chosen}]
+        return {"messages": turns, "rejected_response": pair.rejected, "images": [image]}
+    # trl 1.16, DataCollatorForVisionPreference in trainer/dpo_trainer.py
+    question = [{"type": "image"}, {"type": "text", "text": pair.question}]
+    answers = {
+        name: [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+        for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
+    }
+    return {"images": [image], "prompt": [{"role": "user", "content": question}], **answers}
+
+
+def _image_path(pair: Pair, format: str, images: Path | None) -> str:
+    if format == "authors":
+        return pair.image
+    if images is None:
+        raise InputError(f"--format {format}: its rows hold the images' paths. Pass their folder with --images.")
+    if not (file := images.resolve() / pair.image).is_file():
+        raise InputError(f"{pair.id}: its image {pair.image} is not in {images}. Pass the folder of the images.")
+    return str(file)
+
+
+def _sha256(pairs: Sequence[Pair]) -> str:
+    return hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
+
+
+# --- published pairs --------------------------------------------------------------------------------------------------
+
+
+def read_published(path: Path, images: Path | None, allow_test_images: bool = False, progress: bool = True) -> Kept:
+    """The pairs of a file in the layout of `ZachSun/STLLaVA-Med-DPO`: the authors' JSON, or parquet with its columns.
+
+    A record has `id`, `image`, `chosen_conversations` and `reject_conversations`, equal but for the last answer; in
+    parquet these may be JSON. The image is a name relative to `images`, or in parquet a struct of bytes and path, which
+    is written to `images` under a name made of its own and its hash. An id that comes again gets a number.
+
+    A pair of ours has one question: records with earlier rounds are refused. Left out are pairs of `trouble`, of images
+    that cannot be read, and of images of prepared test splits. Margins and judges are not known.
+
+    Args:
+        path: JSON, JSONL or parquet.
+        images: The folder of the images.
+        allow_test_images: Keep pairs about images of prepared test splits too.
+        progress: Whether to show bars on stderr.
+
+    Raises:
+        InputError: The file cannot be read, a record is of another form, or no image can be read.
+    """
+    from stllava_train.check import looked_at
+
+    if images is None:
+        raise InputError(f"{path}: a pair knows its image by the pixels. Pass the folder of the images with --images.")
+    left_out: Counter[str] = Counter()
+    pairs: dict[str, Pair] = {}
+    places: dict[str, str] = {}
+    for place, record in _published(path):
+        id, texts, image = _published_pair(place, record)
+        if why := trouble(*texts):
+            left_out[why] += 1
+            continue
+        if not isinstance(image, str):
+            try:
+                decode(image[0])
+            except InputError:
+                left_out["image cannot be read"] += 1
+                continue
+            image = _written(*image, images)
+        if id in pairs:
+            id = next(new for number in count(2) if (new := f"{id}-{number}") not in pairs)
+        pairs[id], places[id] = Pair(id, image, "", *texts, None, ()), place
+    seen = looked_at([Conversation(id, images / pair.image, (), places[id]) for id, pair in pairs.items()], progress)
+    if pairs and len(seen.broken) == len(pairs):
+        raise InputError(f"{seen.broken[0]} No image can be read. Pass the folder of the images with --images.")
+    leaks = set() if allow_test_images else {problem.id for problem in seen.leaks}
+    found = []
+    for id, pair in pairs.items():
+        if (pixels := seen.pixels.get(images / pair.image)) is None:
+            left_out["image cannot be read"] += 1
+        elif id in leaks:
+            left_out["image of a test split"] += 1
+        else:
+            found.append(replace(pair, image_sha256=pixels))
+    return Kept(found, dict(left_out))
+
+
+def _published(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, record)."""
+    if path.suffix != ".parquet":
+        yield from records(path)
+        return
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield f"{path}: row {number}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({error}). Download it again.") from error
+
+
+def _published_pair(place: str, record: Any) -> tuple[str, tuple[str, str, str], str | tuple[bytes, str]]:
+    """(id, (question, chosen, rejected), image: its name, or its bytes and name)."""
+    if not isinstance(record, dict):
+        raise InputError(f"{place}: no record. It has id, image, {' and '.join(PUBLISHED_KEYS)}; see docs/data.md.")
+    id, image = record.get("id"), record.get("image")
+    if not isinstance(id, str | int) or isinstance(id, bool) or id == "":
+        raise InputError(f"{place}: id is {_short(id)}. Give the record a text or a whole number.")
+    chosen, rejected = (_turns(place, key, record.get(key)) for key in PUBLISHED_KEYS)
+    if chosen[:-1] != rejected[:-1]:
+        raise InputError(f"{place}: {id}: chosen and rejected do not answer the same question. Mend it, or delete it.")
+    if len(chosen) > 2:
+        raise InputError(
+            f"{place}: {id}: {len(chosen) // 2} rounds. A pair has one question: keep the last round, where it can be "
+            "understood alone, or delete the record."
+        )
+    texts = chosen[0], chosen[1], rejected[1]
+    if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
+        return str(id), texts, (image["bytes"], str(image.get("path") or id))
+    image = image.get("path") if isinstance(image, dict) else image
+    if not isinstance(image, str) or not _is_inside(image):
+        raise InputError(f"{place}: {id}: image is {_short(image)}, not a file's name relative to --images. Mend it.")
+    return str(id), texts, image
+
+
+def _turns(place: str, key: str, turns: Any) -> list[str]:
+    """The stripped texts of human, gpt, human, gpt, ...; the image's tag is taken out of the first."""
+    read = turns
+    if isinstance(turns, str):
+        try:
+            read = json.loads(turns)
+        except (ValueError, RecursionError):
+            read = None
+    sound = isinstance(read, list) and all(isinstance(one, dict) and isinstance(one.get("value"), str) for one in read)
+    roles = [turn.get("from") for turn in read] if sound else []
+    if not roles or roles != ["human", "gpt"] * (len(roles) // 2):
+        raise InputError(f"{place}: {key} is {_short(turns)}, not turns of human and gpt by turns. See docs/data.md.")
+    texts = [turn["value"] for turn in read]
+    texts[0] = texts[0].replace("<image>", "")
+    return [text.strip() for text in texts]
+
+
+def _written(image: bytes, name: str, images: Path) -> str:
+    """The name in `images` of the file that holds these bytes now."""
+    import PIL.Image
+
+    with PIL.Image.open(io.BytesIO(image)) as opened:
+        kind = opened.format or ""
+    stem = f"{safe_names([name])[name]}-{hashlib.sha256(image).hexdigest()[:12]}"
+    path = images / f"{stem}{SUFFIXES.get(kind, f'.{kind.lower()}')}"
+    if not path.exists():
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes(image)
+    return path.name
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}..."
