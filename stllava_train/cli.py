@@ -1,4 +1,4 @@
-"""stllava-train: data | check | sft | merge | card | tiny. Heavy imports sit inside the commands: help is instant."""
+"""stllava-train: data, check, sft, candidates, judge and so on. Heavy imports sit inside commands: help is instant."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,13 @@ from stllava_eval import __version__
 from stllava_eval.errors import InputError, printable
 
 if TYPE_CHECKING:
+    from stllava_train.candidates import Candidate, Settings
     from stllava_train.conversations import Encoder
     from stllava_train.data import Written
+    from stllava_train.verdicts import Verdict
 
 DATASETS = ("vqarad", "slake", "pathvqa")
+OPENAI = "https://api.openai.com/v1"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(printable(f"stllava-train: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stllava-train: stopped. `sft` goes on with --resume, `data` by the same call.", file=sys.stderr)
+        print("stllava-train: stopped. The same call goes on; that of `sft` with --resume.", file=sys.stderr)
         return 130
 
 
@@ -48,6 +51,10 @@ def parser() -> argparse.ArgumentParser:
     _add_data(commands)
     _add_check(commands)
     _add_sft(commands)
+    _add_candidates(commands)
+    _add_judge(commands)
+    _add_pairs(commands)
+    _add_audit(commands)
     _add_merge(commands)
     _add_card(commands)
     _add_tiny(commands)
@@ -160,8 +167,8 @@ def _data(arguments: argparse.Namespace) -> int:
 def _print_written(title: str, written: Written) -> None:
     left_out = sum(map(len, written.left_out.values()))
     print(
-        f"{title}: {written.conversations:,} conversations, {written.images:,} images, {written.questions:,} "
-        f"questions, {left_out:,} left out: {printable(str(written.path))}"
+        f"{title}: {_counted(written.conversations, 'conversation')}, {_counted(written.images, 'image')}, "
+        f"{_counted(written.questions, 'question')}, {left_out:,} left out: {printable(str(written.path))}"
     )
     for why, ids in written.left_out.items():
         print(f"  left out, {why}: {len(ids):,}: {printable(', '.join(ids))}")
@@ -205,6 +212,437 @@ def _add_sft(commands: Any) -> None:
     sft.set_defaults(command=_sft)
 
 
+def _add_candidates(commands: Any) -> None:
+    candidates = commands.add_parser(
+        "candidates",
+        help="let a checkpoint ask about images, and answer twice",
+        description="Let a checkpoint describe every image, ask questions about it, and answer each twice: what a\n"
+        "judge then chooses from. A stopped call goes on when it is called again. Settings with their sources:\n"
+        "docs/preferences.md.",
+        epilog="examples:\n"
+        "  stllava-train candidates --checkpoint runs/stage1 --images data/images --out runs/a/candidates.jsonl\n"
+        "  stllava-train candidates --checkpoint runs/stage1 --images data/images --sample 10000 --preset authors \\\n"
+        "    --out runs/b/candidates.jsonl questions=3",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    candidates.add_argument("--checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="that asks and answers")
+    candidates.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the images")
+    candidates.add_argument(
+        "--list", type=Path, metavar="FILE", help="names of images in DIR, one a line (default: all that lie in it)"
+    )
+    candidates.add_argument("--sample", type=int, metavar="N", help="of the images, drawn by seed (default: all)")
+    candidates.add_argument("--out", required=True, type=Path, metavar="FILE", help="NAME.jsonl to write")
+    candidates.add_argument(
+        "--preset",
+        choices=("ours", "authors"),
+        default="ours",
+        help="ours leaves out what is no question, repeats, and answers that are alike (default: ours)",
+    )
+    candidates.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    candidates.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: by device)")
+    candidates.add_argument(
+        "--allow-test-images", action="store_true", help="ask about images of prepared test splits (default: refused)"
+    )
+    _add_engine(candidates)
+    candidates.add_argument(
+        "changes", nargs="*", metavar="key=value", help="changes of the preset, such as questions=3"
+    )
+    candidates.set_defaults(command=_candidates)
+
+
+def _candidates(arguments: argparse.Namespace) -> int:
+    _let_threads_wait()
+    from stllava_train.candidates import (
+        PRESETS,
+        check_settings,
+        images_in,
+        listed_images,
+        sampled,
+        write_candidates,
+    )
+    from stllava_train.recipe import changed
+
+    settings = changed(PRESETS[arguments.preset], arguments.changes)
+    check_settings(settings)
+    folder = arguments.images
+    names = listed_images(arguments.list, folder) if arguments.list else images_in(folder)
+    names = sampled(names, arguments.sample, settings.seed)
+    draw, checkpoint = (_drawn_by_ray if arguments.engine == "ray" else _drawn_here)(arguments, settings)
+    counts = write_candidates(draw, checkpoint, names, folder, arguments.out, settings, arguments.allow_test_images)
+    print(printable(f"{arguments.out}: {_counted(counts['candidates'], 'candidate')}"))
+    _print_counts(counts)
+    return 0
+
+
+def _drawn_here(arguments: argparse.Namespace, settings: Settings) -> tuple[Any, dict[str, str]]:
+    """What draws candidates, and of which checkpoint."""
+    from functools import partial
+
+    from stllava_eval.answering import Answerer
+    from stllava_train.candidates import rows_of
+
+    answerer = Answerer(arguments.checkpoint, device=arguments.device, dtype=arguments.dtype)
+    checkpoint = {"name": answerer.name, "sha256": answerer.sha256, "dtype": str(answerer.dtype)}
+    return partial(rows_of, answerer, settings=settings), checkpoint
+
+
+def _drawn_by_ray(arguments: argparse.Namespace, settings: Settings) -> tuple[Any, dict[str, str]]:
+    """As `_drawn_here`."""
+    from functools import partial
+
+    import torch
+
+    from stllava_eval.answering import torch_dtype
+    from stllava_eval.network.checkpoint import open_checkpoint
+    from stllava_train.cluster import candidates_by_ray, workers_have_gpus
+
+    if arguments.device:
+        raise InputError("--device: with --engine ray every worker takes a GPU where there are some. Leave it out.")
+    gpu = workers_have_gpus()
+    name = str(Path(arguments.checkpoint).resolve()) if Path(arguments.checkpoint).exists() else arguments.checkpoint
+    dtype = str(torch_dtype(arguments.dtype, torch.device("cuda" if gpu else "cpu")))
+    checkpoint = {"name": arguments.checkpoint, "sha256": open_checkpoint(name).sha256, "dtype": dtype}
+    draw = partial(
+        candidates_by_ray, settings=settings, workers=arguments.workers, name=name, dtype=dtype.removeprefix("torch.")
+    )
+    return draw, checkpoint
+
+
+def _add_engine(command: Any) -> None:
+    command.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray maps the work over the cluster of $RAY_ADDRESS, or over this machine (default: local)",
+    )
+    command.add_argument("--workers", type=_count, default=2, metavar="N", help="of --engine ray (default: 2)")
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on; argparse tells who gave another one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def _print_counts(counts: Mapping[str, int]) -> None:
+    for what, number in counts.items():
+        if number:
+            print(printable(f"  {what}: {number:,}"))
+
+
+def _add_judge(commands: Any) -> None:
+    judge = commands.add_parser(
+        "judge",
+        help="let a model, a person or exact knowledge say which answer is better",
+        description="Ask judges which of two answers is better, in both orders. A judge is a model of an\n"
+        "OpenAI-compatible server (key: $OPENAI_API_KEY), a person, or exact: what is known of the sample images.\n"
+        "Several calls add their judges to one FILE; a stopped call goes on when it is called again, and nothing is\n"
+        "paid twice. The exit code is 1 as long as something is not judged.",
+        epilog="examples:\n"
+        "  stllava-train judge runs/a/candidates.jsonl --judge gpt-4o --out runs/a/judged.jsonl --dry-run\n"
+        "  stllava-train judge runs/a/candidates.jsonl --judge gpt-4o --judge gpt-4.1 --budget 20 \\\n"
+        "    --out runs/a/judged.jsonl\n"
+        "  stllava-train judge runs/a/candidates.jsonl --judge med@http://127.0.0.1:8000/v1 --out runs/a/judged.jsonl\n"
+        "  stllava-train judge runs/a/candidates.jsonl --human ada --sample 200 --out runs/a/judged.jsonl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    judge.add_argument("candidates", type=Path, metavar="CANDIDATES", help="what `stllava-train candidates` wrote")
+    judge.add_argument("--out", required=True, type=Path, metavar="FILE", help="NAME.jsonl to write or add to")
+    judge.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="MODEL[@URL]",
+        help="a model and its server; or exact, for sample images (default server: https://api.openai.com/v1)",
+    )
+    judge.add_argument("--human", metavar="NAME", help="you: opens a local page")
+    judge.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the candidates')")
+    judge.add_argument("--sample", type=int, metavar="N", help="of the candidates, drawn by seed 0 (default: all)")
+    judge.add_argument(
+        "--preset",
+        choices=("ours", "authors"),
+        default="ours",
+        help="authors ask in one order and read the first line alone (default: ours)",
+    )
+    judge.add_argument("--repeat", type=int, default=1, metavar="N", help="times that the same is asked (default: 1)")
+    judge.add_argument("--concurrency", type=int, default=16, metavar="N", help="requests at a time (default: 16)")
+    judge.add_argument("--per-minute", type=float, metavar="N", help="requests a minute, at most (default: no limit)")
+    judge.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that fails (default: 5)")
+    judge.add_argument("--timeout", type=float, default=120.0, metavar="S", help="of a request, s (default: 120)")
+    judge.add_argument("--budget", type=float, metavar="USD", help="stop before FILE has cost more (default: none)")
+    judge.add_argument("--prices", type=Path, metavar="FILE", help="YAML like our prices.yaml (default: that)")
+    judge.add_argument("--dry-run", action="store_true", help="print about what it would cost; ask nothing")
+    judge.add_argument("--batch", action="store_true", help="by OpenAI's Batch API: half price, up to a day")
+    _add_engine(judge)
+    judge.add_argument("--port", type=int, default=8400, metavar="N", help="of the page for --human (default: 8400)")
+    judge.set_defaults(command=_judge)
+
+
+def _judge(arguments: argparse.Namespace) -> int:
+    from stllava_train.candidates import read_candidates, sampled
+    from stllava_train.judge import speaks_to_the_judge
+    from stllava_train.ledger import read_manifest
+
+    if not arguments.judge and not arguments.human:
+        raise InputError("--judge: none is named. Name a model, exact for sample images, or --human NAME.")
+    if arguments.engine == "ray" and (arguments.batch or arguments.budget is not None):
+        raise InputError("--engine ray: workers know of no budget, and a batch needs none. Leave one of them out.")
+    if arguments.repeat < 1:
+        raise InputError(f"--repeat {arguments.repeat}: nothing to ask. Give 1 or more.")
+    manifest = read_manifest(arguments.candidates)
+    if not manifest["finished"]:
+        raise InputError(f"{arguments.candidates}: it is not finished. Call `stllava-train candidates` again.")
+    images = arguments.images or Path(manifest["folder"])
+    candidates = read_candidates(arguments.candidates)
+    if arguments.sample is not None:
+        kept = set(sampled([one.id for one in candidates], arguments.sample, 0, "candidates"))
+        candidates = [one for one in candidates if one.id in kept]
+    spoken = [one.id for one in candidates if speaks_to_the_judge(one)] if arguments.preset == "ours" else []
+    if spoken:
+        print(f"left out, an answer speaks to its judge: {len(spoken)}: {printable(', '.join(spoken))}")
+        candidates = [one for one in candidates if one.id not in set(spoken)]
+    all_judged = True
+    for name in arguments.judge:
+        all_judged &= _judge_by(name, arguments, candidates, images)
+    if arguments.human:
+        all_judged &= _judge_by_person(arguments, candidates, images)
+    return 0 if all_judged else 1
+
+
+def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Candidate], images: Path) -> bool:
+    """Whether everything has a verdict now."""
+    from stllava_eval.server import Endpoint
+    from stllava_train import judge
+
+    preset = judge.PRESETS[arguments.preset]
+    asked = judge.questions(candidates, preset.both_orders, arguments.repeat)
+    model, _, address = name.partition("@")
+    price = judge.read_price(model, arguments.prices)
+    if arguments.dry_run:
+        print(judge.forecast(model, asked, images, price, preset.max_tokens))
+        return True
+    if model == judge.EXACT:
+        truths = judge.sample_truths()
+        with judge.open_verdicts(arguments.out, arguments.candidates, arguments.preset) as ledger:
+            due = judge.still_due(asked, model, ledger)
+            counts = judge.judge(ledger, due, judge.exact_verdicts(due, truths))
+            judge.finish(ledger, candidates)
+    else:
+        how = {
+            "base_url": address or OPENAI,
+            "model": model,
+            "concurrency": arguments.concurrency,
+            "retries": arguments.retries,
+            "timeout": arguments.timeout,
+            "per_minute": arguments.per_minute,
+        }
+        by = judge.EndpointJudge(Endpoint(**how), preset, images, price)
+        with judge.open_verdicts(arguments.out, arguments.candidates, arguments.preset) as ledger:
+            due = judge.still_due(asked, model, ledger)
+            spent = sum(row["cost"] or 0.0 for row in ledger.rows.values())
+            left = None if arguments.budget is None else arguments.budget - spent
+            if arguments.batch:
+                verdicts = by.batch_verdicts(due, arguments.out.with_suffix(".batches.json"), ledger.rows, left)
+            elif arguments.engine == "ray":
+                from stllava_train.cluster import verdicts_by_ray
+
+                verdicts = verdicts_by_ray(due, preset, images, price, arguments.workers, how, by.name)
+            else:
+                verdicts = by.verdicts(due, left)
+            counts = judge.judge(ledger, due, verdicts)
+            judge.finish(ledger, candidates)
+    print(printable(f"{arguments.out}: {model}: {_counted(counts.total(), 'new verdict')}"))
+    _print_counts(counts)
+    if missing := len(due) - counts.total():
+        print(printable(f"  not asked: {missing:,}. The same call goes on; with --budget, raise it."))
+    return not missing and not counts["failed"]
+
+
+def _judge_by_person(arguments: argparse.Namespace, candidates: Sequence[Candidate], images: Path) -> bool:
+    from stllava_train import judge, person
+
+    asked = len(judge.questions(candidates, both_orders=False))
+    if arguments.dry_run:
+        print(printable(f"{arguments.human}: {_counted(asked, 'question')}, on a local page"))
+        return True
+    with judge.open_verdicts(arguments.out, arguments.candidates, arguments.preset) as ledger:
+        done = person.serve(candidates, images, ledger, arguments.human, port=arguments.port)
+        judge.finish(ledger, candidates)
+    print(printable(f"{arguments.out}: human:{arguments.human}: {done:,} of {_counted(asked, 'question')}"))
+    return done == asked
+
+
+def _add_pairs(commands: Any) -> None:
+    pairs = commands.add_parser(
+        "pairs",
+        help="write preference pairs: the chosen and the rejected answer",
+        description="Write a pair for every two answers of which the judges prefer one, as JSONL, and for other\n"
+        "trainers. What makes no pair is counted by why. --from reads the published pairs of STLLaVA-Med instead.",
+        epilog="examples:\n"
+        "  stllava-train pairs runs/a/candidates.jsonl runs/a/judged.jsonl --out runs/a/pairs.jsonl --held-out 0.1\n"
+        "  stllava-train pairs runs/a/candidates.jsonl runs/a/judged.jsonl --out runs/b/pairs.jsonl \\\n"
+        "    --balance-length --format trl --format llama-factory\n"
+        "  stllava-train pairs --from STLLaVA-Med-DPO.parquet --images data/images --out runs/c/pairs.jsonl",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pairs.add_argument(
+        "files", nargs="*", type=Path, metavar="CANDIDATES JUDGED", help="what `candidates` and `judge` wrote"
+    )
+    pairs.add_argument("--out", required=True, type=Path, metavar="FILE", help="NAME.jsonl to write")
+    pairs.add_argument("--from", dest="source", type=Path, metavar="FILE", help="pairs in the authors' JSON or parquet")
+    pairs.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the candidates')")
+    pairs.add_argument(
+        "--judge", action="append", default=[], metavar="NAME", help="whose verdicts count (default: all; the majority)"
+    )
+    pairs.add_argument(
+        "--rule",
+        choices=("ours", "authors"),
+        default="ours",
+        help="authors take one order, and the second answer of a tie (default: ours, both orders must agree)",
+    )
+    pairs.add_argument(
+        "--min-margin", type=float, metavar="POINTS", help="of the two scores (default: 1; with authors 0)"
+    )
+    pairs.add_argument("--per-image", type=int, metavar="N", help="pairs of an image, at most (default: all)")
+    pairs.add_argument(
+        "--balance-length", action="store_true", help="as many pairs with the longer answer chosen as rejected"
+    )
+    pairs.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="of the images (default: 0)")
+    pairs.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)")
+    pairs.add_argument(
+        "--format",
+        action="append",
+        default=[],
+        choices=("trl", "authors", "llama-factory", "ms-swift"),
+        help="write them for this trainer as well",
+    )
+    pairs.add_argument(
+        "--allow-test-images", action="store_true", help="with --from: keep images of test splits (default: left out)"
+    )
+    pairs.set_defaults(command=_pairs)
+
+
+def _pairs(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict, replace
+
+    from stllava_train.pairs import Options, make_pairs, read_published, selected, write_pairs
+    from stllava_train.verdicts import AUTHORS_RULE, Rule
+
+    if (arguments.source is None) == (not arguments.files) or len(arguments.files) not in (0, 2):
+        raise InputError("pass two files, CANDIDATES and JUDGED, or one with --from.")
+    images = arguments.images
+    if arguments.source:
+        kept = read_published(arguments.source, images, arguments.allow_test_images)
+        source = {"file": arguments.source.name, "sha256": _sha256_of(arguments.source)}
+    else:
+        rule = AUTHORS_RULE if arguments.rule == "authors" else Rule()
+        if arguments.min_margin is not None:
+            if not 0 <= arguments.min_margin <= 9:
+                raise InputError(f"--min-margin {arguments.min_margin}: points of a scale from 1 to 10. Give 0 to 9.")
+            rule = replace(rule, min_margin=arguments.min_margin)
+        candidates, verdicts, folder = _judged(*arguments.files)
+        images = images or folder
+        kept = make_pairs(candidates, verdicts, rule, arguments.judge)
+        source = {
+            "candidates_sha256": _sha256_of(arguments.files[0]),
+            "judged_sha256": _sha256_of(arguments.files[1]),
+            "rule": asdict(rule),
+            "judges": sorted(set(arguments.judge) or {one.judge for one in verdicts}),
+        }
+    options = Options(arguments.per_image, arguments.balance_length, arguments.held_out, arguments.seed)
+    made = selected(kept, options)
+    written = write_pairs(made, arguments.out, source, arguments.format, images)
+    print(f"{_counted(len(made.train), 'pair')} to learn from, {len(made.held_out):,} held out")
+    _print_counts({f"left out, {why}": number for why, number in made.left_out.items()})
+    for file in written:
+        print(printable(str(file)))
+    return 0
+
+
+def _judged(candidates: Path, judged: Path) -> tuple[list[Candidate], list[Verdict], Path]:
+    """(candidates, verdicts on them, folder of their images).
+
+    Raises:
+        InputError: The verdicts are on other candidates.
+    """
+    from stllava_train.candidates import read_candidates
+    from stllava_train.ledger import read_manifest
+    from stllava_train.verdicts import read_verdicts
+
+    sha256, of = _sha256_of(candidates), read_manifest(judged).get("candidates", {})
+    if of.get("sha256") != sha256:
+        raise InputError(f"{judged}: it judges {of.get('file')} as it was, not {candidates}. Pass what was judged.")
+    return read_candidates(candidates), read_verdicts(judged), Path(read_manifest(candidates)["folder"])
+
+
+def _sha256_of(file: Path) -> str:
+    import hashlib
+
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}). Pass another file.") from error
+
+
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser(
+        "audit",
+        help="look at judges and data: a page and its figures",
+        description="Write audit.html and audit.json: how far the judges can be trusted, what the data is made of,\n"
+        "whether it touches test sets, and examples to look at.",
+        epilog="examples:\n"
+        "  stllava-train audit runs/a/candidates.jsonl runs/a/judged.jsonl --out runs/a/audit\n"
+        "  stllava-train audit runs/a/candidates.jsonl runs/a/judged.jsonl --out runs/a/audit \\\n"
+        "    --references data/slake.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    audit.add_argument("candidates", type=Path, metavar="CANDIDATES", help="what `stllava-train candidates` wrote")
+    audit.add_argument("judged", type=Path, metavar="JUDGED", help="what `stllava-train judge` wrote")
+    audit.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
+    audit.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the candidates')")
+    audit.add_argument(
+        "--judge", action="append", default=[], metavar="NAME", help="whose verdicts make pairs (default: all)"
+    )
+    audit.add_argument(
+        "--references",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="conversations with true answers about the same images, as `stllava-train data` writes",
+    )
+    audit.add_argument(
+        "--checkpoint",
+        metavar="DIR_OR_HUB_ID",
+        help="asked with a black image: what text alone tells (default: nobody)",
+    )
+    audit.add_argument("--examples", type=int, default=24, metavar="N", help="pairs to look at (default: 24)")
+    audit.set_defaults(command=_audit)
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from stllava_train.audit import audit, examples, read_references, write_page
+    from stllava_train.ledger import read_rows
+    from stllava_train.verdicts import Rule
+
+    candidates, verdicts, folder = _judged(arguments.candidates, arguments.judged)
+    images = arguments.images or folder
+    references = read_references(arguments.references, candidates) if arguments.references else None
+    blind = None
+    if arguments.checkpoint:
+        from stllava_eval.answering import Answerer
+        from stllava_train.candidates import blind_answers
+
+        blind = blind_answers(Answerer(arguments.checkpoint), candidates)
+    judges, rows = arguments.judge, read_rows(arguments.candidates)
+    figures = audit(candidates, verdicts, images, Rule(), references, rows=rows, judges=judges, blind=blind)
+    shown = examples(candidates, verdicts, images, Rule(), arguments.examples, judges=judges)
+    write_page(figures, shown, arguments.out)
+    print(printable(f"{arguments.out / 'audit.html'}"))
+    return 0
+
+
 def _add_merge(commands: Any) -> None:
     merge = commands.add_parser(
         "merge",
@@ -245,9 +683,11 @@ def _sft(arguments: argparse.Namespace) -> int:
     from stllava_train.recipe import read_recipe
 
     recipe = read_recipe(arguments.recipe, arguments.changes, arguments.stage)
-    from stllava_train.sft import first_process, open_work, report, train
+    from stllava_train.sft import check_folder, first_process, open_work, report, train
 
-    _check_images(arguments.images)
+    _check_data(arguments.data, arguments.images)
+    if not arguments.dry_run:
+        check_folder(arguments.out, arguments.resume)
     work = open_work(recipe, arguments.data, arguments.images, arguments.allow_test_images)
     if arguments.dry_run:
         print(report(work))
@@ -312,9 +752,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from stllava_train.check import KINDS, MAX_TOKENS, problems, write_sound
 
     files, images, out = arguments.data, arguments.images, arguments.write
-    if len({file.resolve() for file in files}) < len(files):
-        raise InputError("a DATA file comes twice. Name each once.")
-    _check_images(images)
+    _check_data(files, images)
     if out and out.resolve() in {file.resolve() for file in files}:
         raise InputError(f"--write {out}: it is a DATA file. Choose another name.")
     if out and images is None and {file.parent.resolve() for file in files} != {out.parent.resolve()}:
@@ -344,7 +782,9 @@ def _check(arguments: argparse.Namespace) -> int:
     return 1 if every else 0
 
 
-def _check_images(images: Path | None) -> None:
+def _check_data(files: Sequence[Path], images: Path | None) -> None:
+    if len({file.resolve() for file in files}) < len(files):
+        raise InputError("a data file comes twice. Name each once.")
     if images is not None and not images.is_dir():
         raise InputError(f"--images {images}: no such folder. Pass the one that the records' images are relative to.")
 

@@ -35,7 +35,10 @@ def test_docs_and_help_say_the_same(monkeypatch):
 
 def test_every_example_in_the_help_is_a_call_that_parses():
     examples = [
-        line.strip() for text in helps().values() for line in text.split("examples:")[-1].splitlines() if line.strip()
+        line.strip()
+        for text in helps().values()
+        for line in text.split("examples:")[-1].replace("\\\n", " ").splitlines()
+        if line.strip()
     ]
     assert len(examples) > 8
     for example in examples:
