@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from figures import write
+from figures import status, write  # noqa: F401  the program of `peak` calls status
 from toy_llava import ask, jpeg, write_checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -175,13 +175,16 @@ SYSTEMS: dict[str, Callable[[Path, Path, str, Path], Steps]] = {"ours": ours, "p
 
 
 def peak(system: str, checkpoint: Path, file: Path, shape: str) -> int:
-    """Bytes of resident memory at most, of two steps in a process of their own."""
+    """Bytes of resident memory at most, of two steps in a process of their own.
+
+    VmHWM and not getrusage, which hands the parent's peak on to a child.
+    """
     program = (
-        "import resource, sys, tempfile, torch; from pathlib import Path\n"
+        "import sys, tempfile, torch; from pathlib import Path\n"
         f"sys.path.insert(0, {str(HERE)!r}); import sft; torch.set_num_threads(1)\n"
         f"step = sft.SYSTEMS[{system!r}](Path({str(checkpoint)!r}), Path({str(file)!r}), {shape!r}, "
         "Path(tempfile.mkdtemp()))\n"
-        "step(); step(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "step(); step(); print(sft.status('VmHWM'))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])

@@ -278,7 +278,7 @@ def test_the_command_prints_the_paper_s_counts_and_what_is_missing(tmp_path, cap
     assert cli.main(["data", "med-im", "--from", str(source), "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[:4] == [
-        f"med-im: 1 conversations, 1 images, 1 questions, 0 left out: {tmp_path}/med-im.json",
+        f"med-im: 1 conversation, 1 image, 1 question, 0 left out: {tmp_path}/med-im.json",
         "  the paper: 37,452 images, 108,545 questions (arXiv:2406.19973, Table 1; its filter is unpublished)",
         "  missing 2: no address known",
         "  missing 1: no web address",
