@@ -1,6 +1,10 @@
 """Preference pairs: what verdicts come to, which pairs are written, and in which layouts."""
 
 import json
+import os
+import random
+import signal
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +86,35 @@ def row(**changes) -> dict:
 def write_rows(path: Path, *rows: dict) -> Path:
     path.write_text("".join(map(line, rows)), encoding="utf-8")
     return path
+
+
+def test_a_call_killed_at_twenty_random_moments_ends_as_an_unbroken_one(tmp_path):
+    """The same call again writes what is missing; files appear whole, in the layouts of other trainers too."""
+    shas = [f"{number:064x}" for number in range(40)]
+    pairs = [pair(f"a#{number}", sha=shas[number % 40], chosen=f"Left {number}.") for number in range(1200)]
+    made = selected(kept(*pairs), Options(held_out=0.3))
+
+    def write(folder: Path) -> None:
+        write_pairs(made, folder / "pairs.jsonl", {"of": 1}, ["authors"])
+
+    start = time.monotonic()
+    write(tmp_path / "whole")
+    needed = time.monotonic() - start
+    for kill in range(21):
+        child = os.fork()
+        if child == 0:
+            try:
+                write(tmp_path / "broken")
+            finally:
+                os._exit(0)
+        if kill < 20:
+            time.sleep(random.random() * needed)
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    files = sorted(file.name for file in (tmp_path / "whole").iterdir())
+    assert len(files) == 6
+    for name in files:
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 # --- verdicts to pairs ------------------------------------------------------------------------------------------------
