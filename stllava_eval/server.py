@@ -305,9 +305,13 @@ class Endpoint:
             again, reason = False, f"{reason} (it asks us to wait {wait:.0f} s, more than {LONGEST_WAIT:g} s)"
         return _Trouble(reason, again, wait, status, ends_the_run=ends)
 
+    def without_key(self, text: str) -> str:
+        """`text` with stars for the key: a server may say it back."""
+        return text.replace(self._key, "***") if self._key else text
+
     def _clean(self, text: str, longest: int = 300) -> str:
         """One line, without the key."""
-        text = printable(" ".join((text.replace(self._key, "***") if self._key else text).split()))
+        text = printable(" ".join(self.without_key(text).split()))
         return text if len(text) <= longest else f"{text[:longest]}..."
 
 
@@ -410,7 +414,7 @@ def _read(body: Any, max_tokens: int) -> Reply | _Trouble:
         message, finish = choice["message"], choice.get("finish_reason")
         text, refusal = message.get("content"), message.get("refusal")
         usage = body.get("usage") or {}
-        tokens, prompt_tokens = (int(usage.get(f"{of}_tokens") or 0) for of in ("completion", "prompt"))
+        tokens, prompt_tokens = (_tokens(usage.get(f"{of}_tokens")) for of in ("completion", "prompt"))
         name = body.get("model")
         reply = Reply("", tokens, finish, name if isinstance(name, str) else None, prompt_tokens)
     except (TypeError, KeyError, IndexError, AttributeError, ValueError):
@@ -426,6 +430,11 @@ def _read(body: Any, max_tokens: int) -> Reply | _Trouble:
     if not text.strip() and finish != "stop":
         return _Trouble(f"its reply is empty (finish_reason {finish!r})")
     return replace(reply, text=text)
+
+
+def _tokens(counted: Any) -> int:
+    """What a server counts; 0 where that is no count."""
+    return counted if isinstance(counted, int) and 0 <= counted < 10**9 else 0
 
 
 def _base_url(given: str) -> str:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from stllava_eval.answering import Answer, Question
@@ -150,6 +150,10 @@ def listed_images(file: Path, folder: Path) -> list[str]:
     for number, name in enumerate(lines, 1):
         if not name.strip():
             continue
+        if PurePosixPath(name.strip()).is_absolute() or {".", ".."} & set(name.strip().split("/")):
+            raise InputError(
+                f"{file}:{number}: {name.strip()}: not a plain name in {folder}. Write it relative to that."
+            )
         if not (folder / name.strip()).is_file():
             raise InputError(f"{file}:{number}: {name.strip()}: not in {folder}. Pass its folder with --images.")
         if (before := first.setdefault(name.strip(), number)) != number:
@@ -287,6 +291,10 @@ def read_candidates(path: Path) -> list[Candidate]:
                     texts = (row["image"], row["image_sha256"], candidate.question, *candidate.answers)
                     if len(candidate.answers) < 2 or not all(isinstance(text, str) for text in texts):
                         raise TypeError("a text is missing, or an answer")
+                    if any("\ud800" <= sign <= "\udfff" for text in texts for sign in text):
+                        raise TypeError("half a character")
+                    if PurePosixPath(candidate.image).is_absolute() or ".." in PurePosixPath(candidate.image).parts:
+                        raise TypeError(f"image {candidate.image} lies outside the folder of images")
                     if candidate.id in known:
                         raise TypeError(f"id {candidate.id} stands twice")
                     known.add(candidate.id)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stllava_train.verdicts import Verdict
 
 DATASETS = ("vqarad", "slake", "pathvqa")
+PERSON = "human:"
 OPENAI = "https://api.openai.com/v1"
 
 
@@ -318,6 +319,17 @@ def _add_engine(command: Any) -> None:
     command.add_argument("--workers", type=_count, default=2, metavar="N", help="of --engine ray (default: 2)")
 
 
+def _amount(text: str) -> float:
+    """A number from 0 on."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount from 0 on")
+    return value
+
+
 def _count(text: str) -> int:
     """A whole number from 1 on; argparse tells who gave another one."""
     if not text.isdecimal() or int(text) < 1:
@@ -370,7 +382,7 @@ def _add_judge(commands: Any) -> None:
     judge.add_argument("--per-minute", type=float, metavar="N", help="requests a minute, at most (default: no limit)")
     judge.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that fails (default: 5)")
     judge.add_argument("--timeout", type=float, default=120.0, metavar="S", help="of a request, s (default: 120)")
-    judge.add_argument("--budget", type=float, metavar="USD", help="stop before FILE has cost more (default: none)")
+    judge.add_argument("--budget", type=_amount, metavar="USD", help="stop before FILE has cost more (default: none)")
     judge.add_argument("--prices", type=Path, metavar="FILE", help="YAML like our prices.yaml (default: that)")
     judge.add_argument("--dry-run", action="store_true", help="print about what it would cost; ask nothing")
     judge.add_argument("--batch", action="store_true", help="by OpenAI's Batch API: half price, up to a day")
@@ -382,7 +394,6 @@ def _add_judge(commands: Any) -> None:
 def _judge(arguments: argparse.Namespace) -> int:
     from stllava_train.candidates import read_candidates, sampled
     from stllava_train.judge import speaks_to_the_judge
-    from stllava_train.ledger import read_manifest
 
     if not arguments.judge and not arguments.human:
         raise InputError("--judge: none is named. Name a model, exact for sample images, or --human NAME.")
@@ -390,7 +401,7 @@ def _judge(arguments: argparse.Namespace) -> int:
         raise InputError("--engine ray: workers know of no budget, and a batch needs none. Leave one of them out.")
     if arguments.repeat < 1:
         raise InputError(f"--repeat {arguments.repeat}: nothing to ask. Give 1 or more.")
-    manifest = read_manifest(arguments.candidates)
+    manifest = _manifest_of_candidates(arguments.candidates)
     if not manifest["finished"]:
         raise InputError(f"{arguments.candidates}: it is not finished. Call `stllava-train candidates` again.")
     images = arguments.images or Path(manifest["folder"])
@@ -418,6 +429,10 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
     preset = judge.PRESETS[arguments.preset]
     asked = judge.questions(candidates, preset.both_orders, arguments.repeat)
     model, _, address = name.partition("@")
+    if model.startswith(PERSON) or (model == judge.EXACT and address):
+        raise InputError(
+            f"--judge {name}: exact has no server, and a name that begins with {PERSON} is a person's: --human NAME."
+        )
     price = judge.read_price(model, arguments.prices)
     if arguments.dry_run:
         print(judge.forecast(model, asked, images, price, preset.max_tokens))
@@ -427,7 +442,7 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
         with judge.open_verdicts(arguments.out, arguments.candidates, arguments.preset) as ledger:
             due = judge.still_due(asked, model, ledger)
             counts = judge.judge(ledger, due, judge.exact_verdicts(due, truths))
-            judge.finish(ledger, candidates)
+            judge.finish(ledger, candidates, counts.total() == len(due))
     else:
         how = {
             "base_url": address or OPENAI,
@@ -451,7 +466,7 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
             else:
                 verdicts = by.verdicts(due, left)
             counts = judge.judge(ledger, due, verdicts)
-            judge.finish(ledger, candidates)
+            judge.finish(ledger, candidates, counts.total() == len(due) and not counts["failed"])
     print(printable(f"{arguments.out}: {model}: {_counted(counts.total(), 'new verdict')}"))
     _print_counts(counts)
     if missing := len(due) - counts.total():
@@ -468,7 +483,7 @@ def _judge_by_person(arguments: argparse.Namespace, candidates: Sequence[Candida
         return True
     with judge.open_verdicts(arguments.out, arguments.candidates, arguments.preset) as ledger:
         done = person.serve(candidates, images, ledger, arguments.human, port=arguments.port)
-        judge.finish(ledger, candidates)
+        judge.finish(ledger, candidates, done == asked)
     print(printable(f"{arguments.out}: human:{arguments.human}: {done:,} of {_counted(asked, 'question')}"))
     return done == asked
 
@@ -570,10 +585,29 @@ def _judged(candidates: Path, judged: Path) -> tuple[list[Candidate], list[Verdi
     from stllava_train.ledger import read_manifest
     from stllava_train.verdicts import read_verdicts
 
-    sha256, of = _sha256_of(candidates), read_manifest(judged).get("candidates", {})
+    manifest, judging = _manifest_of_candidates(candidates), read_manifest(judged)
+    sha256, of = _sha256_of(candidates), judging.get("candidates") or {}
     if of.get("sha256") != sha256:
         raise InputError(f"{judged}: it judges {of.get('file')} as it was, not {candidates}. Pass what was judged.")
-    return read_candidates(candidates), read_verdicts(judged), Path(read_manifest(candidates)["folder"])
+    if not judging.get("finished"):
+        print(printable(f"{judged}: not everything in it is judged"), file=sys.stderr)
+    return read_candidates(candidates), read_verdicts(judged), Path(manifest["folder"])
+
+
+def _manifest_of_candidates(file: Path) -> dict[str, Any]:
+    """The manifest.
+
+    Raises:
+        InputError: It is missing, or of another stage.
+    """
+    from stllava_train.ledger import read_manifest
+
+    if not file.is_file():
+        raise InputError(f"{file}: no such file. Pass what `stllava-train candidates` wrote.")
+    manifest = read_manifest(file)
+    if manifest.get("stage") != "candidates":
+        raise InputError(f"{file}: of stage {manifest.get('stage')}. Pass what `stllava-train candidates` wrote.")
+    return {"finished": False, "folder": "."} | manifest
 
 
 def _sha256_of(file: Path) -> str:
@@ -617,7 +651,7 @@ def _add_audit(commands: Any) -> None:
         metavar="DIR_OR_HUB_ID",
         help="asked with a black image: what text alone tells (default: nobody)",
     )
-    audit.add_argument("--examples", type=int, default=24, metavar="N", help="pairs to look at (default: 24)")
+    audit.add_argument("--examples", type=_count, default=24, metavar="N", help="pairs to look at (default: 24)")
     audit.set_defaults(command=_audit)
 
 
@@ -636,6 +670,10 @@ def _audit(arguments: argparse.Namespace) -> int:
 
         blind = blind_answers(Answerer(arguments.checkpoint), candidates)
     judges, rows = arguments.judge, read_rows(arguments.candidates)
+    if strangers := sorted({*judges} - {one.judge for one in verdicts}):
+        raise InputError(
+            f"--judge {strangers[0]}: no verdict is its. Name one whose verdicts {arguments.judged} holds."
+        )
     figures = audit(candidates, verdicts, images, Rule(), references, rows=rows, judges=judges, blind=blind)
     shown = examples(candidates, verdicts, images, Rule(), arguments.examples, judges=judges)
     write_page(figures, shown, arguments.out)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError
 from stllava_eval.home import write_json
-from stllava_eval.images import decode
+from stllava_eval.images import decode, pixel_hash
 from stllava_train.candidates import Candidate
 from stllava_train.ledger import Ledger
 from stllava_train.verdicts import Verdict, row_of, verdict_of
@@ -58,13 +58,14 @@ FORM = {
     },
 }
 # A bracket that the prompt's own marks begin with, in a text of the model's
-MARK = re.compile(r"\[(?=\s*/?\s*(?:end\b|answer\b|question\b|system\b|image\b))", re.IGNORECASE)
+MARK = re.compile(r"\[(?=\s*(?:/\s*)?(?:end\b|answer\b|question\b|system\b|image\b))", re.IGNORECASE)
 # An answer that speaks to its judge, not to who asked. Our choice; it finds what is blunt, not what is clever
 TO_THE_JUDGE = re.compile(
-    r"\b(?:score|rate|grade|give|award)\s+(?:this|my|me|it|answer [12])\b"
-    r"|\b(?:ignore|disregard|forget)\b.{0,40}\b(?:instruction|rule|prompt|above|previous|other answer|answer [12])"
-    r"|\b(?:prefer|choose|pick|select)\s+(?:this|my|answer [12])\b"
-    r"|\b(?:dear|note to the|attention:?) (?:judge|grader|evaluator)",
+    r"\b(?:score|rate|grade)\s+(?:this|my|answer [12])\s+(?:answer|response|reply|10|ten|highest)\b"
+    r"|\b(?:score|rate|grade|give|award)\s+(?:this|my|me|it|answer [12])\b.{0,30}\b(?:10|ten|points?|scores?|best)\b"
+    r"|\b(?:ignore|disregard|forget)\b.{0,30}\b(?:instructions?|rules?|prompt|other answer|answer [12])\b"
+    r"|\b(?:prefer|choose|pick|select)\s+(?:(?:this|my)\s+(?:answer|response|reply)|answer [12])\b"
+    r"|\b(?:dear|note to the|attention:?) (?:judge|grader|evaluator)\b",
     re.IGNORECASE | re.DOTALL,
 )
 
@@ -111,21 +112,27 @@ def prompt(question: str, first: str, second: str, guarded: bool = True) -> str:
 
 
 def image_url(image: bytes) -> str:
-    """A data URL: a JPEG or PNG file as it is, any other image as PNG.
+    """A data URL: a JPEG or PNG file of 8 bits, upright, as it is; else what `decode` makes of the image, as PNG.
 
     Raises:
         InputError: It cannot be decoded.
     """
-    for kind, start in (("jpeg", b"\xff\xd8\xff"), ("png", b"\x89PNG\r\n")):
-        if image.startswith(start):
-            return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+    import PIL.Image
+
+    picture = decode(image)
+    with PIL.Image.open(io.BytesIO(image)) as opened:
+        kind, plain = opened.format, opened.mode in ("RGB", "L") and not opened.has_transparency_data
+        plain = plain and opened.getexif().get(0x0112, 1) == 1  # EXIF's orientation
+    if plain and kind in ("JPEG", "PNG"):
+        return f"data:image/{kind.lower()};base64,{base64.b64encode(image).decode()}"
     png = io.BytesIO()
-    decode(image).save(png, "PNG")
+    picture.save(png, "PNG")
     return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
 
 
 # --- what a judge says ------------------------------------------------------------------------------------------------
 
+LONGEST_LINE = 200  # characters of a line that holds scores and nothing else (our choice)
 NUMBER = r"(?<![\d.-])(\d{1,2}(?:\.\d+)?)(?:\s*(?:/|out of)\s*10)?(?![\d.]*\d)"
 LABEL = re.compile(
     r"(?:scores?\s+(?:for|of)\s+)?(?:answer|assistant|a)\s*([12])\s*(?:'s)?\s*(?:scores?)?\s*[:=-]", re.IGNORECASE
@@ -142,7 +149,11 @@ def read_scores(reply: str) -> tuple[float, float] | None:
     """
     if (form := _in_form(reply)) is not None:
         return _in_range(*form)
-    lines = [line for line in reply.splitlines() if re.search(r"\w", line) and not line.strip().startswith("```")][:2]
+    lines = [" ".join(line.split()) for line in reply.splitlines()]  # patterns meet no long runs of blanks
+    lines = [line for line in lines if re.search(r"\w", line) and not line.startswith("```")][:2]
+    if any(len(line) > LONGEST_LINE for line in lines[:1]):
+        return None
+    lines = [line[:LONGEST_LINE] for line in lines]
     for text in (lines[:1], lines):
         labels = LABEL.findall(" ".join(text))
         rest = LABEL.sub(" ", " ".join(text))
@@ -168,10 +179,10 @@ def _in_form(reply: str) -> tuple[float, float] | None:
     try:
         made = json.loads(reply[start : end + 1])
         first, second = made["score_1"], made["score_2"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (first, second))
+        return (float(first), float(second)) if numbers else None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in (first, second))
-    return (float(first), float(second)) if numbers else None
 
 
 def _in_range(first: float, second: float) -> tuple[float, float] | None:
@@ -212,9 +223,10 @@ def read_price(model: str, file: Path | None = None) -> Price | None:
         prices = {
             str(name): Price(**{key: float(value) for key, value in entry.items()}) for name, entry in entries.items()
         }
-        if wrong := [name for name, one in prices.items() if min(one.prompt, one.reply, one.batch) < 0]:
-            raise ValueError(f"{wrong[0]} has a price below 0")
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        for name, one in prices.items():
+            if not all(0 <= number < 1e6 for number in (one.prompt, one.reply, one.batch)):
+                raise ValueError(f"{name} has a price that is none, or below 0")
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, yaml.YAMLError) as error:
         what = " ".join(str(error).split())
         raise InputError(
             f"{file}: no list of prices ({what}). Write a line a model: `NAME: {{prompt: 2.5, reply: 10, batch: 0.5}}`."
@@ -315,12 +327,13 @@ class EndpointJudge:
         self.endpoint, self.preset, self.images, self.price = endpoint, preset, images, price
         self.name = name or endpoint.model
         self._form, self._temperature, self._limit = preset.form, True, "max_tokens"
+        self._urls: dict[str, str] = {}  # of the last images: the questions about one follow each other
 
     def request(self, asked: Asked) -> Request:
         """What is sent: the text, then the image, as the authors' script has them."""
         content = [
             {"type": "text", "text": prompt(*asked.texts(), self.preset.guarded)},
-            {"type": "image_url", "image_url": {"url": image_url(read_image(self.images, asked))}},
+            {"type": "image_url", "image_url": {"url": self._image(asked.candidate)}},
         ]
         return {
             "messages": [{"role": "user", "content": content}],
@@ -329,8 +342,31 @@ class EndpointJudge:
             **({"response_format": FORM} if self._form else {}),
         }
 
+    def _image(self, candidate: Candidate) -> str:
+        """Its data URL.
+
+        Raises:
+            InputError: The file is not there, or shows something else than what was asked about.
+        """
+        if (known := self._urls.get(candidate.image)) is not None:
+            return known
+        image = read_image(self.images, candidate)
+        try:
+            same = pixel_hash(decode(image)) == candidate.image_sha256
+        except InputError:
+            same = False
+        if not same:
+            raise InputError(
+                f"{self.images / candidate.image}: not the image that {candidate.id} asks about. Put it back, or pass "
+                "the images' folder with --images."
+            )
+        if len(self._urls) >= IMAGES_KEPT:
+            self._urls.pop(next(iter(self._urls)), None)
+        return self._urls.setdefault(candidate.image, image_url(image))
+
     def verdicts(self, asked: Sequence[Asked], budget: float | None = None) -> Iterator[Verdict]:
-        """A verdict for each, as they come. With a budget, in USD, it ends before what could cost more than is left.
+        """A verdict for each, as they come. With a budget, in USD, it ends before what could cost more than is left,
+        as long as no prompt is billed with more tokens than the dearest before it.
 
         Raises:
             InputError: As `Endpoint.replies`; or a budget is given and no price is known.
@@ -342,8 +378,9 @@ class EndpointJudge:
         while due:
             if left is not None and self.price is not None:
                 worst = self.price.of(most, self.preset.max_tokens)
-                at_once = min(at_once, int(left / worst) if worst else at_once)
-                if not at_once:
+                # few at a time, lest a server that comes to bill more for a prompt than before is noticed late
+                at_once = min(at_once, self.endpoint.concurrency, int(left / worst) if worst else at_once)
+                if at_once <= 0:
                     return
             wave, due = due[:at_once], due[at_once:]
             again: list[Asked] = []
@@ -436,7 +473,7 @@ class EndpointJudge:
         if isinstance(reply, Failure):
             outcome, why = ("refused" if reply.refused else "failed"), reply.reason
         else:
-            text = reply.text
+            text = self.endpoint.without_key(reply.text)
             scores = (read_scores_authors if self.preset.strict else read_scores)(text)
             if scores is None:
                 outcome, why = ("refused", "a refusal") if is_refusal(text) else ("unparsable", "no two scores")
@@ -453,7 +490,7 @@ class EndpointJudge:
             scores=scores,
             reply=text,
             why=why,
-            model=reply.model,
+            model=reply.model and self.endpoint.without_key(reply.model),
             date=now(),
             prompt_sha256=hashlib.sha256(prompt(*asked.texts(), self.preset.guarded).encode()).hexdigest(),
             tokens=tokens if any(tokens) else None,
@@ -588,13 +625,13 @@ def _content(file: str, client: Any) -> Any:
 GIVEN_UP = ("failed", "expired", "cancelled")  # states of a batch; what it has answered is in its files
 
 
-def read_image(folder: Path, asked: Asked) -> bytes:
+def read_image(folder: Path, candidate: Candidate) -> bytes:
     """The image's file.
 
     Raises:
         InputError: It is not there.
     """
-    file = folder / asked.candidate.image
+    file = folder / candidate.image
     try:
         return file.read_bytes()
     except OSError as error:
@@ -612,10 +649,10 @@ def estimated_tokens(asked: Asked, folder: Path) -> float:
     import PIL.Image
 
     try:
-        with PIL.Image.open(io.BytesIO(read_image(folder, asked))) as opened:
+        with PIL.Image.open(io.BytesIO(read_image(folder, asked.candidate))) as opened:
             of_image = image_tokens(*opened.size)
-    except PIL.UnidentifiedImageError as error:
-        raise InputError(f"{folder / asked.candidate.image}: no image that Pillow knows. Put it back.") from error
+    except (PIL.UnidentifiedImageError, PIL.Image.DecompressionBombError) as error:
+        raise InputError(f"{folder / asked.candidate.image}: no image that can be read. Put it back.") from error
     return len(prompt(*asked.texts())) / CHARACTERS + of_image
 
 
@@ -643,6 +680,7 @@ def forecast(model: str, asked: Sequence[Asked], folder: Path, price: Price | No
     return "\n".join(lines)
 
 
+IMAGES_KEPT = 64  # in memory, ready to be sent (our choice)
 WAVE = 256  # questions, at least, until it is looked again at what they cost (our choice)
 
 
@@ -675,11 +713,11 @@ def judge(ledger: Ledger, asked: Sequence[Asked], verdicts: Iterable[Verdict], p
     return counts
 
 
-def finish(ledger: Ledger, candidates: Sequence[Candidate]) -> None:
+def finish(ledger: Ledger, candidates: Sequence[Candidate], finished: bool = True) -> None:
     """Write the file anew, by judge and then in the order of the candidates; see `Ledger.finish`."""
     place = {candidate.id: number for number, candidate in enumerate(candidates)}
     order = sorted(ledger.rows, key=lambda key: (key[1], place.get(key[0], len(place)), sorted(key[2]), key[2], key[3]))
-    ledger.finish(order)
+    ledger.finish(order, finished)
 
 
 # --- exact knowledge --------------------------------------------------------------------------------------------------

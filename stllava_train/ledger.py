@@ -57,9 +57,12 @@ class Ledger:
         except BlockingIOError as error:
             self.close()
             raise InputError(f"{path}: another process is writing it. Wait for it, or choose another --out.") from error
-        except ValueError:
+        except InputError:
             self.close()
             raise
+        except (ValueError, KeyError, TypeError) as error:
+            self.close()
+            raise InputError(f"{path}: a row in it is of another kind ({error}). Choose another --out.") from error
 
     def add(self, rows: Iterable[Row]) -> None:
         """Append rows; when this returns they are on the disk.

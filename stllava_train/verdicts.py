@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -80,13 +79,31 @@ def verdict_of(row: Row) -> Verdict:
                 made[name] = tuple(made[name])
                 if len(made[name]) != length:
                     raise ValueError(f"{name}: {row[name]}")
-        if not all(isinstance(one, int | float) and math.isfinite(one) for one in made["scores"] or ()):
-            raise ValueError(f"scores: {made['scores']}")
+        if not all(_is_number(one) for one in made["scores"] or ()):
+            raise ValueError(f"scores: {str(made['scores'])[:60]}")
+        for name, right in (
+            *((name, isinstance(made[name], str)) for name in ("id", "image", "image_sha256", "judge")),
+            *((name, made[name] is None or isinstance(made[name], str)) for name in ("reply", "why", "model", "date")),
+            ("shown", made["shown"] is not None and all(map(_is_count, made["shown"])) and len({*made["shown"]}) == 2),
+            ("repetition", _is_count(made["repetition"])),
+            ("tokens", made["tokens"] is None or all(map(_is_count, made["tokens"]))),
+            ("cost", made["cost"] is None or (_is_number(made["cost"]) and made["cost"] >= 0)),
+        ):
+            if not right:
+                raise ValueError(f"{name}: {str(made[name])[:60]!r}")
         if made["outcome"] not in OUTCOMES or (made["outcome"] == "scored") != (made["scores"] is not None):
             raise ValueError(f"outcome {made['outcome']!r} with scores {made['scores']}")
         return Verdict(**made)
     except (KeyError, TypeError) as error:
         raise ValueError(str(error)) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9
 
 
 def row_of(verdict: Verdict) -> Row:

@@ -257,6 +257,8 @@ def test_images_are_named_sorted_and_sampled(folder, tmp_path):
     [
         ("a/0.png\nno.png\n", r"list\.txt:2: no\.png: not in .*images\. Pass its folder"),
         ("a/0.png\na/0.png\n", r"list\.txt:2: a/0\.png stands in line 1 too"),
+        ("../a/0.png\n", r"list\.txt:1: \.\./a/0\.png: not a plain name in"),
+        ("./a/0.png\n", r"list\.txt:1: \./a/0\.png: not a plain name in"),
         ("\n", r"list\.txt: it names no image"),
     ],
 )
@@ -289,6 +291,14 @@ def test_settings_out_of_range_are_refused(changes, said):
         ({"questions": [{"id": "x", "question": "Q?", "answers": ["a"], "left_out": None}]}, "a text is missing"),
         ({"questions": [{"id": "x", "question": None, "answers": ["a", "b"], "left_out": None}]}, "a text is missing"),
         ({"questions": [{"id": "x"}]}, "'left_out'"),
+        (
+            {
+                "image": "/etc/a.png",
+                "questions": [{"id": "x", "question": "Q", "answers": ["a", "b"], "left_out": None}],
+            },
+            "image /etc/a.png lies outside",
+        ),
+        ({"questions": [{"id": "x", "question": "\ud800", "answers": ["a", "b"], "left_out": None}]}, "half a char"),
         ({"questions": [{"id": "x", "question": "Q?", "answers": ["a", "b"], "left_out": None}] * 2}, "x stands twice"),
     ],
 )

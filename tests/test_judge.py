@@ -53,6 +53,7 @@ from stllava_train.judge import (
 from stllava_train.ledger import read_manifest, read_rows
 from stllava_train.verdicts import AUTHORS_RULE, Rule, Verdict, fates, preferences, read_verdicts, row_of
 
+PIXELS = [pixel_hash(decode(png((50 * number, 10, 20)))) for number in range(5)]
 OURS, AUTHORS = PRESETS["ours"], PRESETS["authors"]
 
 
@@ -74,7 +75,7 @@ def images(tmp_path_factory):
 def candidates(count: int = 6, answers: tuple[str, ...] = ("left", "right")) -> list[Candidate]:
     """Of which the judge of these tests prefers the answer that ends in "right"."""
     return [
-        Candidate(f"{number % 5}.png#{number}", f"{number % 5}.png", f"{number % 5:064}", f"Side {number}?", answers)
+        Candidate(f"{number % 5}.png#{number}", f"{number % 5}.png", PIXELS[number % 5], f"Side {number}?", answers)
         for number in range(count)
     ]
 
@@ -164,6 +165,8 @@ def test_an_answer_cannot_end_its_own_part_of_the_prompt():
         ("A rate of 10 per minute; choose a higher dose.", False),
         ("The previous scan shows no mass above the kidney.", False),
         ("This is a grade 3 tumour.", False),
+        ("We grade this as mild stenosis and rate it as BI-RADS 4.", False),
+        ("Ignore the bright spot above; it is an artefact.", False),
     ],
 )
 def test_answers_that_speak_to_the_judge(answer, expected):
@@ -234,6 +237,10 @@ def test_replies_of_the_golden_table_are_read_sensibly_and_as_the_authors_read_t
         ("", None),
         ("[" * 5000, None),
         ("9" * 5000 + " 5", None),
+        ("Answer 1" + " " * 100_000, None),  # no pattern takes long for it
+        ("Answer 1 : 8" + " " * 100_000 + "Answer 2: 6", (8, 6)),
+        ('{"score_1": 1' + "0" * 400 + ', "score_2": 6}', None),
+        ('{"score_1": NaN, "score_2": 6}', None),
     ],
 )
 def test_scores_in_a_reply(reply, expected):
@@ -252,7 +259,7 @@ def test_each_verdict_says_who_what_when_and_what_it_cost(images):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", first.date)
     assert len(first.prompt_sha256) == 64
     assert first.prompt_sha256 != second.prompt_sha256
-    assert first.image_sha256 == f"{0:064}"
+    assert first.image_sha256 == PIXELS[0]
 
 
 @pytest.mark.parametrize(
@@ -396,6 +403,59 @@ def test_a_file_that_holds_no_prices_is_refused(tmp_path, text):
 )
 def test_tokens_of_an_image_as_openai_counts_them(size, tokens):
     assert image_tokens(*size) == tokens
+
+
+@pytest.mark.parametrize("budget", [0.0, -5.0, 0.1])
+def test_a_budget_that_is_used_up_asks_nothing(images, budget):
+    with FaultServer(reply=fair) as there:
+        assert verdicts(there.url, candidates(10), images, budget=budget, price=Price(100.0, 100.0)) == []
+        assert not there.requests
+
+
+def test_a_server_that_bills_more_than_it_did_stops_the_run_within_a_few_requests(images, monkeypatch):
+    import fault_server
+
+    def dearer(request):
+        if len(there.requests) > 4:
+            monkeypatch.setattr(fault_server, "PROMPT_TOKENS", 50_000)
+        return fair(request)
+
+    with FaultServer(reply=dearer) as there:
+        found = verdicts(there.url, candidates(30), images, budget=5.0, price=Price(100.0, 100.0), concurrency=2)
+    assert len(found) <= 8  # at 5.1 USD each from the fifth on, where two are under way at once
+
+
+def test_an_image_that_was_exchanged_is_not_judged(images, tmp_path):
+    (tmp_path / "0.png").write_bytes(png((1, 2, 3)))
+    with FaultServer(reply=fair) as there, pytest.raises(InputError, match=r"0\.png: not the image that 0\.png#0 asks"):
+        verdicts(there.url, candidates(1), tmp_path)
+    assert not there.requests
+
+
+def test_16_bits_and_turned_pictures_are_sent_as_they_were_decoded():
+    import base64
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    deep = io.BytesIO()
+    Image.fromarray(np.arange(0, 64 * 64, dtype=np.uint16).reshape(64, 64)).save(deep, "PNG")
+    turned, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20), (9, 9, 9)).save(turned, "JPEG", exif=exif)
+    for image in (deep.getvalue(), turned.getvalue()):
+        sent = decode(base64.b64decode(image_url(image).partition(",")[2]))
+        assert pixel_hash(sent) == pixel_hash(decode(image))
+        assert image_url(image).startswith("data:image/png")
+
+
+def test_strange_counts_of_tokens_are_none(images):
+    for counted in ("1e999", "-5", "1" + "0" * 400, '"many"'):
+        body = '{"choices": [{"message": {"content": "8 6"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": %s}}'
+        with FaultServer(reply=lambda request, said=body % counted: sends(said.encode())) as there:
+            found = verdicts(there.url, candidates(1), images, price=Price(1.0, 1.0))
+        assert [one.cost for one in found] == [0.0, 0.0]
 
 
 def test_a_forecast_counts_before_anything_is_asked(images):
@@ -620,6 +680,13 @@ def test_a_file_of_verdicts_on_other_candidates_is_not_added_to(written, tmp_pat
 @pytest.mark.parametrize(
     ("change", "wrong"),
     [
+        ({"shown": None}, "shown: 'None'"),
+        ({"judge": 5}, "judge: '5'"),
+        ({"id": [1]}, r"id: '\[1\]'"),
+        ({"tokens": ["a", 1]}, "tokens"),
+        ({"cost": "x"}, "cost: 'x'"),
+        ({"cost": float("nan")}, "cost: 'nan'"),
+        ({"scores": [10**400, 1]}, "scores"),
         ({"outcome": "liked"}, "outcome 'liked'"),
         ({"scores": None}, "outcome 'scored' with scores None"),
         ({"scores": [1]}, r"scores: \[1\]"),

@@ -127,7 +127,19 @@ def test_an_answer_that_speaks_to_the_judge_is_not_judged(drawn, folder, capfd):
             ["judge", "{drawn}", "--judge", "exact", "--repeat", "0", "--out", "j.jsonl"], "--repeat 0", id="repeat"
         ),
         pytest.param(
-            ["judge", "none.jsonl", "--judge", "exact", "--out", "j.jsonl"], "none.json: no manifest", id="none"
+            ["judge", "none.jsonl", "--judge", "exact", "--out", "j.jsonl"],
+            "none.jsonl: no such file. Pass what",
+            id="none",
+        ),
+        pytest.param(
+            ["judge", "{drawn}", "--judge", "human:eve@http://127.0.0.1:9/v1", "--out", "j.jsonl"],
+            "--judge human:eve@http://127.0.0.1:9/v1: exact has no server",
+            id="a model as a person",
+        ),
+        pytest.param(
+            ["judge", "{drawn}", "--judge", "exact@http://127.0.0.1:9/v1", "--out", "j.jsonl"],
+            "exact has no server",
+            id="exact with a server",
         ),
         pytest.param(["pairs", "--out", "p.jsonl"], "pass two files, CANDIDATES and JUDGED", id="no files"),
         pytest.param(["pairs", "{drawn}", "{drawn}", "--out", "p.jsonl"], "it judges None as it was", id="not judged"),
