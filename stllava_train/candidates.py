@@ -293,7 +293,11 @@ def read_candidates(path: Path) -> list[Candidate]:
                         raise TypeError("a text is missing, or an answer")
                     if any("\ud800" <= sign <= "\udfff" for text in texts for sign in text):
                         raise TypeError("half a character")
-                    if PurePosixPath(candidate.image).is_absolute() or ".." in PurePosixPath(candidate.image).parts:
+                    if (
+                        "\0" in candidate.image
+                        or PurePosixPath(candidate.image).is_absolute()
+                        or ".." in PurePosixPath(candidate.image).parts
+                    ):
                         raise TypeError(f"image {candidate.image} lies outside the folder of images")
                     if candidate.id in known:
                         raise TypeError(f"id {candidate.id} stands twice")

@@ -473,7 +473,7 @@ class EndpointJudge:
         if isinstance(reply, Failure):
             outcome, why = ("refused" if reply.refused else "failed"), reply.reason
         else:
-            text = self.endpoint.without_key(reply.text)
+            text = _whole(self.endpoint.without_key(reply.text))
             scores = (read_scores_authors if self.preset.strict else read_scores)(text)
             if scores is None:
                 outcome, why = ("refused", "a refusal") if is_refusal(text) else ("unparsable", "no two scores")
@@ -490,12 +490,17 @@ class EndpointJudge:
             scores=scores,
             reply=text,
             why=why,
-            model=reply.model and self.endpoint.without_key(reply.model),
+            model=reply.model and _whole(self.endpoint.without_key(reply.model)),
             date=now(),
             prompt_sha256=hashlib.sha256(prompt(*asked.texts(), self.preset.guarded).encode()).hexdigest(),
             tokens=tokens if any(tokens) else None,
             cost=None if self.price is None else self.price.of(*tokens),
         )
+
+
+def _whole(text: str) -> str:
+    """`text` with a question mark for half a character, which no file of UTF-8 holds."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _custom_id(key: tuple[Any, ...]) -> str:

@@ -38,21 +38,22 @@ class Ledger:
         if path.suffix != ".jsonl":
             raise InputError(f"{path}: rows go to a file named .jsonl, its manifest beside it to .json. Rename it.")
         self.manifest = path.with_suffix(".json")
-        if self.manifest.exists():
-            self._compare()
-        elif path.exists() and path.stat().st_size:
-            raise InputError(
-                f"{path}: its manifest {self.manifest.name} is not beside it. Put it back, or choose another --out."
-            )
-        else:
-            write_json(self.manifest, {"format": 1, **self.decided_by, "finished": False})
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}). Free some space or mend it.") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.truncate(_whole_bytes(path))
+            if not path.stat().st_size:  # what a call that failed before its first row had in mind does not bind
+                write_json(self.manifest, {"format": 1, **self.decided_by, "finished": False})
+            elif self.manifest.exists():
+                self._compare()
+            else:
+                raise InputError(
+                    f"{path}: its manifest {self.manifest.name} is not beside it. Put it back, or choose another --out."
+                )
             self.rows = {key(row): row for row in read_rows(path)}
         except BlockingIOError as error:
             self.close()

@@ -668,7 +668,8 @@ def test_the_key_is_in_no_file_and_no_message(images, written, tmp_path, monkeyp
 
 def test_a_file_of_verdicts_on_other_candidates_is_not_added_to(written, tmp_path):
     out = tmp_path / "judged.jsonl"
-    open_verdicts(out, written, "ours").close()
+    with open_verdicts(out, written, "ours") as ledger:
+        ledger.add([row_of(*said((LOW, (8.0, 6.0))))])
     with pytest.raises(InputError, match=r"preset: the rows in it are of \"ours\", this call has \"authors\""):
         open_verdicts(out, written, "authors")
     written.write_text("{} \n")

@@ -54,11 +54,18 @@ def test_the_end_puts_rows_in_order_and_a_later_row_replaces_an_earlier_one(tmp_
 )
 def test_rows_of_another_job_are_not_gone_on_with(tmp_path, then, now, said):
     path = tmp_path / "a.jsonl"
-    ledger(path, **then).close()
+    with ledger(path, **then) as one:
+        one.add([{"id": "x"}])
     with pytest.raises(InputError) as error:
         ledger(path, **now)
     assert str(error.value).startswith(f"{path}: {said}")
     assert str(error.value).endswith("Call it as before, or choose another --out.")
+
+
+def test_a_call_that_failed_before_its_first_row_does_not_bind_the_next(tmp_path):
+    ledger(tmp_path / "a.jsonl", seed=1).close()
+    ledger(tmp_path / "a.jsonl", seed=2).close()
+    assert read_manifest(tmp_path / "a.jsonl")["seed"] == 2
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):
@@ -86,6 +93,8 @@ def test_files_that_are_not_of_a_job_are_refused(tmp_path, rows, manifest, said)
 def test_a_name_without_jsonl_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"a\.json: rows go to a file named \.jsonl"):
         ledger(tmp_path / "a.json")
+    with pytest.raises(InputError, match=r"cannot be written \(File name too long\)"):
+        ledger(tmp_path / f"{'a' * 300}.jsonl")
 
 
 def test_values_come_back_from_the_manifest_as_they_are_compared(tmp_path):
