@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from stllava_train.verdicts import Verdict
 
 DATASETS = ("vqarad", "slake", "pathvqa")
-PERSON = "human:"
 OPENAI = "https://api.openai.com/v1"
 
 
@@ -425,6 +424,7 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
     """Whether everything has a verdict now."""
     from stllava_eval.server import Endpoint
     from stllava_train import judge
+    from stllava_train.verdicts import PERSON
 
     preset = judge.PRESETS[arguments.preset]
     asked = judge.questions(candidates, preset.both_orders, arguments.repeat)
