@@ -97,7 +97,7 @@ def plain(checkpoint: Path, file: Path, shape: str, folder: Path) -> Steps:
 
     from stllava_eval.network.checkpoint import open_checkpoint
     from stllava_train.conversations import read_conversations
-    from stllava_train.sft import prepare
+    from stllava_train.training import prepare
 
     opened = open_checkpoint(str(checkpoint))
     recipe = _recipe(checkpoint, shape)
@@ -139,12 +139,12 @@ def plain(checkpoint: Path, file: Path, shape: str, folder: Path) -> Steps:
 
 def _in_order(conversations: Sequence[Any], shape: str, recipe: Any) -> list[Any]:
     """The plain rows as our plan shows their images."""
-    from stllava_train.sft import plan
+    from stllava_train.training import plan
 
     each = SHAPES[shape][0] if shape == "vqa" else 1
     return [
         conversations[place * each + part]
-        for place, epoch in plan(len(conversations) // each, recipe)
+        for place, epoch in plan([[place] for place in range(len(conversations) // each)], recipe)
         if epoch == 0
         for part in range(each)
     ]

@@ -96,6 +96,8 @@ class Answerer:
         four_bit: Hold the language model in 4 bits (bitsandbytes, NF4); only for a folder of our own layout.
         rows: Questions at work at a time, at most; None leaves it to the engine.
         batch_tokens: Tokens whose keys and values are held at a time; None finds it from the free memory.
+        model: The network that answers, on its own device, while it is being trained; `name` is what it started as.
+            None reads the weights of `name`.
         parts: Further arguments of `open_checkpoint`.
 
     Raises:
@@ -110,18 +112,19 @@ class Answerer:
         four_bit: bool = False,
         rows: int | None = None,
         batch_tokens: int | None = None,
+        model: Any = None,
         **parts: Any,
     ) -> None:
         from stllava_eval.network.checkpoint import open_checkpoint
 
         self.name, self.four_bit = name, four_bit
         self.rows, self.batch_tokens = rows, batch_tokens
-        self.device = torch_device(device)
+        self.device = torch_device(device) if model is None else model.device
         self.dtype = torch_dtype(dtype, self.device)
         checkpoint = open_checkpoint(name, **parts)
         self.processor = checkpoint.processor()
         self.tokenizer = self.processor.tokenizer
-        self.model: Any = checkpoint.model(self.device, self.dtype, four_bit)
+        self.model: Any = checkpoint.model(self.device, self.dtype, four_bit) if model is None else model
         self.image_tokens = checkpoint.config.image_seq_length
         self.image_token = checkpoint.config.image_token_id
         ends = self.model.generation_config.eos_token_id

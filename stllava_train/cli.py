@@ -721,7 +721,8 @@ def _sft(arguments: argparse.Namespace) -> int:
     from stllava_train.recipe import read_recipe
 
     recipe = read_recipe(arguments.recipe, arguments.changes, arguments.stage)
-    from stllava_train.sft import check_folder, first_process, open_work, report, train
+    from stllava_train.sft import open_work, report, train
+    from stllava_train.training import check_folder, first_process
 
     _check_data(arguments.data, arguments.images)
     if not arguments.dry_run:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stllava_train.recipe import Part, Recipe
+from stllava_train.recipe import Part, Training
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
 TRAINED = 16  # bytes of a trained weight: it, its gradient and AdamW's two moments, each in float32
@@ -90,7 +90,7 @@ def stacks(config: Any) -> tuple[Stack, Stack]:
     )
 
 
-def memory(recipe: Recipe, weights: Mapping[str, tuple[int, int]], config: Any, tokens: int) -> Memory:
+def memory(recipe: Training, weights: Mapping[str, tuple[int, int]], config: Any, tokens: int) -> Memory:
     """Bytes of a training step on one device that shares nothing with others (DDP, less its buckets).
 
     Args:
@@ -140,7 +140,7 @@ def _head(positions: int, hidden: int, vocabulary: int, width: int) -> int:
     return positions * hidden * (width + WIDTH["float32"]) + tile * width
 
 
-def operations(recipe: Recipe, weights: Mapping[str, tuple[int, int]], config: Any, tokens: float) -> float:
+def operations(recipe: Training, weights: Mapping[str, tuple[int, int]], config: Any, tokens: float) -> float:
     """Floating-point operations to learn from one conversation about an image.
 
     Each weight of a matrix costs 2 for each vector in the forward pass, 2 for the gradient of its input, 2 for its own

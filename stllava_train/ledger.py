@@ -27,12 +27,15 @@ class Ledger:
         key: Of a row; a later row takes the place of an earlier one with the same key.
         decided_by: What decides the rows, as JSON holds it. Rows of a job that was decided by something else are not
             gone on with.
+        wait: Until no other process is at them; of a file that is never finished, since that makes a new one.
 
     Raises:
         InputError: The files hold another job, are no such rows, cannot be written, or another process is at them.
     """
 
-    def __init__(self, path: Path, key: Callable[[Row], Any], decided_by: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, key: Callable[[Row], Any], decided_by: Mapping[str, Any], wait: bool = False
+    ) -> None:
         self.path, self.key = path, key
         self.decided_by: Row = json.loads(json.dumps(decided_by))  # as it will be read back
         if path.suffix != ".jsonl":
@@ -44,7 +47,7 @@ class Ledger:
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}). Free some space or mend it.") from error
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             self._file.truncate(_whole_bytes(path))
             if not path.stat().st_size:  # what a call that failed before its first row had in mind does not bind
                 write_json(self.manifest, {"format": 1, **self.decided_by, "finished": False})

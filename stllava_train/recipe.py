@@ -6,13 +6,14 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from stllava_eval.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
+R = TypeVar("R", bound="Training")
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,16 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Stage 1, as numbers. A file under `recipes/` gives every one of them and names its source.
+class Training:
+    """What the recipes of both stages give.
 
     Attributes:
         start: Checkpoint to start from, folder or hub id, in any layout that `open_checkpoint` reads.
         start_vision_tower: Folder or hub id of the vision tower to start from; null takes that of `start`.
-        template: See `conversations.Encoder`.
-        sq_r: Probability, in [0, 1], that a question behind the first of an image's conversation is learnt too.
-        answer_weight, question_weight: Factors on the losses L_qa and L_vq of a token. Their sum is divided by the
-            number of all tokens learnt, so that 1 and 1 give one mean over them, as the authors' code does.
-        epochs: Times that every conversation is seen; the last step is filled up from the next epoch.
-        batch: Conversations in a step, over all processes.
-        micro_batch: Conversations that one device computes at once; it changes the memory needed, not the result.
-        max_tokens: Most tokens of a conversation, those of the image counted. Longer ones are refused.
-        augment: Show every image a little moved and shaded anew each time, see `augment.augmented`.
+        epochs: Times that every record is seen; the last step is filled up from the next epoch.
+        batch: Records in a step, over all processes.
+        micro_batch: Records that one device computes at once; it changes the memory needed, not the result.
+        max_tokens: Most tokens of a record, those of the image counted. Longer ones are refused.
         warmup: Share of the steps, in [0, 1), over which learning rates rise; then they fall as a cosine to 0.
         weight_decay: Of AdamW, on every weight trained, biases and norms too.
         betas: Of AdamW.
@@ -57,17 +53,14 @@ class Recipe:
         save_every: Steps between two checkpoints to resume from.
     """
 
+    command: ClassVar[str]  # which of `stllava-train` it is for, and the folder of ours
+
     start: str
     start_vision_tower: str | None
-    template: Literal["v1", "v1_sq", "either"]
-    sq_r: float
-    answer_weight: float
-    question_weight: float
     epochs: float
     batch: int
     micro_batch: int
     max_tokens: int
-    augment: bool
     warmup: float
     weight_decay: float
     betas: tuple[float, float]
@@ -87,12 +80,153 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as a YAML file holds them; a part without what its way of training does not use."""
-        plain = asdict(self) | {"betas": list(self.betas)}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         for name, part in self.parts().items():
             plain[name] = {key: getattr(part, key) for key in USED[part.train]}
         return plain
 
+    def ranges(self) -> Iterator[tuple[str, float, float, float, str]]:
+        """(key, value, least, most, what it may be)."""
+        yield "epochs", self.epochs, 1e-6, MOST, "more than 0"
+        for key in ("batch", "micro_batch", "max_tokens", "save_every"):
+            yield key, getattr(self, key), *COUNT
+        yield "warmup", self.warmup, *BELOW_1
+        yield "weight_decay", self.weight_decay, *SIZE
+        yield "max_grad_norm", self.max_grad_norm, 1e-9, MOST, "more than 0"
+        for beta in self.betas:
+            yield "betas", beta, *BELOW_1
+        yield "seed", self.seed, 0, 2**32 - 1, "from 0 to 4294967295"
+        for name, part in self.parts().items():
+            if part.train != "frozen":
+                yield f"{name}.learning_rate", part.learning_rate, *SIZE
+            if part.train == "lora":
+                yield f"{name}.rank", part.rank, 1, 2**14, "from 1 to 16384"  # no matrix of ours is wider
+                yield f"{name}.alpha", part.alpha, *COUNT
+                yield f"{name}.dropout", part.dropout, *BELOW_1
 
+    def contradiction(self) -> str | None:
+        """What does not go together, if something does not."""
+        if all(part.train == "frozen" for part in self.parts().values()):
+            return f"every part is frozen. Train one of {', '.join(self.parts())}."
+        if self.four_bit and self.language_model.train == "full":
+            return "four_bit: a language model in 4 bits trains through a LoRA. Set its train to lora."
+        if self.four_bit and "lora" not in {part.train for part in self.parts().values()}:
+            return "four_bit: transformers trains in 4 bits beside a LoRA only. Set it to false."
+        if {self.language_model.train, self.vision_tower.train} == {"lora", "full"}:
+            return "one tower is trained lora and the other full. Choose one way, or freeze one."
+        return None
+
+
+@dataclass(frozen=True)
+class Recipe(Training):
+    """Stage 1, as numbers. A file under `recipes/sft` gives every one of them and names its source.
+
+    Attributes:
+        template: See `conversations.Encoder`.
+        sq_r: Probability, in [0, 1], that a question behind the first of an image's conversation is learnt too.
+        answer_weight, question_weight: Factors on the losses L_qa and L_vq of a token. Their sum is divided by the
+            number of all tokens learnt, so that 1 and 1 give one mean over them, as the authors' code does.
+        augment: Show every image a little moved and shaded anew each time, see `augment.augmented`.
+    """
+
+    command: ClassVar[str] = "sft"
+
+    template: Literal["v1", "v1_sq", "either"]
+    sq_r: float
+    answer_weight: float
+    question_weight: float
+    augment: bool
+
+    def ranges(self) -> Iterator[tuple[str, float, float, float, str]]:
+        """See `Training`."""
+        yield "sq_r", self.sq_r, 0, 1, "from 0 to 1"
+        yield "answer_weight", self.answer_weight, *SIZE
+        yield "question_weight", self.question_weight, *SIZE
+        yield from super().ranges()
+
+    def contradiction(self) -> str | None:
+        """See `Training`."""
+        if self.answer_weight == 0 and self.question_weight * self.sq_r == 0:
+            return "answer_weight: 0, and no question is learnt either. Set it to 1."
+        return super().contradiction()
+
+
+LOSSES = (  # of trl 1.16's DPOTrainer
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+
+
+@dataclass(frozen=True)
+class DpoRecipe(Training):
+    """Stage 2, as numbers. A file under `recipes/dpo` gives every one of them and names its source.
+
+    A record is a pair. All of a step's pairs count alike.
+
+    Attributes:
+        template: Of the processor's chat templates; the question is put as in an evaluation.
+        loss: Of trl's, by their names there; several are added.
+        loss_weights: A factor for each of them.
+        beta: How far the policy may go from the reference: a large one holds it back. 0.1 in the paper.
+        label_smoothing: Share of pairs, in [0, 0.5), taken to be the wrong way round; of `sigmoid` it is unused,
+            `robust` and `exo_pair` need it.
+        ld_alpha: Weight, in [0, 1], of an answer's words beyond the length of the shorter one (LD-DPO,
+            arXiv:2409.06411); null and 1 weigh all words alike.
+        reference: `cached` computes the reference's log-probabilities once, before the first step, and keeps them for
+            any run with the same start, pairs and images; `live` computes them anew in every step.
+        evaluate_on: Prepared validation splits whose questions are asked on the way; none asks nothing.
+        evaluate_every: Steps between two such evaluations; the last step has one too.
+        evaluate_questions: Of each of these splits, drawn by seed, at most.
+        stop_unparsed: Stop where the share of closed answers without a verdict, in [0, 1], has grown by more than this.
+    """
+
+    command: ClassVar[str] = "dpo"
+
+    template: Literal["v1", "v1_sq"]
+    loss: tuple[str, ...]
+    loss_weights: tuple[float, ...]
+    beta: float
+    label_smoothing: float
+    ld_alpha: float | None
+    reference: Literal["cached", "live"]
+    evaluate_on: tuple[str, ...]
+    evaluate_every: int
+    evaluate_questions: int
+    stop_unparsed: float
+
+    def ranges(self) -> Iterator[tuple[str, float, float, float, str]]:
+        """See `Training`."""
+        for weight in self.loss_weights:
+            yield "loss_weights", weight, *SIZE
+        yield "beta", self.beta, 1e-9, MOST, "more than 0"
+        yield "label_smoothing", self.label_smoothing, 0, math.nextafter(0.5, 0), "0 or more and below 0.5"
+        if self.ld_alpha is not None:
+            yield "ld_alpha", self.ld_alpha, 0, 1, "from 0 to 1"
+        for key in ("evaluate_every", "evaluate_questions"):
+            yield key, getattr(self, key), *COUNT
+        yield "stop_unparsed", self.stop_unparsed, 0, 1, "from 0 to 1"
+        yield from super().ranges()
+
+    def contradiction(self) -> str | None:
+        """See `Training`."""
+        if unknown := [name for name in self.loss if name not in LOSSES]:
+            return f"loss: {unknown[0]}: unknown. Choose of {', '.join(LOSSES)}."
+        if not self.loss or len(set(self.loss)) < len(self.loss) or len(self.loss) != len(self.loss_weights):
+            return "loss: name at least one, each once, and give each its weight in loss_weights."
+        if not any(self.loss_weights):
+            return "loss_weights: all are 0, so nothing is learnt. Set one to 1."
+        if "exo_pair" in self.loss and not self.label_smoothing:
+            return "label_smoothing: 0, and exo_pair needs more. Its paper (arXiv:2402.00856) has 0.001."
+        if unknown := [name for name in self.evaluate_on if name not in SETS]:
+            return f"evaluate_on: {unknown[0]}: unknown. Choose of {', '.join(SETS)}."
+        return super().contradiction()
+
+
+SETS = ("vqarad", "slake", "pathvqa")
+MOST = float(2**31)
+COUNT = (1.0, MOST, "at least 1")
+SIZE = (0.0, MOST, "0 or more")
+BELOW_1 = (0.0, math.nextafter(1, 0), "0 or more and below 1")
 USED = {
     "frozen": ("train",),
     "full": ("train", "learning_rate"),
@@ -101,7 +235,7 @@ USED = {
 
 
 def read_recipe(name: str, changes: Sequence[str] = (), stage: str | None = None) -> Recipe:
-    """The recipe of a YAML file, changed.
+    """The recipe of a YAML file for stage 1, changed.
 
     A file may hold `stages`, each of which overrides the keys beside it; then `stage` chooses one.
 
@@ -113,7 +247,16 @@ def read_recipe(name: str, changes: Sequence[str] = (), stage: str | None = None
     Raises:
         InputError: The file is missing or no YAML, or a key is unknown, missing, or of the wrong type or range.
     """
-    file = _file(name)
+    return _read(Recipe, name, changes, stage)
+
+
+def read_dpo_recipe(name: str, changes: Sequence[str] = ()) -> DpoRecipe:
+    """As `read_recipe`, for stage 2."""
+    return _read(DpoRecipe, name, changes, None)
+
+
+def _read(kind: type[R], name: str, changes: Sequence[str], stage: str | None) -> R:
+    file = _file(name, kind)
     place = str(file)
     raw = _yaml(_text(file), place)
     if not isinstance(raw, dict):
@@ -136,7 +279,7 @@ def read_recipe(name: str, changes: Sequence[str] = (), stage: str | None = None
         place += f" with {' '.join(changes)}"
     if isinstance(projector := raw.get("projector"), dict) and projector.get("train") == "lora":
         raise InputError(f"{place}: projector.train: lora. A projector is never a LoRA: choose full or frozen.")
-    recipe = _build(Recipe, raw, place)
+    recipe = _build(kind, raw, place)
     _check(recipe, place)
     return recipe
 
@@ -163,21 +306,21 @@ def _change(text: str) -> tuple[str, Any]:
     return key.strip(), _yaml(value, text)
 
 
-def recipe_names() -> list[str]:
-    """Of the files under `recipes/`."""
-    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+def recipe_names(kind: type[Training] = Recipe) -> list[str]:
+    """Of our files for this kind."""
+    return sorted(file.stem for file in (RECIPES / kind.command).glob("*.yaml"))
 
 
-def _file(name: str) -> Path:
-    for file in (Path(name), RECIPES / f"{name}.yaml"):
+def _file(name: str, kind: type[Training]) -> Path:
+    for file in (Path(name), RECIPES / kind.command / f"{name}.yaml"):
         try:
             if file.is_file():
                 return file
         except (OSError, ValueError):  # a name too long, or with a null character, before Python 3.14
             pass
-    close = difflib.get_close_matches(name, recipe_names(), 1)
+    close = difflib.get_close_matches(name, recipe_names(kind), 1)
     hint = f"Did you mean {close[0]}?" if close else "Pass a file or one of ours."
-    raise InputError(f"recipe {name}: no such file, and ours are {', '.join(recipe_names())}. {hint}")
+    raise InputError(f"recipe {name}: no such file, and ours are {', '.join(recipe_names(kind))}. {hint}")
 
 
 def _text(file: Path) -> str:
@@ -249,9 +392,15 @@ def _merged(raw: Mapping[str, Any], change: Mapping[str, Any], place: str = "") 
     return both
 
 
+def _hints(kind: Any) -> dict[str, Any]:
+    """Type by field of a dataclass."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
 def _build(kind: Any, raw: Mapping[str, Any], place: str) -> Any:
     """A dataclass of `raw`, whose keys and types are checked."""
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     values = _known(kind, raw, place)
     if kind is Part:
         if "train" not in values:
@@ -266,7 +415,7 @@ def _build(kind: Any, raw: Mapping[str, Any], place: str) -> Any:
 
 def _known(kind: Any, raw: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The values of `raw`, all of them keys of the dataclass and of its types."""
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     for key in raw:
         if key not in hints:
             initials = [hint for hint in hints if "".join(word[0] for word in hint.split("_")) == key]  # lr, wd
@@ -287,9 +436,12 @@ def _typed(kind: Any, value: Any, place: str) -> Any:
             raise InputError(f"{place}: {value!r}. Choose one of {', '.join(map(str, get_args(kind)))}.")
         return value
     if get_origin(kind) is tuple:
-        if not isinstance(value, list) or len(value) != 2:
+        of, *more = get_args(kind)
+        if more != [...] and (not isinstance(value, list) or len(value) != 2):
             raise InputError(f"{place}: {value!r} are not two numbers, such as [0.9, 0.999].")
-        return tuple(_typed(float, one, place) for one in value)
+        if not isinstance(value, list):
+            raise InputError(f"{place}: {value!r} is no list, such as [a, b].")
+        return tuple(_typed(of, one, place) for one in value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
@@ -302,44 +454,10 @@ def _typed(kind: Any, value: Any, place: str) -> Any:
     raise InputError(f"{place}: {value!r} is not {names[kind]}.")
 
 
-def _check(recipe: Recipe, place: str) -> None:
+def _check(recipe: Training, place: str) -> None:
     """Ranges, and what does not go together."""
-    for key, value, low, high, words in _ranges(recipe):
+    for key, value, low, high, words in recipe.ranges():
         if not low <= value <= high:
             raise InputError(f"{place}: {key}: {value:g}. It is {words}.")
-    if all(part.train == "frozen" for part in recipe.parts().values()):
-        raise InputError(f"{place}: every part is frozen. Train one of {', '.join(recipe.parts())}.")
-    if recipe.answer_weight == 0 and recipe.question_weight * recipe.sq_r == 0:
-        raise InputError(f"{place}: answer_weight: 0, and no question is learnt either. Set it to 1.")
-    if recipe.four_bit and recipe.language_model.train == "full":
-        raise InputError(f"{place}: four_bit: a language model in 4 bits trains through a LoRA. Set its train to lora.")
-    if recipe.four_bit and "lora" not in {part.train for part in recipe.parts().values()}:
-        raise InputError(f"{place}: four_bit: transformers trains in 4 bits beside a LoRA only. Set it to false.")
-    if {recipe.language_model.train, recipe.vision_tower.train} == {"lora", "full"}:
-        raise InputError(f"{place}: one tower is trained lora and the other full. Choose one way, or freeze one.")
-
-
-def _ranges(recipe: Recipe) -> Iterator[tuple[str, float, float, float, str]]:
-    """(key, value, least, most, what it may be)."""
-    most = float(2**31)
-    share, below_1 = (0.0, math.nextafter(1, 0)), "0 or more and below 1"
-    size, count = (0.0, most), (1.0, most)
-    yield "sq_r", recipe.sq_r, 0, 1, "from 0 to 1"
-    yield "answer_weight", recipe.answer_weight, *size, "0 or more"
-    yield "question_weight", recipe.question_weight, *size, "0 or more"
-    yield "epochs", recipe.epochs, 1e-6, most, "more than 0"
-    for key in ("batch", "micro_batch", "max_tokens", "save_every"):
-        yield key, getattr(recipe, key), *count, "at least 1"
-    yield "warmup", recipe.warmup, *share, below_1
-    yield "weight_decay", recipe.weight_decay, *size, "0 or more"
-    yield "max_grad_norm", recipe.max_grad_norm, 1e-9, most, "more than 0"
-    for beta in recipe.betas:
-        yield "betas", beta, *share, below_1
-    yield "seed", recipe.seed, 0, 2**32 - 1, "from 0 to 4294967295"
-    for name, part in recipe.parts().items():
-        if part.train != "frozen":
-            yield f"{name}.learning_rate", part.learning_rate, *size, "0 or more"
-        if part.train == "lora":
-            yield f"{name}.rank", part.rank, 1, 2**14, "from 1 to 16384"  # no matrix of ours is wider
-            yield f"{name}.alpha", part.alpha, *count, "at least 1"
-            yield f"{name}.dropout", part.dropout, *share, below_1
+    if why := recipe.contradiction():
+        raise InputError(f"{place}: {why}")

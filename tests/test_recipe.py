@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from stllava_eval.errors import InputError
-from stllava_train.recipe import RECIPES, Part, Recipe, read_recipe, recipe_names
+from stllava_train.recipe import RECIPES, DpoRecipe, Part, Recipe, Training, read_recipe, recipe_names
 
 STAGES = {"llava-med-curriculum": ("align", "instruct")}
 EVERY = [(name, stage) for name in recipe_names() for stage in STAGES.get(name, (None,))]
@@ -28,7 +28,7 @@ def mine(tmp_path):
     """A recipe as a file: ours with a line replaced, or with lines behind it."""
 
     def write(old: str = "", new: str = "") -> str:
-        text = (RECIPES / "stllava-med-7b.yaml").read_text()
+        text = (RECIPES / "sft" / "stllava-med-7b.yaml").read_text()
         assert old in text
         return file_with(tmp_path, text.replace(old, new, 1) if old else text + new)
 
@@ -46,7 +46,7 @@ def test_ours_come_back_equal_after_being_written(name, stage, tmp_path):
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_value_of_ours_names_its_source(name):
-    for number, line in enumerate((RECIPES / f"{name}.yaml").read_text().splitlines(), 1):
+    for number, line in enumerate((RECIPES / "sft" / f"{name}.yaml").read_text().splitlines(), 1):
         value, _, comment = line.partition("#")
         if value.strip() and not value.rstrip().endswith(":"):
             assert SOURCE.search(comment), f"{name}.yaml:{number}: {line}"
@@ -270,7 +270,7 @@ def test_a_wrong_file_is_one_line_that_names_it(mine, old, new, message):
 
 
 def test_a_part_that_is_null_is_refused(mine):
-    text = (RECIPES / "stllava-med-7b.yaml").read_text()
+    text = (RECIPES / "sft" / "stllava-med-7b.yaml").read_text()
     file = mine(text[text.index("projector:\n") :], "projector:\n")
     with pytest.raises(InputError, match=r"projector: None is no part\. Give train, learning_rate"):
         read_recipe(file)
@@ -354,7 +354,8 @@ def test_a_stage_of_a_recipe_without_any_is_refused():
 
 
 def test_every_key_is_told_in_the_docstring():
-    text = (Recipe.__doc__ or "") + (Part.__doc__ or "")
-    named = {field.name for kind in (Recipe, Part) for field in dataclasses.fields(kind)}
+    kinds = Training, Recipe, DpoRecipe, Part
+    text = " ".join(kind.__doc__ or "" for kind in kinds)
+    named = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     left = {"train", "weight_decay", "language_model", "vision_tower", "projector", "seed"}  # their names say it
     assert named - left <= set(re.findall(r"\w+", text))

@@ -26,19 +26,16 @@ from stllava_eval.network.checkpoint import open_checkpoint
 from stllava_train.card import draw_curves, write_card
 from stllava_train.conversations import asked, in_epoch
 from stllava_train.recipe import Recipe, read_recipe
-from stllava_train.sft import (
+from stllava_train.sft import make_trainer, open_work, report, train
+from stllava_train.training import (
     _save,
     last_whole,
-    make_trainer,
-    open_work,
     parameters,
     part_of,
     plan,
     prepare,
     read_trace,
-    report,
     steps_of,
-    train,
 )
 
 LORA = {"train": "lora", "learning_rate": 2e-3, "rank": 4, "alpha": 8, "dropout": 0.0}
@@ -138,24 +135,27 @@ def free_port() -> str:
         return str(one.getsockname()[1])
 
 
+TEN = [[place] for place in range(10)]
+
+
 # --- the order ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1, 3), (2, 5), (0.5, 2), (4, 10)])
 def test_the_plan_shows_every_conversation_once_an_epoch_in_full_steps(small, epochs, steps):
     recipe = small(epochs=epochs)
-    due = plan(10, recipe)
+    due = plan(TEN, recipe)
     assert len(due) == steps * recipe.batch == steps_of(10, recipe) * recipe.batch
     for epoch in range(int(epochs)):
         assert sorted(place for place, of in due if of == epoch) == list(range(10))
     assert [epoch for _, epoch in due] == sorted(epoch for _, epoch in due)
-    assert due == plan(10, recipe)
-    assert due != plan(10, small(epochs=epochs, seed=1))
+    assert due == plan(TEN, recipe)
+    assert due != plan(TEN, small(epochs=epochs, seed=1))
 
 
 def test_epochs_differ_in_order_and_questions(small, data):
     work = work_of(small(), data)
-    due = plan(10, work.recipe)
+    due = plan(TEN, work.recipe)
     assert [place for place, epoch in due if epoch == 0] != [place for place, epoch in due if epoch == 1]
     asks = [[work.collator.encoded(place, epoch).kinds for place in range(10)] for epoch in range(2)]
     assert asks[0] != asks[1]
@@ -386,7 +386,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_records(small, dat
     trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
     with torch.no_grad():
         trainer.model.get_output_embeddings().weight.fill_(float("nan"))
-    first = [work.conversations[place] for place, _ in plan(10, work.recipe)[:2]]
+    first = [work.conversations[place] for place, _ in plan(TEN, work.recipe)[:2]]
     names = ", ".join(f"{one.id} ({one.place})" for one in first)
     with pytest.raises(InputError) as told:
         trainer.train()
@@ -718,7 +718,7 @@ def test_half_written_folders_do_not_push_out_whole_ones(small, data, tmp_path, 
                 raise KeyboardInterrupt
         original(path, value)
 
-    monkeypatch.setattr("stllava_train.sft.write_json", write)
+    monkeypatch.setattr("stllava_train.training.write_json", write)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             train(work, run, resume=run.exists(), progress=False)

@@ -49,7 +49,8 @@ def test_stage_1_teaches_it_to_answer_and_to_ask(start, tmp_path, home):
     """The demo's way from rows to answers, on three images, each step through its own command's function."""
     from stllava_train.data import write_vqa
     from stllava_train.recipe import read_recipe
-    from stllava_train.sft import open_work, read_trace, train
+    from stllava_train.sft import open_work, train
+    from stllava_train.training import read_trace
 
     about = {"edition": "for tests", "official": False, "sample": True, "source": "tests", "licence": "CC0-1.0"}
     for name, of_set in rows().items():

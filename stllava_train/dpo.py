@@ -1,0 +1,550 @@
+"""Preference pairs -> a checkpoint that prefers the chosen answers: stage 2, on trl's DPOTrainer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import DPOConfig, DPOTrainer
+
+from stllava_eval.errors import InputError
+from stllava_eval.home import home
+from stllava_train.conversations import ANSWER, Conversation, Encoder
+from stllava_train.ledger import Ledger
+from stllava_train.pairs import Pair, read_pairs
+from stllava_train.pixels import Pixels
+from stllava_train.recipe import DpoRecipe
+from stllava_train.training import (
+    PartsTrainer,
+    Work,
+    arguments,
+    first_process,
+    listeners,
+    needs,
+    plan,
+    processes,
+    quiet,
+    rows_of,
+    run,
+    steps_of,
+    trained_model,
+)
+
+if TYPE_CHECKING:
+    from stllava_train.examination import Examination
+
+CHUNK = 64  # our choice: pairs whose reference is computed between two writes to the disk
+
+
+# --- pairs to batches -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt and one answer to it, as token ids; `begin` is the place of the answer's first token."""
+
+    ids: tuple[int, ...]
+    begin: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Token sequences of which every beginning that several share stands once.
+
+    Attributes:
+        ids: Of the tokens.
+        positions: Of each token in its sequence.
+        paths: For each sequence the places of its tokens.
+    """
+
+    ids: list[int]
+    positions: list[int]
+    paths: list[Tensor]
+
+    def seen(self) -> Tensor:
+        """(tokens, tokens), True where a token (first axis) sees another: itself, and what stands before it."""
+        seen = torch.zeros(len(self.ids), len(self.ids), dtype=torch.bool)
+        for path in self.paths:
+            seen[path[:, None], path] = torch.ones(len(path), len(path), dtype=torch.bool).tril()
+        return seen
+
+
+def tree(sequences: Sequence[Sequence[int]]) -> Tree:
+    """`sequences` as a tree."""
+    ids: list[int] = []
+    positions: list[int] = []
+    paths: list[Tensor] = [torch.empty(0)] * len(sequences)
+    before: Sequence[int] = ()
+    path: list[int] = []
+    for number in sorted(range(len(sequences)), key=lambda number: tuple(sequences[number])):
+        sequence = sequences[number]
+        shared = 0
+        while shared < min(len(before), len(sequence)) and before[shared] == sequence[shared]:
+            shared += 1
+        path = [*path[:shared], *range(len(ids), len(ids) + len(sequence) - shared)]
+        ids += sequence[shared:]
+        positions += range(shared, len(sequence))
+        paths[number] = torch.tensor(path)
+        before = sequence
+    return Tree(ids, positions, paths)
+
+
+class Collator:
+    """Entries of the plan -> a batch of B pairs, in which every image and every shared beginning stands once.
+
+    What trl reads: `input_ids`, `attention_mask`, `completion_mask`, each (2B, width), the chosen answers before the
+    rejected ones. A row is an answer, behind the last token of its prompt: nothing else of it is scored.
+    What `share_beginnings` lets the network read: for R images `tree_ids` and `tree_positions` (R, tokens),
+    `tree_mask` (R, 1, tokens, tokens), `pixel_values` (R, 3, side, side), and `places` (2B, width), where each scored
+    row's tokens lie among the R * tokens. And `pairs`, (B,) places of the pairs; with a cached reference
+    `ref_chosen_logps` and `ref_rejected_logps`, (B,) nats.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], folder: Path, processor: Any, encoder: Encoder, padding: int) -> None:
+        self.pairs, self.folder, self.encoder, self.padding = pairs, folder, encoder, padding
+        self.pixels = Pixels(processor.image_processor)
+        self.reference: Mapping[int, tuple[float, float]] = {}
+        self._encoded: dict[int, tuple[Answered, Answered]] = {}
+
+    def encoded(self, place: int) -> tuple[Answered, Answered]:
+        """The chosen and the rejected answer of a pair, each behind its prompt and tokenised in one go with it."""
+        if place not in self._encoded:
+            pair = self.pairs[place]
+            chosen, rejected = (self._answered(pair, answer) for answer in (pair.chosen, pair.rejected))
+            self._encoded[place] = chosen, rejected
+        return self._encoded[place]
+
+    def _answered(self, pair: Pair, answer: str) -> Answered:
+        one = Conversation(pair.id, self.folder / pair.image, ((pair.question, answer),), pair.id)
+        encoded = self.encoder(one, (False,))
+        return Answered(tuple(encoded.ids), encoded.kinds.index(ANSWER))
+
+    def __call__(self, entries: Sequence[Mapping[str, int]]) -> dict[str, Any]:
+        """`entries`: `place` of a pair each."""
+        places = [entry["place"] for entry in entries]
+        both = [self.encoded(place) for place in places]
+        answers = [one for one, _ in both] + [other for _, other in both]
+        images = [self.pairs[place].image for place in places] * 2
+        batch = pack(answers, images, self.padding)
+        batch["pixel_values"] = torch.stack([self.pixels(self.folder / image) for image in dict.fromkeys(images)])
+        batch["pairs"] = torch.tensor(places)
+        if self.reference:
+            known = torch.tensor([self.reference[place] for place in places])
+            batch["ref_chosen_logps"], batch["ref_rejected_logps"] = known[:, 0], known[:, 1]
+        return batch
+
+
+def pack(answers: Sequence[Answered], images: Sequence[Any], padding: int) -> dict[str, Tensor]:
+    """The batch of `Collator` without its pixels, whose rows are the images in the order of their first answer.
+
+    Args:
+        answers: The chosen ones before the rejected ones, pair by pair in the same order.
+        images: What each answer is about; answers about equal ones share a row.
+        padding: A token id.
+    """
+    rows = {image: [number for number, one in enumerate(images) if one == image] for image in dict.fromkeys(images)}
+    trees = [tree([answers[number].ids for number in of_row]) for of_row in rows.values()]
+    length = max(len(one.ids) for one in trees)
+    mask = torch.eye(length, dtype=torch.bool).repeat(len(trees), 1, 1)  # padding sees itself: a row of nothing is NaN
+    places: list[Tensor] = [torch.empty(0)] * len(answers)
+    for row, (one, of_row) in enumerate(zip(trees, rows.values(), strict=True)):
+        mask[row, : len(one.ids), : len(one.ids)] = one.seen()
+        for number, path in zip(of_row, one.paths, strict=True):
+            places[number] = path[answers[number].begin - 1 :] + row * length
+    scored = [torch.tensor(one.ids[one.begin - 1 :]) for one in answers]
+
+    def padded(rows: Sequence[Tensor], value: int = 0) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+    real = padded([torch.ones_like(row) for row in scored])
+    answered = real.clone()
+    answered[:, 0] = 0  # the prompt's last token
+    return {
+        "input_ids": padded(scored, padding),
+        "attention_mask": real,
+        "completion_mask": answered,
+        "tree_ids": padded([torch.tensor(one.ids) for one in trees], padding),
+        "tree_positions": padded([torch.tensor(one.positions) for one in trees]),
+        "tree_mask": mask[:, None],
+        "places": padded(places),
+    }
+
+
+def share_beginnings(model: Any) -> Any:
+    """The network, which now takes batches of `Collator` too: its backbone computes the trees and gives answers' rows.
+
+    It is the backbone and not the loss that is changed, so that all of trl's losses, weights and figures hold, and
+    whatever wraps the network's parts (PEFT, DDP, FSDP2) still sees its own forward.
+    """
+    backbone = model.model
+    whole = backbone.forward
+
+    def forward(*given: Any, tree_ids: Tensor | None = None, **others: Any) -> Any:
+        if tree_ids is None:
+            return whole(*given, **others)
+        places = others.pop("places")
+        del others["input_ids"]
+        others["attention_mask"], others["position_ids"] = others.pop("tree_mask"), others.pop("tree_positions")
+        outputs = whole(input_ids=tree_ids, **others)
+        hidden = outputs.last_hidden_state.flatten(0, 1)
+        outputs.last_hidden_state = hidden.index_select(0, places.flatten()).unflatten(0, places.shape)
+        return outputs
+
+    backbone.forward = forward
+    return model
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+class DpoTrainer(PartsTrainer, DPOTrainer):
+    """trl's, on batches of `Collator`, with the reference's log-probabilities kept on disk, and a trace.
+
+    The reference is the whole network that training starts from, its vision tower and projector included. (The
+    authors' took image features of the policy's projector, which moves: `llava_dpo_trainer.py`, line 353.)
+    """
+
+    recipe: DpoRecipe
+
+    def __init__(self, work: DpoWork, trace: Path, examination: Examination | None, **others: Any) -> None:
+        self.pairs, self.collator, self.examination = work.pairs, work.collator, examination
+        super().__init__(work.recipe, trace, **others)
+        self._sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
+        if work.recipe.reference == "cached":
+            self.precompute_ref_logps = True
+            self.collator.reference = self._reference(work)
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset  # the collator tokenises
+
+    def _precompute_ref_logps(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset  # trl's would be for texts alone
+
+    def _reference(self, work: DpoWork) -> dict[int, tuple[float, float]]:
+        """The reference's log-probabilities of the chosen and the rejected answer, in nats, by place of the pair.
+
+        Every pair is computed by itself, so that its figures do not depend on others, and written to
+        `$STLLAVA_HOME/reference`, where runs with the same start find them, whatever their pairs, losses and rates.
+        """
+        recipe, state = work.recipe, processes()
+        decided_by = {
+            "stage": "reference",
+            "start": work.checkpoint.sha256,
+            "template": recipe.template,
+            "dtype": recipe.dtype,
+            "four_bit": recipe.four_bit,
+            "ld_alpha": recipe.ld_alpha,
+            "device": "cpu" if state.device.type == "cpu" else torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+        }
+        name = hashlib.sha256(json.dumps(decided_by).encode()).hexdigest()[:32]
+        keys = [reference_key(pair, recipe.ld_alpha) for pair in work.pairs]
+        known: dict[str, tuple[float, float]] = {}
+        ledger = None
+        if state.is_main_process:
+            ledger = Ledger(home() / "reference" / f"{name}.jsonl", lambda row: row["id"], decided_by, wait=True)
+            known = {key: (row["chosen"], row["rejected"]) for key, row in ledger.rows.items()}
+        known = _from_main(known)
+        missing = {key: place for place, key in enumerate(keys) if key not in known}
+        due = list(missing.values())
+        from tqdm import tqdm
+
+        hidden = None if state.is_main_process else True
+        bar = tqdm(total=len(due), desc="reference", unit="pair", disable=hidden, file=sys.stderr)
+        size = CHUNK * state.num_processes
+        for chunk in (due[begin : begin + size] for begin in range(0, len(due), size)):
+            found: list[dict[str, Any]] = []
+            for place in chunk[state.process_index :: state.num_processes]:
+                batch = self._prepare_inputs(self.collator([{"place": place}]))
+                batch.pop("pairs")
+                chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, batch)
+                found.append({"id": keys[place], "chosen": chosen.item(), "rejected": rejected.item()})
+            rows = [row for of_one in _from_all(found) for row in of_one]
+            if ledger is not None:
+                ledger.add(rows)
+            known |= {row["id"]: (row["chosen"], row["rejected"]) for row in rows}
+            bar.update(len(chunk))
+        bar.close()
+        if ledger is not None:
+            ledger.close()
+        return {place: known[key] for place, key in enumerate(keys)}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """trl's, in its units.
+
+        Raises:
+            InputError: It is no number; the message names the pairs of the batch.
+        """
+        places = inputs.pop("pairs").tolist()
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.refuse(loss, [f"pair {self.pairs[place].id}" for place in places])
+        with torch.no_grad():
+            chosen, rejected = inputs["completion_mask"].sum(1).chunk(2)
+            tokens = [chosen.sum(), rejected.sum(), torch.tensor(len(places), device=chosen.device)]
+            self._sums += torch.stack([loss.detach() * len(places), *tokens]).to(self._sums)
+        return loss
+
+    def step_record(self, logs: Mapping[str, float]) -> dict[str, Any]:
+        """What trl measures of a step, in our words; means over its pairs, log-probabilities in nats an answer.
+
+        `kl` is the mean over both answers of the reference's log-probability less the policy's: an estimate of
+        KL(reference || policy) an answer, as the reference wrote them (at the temperature of the candidates).
+        """
+        loss, chosen, rejected, pairs = self.accelerator.reduce(self._sums, "sum").tolist()
+        self._sums.zero_()
+        of = {key: sum(values) / len(values) for key, values in self._metrics["train"].items()}
+        self._metrics["train"].clear()
+        rewards = of["rewards/chosen"], of["rewards/rejected"]
+        return {
+            "loss": loss / pairs,
+            "chosen_logps": of["logps/chosen"],
+            "rejected_logps": of["logps/rejected"],
+            "chosen_reward": rewards[0],
+            "rejected_reward": rewards[1],
+            "margin": of["rewards/margins"],
+            "accuracy": of["rewards/accuracies"],
+            "kl": -sum(rewards) / (2 * self.beta),
+            "chosen_tokens": chosen / pairs,
+            "rejected_tokens": rejected / pairs,
+        }
+
+    def ended(self) -> dict[str, Any]:
+        """The weights of the best step take the place of the last one's, where there was an examination."""
+        return self.examination.keep_best(self) if self.examination else {}
+
+
+def reference_key(pair: Pair, ld_alpha: float | None) -> str:
+    """Of what decides the reference's log-probabilities of a pair; with `ld_alpha` each depends on both answers."""
+    of = [pair.image_sha256, pair.question, pair.chosen, pair.rejected, ld_alpha]
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()
+
+
+def _from_main(value: Any) -> Any:
+    from accelerate.utils import broadcast_object_list
+
+    held = [value]
+    broadcast_object_list(held)
+    return held[0]
+
+
+def _from_all(value: Any) -> list[Any]:
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a file of pairs comes to, in tokens; `shared` are those that the trees of all its images hold."""
+
+    pairs: int
+    images: int
+    tokens: int
+    shared: int
+    longest: int  # of one answer behind its prompt
+    longest_tree: int  # of a pair
+    chosen_tokens: int
+    rejected_tokens: int
+    chosen_longer: int
+
+
+@dataclass(frozen=True)
+class DpoWork(Work):
+    """What stage 2 learns from."""
+
+    recipe: DpoRecipe
+    counts: Counts
+    pairs: Sequence[Pair]
+    collator: Collator
+
+
+def open_work(
+    recipe: DpoRecipe,
+    file: Path,
+    images: Path,
+    allow_test_images: bool = False,
+    progress: bool = True,
+) -> DpoWork:
+    """Read and check everything that a run needs; no weights yet.
+
+    Args:
+        recipe: How to train.
+        file: What `stllava-train pairs` wrote.
+        images: The folder that the pairs' images are relative to.
+        allow_test_images: Train on images of prepared test splits too. They are counted in the run's manifest.
+        progress: Whether to show bars on stderr.
+
+    Raises:
+        InputError: A pair is none, is too long, or shows a test image or other pixels than it was made of; or recipe,
+            checkpoint and the number of processes do not fit together.
+    """
+    from stllava_eval.network.checkpoint import open_checkpoint
+    from stllava_train.check import Images, looked_at
+
+    rows_of(recipe, processes().num_processes)
+    pairs = read_pairs(file)
+    data = [{"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "pairs": len(pairs)}]
+    if steps_of(len(pairs), recipe) == 0:
+        raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
+    shown = [Conversation(pair.id, images / pair.image, (), f"{file}:{line}") for line, pair in enumerate(pairs, 1)]
+    if gone := next((one for one in shown if one.image is not None and not one.image.is_file()), None):
+        raise InputError(f"{gone.place}: {gone.id}: its image {gone.image} is not there. Pass --images DIR.")
+    checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
+    if recipe.four_bit:
+        checkpoint.check_four_bit()
+    processor = checkpoint.processor()
+    encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
+    collator = Collator(pairs, images, processor, encoder, checkpoint.config.text_config.pad_token_id or 0)
+    counts = count(collator, recipe, [one.place for one in shown])
+    seen = looked_at(shown, progress) if first_process() else Images([], [], {}, "")
+    if broken := seen.broken:
+        raise InputError(f"{broken[0]} Put it back, or leave the pair out.")
+    for one, pair in zip(shown, pairs, strict=True):
+        if one.image is not None and seen.pixels.get(one.image, pair.image_sha256) != pair.image_sha256:
+            raise InputError(
+                f"{one.place}: {pair.id}: its image {pair.image} has other pixels than the one that was asked about. "
+                "Put that one back, or ask and judge again."
+            )
+    if (found := seen.leaks) and not allow_test_images:
+        raise InputError(
+            f"{found[0]} {len(found)} of {len(pairs)} pairs show test images: scores on these sets would mean nothing. "
+            "Leave them out, or pass --allow-test-images."
+        )
+    return DpoWork(
+        recipe=recipe,
+        checkpoint=checkpoint,
+        counts=counts,
+        steps=steps_of(len(pairs), recipe),
+        data=data,
+        images_sha256=seen.sha256,
+        test_images=len(found),
+        pairs=pairs,
+        collator=collator,
+    )
+
+
+def count(collator: Collator, recipe: DpoRecipe, places: Sequence[str]) -> Counts:
+    """Every pair, tokenised. `places`: of the pairs, `FILE:LINE`.
+
+    Raises:
+        InputError: One is longer than the recipe allows.
+    """
+    tokens = longest = longest_tree = chosen_tokens = rejected_tokens = longer = 0
+    for place, pair in enumerate(collator.pairs):
+        both = collator.encoded(place)
+        most = max(len(one.ids) for one in both)
+        if most > recipe.max_tokens:
+            raise InputError(
+                f"{places[place]}: {pair.id}: {most} tokens, more than max_tokens {recipe.max_tokens}. Raise it, or "
+                "leave the pair out. None is ever cut."
+            )
+        chosen, rejected = (len(one.ids) - one.begin for one in both)
+        tokens, longest = tokens + sum(len(one.ids) for one in both), max(longest, most)
+        chosen_tokens, rejected_tokens = chosen_tokens + chosen, rejected_tokens + rejected
+        longer += chosen > rejected
+        longest_tree = max(longest_tree, len(tree([one.ids for one in both]).ids))
+    shared = [
+        len(tree([one.ids for place in group for one in collator.encoded(place)]).ids)
+        for group in groups(collator.pairs)
+    ]
+    return Counts(
+        pairs=len(collator.pairs),
+        images=len(shared),
+        tokens=tokens,
+        shared=sum(shared),
+        longest=longest,
+        longest_tree=longest_tree,
+        chosen_tokens=chosen_tokens,
+        rejected_tokens=rejected_tokens,
+        chosen_longer=longer,
+    )
+
+
+def groups(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Places of the pairs of each image, which are learnt from together: they share its work."""
+    of: dict[str, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        of.setdefault(pair.image, []).append(place)
+    return list(of.values())
+
+
+def train(work: DpoWork, out: Path, resume: bool = False, progress: bool = True, wandb: bool = False) -> None:
+    """Train, and write the folder `out`. See `training.run`."""
+    run(work, make_trainer, out, resume, progress, wandb)
+
+
+def make_trainer(
+    work: DpoWork, out: Path, trace: Path, progress: bool = True, wandb: bool = False, step: int = 0
+) -> DpoTrainer:
+    """The trainer of `work`, which keeps what it resumes from under `out`, and has taken `step` steps before.
+
+    Raises:
+        InputError: The batch cannot be dealt to the processes, or one process sees several GPUs.
+    """
+    recipe = work.recipe
+    adapted = any(part.train == "lora" for part in recipe.parts().values())
+    settings = DPOConfig(
+        **arguments(work, out, wandb),
+        loss_type=list(recipe.loss),
+        loss_weights=list(recipe.loss_weights),
+        beta=recipe.beta,
+        label_smoothing=recipe.label_smoothing,
+        ld_alpha=recipe.ld_alpha,
+        disable_dropout=False,  # the recipe's parts say what is dropped
+        precompute_ref_log_probs=recipe.reference == "cached" and not adapted,  # then trl makes no second network
+    )
+    order = plan(groups(work.pairs), recipe)
+    callbacks = listeners(out, "stage 2", {"loss": "loss", "accuracy": "right", "margin": "margin"}, progress, step)
+    examination = None
+    if recipe.evaluate_on:
+        from stllava_train.examination import Examination
+
+        examination = Examination(work, out, step)
+        callbacks.append(examination)
+    reference = None
+    if recipe.reference == "live" and not adapted:
+        dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
+        reference = share_beginnings(work.checkpoint.model("cpu", dtype)).requires_grad_(False)
+    return quiet(
+        DpoTrainer(
+            work,
+            trace,
+            examination,
+            model=share_beginnings(trained_model(work)),
+            ref_model=reference,
+            args=settings,
+            data_collator=work.collator,
+            train_dataset=Dataset.from_dict({"place": [place for place, _ in order]}),
+            processing_class=work.collator.encoder.tokenizer,
+            callbacks=callbacks,
+        )
+    )
+
+
+def report(work: DpoWork) -> str:
+    """What a run would be: tokens, steps, and the weights of each part; for `--dry-run`."""
+    counts, recipe = work.counts, work.recipe
+    longer = counts.chosen_longer / counts.pairs
+    return "\n".join(
+        [
+            f"{counts.pairs} pairs about {counts.images} images; the chosen answer is the longer one in {longer:.0%}",
+            f"{counts.tokens} tokens, {counts.shared} with every image and shared beginning once; learnt are "
+            f"{counts.chosen_tokens} of chosen and {counts.rejected_tokens} of rejected answers",
+            f"{work.steps} steps of {recipe.batch} pairs: {recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}",
+            *needs(work, counts.longest_tree),
+            *([f"{work.test_images} pairs show images of a test split"] if work.test_images else []),
+        ]
+    )

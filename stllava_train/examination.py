@@ -1,0 +1,172 @@
+"""A network in training -> its scores on validation questions, step by step; the best step's weights are kept."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from stllava_eval.answering import Answerer, Question
+from stllava_eval.datasets import Row, read_rows
+from stllava_eval.errors import InputError
+from stllava_eval.home import whole_file
+from stllava_eval.images import decode
+from stllava_eval.metrics import score
+from stllava_train.training import first_process, read_trace
+
+if TYPE_CHECKING:
+    from stllava_train.dpo import DpoTrainer, DpoWork
+
+MAX_NEW_TOKENS = 256  # our choice: a longer answer is cut, which costs time and no point
+SCORES = {"open": ("recall", "f1", "words"), "closed": ("closed_accuracy", "unparsed", "words")}
+
+
+class Examination(TrainerCallback):
+    """Asks questions of prepared validation splits before the first step, every so many steps, and after the last.
+
+    A line each goes to `evaluations.jsonl`: for every split its means of recall and F1 of open questions, accuracy and
+    unparsed rate of closed ones (strict parser), words an answer; `score` is the mean over splits of (F1 + closed
+    accuracy) / 2, `unparsed` the mean over splits. Kept are the weights of the step with the highest `score`, of equal
+    ones the earliest; the start, step 0, is shown beside them and not kept. Training stops where `unparsed` exceeds the
+    start's by more than the recipe's `stop_unparsed`: a model that has unlearnt to say yes or no.
+
+    Args:
+        work: Of the run.
+        out: Its folder.
+        step: Steps taken before, in a run that goes on.
+
+    Raises:
+        InputError: A split is not prepared, or of a run that goes on an evaluation is missing.
+    """
+
+    def __init__(self, work: DpoWork, out: Path, step: int) -> None:
+        self.work, self.trace, self.weights = work, out / "evaluations.jsonl", out / "best.safetensors"
+        self.rows = {name: _drawn(name, work.recipe.evaluate_questions) for name in work.recipe.evaluate_on}
+        self.lines = [line for line in read_trace(self.trace) if line["step"] <= step] if step else []
+        every = work.recipe.evaluate_every
+        if step and not {0, *range(every, step + 1, every)} <= {line["step"] for line in self.lines}:
+            raise InputError(
+                f"{self.trace}: an evaluation up to step {step} is missing. Put the file back, or train anew with "
+                "another --out."
+            )
+        if first_process():
+            with whole_file(self.trace) as unfinished:
+                unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """The start's scores."""
+        if not self.lines:
+            self._examine(0, model)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """See the class."""
+        step = state.global_step
+        if step % self.work.recipe.evaluate_every and step != state.max_steps:
+            return
+        line = self._examine(step, model)
+        if line["unparsed"] > self.lines[0]["unparsed"] + self.work.recipe.stop_unparsed:
+            control.should_training_stop = True
+
+    def _examine(self, step: int, model: Any) -> dict[str, Any]:
+        from accelerate.utils import broadcast_object_list
+
+        held: list[Any] = [None]
+        if first_process():
+            policy = _unwrapped(model)
+            with _resting(policy):
+                held[0] = {"step": step} | self._scores(policy)
+            with self.trace.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(held[0]) + "\n")
+        broadcast_object_list(held)
+        self.lines.append(held[0])
+        if step and step == self.best["step"] and first_process():
+            with whole_file(self.weights) as unfinished:
+                save_file({name: one.detach().cpu().contiguous() for name, one in _trained(model)}, unfinished)
+        return self.lines[-1]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The line of the step that is kept."""
+        return max((line for line in self.lines if line["step"]), key=lambda line: (line["score"], -line["step"]))
+
+    def keep_best(self, trainer: DpoTrainer) -> dict[str, Any]:
+        """Load the best step's weights; what it was, for `run.json`."""
+        best = load_file(self.weights)
+        with torch.no_grad():
+            for name, parameter in _trained(trainer.model):
+                parameter.copy_(best[name])
+        last, start = self.lines[-1], self.lines[0]
+        return {
+            "kept": {
+                "step": self.best["step"],
+                "score": self.best["score"],
+                "start": start["score"],
+                "last": last["score"],
+                "stopped": last["step"] < self.work.steps,
+            }
+        }
+
+    def _scores(self, policy: Any) -> dict[str, Any]:
+        answerer = Answerer(self.work.recipe.start, model=policy, vision_tower=self.work.recipe.start_vision_tower)
+        found: dict[str, Any] = {name: _means(answerer, rows) for name, rows in self.rows.items()}
+        halves = [(of["f1"] + of["closed_accuracy"]) / 2 for of in found.values()]
+        found["score"] = sum(halves) / len(halves)
+        found["unparsed"] = sum(of["unparsed"] for of in found.values() if isinstance(of, dict)) / len(halves)
+        return found
+
+
+def _drawn(name: str, most: int) -> list[Row]:
+    """Questions of the validation split, at most so many; always the same, in the split's order."""
+    rows = read_rows(name, "validation")
+    if not {"open", "closed"} <= {row.kind for row in rows}:
+        raise InputError(f"evaluate_on: {name}: its validation split lacks open or closed questions. Leave it out.")
+    kept = set(random.Random(0).sample(range(len(rows)), min(most, len(rows))))
+    return [row for number, row in enumerate(rows) if number in kept]
+
+
+def _means(answerer: Answerer, rows: Sequence[Row]) -> dict[str, float]:
+    """Means of `SCORES` over the rows of their kind, and how many of each kind there are."""
+    asked = [
+        Question(row.question, lambda row=row: decode(row.image), MAX_NEW_TOKENS, image_key=row.image_id)  # type: ignore[misc]
+        for row in rows
+    ]
+    answers = {place: answer.text for place, answer in answerer.answer(asked, progress=False)}
+    sums: dict[str, list[float]] = {}
+    for place, row in enumerate(rows):
+        values: Mapping[str, float] = score(answers[place], row.reference, row.kind, row.question)
+        for name in SCORES[row.kind]:
+            if name in values:
+                sums.setdefault(name, []).append(values[name])
+    counts = {kind: sum(row.kind == kind for row in rows) for kind in SCORES}
+    return {name: sum(of) / len(of) for name, of in sums.items()} | counts
+
+
+def _unwrapped(model: Any) -> Any:
+    """The network itself, in which adapters are at work."""
+    inner = getattr(model, "module", model)  # DDP's
+    return inner.get_base_model() if hasattr(inner, "peft_config") else inner
+
+
+def _trained(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name, parameter) of what is trained."""
+    inner = getattr(model, "module", model)
+    return ((name, one) for name, one in inner.named_parameters() if one.requires_grad)
+
+
+@contextmanager
+def _resting(policy: Any) -> Iterator[None]:
+    """Without dropout for a while."""
+    training = [module for module in policy.modules() if module.training]
+    policy.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
