@@ -12,6 +12,10 @@ from stllava_eval.errors import InputError, printable
 from stllava_eval.home import whole_file
 
 CARD = "README.md"
+TRACED = {  # by stage, figures of a step that the card is made of
+    "sft": ("answer_loss", "question_loss"),
+    "dpo": ("loss", "margin", "accuracy", "chosen_logps", "rejected_logps", "kl"),
+}
 
 
 def write_card(folder: Path, evaluations: Sequence[Path] = (), manifest: dict[str, Any] | None = None) -> None:
@@ -28,15 +32,11 @@ def write_card(folder: Path, evaluations: Sequence[Path] = (), manifest: dict[st
     from stllava_eval.leaderboard import NOTICE
 
     manifest = manifest or _manifest(folder)
-    lines = _read(folder / "losses.jsonl")
-    counts = manifest["counts"]
-    data = "\n".join(
-        f"- `{_plain(one['file'])}`: {one['conversations']} conversations, sha256 `{one['sha256'][:16]}`"
-        for one in manifest["data"]
-    )
-    leak = manifest["test_images"]
     source = shlex.quote(f"pretrained={_plain(str(folder))}")
     versions = ", ".join(f"{name} {found}" for name, found in manifest["versions"].items())
+    lines = _read(folder / "losses.jsonl", TRACED[manifest["stage"]])
+    stage, data, losses = (_of_dpo if manifest["stage"] == "dpo" else _of_sft)(manifest, lines)
+    leak = manifest["test_images"]
     warning = f"\n**{leak} of them show images of test splits: scores on those sets mean nothing.**\n" if leak else ""
     text = f"""---
 library_name: stllava-med
@@ -45,7 +45,7 @@ base_model: {json.dumps(manifest["start"]["name"])}
 ---
 # `{_plain(folder.resolve().name)}`
 
-**{NOTICE}** Stage 1 (`stllava-train sft`) of the system of STLLaVA-Med (arXiv 2406.19973).
+**{NOTICE}** {stage} of the system of STLLaVA-Med (arXiv 2406.19973).
 
 ```sh
 lmms-eval --model stllava_med --tasks vqarad,slake,pathvqa --model_args {source}
@@ -53,17 +53,12 @@ lmms-eval --model stllava_med --tasks vqarad,slake,pathvqa --model_args {source}
 
 ## Data
 {data}
-
-{counts["conversations"]} conversations about {counts["images"]} images, {counts["rounds"]} rounds.
-Tokens in the first epoch: {counts["tokens"]}, of which are learnt {counts["answer_tokens"]} of answers and
-{counts["question_tokens"]} of questions.
 {warning}
 ## Scores
 {_scores(folder, evaluations)}
 
 ## Losses
-{manifest["steps"]} steps; nats a token, mean of the first and of the last tenth of the steps:
-answers {_ends(lines, "answer_loss")}, questions {_ends(lines, "question_loss")}.
+{losses}
 
 ![losses](curves.png)
 
@@ -79,29 +74,128 @@ Versions: {_plain(versions)}; commit {_plain(str(manifest["commit"]))}.
         unfinished.write_text(text, encoding="utf-8")
 
 
+def _of_sft(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
+    """(stage, data, losses)."""
+    counts = manifest["counts"]
+    data = "\n".join(
+        f"- `{_plain(one['file'])}`: {one['conversations']} conversations, sha256 `{one['sha256'][:16]}`"
+        for one in manifest["data"]
+    )
+    return (
+        "Stage 1 (`stllava-train sft`)",
+        f"{data}\n\n{counts['conversations']} conversations about {counts['images']} images, {counts['rounds']} "
+        f"rounds.\nTokens in the first epoch: {counts['tokens']}, of which are learnt {counts['answer_tokens']} of "
+        f"answers and\n{counts['question_tokens']} of questions.",
+        f"{manifest['steps']} steps; nats a token, mean of the first and of the last tenth of the steps:\n"
+        f"answers {_ends(lines, 'answer_loss')}, questions {_ends(lines, 'question_loss')}.",
+    )
+
+
+def _of_dpo(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
+    """(stage, data, losses)."""
+    counts = manifest["counts"]
+    (data,) = manifest["data"]
+    shown = {
+        "loss": "loss",
+        "share of pairs ranked right": "accuracy",
+        "log-probability of chosen answers (nats an answer)": "chosen_logps",
+        "of rejected answers": "rejected_logps",
+        "estimated KL(reference || policy) (nats an answer)": "kl",
+    }
+    losses = [f"{len(lines)} steps; mean of the first and of the last tenth of the steps:\n"]
+    losses += [f"- {words}: {_ends(lines, name)}" for words, name in shown.items()]
+    if kept := manifest.get("kept"):
+        losses.append(
+            f"\nOn validation questions (mean of open F1 and closed accuracy, x100) the start had "
+            f"{100 * kept['start']:.1f}; kept is step {kept['step']} with {100 * kept['score']:.1f}, the last one had "
+            f"{100 * kept['last']:.1f}."
+        )
+        if kept["score"] <= kept["start"]:
+            losses.append("**No step was better than the start there.**")
+        if kept["stopped"]:
+            losses.append("**Stopped early: closed questions lost their yes or no.**")
+    return (
+        "Stage 2 (`stllava-train dpo`)",
+        f"- `{_plain(data['file'])}`: {data['pairs']} pairs, sha256 `{data['sha256'][:16]}`\n\n"
+        f"{counts['pairs']} pairs about {counts['images']} images; the chosen answer is the longer one, in tokens, in\n"
+        f"{counts['chosen_longer'] / counts['pairs']:.0%}. Learnt are {counts['chosen_tokens']} tokens of chosen and "
+        f"{counts['rejected_tokens']} of rejected answers.",
+        "\n".join(losses),
+    )
+
+
+PANELS = (  # of stage 2: (what is on the axis, {key of the trace: label})
+    ("nats an answer", {"chosen_logps": "log-probability, chosen", "rejected_logps": "rejected"}),
+    ("reward (beta times log-ratio)", {"chosen_reward": "chosen", "rejected_reward": "rejected"}),
+    ("share of pairs", {"accuracy": "ranked right"}),
+    ("nats an answer", {"kl": "KL(reference || policy), estimated"}),
+)
+COLOURS = ("#1f5fa8", "#c2571a", "#3c7d3c", "#7a4a99")
+
+
 def draw_curves(trace: Path, image: Path) -> None:
-    """The losses of every step, and their running mean over a fiftieth of the run, as a PNG."""
+    """What `losses.jsonl` holds of every step, and its running mean over a fiftieth of the run, as a PNG.
+
+    Of stage 2 the scores of `evaluations.jsonl` beside it too.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = _read(trace)
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    paired = "margin" in lines[0]
+    figure = Figure(figsize=(11, 9) if paired else (8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for name, label, colour in (("answer_loss", "answers", "#1f5fa8"), ("question_loss", "questions", "#c2571a")):
+    if paired:
+        examined = _read(trace.with_name("evaluations.jsonl")) if trace.with_name("evaluations.jsonl").exists() else []
+        grid = figure.subplots(3 if examined else 2, 2).flatten()
+        for axes, (unit, named) in zip(grid, PANELS, strict=False):
+            _draw(axes, lines, named, unit)
+        if examined:
+            _draw_examined(grid[4], grid[5], examined)
+    else:
+        axes = figure.subplots()
+        _draw(axes, lines, {"answer_loss": "answers", "question_loss": "questions"}, "loss (nats a token)")
+        axes.set_ylim(bottom=0)
+    with whole_file(image) as unfinished:
+        figure.savefig(unfinished, format="png", metadata={"Software": None})
+
+
+def _draw(axes: Any, lines: Sequence[dict[str, Any]], named: dict[str, str], unit: str) -> None:
+    for (name, label), colour in zip(named.items(), COLOURS, strict=False):
         found = [(line["step"], line[name]) for line in lines if line[name] is not None]
         if not found:
             continue
         steps, values = zip(*found, strict=True)
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=label)
+    _finish(axes, unit)
+
+
+def _draw_examined(scores: Any, lengths: Any, lines: Sequence[dict[str, Any]]) -> None:
+    """Of validation questions: means over the splits."""
+    sets = [name for name, of in lines[0].items() if isinstance(of, dict)]
+
+    def mean(line: dict[str, Any], name: str) -> float:
+        return sum(line[one][name] for one in sets) / len(sets)
+
+    steps = [line["step"] for line in lines]
+    shown = {"f1": "F1, open", "recall": "recall, open", "closed_accuracy": "accuracy, closed", "unparsed": "unparsed"}
+    for (name, label), colour in zip(shown.items(), COLOURS, strict=True):
+        scores.plot(steps, [mean(line, name) for line in lines], color=colour, marker="o", markersize=3, label=label)
+    scores.set_ylim(0, 1)
+    _finish(scores, f"validation: {', '.join(sets)}")
+    lengths.plot(
+        steps, [mean(line, "words") for line in lines], color=COLOURS[0], marker="o", markersize=3, label="words"
+    )
+    lengths.set_ylim(bottom=0)
+    _finish(lengths, "words an answer, validation")
+
+
+def _finish(axes: Any, unit: str) -> None:
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats a token)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    with whole_file(image) as unfinished:
-        figure.savefig(unfinished, format="png", metadata={"Software": None})
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
@@ -112,16 +206,16 @@ def _smooth(values: Sequence[float]) -> list[float]:
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if manifest["stage"] != "sft":
-            raise KeyError("stage sft")
+        if manifest["stage"] not in TRACED:
+            raise KeyError("stage sft or dpo")
         for key in ("recipe", "data", "start", "counts", "test_images", "steps", "versions", "commit"):
             manifest[key]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{folder} is no training run ({fault(error)}). Pass a folder of `stllava-train sft`."
+            f"{folder} is no training run ({fault(error)}). Pass a folder of `stllava-train sft` or `dpo`."
         ) from error
     if not manifest.get("finished"):
-        raise InputError(f"{folder}: the run in it is not finished. Finish it first: its call of `sft` with --resume.")
+        raise InputError(f"{folder}: the run in it is not finished. Finish it first: its own call with --resume.")
     return manifest
 
 
@@ -134,11 +228,12 @@ def fault(error: Exception) -> str:
     return f"its run.json cannot be read: {getattr(error, 'strerror', None) or 'it is damaged'}"
 
 
-def _read(trace: Path) -> list[dict[str, Any]]:
+def _read(trace: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The lines of a trace, each with a step and these figures, which may be null."""
     try:
         lines = [json.loads(line) for line in trace.read_text(encoding="utf-8").splitlines()]
         for line in lines:
-            for name in ("step", "answer_loss", "question_loss"):
+            for name in ("step", *names):
                 if not isinstance(line[name], int | float) and (name == "step" or line[name] is not None):
                     raise TypeError(f"{name} {line[name]!r}")
         return lines

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(printable(f"stllava-train: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stllava-train: stopped. The same call goes on; that of `sft` with --resume.", file=sys.stderr)
+        print("stllava-train: stopped. The same call goes on; those of `sft` and `dpo` with --resume.", file=sys.stderr)
         return 130
 
 
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     _add_judge(commands)
     _add_pairs(commands)
     _add_audit(commands)
+    _add_dpo(commands)
     _add_merge(commands)
     _add_card(commands)
     _add_tiny(commands)
@@ -199,16 +200,7 @@ def _add_sft(commands: Any) -> None:
     )
     sft.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: that of each FILE)")
     sft.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder to write")
-    sft.add_argument("--resume", action="store_true", help="go on with the run in RUN, which was broken off")
-    sft.add_argument(
-        "--allow-test-images",
-        action="store_true",
-        help="train on images of prepared test splits too; the run's manifest and card count them (default: refused)",
-    )
-    sft.add_argument("--dry-run", action="store_true", help="print tokens, steps, parameters and memory; train nothing")
-    sft.add_argument("--default", action="store_true", help="make RUN the default checkpoint of the harness")
-    sft.add_argument("--wandb", action="store_true", help="report to Weights & Biases as well as to TensorBoard")
-    sft.add_argument("changes", nargs="*", metavar="key=value", help="changes of the recipe, such as epochs=3")
+    _add_training(sft)
     sft.set_defaults(command=_sft)
 
 
@@ -681,6 +673,77 @@ def _audit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_dpo(commands: Any) -> None:
+    dpo = commands.add_parser(
+        "dpo",
+        help="stage 2: learn to prefer the chosen answers",
+        description="Train a checkpoint on preference pairs, by a recipe. RUN becomes a checkpoint that the harness "
+        "evaluates, with the losses of every step, their curves and a model card beside it. Under torchrun or "
+        "accelerate launch it trains on several devices, on the same batches.",
+        epilog="examples:\n"
+        "  stllava-train dpo --recipe tiny --pairs runs/a/pairs.jsonl --images data/images --out runs/a/dpo \\\n"
+        "    --dry-run start=runs/stage1\n"
+        "  stllava-train dpo --recipe stllava-med-7b --pairs runs/b/pairs.jsonl --images data/images --out runs/b/dpo \\\n"
+        "    start=runs/stage1-7b beta=0.3",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    dpo.add_argument("--recipe", required=True, metavar="R", help="a YAML file, or the name of one of ours")
+    dpo.add_argument("--pairs", required=True, type=Path, metavar="FILE", help="what `stllava-train pairs` wrote")
+    dpo.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the pairs' images")
+    dpo.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder to write")
+    _add_training(dpo)
+    dpo.set_defaults(command=_dpo)
+
+
+def _add_training(command: Any) -> None:
+    """What both stages have."""
+    command.add_argument("--resume", action="store_true", help="go on with the run in RUN, which was broken off")
+    command.add_argument(
+        "--allow-test-images",
+        action="store_true",
+        help="train on images of prepared test splits too; the run's manifest and card count them (default: refused)",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="print tokens, steps, parameters and memory; train nothing"
+    )
+    command.add_argument("--default", action="store_true", help="make RUN the default checkpoint of the harness")
+    command.add_argument("--wandb", action="store_true", help="report to Weights & Biases as well as to TensorBoard")
+    command.add_argument("changes", nargs="*", metavar="key=value", help="changes of the recipe, such as epochs=3")
+
+
+def _dpo(arguments: argparse.Namespace) -> int:
+    _let_threads_wait()
+    from stllava_train.recipe import read_dpo_recipe
+
+    recipe = read_dpo_recipe(arguments.recipe, arguments.changes)
+    from stllava_train.dpo import open_work, report, train
+    from stllava_train.training import check_folder
+
+    if not arguments.images.is_dir():
+        raise InputError(f"--images {arguments.images}: no such folder. Pass the one the pairs were made of.")
+    if not arguments.dry_run:
+        check_folder(arguments.out, arguments.resume)
+    work = open_work(recipe, arguments.pairs, arguments.images, arguments.allow_test_images)
+    if arguments.dry_run:
+        print(report(work))
+        return 0
+    train(work, arguments.out, arguments.resume, wandb=arguments.wandb)
+    _trained(arguments)
+    return 0
+
+
+def _trained(arguments: argparse.Namespace) -> None:
+    from stllava_train.training import first_process
+
+    if first_process():
+        if arguments.default:
+            from stllava_eval.answering import record_default_checkpoint
+
+            record_default_checkpoint(arguments.out)
+        beside = "losses.jsonl, curves.png, tensorboard and README.md are beside it"
+        print(printable(f"{arguments.out}: the checkpoint; {beside}"))
+
+
 def _add_merge(commands: Any) -> None:
     merge = commands.add_parser(
         "merge",
@@ -722,7 +785,7 @@ def _sft(arguments: argparse.Namespace) -> int:
 
     recipe = read_recipe(arguments.recipe, arguments.changes, arguments.stage)
     from stllava_train.sft import open_work, report, train
-    from stllava_train.training import check_folder, first_process
+    from stllava_train.training import check_folder
 
     _check_data(arguments.data, arguments.images)
     if not arguments.dry_run:
@@ -732,13 +795,7 @@ def _sft(arguments: argparse.Namespace) -> int:
         print(report(work))
         return 0
     train(work, arguments.out, arguments.resume, wandb=arguments.wandb)
-    if first_process():
-        if arguments.default:
-            from stllava_eval.answering import record_default_checkpoint
-
-            record_default_checkpoint(arguments.out)
-        beside = "losses.jsonl, curves.png, tensorboard and README.md are beside it"
-        print(printable(f"{arguments.out}: the checkpoint; {beside}"))
+    _trained(arguments)
     return 0
 
 

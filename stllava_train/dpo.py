@@ -179,12 +179,12 @@ def pack(answers: Sequence[Answered], images: Sequence[Any], padding: int) -> di
 
 
 def share_beginnings(model: Any) -> Any:
-    """The network, which now takes batches of `Collator` too: its backbone computes the trees and gives answers' rows.
+    """The network, adapted or not, which now takes `Collator`'s batches too: trees go in, answers' rows come out.
 
     It is the backbone and not the loss that is changed, so that all of trl's losses, weights and figures hold, and
     whatever wraps the network's parts (PEFT, DDP, FSDP2) still sees its own forward.
     """
-    backbone = model.model
+    backbone = (model.get_base_model() if hasattr(model, "peft_config") else model).model
     whole = backbone.forward
 
     def forward(*given: Any, tree_ids: Tensor | None = None, **others: Any) -> Any:
