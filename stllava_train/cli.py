@@ -683,7 +683,7 @@ def _add_dpo(commands: Any) -> None:
         epilog="examples:\n"
         "  stllava-train dpo --recipe tiny --pairs runs/a/pairs.jsonl --images data/images --out runs/a/dpo \\\n"
         "    --dry-run start=runs/stage1\n"
-        "  stllava-train dpo --recipe stllava-med-7b --pairs runs/b/pairs.jsonl --images data/images --out runs/b/dpo \\\n"
+        "  stllava-train dpo --recipe stllava-med-7b --pairs runs/b/pairs.jsonl --images images --out runs/b/dpo \\\n"
         "    start=runs/stage1-7b beta=0.3",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

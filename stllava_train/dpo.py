@@ -7,12 +7,15 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import DPOConfig, DPOTrainer
 
 from stllava_eval.errors import InputError
@@ -41,6 +44,7 @@ from stllava_train.training import (
 if TYPE_CHECKING:
     from stllava_train.examination import Examination
 
+ATTENTION = "stllava_tree"
 CHUNK = 64  # our choice: pairs whose reference is computed between two writes to the disk
 
 
@@ -63,11 +67,13 @@ class Tree:
         ids: Of the tokens.
         positions: Of each token in its sequence.
         paths: For each sequence the places of its tokens.
+        first: Tokens of the sequence that stands in front, in one piece.
     """
 
     ids: list[int]
     positions: list[int]
     paths: list[Tensor]
+    first: int
 
     def seen(self) -> Tensor:
         """(tokens, tokens), True where a token (first axis) sees another: itself, and what stands before it."""
@@ -84,7 +90,8 @@ def tree(sequences: Sequence[Sequence[int]]) -> Tree:
     paths: list[Tensor] = [torch.empty(0)] * len(sequences)
     before: Sequence[int] = ()
     path: list[int] = []
-    for number in sorted(range(len(sequences)), key=lambda number: tuple(sequences[number])):
+    order = sorted(range(len(sequences)), key=lambda number: tuple(sequences[number]))
+    for number in order:
         sequence = sequences[number]
         shared = 0
         while shared < min(len(before), len(sequence)) and before[shared] == sequence[shared]:
@@ -94,7 +101,7 @@ def tree(sequences: Sequence[Sequence[int]]) -> Tree:
         positions += range(shared, len(sequence))
         paths[number] = torch.tensor(path)
         before = sequence
-    return Tree(ids, positions, paths)
+    return Tree(ids, positions, paths, len(sequences[order[0]]))
 
 
 class Collator:
@@ -102,9 +109,10 @@ class Collator:
 
     What trl reads: `input_ids`, `attention_mask`, `completion_mask`, each (2B, width), the chosen answers before the
     rejected ones. A row is an answer, behind the last token of its prompt: nothing else of it is scored.
-    What `share_beginnings` lets the network read: for R images `tree_ids` and `tree_positions` (R, tokens),
-    `tree_mask` (R, 1, tokens, tokens), `pixel_values` (R, 3, side, side), and `places` (2B, width), where each scored
-    row's tokens lie among the R * tokens. And `pairs`, (B,) places of the pairs; with a cached reference
+    What `share_beginnings` lets the network read: for R images `tree_ids` and `tree_positions` (R, tokens), of which
+    the first `tokens - rest` see all before them, as in any text, and the others what `tree_mask` (R, 1, rest, tokens)
+    says; `pixel_values` (R, 3, side, side), and `places` (2B, width), where each scored row's tokens lie among the
+    R * tokens. And `pairs`, (B,) places of the pairs; with a cached reference
     `ref_chosen_logps` and `ref_rejected_logps`, (B,) nats.
     """
 
@@ -173,7 +181,7 @@ def pack(answers: Sequence[Answered], images: Sequence[Any], padding: int) -> di
         "completion_mask": answered,
         "tree_ids": padded([torch.tensor(one.ids) for one in trees], padding),
         "tree_positions": padded([torch.tensor(one.positions) for one in trees]),
-        "tree_mask": mask[:, None],
+        "tree_mask": mask[:, None, min(one.first for one in trees) :],
         "places": padded(places),
     }
 
@@ -185,21 +193,51 @@ def share_beginnings(model: Any) -> Any:
     whatever wraps the network's parts (PEFT, DDP, FSDP2) still sees its own forward.
     """
     backbone = (model.get_base_model() if hasattr(model, "peft_config") else model).model
-    whole = backbone.forward
+    whole, config = backbone.forward, backbone.language_model.config
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, tree_attention)
 
     def forward(*given: Any, tree_ids: Tensor | None = None, **others: Any) -> Any:
         if tree_ids is None:
             return whole(*given, **others)
         places = others.pop("places")
-        del others["input_ids"]
-        others["attention_mask"], others["position_ids"] = others.pop("tree_mask"), others.pop("tree_positions")
-        outputs = whole(input_ids=tree_ids, **others)
-        hidden = outputs.last_hidden_state.flatten(0, 1)
-        outputs.last_hidden_state = hidden.index_select(0, places.flatten()).unflatten(0, places.shape)
+        del others["input_ids"], others["attention_mask"]
+        others["position_ids"] = others.pop("tree_positions")
+        before, config._attn_implementation = config._attn_implementation, ATTENTION
+        try:
+            outputs = whole(input_ids=tree_ids, needed=places.flatten(), **others)
+        finally:
+            config._attn_implementation = before
+        outputs.last_hidden_state = outputs.last_hidden_state.unflatten(0, places.shape)
         return outputs
 
-    backbone.forward = forward
+    last = backbone.language_model.layers[-1]
+    whole_layer = last.forward
+
+    def scored(hidden_states: Tensor, needed: Tensor | None = None, **others: Any) -> Tensor:
+        """The last layer, whose MLP (two thirds of its work) is of use for the tokens that are scored alone."""
+        if needed is None:
+            return whole_layer(hidden_states, **others)
+        attended, _ = last.self_attn(hidden_states=last.input_layernorm(hidden_states), **others)
+        hidden = (hidden_states + attended).flatten(0, 1).index_select(0, needed)
+        return hidden + last.mlp(last.post_attention_layernorm(hidden))
+
+    last.forward, backbone.forward = scored, forward
     return model
+
+
+def tree_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, scaling: float, tree_mask: Tensor, **__: Any
+) -> tuple[Tensor, None]:
+    """Attention over a batch's trees, as transformers calls it: (R, heads, tokens, width) to (R, tokens, heads, width).
+
+    The tokens in front are one text, for which torch has its fastest kernels (on a GPU, flash attention, which takes no
+    mask) and which skips what is not seen: half. Only the few behind them need the mask.
+    """
+    front = query.shape[2] - tree_mask.shape[2]
+    attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
+    text = attend(query[:, :, :front], key[:, :, :front], value[:, :, :front], is_causal=True)
+    branches = attend(query[:, :, front:], key, value, attn_mask=tree_mask)
+    return torch.cat([text, branches], 2).transpose(1, 2), None
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -217,6 +255,8 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
     def __init__(self, work: DpoWork, trace: Path, examination: Examination | None, **others: Any) -> None:
         self.pairs, self.collator, self.examination = work.pairs, work.collator, examination
         super().__init__(work.recipe, trace, **others)
+        if "ref" in getattr(self.model, "peft_config", {}):  # trl's copy of an adapter that adds nothing yet
+            self.model.delete_adapter("ref")  # the network without adapters is the reference, and costs less
         self._sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         if work.recipe.reference == "cached":
             self.precompute_ref_logps = True

@@ -1,0 +1,240 @@
+"""What a step of stage 2 costs: ours against trl's DPOTrainer as it comes, on the same network, weights and pairs.
+
+`python benchmarks/dpo_step.py --json FILE [--quick]`. Two pairs a step, 576 image tokens, answers of 60 to 120 tokens;
+LoRA on both towers, the projector whole, AdamW, float32 on one thread. trl encodes each image and prompt four times a
+pair, for chosen and rejected, policy and reference; ours once for each network. The three take turns, step by step, on
+the same pairs, and every one trains its own copy.
+
+`shared_prefix` and `cached_reference` are the medians of trl's CPU seconds / ours for a step (batch made, forward,
+backward, optimizer), beside their quartiles: with the reference computed in the step, and read from the disk.
+`shared_image` is the former where the two pairs of a step are about one image. `activations` is ours / trl's bytes
+that autograd keeps for the backward pass. `max_loss_difference` is the largest between trl's loss and either of ours,
+over 20 steps. `reference_seconds` a pair is what the cache costs once.
+
+`--device cuda` measures a network of the real size (7B, random weights, bfloat16) by the wall clock instead, with
+peak memory; it needs 80 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from figures import write
+from toy_llava import ask, jpeg, make_tokenizer, write_checkpoint
+
+RATE = 5e-6  # paper
+ANSWER_TOKENS = (60, 120)
+PAIRS = 2  # in a step
+
+
+def write_pairs(folder: Path, steps: int, per_image: int, seed: int = 0) -> Path:
+    """The pairs of `steps` steps, `per_image` about each image."""
+    from stllava_eval.images import decode, pixel_hash
+
+    draw, pixels, tokenizer = random.Random(seed), np.random.default_rng(seed), make_tokenizer()
+
+    def answer() -> str:
+        wanted, words = draw.randint(*ANSWER_TOKENS), ask(draw).split()
+        while len(tokenizer(" ".join(words)).input_ids) < wanted:
+            words += ask(draw).split()
+        while len(tokenizer(" ".join(words)).input_ids) > wanted:
+            words.pop()
+        return " ".join(words)
+
+    rows = []
+    for number in range(steps * PAIRS):
+        name = f"{number // per_image}.jpg"
+        if not (folder / name).exists():
+            (folder / name).write_bytes(jpeg(pixels))
+        texts = {"question": ask(draw), "chosen": answer(), "rejected": answer()}
+        sha256 = pixel_hash(decode((folder / name).read_bytes()))
+        rows.append({"id": str(number), "image": name, "image_sha256": sha256, **texts, "margin": None, "judges": []})
+    file = folder / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+class Steps:
+    """Training steps of a trainer, one at a time."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        trainer.create_optimizer()
+        trainer.current_gradient_accumulation_steps = 1
+        self.batches = iter(trainer.get_train_dataloader())
+
+    def __call__(self) -> float:
+        """Loss of the step."""
+        trainer = self.trainer
+        (batch,), items = trainer.get_batch_samples(self.batches, 1, trainer.args.device)
+        loss = trainer.training_step(trainer.model, batch, items).item()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        return loss
+
+
+def recipe(checkpoint: Path, reference: str) -> Any:
+    from stllava_train.recipe import read_dpo_recipe
+
+    parts = ("language_model", "projector", "vision_tower")
+    return read_dpo_recipe(
+        "stllava-med-7b",
+        [
+            f"start={checkpoint}",
+            f"batch={PAIRS}",
+            f"micro_batch={PAIRS}",
+            f"reference={reference}",
+            "dtype=float32",
+            "gradient_checkpointing=false",
+            "evaluate_on=[]",
+            "language_model.dropout=0",
+            "vision_tower.dropout=0",
+            *(f"{part}.learning_rate={RATE}" for part in parts),
+        ],
+    )
+
+
+def ours(work: Any, folder: Path) -> Steps:
+    from stllava_train.dpo import make_trainer
+
+    return Steps(make_trainer(work, folder, folder / "trace", progress=False))
+
+
+def stock(work: Any, folder: Path) -> Steps:
+    """trl's trainer with its own collator; the reference is the network without its adapter, as in ours."""
+    from datasets import Dataset
+    from PIL import Image
+    from trl import DPOConfig, DPOTrainer
+
+    from stllava_train.dpo import groups
+    from stllava_train.training import plan, trained_model
+
+    rows = []
+    for place, _ in plan(groups(work.pairs), work.recipe):
+        pair = work.pairs[place]
+        question = [{"type": "image"}, {"type": "text", "text": pair.question}]
+        answers = {name: [{"role": "assistant", "content": getattr(pair, name)}] for name in ("chosen", "rejected")}
+        image = str(work.collator.folder / pair.image)
+        rows.append({"images": [image], "prompt": [{"role": "user", "content": question}], **answers})
+    dataset = Dataset.from_list(rows).with_transform(
+        lambda rows: rows | {"images": [[Image.open(file) for file in files] for files in rows["images"]]}
+    )
+    arguments = DPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=PAIRS,
+        learning_rate=RATE,
+        bf16=False,
+        activation_checkpointing=False,
+        use_cpu=True,
+        train_sampling_strategy="sequential",
+        max_length=None,
+        weight_decay=0.0,
+        dataloader_pin_memory=False,
+        report_to=[],
+        disable_tqdm=True,
+        seed=work.recipe.seed,
+    )
+    trainer = DPOTrainer(
+        model=work.checkpoint.model(),
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=work.checkpoint.processor(),
+        peft_config=trained_model(work).peft_config["default"],
+    )
+    return Steps(trainer)
+
+
+def kept(step: Callable[[], float]) -> int:
+    """Bytes that autograd keeps of a step for its backward pass, weights aside; what shares memory counts once."""
+    import torch
+
+    weights = {one.untyped_storage().data_ptr() for one in step.trainer.model.parameters()}  # type: ignore[attr-defined]
+    found: dict[int, int] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(found.values())
+
+
+def measure(folder: Path, steps: int, per_image: int) -> dict[str, Any]:
+    import torch
+
+    from stllava_train.dpo import open_work
+
+    torch.set_num_threads(1)
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.exists():
+        write_checkpoint(checkpoint, "long")
+    data = folder / str(per_image)
+    data.mkdir()
+    file = write_pairs(data, steps + 2, per_image)
+    live, cached = (
+        open_work(recipe(checkpoint, reference), file, data, progress=False) for reference in ("live", "cached")
+    )
+    began = time.process_time()
+    runs = {"cached": ours(cached, data / "cached")}
+    reference = (time.process_time() - began) / len(cached.pairs)
+    runs |= {"shared": ours(live, data / "shared"), "trl": stock(live, data / "trl")}
+    starts = {name: one for name, one in runs["shared"].trainer.model.state_dict().items() if "lora_" in name}
+    runs["trl"].trainer.model.load_state_dict(starts, strict=False)  # drawn before or after others, so not equal
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    losses: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(steps + 1):
+        for name in sorted(runs, key=lambda name: (list(runs).index(name) + number) % len(runs)):
+            began = time.process_time()
+            losses[name].append(runs[name]())
+            seconds[name].append(time.process_time() - began)
+    figures: dict[str, Any] = {}
+    for figure, name in (("shared_prefix", "shared"), ("cached_reference", "cached")):
+        ratios = [b / a for a, b in zip(seconds[name][1:], seconds["trl"][1:], strict=True)]  # the first warms up
+        quartiles = statistics.quantiles(ratios if len(ratios) > 1 else ratios * 2, n=4, method="inclusive")
+        figures |= {figure: quartiles[1], f"{figure}_quartiles": [quartiles[0], quartiles[2]]}
+    bytes_kept = {name: kept(runs[name]) for name in ("trl", "shared")}
+    return figures | {
+        "activations": bytes_kept["shared"] / bytes_kept["trl"],
+        "max_loss_difference": max(
+            abs(one - other)
+            for name in ("shared", "cached")
+            for one, other in zip(losses[name], losses["trl"], strict=True)
+        ),
+        "steps": steps,
+        "trl_seconds": statistics.median(seconds["trl"][1:]),
+        "reference_seconds": reference,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", required=True, metavar="FILE", help="where the figures go, - for the terminal")
+    parser.add_argument("--quick", action="store_true", help="two steps instead of twenty")
+    arguments = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["STLLAVA_HOME"] = str(Path(folder) / "home")
+        figures = measure(Path(folder), 2 if arguments.quick else 20, 1)
+        together = measure(Path(folder), 2 if arguments.quick else 5, PAIRS)
+    figures["shared_image"] = together["shared_prefix"]
+    figures["shared_image_quartiles"] = together["shared_prefix_quartiles"]
+    figures["shared_image_activations"] = together["activations"]
+    figures["max_loss_difference"] = max(figures["max_loss_difference"], together["max_loss_difference"])
+    write(figures, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
