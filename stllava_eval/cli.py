@@ -130,6 +130,19 @@ def parser() -> argparse.ArgumentParser:
     board.add_argument("--json", action="store_true", help="print every number as JSON")
     board.set_defaults(command=_leaderboard)
 
+    compare = _command(
+        commands.add_parser,
+        name="compare",
+        help="test whether two runs differ",
+        description="Print by how much the second run's scores differ from the first's on the same questions, with "
+        "95 % intervals and tests, both clustered by image, the latter adjusted for their number.",
+        examples=["stllava-eval compare runs/stage1 runs/dpo"],
+    )
+    compare.add_argument("first", type=Path, metavar="RUN", help="run folder")
+    compare.add_argument("second", type=Path, metavar="RUN", help="run folder that is compared with it")
+    compare.add_argument("--json", action="store_true", help="print every number as JSON")
+    compare.set_defaults(command=_compare)
+
     convert = _command(
         commands.add_parser,
         name="convert",
@@ -278,6 +291,17 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
         if arguments.json
         else board_text(table)
     )
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from stllava_eval.compare import compare, compare_text
+
+    found = compare(arguments.first, arguments.second)
+    if arguments.json:
+        print(json.dumps([asdict(one) for one in found], indent=1))
+    else:
+        print(compare_text(arguments.first, arguments.second, found))
     return 0
 
 

@@ -216,6 +216,30 @@ def score_table(task: str, answers: Mapping[str, str], prompt: str = "bare") -> 
     return _score(task, rows, answers, manifest, prompt)
 
 
+@dataclass(frozen=True)
+class QuestionScores:
+    """Of one answered question: its image, and every score by name."""
+
+    image_id: str
+    scores: dict[str, float]
+
+
+def question_scores(name: str, answers: Mapping[str, str]) -> dict[str, QuestionScores]:
+    """Of each answered question of the prepared test split of data set `name`, by id, in the split's order.
+
+    Raises:
+        InputError: The split is not prepared.
+    """
+    from stllava_eval.metrics import is_failed_request, score
+
+    _, rows = _prepared(name)
+    return {
+        row["id"]: QuestionScores(row["image_id"], score(answer, row["reference"], row["kind"], row["question"]))
+        for row in rows
+        if (answer := answers.get(row["id"])) is not None and not is_failed_request(answer)
+    }
+
+
 def _score(
     task: str, rows: Iterable[Mapping[str, Any]], answers: Mapping[str, str], manifest: Mapping[str, Any], prompt: str
 ) -> Scored:

@@ -1,0 +1,169 @@
+"""Does stage 2 help? Trainings on the same pairs with other settings, judges and controls, over seeds, each evaluated.
+
+`python benchmarks/preferences.py DIR --start CHECKPOINT [--start ...] --images DIR --new-images DIR` takes stage-1
+checkpoints of several seeds. For each it lets the checkpoint ask about 600 images, judges its answers by exact
+knowledge, and trains every one of `VARIANTS` on the pairs by recipe tiny, all for the same number of steps; then
+`lmms-eval` on the three sample tests. What is there already is not done again; `--seeds` shares the work out, a core
+each. It prints a table: for every variant, over all three sets, F1 of open and accuracy of closed questions (x100), the
+difference from stage 1 (mean over the seeds of each question, 95 % interval of draws of images, p of flipped signs),
+unparsed closed answers and words an answer. About 15 minutes of one core for each seed.
+
+`random judge` has the same pairs with chosen and rejected exchanged by a coin: it must not help. `SFT on chosen` learns
+the chosen answers alone. `new images` are those of the validation split, which stage 1 has not seen; all other pairs
+are about images that it was trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+SETS = ("vqarad", "slake", "pathvqa")
+STEPS, BATCH = 100, 16
+ASKED = ["describe=What modality is shown?", "describe_tokens=32", "question_tokens=64", "answer_tokens=32"]
+SFT = ["loss=[sft]"]
+BOTH = ["loss=[sigmoid, sft]", "loss_weights=[1.0, 1.0]"]
+# label: (pairs, changes of the recipe)
+VARIANTS: dict[str, tuple[str, list[str]]] = {
+    "DPO, beta 0.1": ("pairs", []),
+    "DPO, beta 0.05": ("pairs", ["beta=0.05"]),
+    "DPO, beta 0.3": ("pairs", ["beta=0.3"]),
+    "DPO, 50 % of the pairs": ("half", []),
+    "DPO, 25 % of the pairs": ("quarter", []),
+    "DPO, authors' single order": ("authors", []),
+    "DPO, random judge": ("random", []),
+    "SFT on chosen": ("pairs", SFT),
+    "DPO + SFT": ("pairs", BOTH),
+    "DPO, new images": ("new", []),
+    "SFT on chosen, new images": ("new", SFT),
+    "DPO + SFT, new images": ("new", BOTH),
+}
+
+
+def call(*command: str) -> None:
+    subprocess.run([sys.executable, "-m", "stllava_train.cli", *command], check=True)
+
+
+def draw_pairs(folder: Path, start: Path, images: Path, new_images: Path, seed: int) -> None:
+    """`pairs.jsonl` and its kin in `folder`."""
+    from stllava_train.conversations import uniform
+
+    for name, source, options in (("pairs", images, ["--sample", "600"]), ("new", new_images, [])):
+        if (folder / f"{name}.jsonl").exists():
+            continue
+        candidates, judged = folder / f"{name}-candidates.jsonl", folder / f"{name}-judged.jsonl"
+        asked = ["--checkpoint", str(start), "--images", str(source), "--out", str(candidates), *options]
+        call("candidates", *asked, *ASKED, f"seed={seed}")
+        judge = ["judge", str(candidates), "--judge", "exact", "--out", str(judged)]
+        subprocess.run([sys.executable, "-m", "stllava_train.cli", *judge])  # exit code 1: some truths are not known
+        call("pairs", str(candidates), str(judged), "--out", str(folder / f"{name}.jsonl"))
+        if name == "pairs":
+            call("pairs", str(candidates), str(judged), "--rule", "authors", "--out", str(folder / "authors.jsonl"))
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    exchanged = [
+        row | {"chosen": row["rejected"], "rejected": row["chosen"]} if uniform(seed, "coin", row["id"]) < 0.5 else row
+        for row in rows
+    ]
+    shares = {share: [row for row in rows if uniform(seed, "share", row["id"]) < share] for share in (0.25, 0.5)}
+    for name, some in (("random", exchanged), ("half", shares[0.5]), ("quarter", shares[0.25])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+
+
+def evaluate(checkpoint: Path, folder: Path) -> None:
+    if not (folder / "run.json").exists():
+        command = ["-m", "lmms_eval", "--model", "stllava_med", "--tasks", ",".join(SETS)]
+        command += ["--model_args", f"pretrained={checkpoint}"]
+        subprocess.run([sys.executable, *command], check=True, env=os.environ | {"STLLAVA_RUN": str(folder)})
+
+
+def run(folder: Path, start: Path, images: Path, new_images: Path, seed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    evaluate(start, folder / "stage 1")
+    draw_pairs(folder, start, images, new_images, seed)
+    for label, (name, changes) in VARIANTS.items():
+        pairs, out = folder / f"{name}.jsonl", folder / f"{label} run"
+        count = len(pairs.read_text().splitlines())
+        if not (out / "README.md").exists():
+            files = ["--pairs", str(pairs), "--images", str(new_images if name == "new" else images), "--out", str(out)]
+            resume = ["--resume"] if out.exists() else []
+            epochs = STEPS * BATCH / count
+            settings = [f"start={start}", f"seed={seed}", "evaluate_on=[]", f"epochs={epochs}", f"batch={BATCH}"]
+            call("dpo", "--recipe", "tiny", *files, *resume, *settings, *changes)
+        evaluate(out, folder / label)
+
+
+def scores(folder: Path) -> dict[tuple[str, str], tuple[str, Mapping[str, float]]]:
+    """(set, id of a question) -> (its image, its scores)."""
+    from stllava_eval.runs import question_scores, read_run
+
+    found = {}
+    for name, of in read_run(folder).items():
+        for id, asked in question_scores(name, of.answers).items():
+            found[name, id] = f"{name}/{asked.image_id}", asked.scores
+    return found
+
+
+def row(label: str, folders: Sequence[Path]) -> list[Any]:
+    """Of a variant, over seeds."""
+    from stllava_eval.statistics import bootstrap_clustered, sign_flip
+
+    of = [scores(folder / label) for folder in folders]
+    starts = [scores(folder / "stage 1") for folder in folders]
+
+    def mean(metric: str) -> float:
+        values = [one[metric] for found in of for _, one in found.values() if metric in one]
+        return sum(values) / len(values)
+
+    cells: list[Any] = [label]
+    for metric in ("f1", "closed_accuracy"):
+        keys = [key for key, (_, one) in starts[0].items() if metric in one]
+        changes = [
+            sum(found[key][1][metric] - start[key][1][metric] for found, start in zip(of, starts, strict=True))
+            / len(of)
+            for key in keys
+        ]
+        images = [starts[0][key][0] for key in keys]
+        cells.append(f"{100 * mean(metric):.1f}")
+        if label == "stage 1":
+            cells.append("")
+            continue
+        estimate = bootstrap_clustered(changes, images)
+        by_seed = [
+            sum(found[key][1][metric] - start[key][1][metric] for key in keys) / len(keys)
+            for found, start in zip(of, starts, strict=True)
+        ]
+        low, high = estimate.low or 0.0, estimate.high or 0.0
+        cells.append(
+            f"{100 * (estimate.value or 0.0):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], "
+            f"p {sign_flip(changes, images):.3f} ({' '.join(f'{100 * one:+.1f}' for one in by_seed)})"
+        )
+    return [*cells, f"{100 * mean('unparsed'):.1f}", f"{mean('words'):.2f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--start", type=Path, required=True, action="append", metavar="CHECKPOINT", help="one a seed")
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="of `stllava-train data`")
+    parser.add_argument("--new-images", type=Path, required=True, metavar="DIR", help="likewise, --split validation")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="places of the starts to run (default: all)")
+    arguments = parser.parse_args()
+    seeds = list(range(len(arguments.start))) if arguments.seeds is None else arguments.seeds
+    for seed in seeds:
+        run(arguments.folder / str(seed), arguments.start[seed], arguments.images, arguments.new_images, seed)
+    folders = [arguments.folder / str(seed) for seed in seeds]
+    heads = ["", "F1, open", "difference", "accuracy, closed", "difference", "unparsed", "words"]
+    rows = [row(label, folders) for label in ("stage 1", *VARIANTS)]
+    print(tabulate(rows, heads, tablefmt="github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
