@@ -11,13 +11,15 @@ backward, optimizer), beside their quartiles: with the reference computed in the
 that autograd keeps for the backward pass. `max_loss_difference` is the largest between trl's loss and either of ours,
 over 20 steps. `reference_seconds` a pair is what the cache costs once.
 
-`--device cuda` measures a network of the real size (7B, random weights, bfloat16) by the wall clock instead, with
-peak memory; it needs 80 GB.
+`--cuda` measures a network of the real size (7B, random weights, bfloat16, gradient checkpointing as in the recipe,
+four pairs a step) by the wall clock instead, on one GPU with 80 GB; `memory` is then ours / trl's peak above what lies
+there between steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -25,6 +27,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +79,23 @@ class Steps:
 
     def __call__(self) -> float:
         """Loss of the step."""
+        import torch
+
         trainer = self.trainer
         (batch,), items = trainer.get_batch_samples(self.batches, 1, trainer.args.device)
-        loss = trainer.training_step(trainer.model, batch, items).item()
+        with torch.autocast("cuda", torch.bfloat16, enabled=trainer.args.bf16):  # what accelerate does to a whole run
+            loss = trainer.training_step(trainer.model, batch, items).item()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
         return loss
 
 
-def recipe(checkpoint: Path, reference: str) -> Any:
+def recipe(checkpoint: Path, reference: str, cuda: bool = False) -> Any:
     from stllava_train.recipe import read_dpo_recipe
 
+    if cuda:
+        own = ["micro_batch=4", "batch=4", "language_model.dropout=0", "vision_tower.dropout=0"]
+        return read_dpo_recipe("stllava-med-7b", [f"start={checkpoint}", f"reference={reference}", *own])
     parts = ("language_model", "projector", "vision_tower")
     return read_dpo_recipe(
         "stllava-med-7b",
@@ -110,6 +120,56 @@ def ours(work: Any, folder: Path) -> Steps:
     return Steps(make_trainer(work, folder, folder / "trace", progress=False))
 
 
+@dataclass(frozen=True)
+class RealSize:
+    """In place of a checkpoint: Vicuna-7B, CLIP-L at 336 px and the prototype extractor, their weights drawn."""
+
+    toy: Any
+    sha256: str = "drawn"
+    name: str = "drawn"
+
+    @cached_property
+    def config(self) -> Any:
+        from transformers import CLIPVisionConfig, LlamaConfig
+
+        from stllava_eval.network.configuration import StllavaMedConfig
+
+        vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        return StllavaMedConfig(
+            vision_config=CLIPVisionConfig(**vision, image_size=336, patch_size=14),
+            text_config=LlamaConfig(max_position_embeddings=4096, pad_token_id=0),
+            image_token_id=self.toy.config.image_token_id,
+            projector_type="prototype",
+            num_prototypes=256,
+            prototype_iterations=2,
+            prototype_in_float32=True,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            image_seq_length=576,
+        )
+
+    def processor(self) -> Any:
+        return self.toy.processor()
+
+    def model(self, *_: Any) -> Any:
+        import torch
+        from transformers.initialization import no_init_weights
+
+        from stllava_eval.network import StllavaMedForConditionalGeneration
+
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda"), no_init_weights():
+                made: Any = StllavaMedForConditionalGeneration(self.config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.manual_seed(0)
+        for parameter in made.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1.0)
+        made.config._attn_implementation = made.config.text_config._attn_implementation = "sdpa"
+        return made
+
+
 def stock(work: Any, folder: Path) -> Steps:
     """trl's trainer with its own collator; the reference is the network without its adapter, as in ours."""
     from datasets import Dataset
@@ -131,11 +191,11 @@ def stock(work: Any, folder: Path) -> Steps:
     )
     arguments = DPOConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=PAIRS,
+        per_device_train_batch_size=work.recipe.micro_batch,
         learning_rate=RATE,
-        bf16=False,
-        activation_checkpointing=False,
-        use_cpu=True,
+        bf16=work.recipe.dtype == "bfloat16",
+        activation_checkpointing=work.recipe.gradient_checkpointing,
+        use_cpu=work.recipe.dtype == "float32",
         train_sampling_strategy="sequential",
         max_length=None,
         weight_decay=0.0,
@@ -219,14 +279,66 @@ def measure(folder: Path, steps: int, per_image: int) -> dict[str, Any]:
     }
 
 
+def measure_cuda(folder: Path, steps: int, per_image: int) -> dict[str, Any]:
+    import dataclasses
+
+    import torch
+
+    from stllava_eval.network.checkpoint import open_checkpoint
+    from stllava_train.dpo import open_work
+
+    checkpoint = folder / "checkpoint"
+    if not checkpoint.exists():
+        write_checkpoint(checkpoint, "long")
+    data = folder / str(per_image)
+    data.mkdir()
+    file = write_pairs(data, 2 * steps + 6, per_image)
+    figures: dict[str, Any] = {"device": torch.cuda.get_device_name(), "steps": steps}
+    seconds: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {}
+    for name, reference, make in (("trl", "live", stock), ("shared", "live", ours), ("cached", "cached", ours)):
+        work = open_work(recipe(checkpoint, reference, cuda=True), file, data, progress=False)
+        work = dataclasses.replace(work, checkpoint=RealSize(open_checkpoint(str(checkpoint))))
+        began = time.perf_counter()
+        step = make(work, data / name)
+        figures[f"{name}_ready_seconds"] = time.perf_counter() - began
+        step(), step()  # they warm up
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        seconds[name], losses[name] = [], []
+        for _ in range(steps):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            losses[name].append(step())
+            torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+        figures[f"{name}_seconds"] = statistics.median(seconds[name])
+        figures[f"{name}_peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        figures[f"{name}_peak_above_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        del step
+        gc.collect()
+        torch.cuda.empty_cache()
+    return figures | {
+        "shared_prefix": figures["trl_seconds"] / figures["shared_seconds"],
+        "cached_reference": figures["trl_seconds"] / figures["cached_seconds"],
+        "memory": figures["shared_peak_above_gb"] / figures["trl_peak_above_gb"],
+        "losses": losses,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", required=True, metavar="FILE", help="where the figures go, - for the terminal")
     parser.add_argument("--quick", action="store_true", help="two steps instead of twenty")
+    parser.add_argument("--cuda", action="store_true", help="a network of the real size, on one GPU")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         os.environ["STLLAVA_HOME"] = str(Path(folder) / "home")
+        if arguments.cuda:
+            apart, together = (measure_cuda(Path(folder), 2 if arguments.quick else 8, each) for each in (1, 4))
+            write({"apart": apart, "together": together}, arguments.json)
+            return
         figures = measure(Path(folder), 2 if arguments.quick else 20, 1)
         together = measure(Path(folder), 2 if arguments.quick else 5, PAIRS)
     figures["shared_image"] = together["shared_prefix"]
