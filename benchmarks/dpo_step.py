@@ -13,7 +13,8 @@ over 20 steps. `reference_seconds` a pair is what the cache costs once.
 
 `--cuda` measures a network of the real size (7B, random weights, bfloat16, gradient checkpointing as in the recipe,
 four pairs a step) by the wall clock instead, on one GPU with 80 GB; `memory` is then ours / trl's peak above what lies
-there between steps.
+there between steps. cuDNN's attention makes a plan for every new shape; `..._without_cudnn` are against trl with it
+switched off.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class Steps:
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         trainer.create_optimizer()
+        if trainer.args.activation_checkpointing:
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.current_gradient_accumulation_steps = 1
         self.batches = iter(trainer.get_train_dataloader())
 
@@ -93,10 +96,10 @@ class Steps:
 def recipe(checkpoint: Path, reference: str, cuda: bool = False) -> Any:
     from stllava_train.recipe import read_dpo_recipe
 
+    rates = [f"{part}.learning_rate={RATE}" for part in ("language_model", "projector", "vision_tower")]
     if cuda:
-        own = ["micro_batch=4", "batch=4", "language_model.dropout=0", "vision_tower.dropout=0"]
+        own = ["micro_batch=4", "batch=4", "language_model.dropout=0", "vision_tower.dropout=0", *rates]
         return read_dpo_recipe("stllava-med-7b", [f"start={checkpoint}", f"reference={reference}", *own])
-    parts = ("language_model", "projector", "vision_tower")
     return read_dpo_recipe(
         "stllava-med-7b",
         [
@@ -109,7 +112,7 @@ def recipe(checkpoint: Path, reference: str, cuda: bool = False) -> Any:
             "evaluate_on=[]",
             "language_model.dropout=0",
             "vision_tower.dropout=0",
-            *(f"{part}.learning_rate={RATE}" for part in parts),
+            *rates,
         ],
     )
 
@@ -296,16 +299,25 @@ def measure_cuda(folder: Path, steps: int, per_image: int) -> dict[str, Any]:
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name(), "steps": steps}
     seconds: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
-    for name, reference, make in (("trl", "live", stock), ("shared", "live", ours), ("cached", "cached", ours)):
+    for name, reference, make in (
+        ("trl", "live", stock),
+        ("trl_without_cudnn", "live", stock),
+        ("shared", "live", ours),
+        ("cached", "cached", ours),
+    ):
+        torch.backends.cuda.enable_cudnn_sdp(name != "trl_without_cudnn")
         work = open_work(recipe(checkpoint, reference, cuda=True), file, data, progress=False)
         work = dataclasses.replace(work, checkpoint=RealSize(open_checkpoint(str(checkpoint))))
         began = time.perf_counter()
         step = make(work, data / name)
+        draw = torch.Generator("cuda").manual_seed(0)
+        for weight in (one for key, one in step.trainer.model.named_parameters() if "lora_A" in key):
+            torch.nn.init.normal_(weight, 0, 0.01, generator=draw)  # the same for all
         figures[f"{name}_ready_seconds"] = time.perf_counter() - began
-        step(), step()  # they warm up
+        losses[name] = [step(), step()]  # they warm up
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        seconds[name], losses[name] = [], []
+        seconds[name] = []
         for _ in range(steps):
             torch.cuda.synchronize()
             began = time.perf_counter()
@@ -320,7 +332,9 @@ def measure_cuda(folder: Path, steps: int, per_image: int) -> dict[str, Any]:
         torch.cuda.empty_cache()
     return figures | {
         "shared_prefix": figures["trl_seconds"] / figures["shared_seconds"],
+        "shared_prefix_without_cudnn": figures["trl_without_cudnn_seconds"] / figures["shared_seconds"],
         "cached_reference": figures["trl_seconds"] / figures["cached_seconds"],
+        "cached_reference_without_cudnn": figures["trl_without_cudnn_seconds"] / figures["cached_seconds"],
         "memory": figures["shared_peak_above_gb"] / figures["trl_peak_above_gb"],
         "losses": losses,
     }

@@ -80,8 +80,8 @@ def draw_pairs(folder: Path, start: Path, images: Path, new_images: Path, seed: 
 def evaluate(checkpoint: Path, folder: Path) -> None:
     if not (folder / "run.json").exists():
         command = ["-m", "lmms_eval", "--model", "stllava_med", "--tasks", ",".join(SETS)]
-        command += ["--model_args", f"pretrained={checkpoint}"]
-        subprocess.run([sys.executable, *command], check=True, env=os.environ | {"STLLAVA_RUN": str(folder)})
+        where = {"STLLAVA_RUN": str(folder), "STLLAVA_CHECKPOINT": str(checkpoint)}  # --model_args splits at commas
+        subprocess.run([sys.executable, *command], check=True, env=os.environ | where)
 
 
 def run(folder: Path, start: Path, images: Path, new_images: Path, seed: int) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import DPOConfig, DPOTrainer
 
@@ -45,6 +50,8 @@ if TYPE_CHECKING:
     from stllava_train.examination import Examination
 
 ATTENTION = "stllava_tree"
+# all but cuDNN's, which makes a plan for every new shape, and every batch has one: on an H200 half of a step's time
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 CHUNK = 64  # our choice: pairs whose reference is computed between two writes to the disk
 
 
@@ -193,8 +200,11 @@ def share_beginnings(model: Any) -> Any:
     whatever wraps the network's parts (PEFT, DDP, FSDP2) still sees its own forward.
     """
     backbone = (model.get_base_model() if hasattr(model, "peft_config") else model).model
-    whole, config = backbone.forward, backbone.language_model.config
+    whole = backbone.forward
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, tree_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    # for good, and not around each call: gradient checkpointing comes back to the layers in the backward pass
+    backbone.language_model.config._attn_implementation = ATTENTION
 
     def forward(*given: Any, tree_ids: Tensor | None = None, **others: Any) -> Any:
         if tree_ids is None:
@@ -202,11 +212,7 @@ def share_beginnings(model: Any) -> Any:
         places = others.pop("places")
         del others["input_ids"], others["attention_mask"]
         others["position_ids"] = others.pop("tree_positions")
-        before, config._attn_implementation = config._attn_implementation, ATTENTION
-        try:
-            outputs = whole(input_ids=tree_ids, needed=places.flatten(), **others)
-        finally:
-            config._attn_implementation = before
+        outputs = whole(input_ids=tree_ids, needed=places.flatten(), **others)
         outputs.last_hidden_state = outputs.last_hidden_state.unflatten(0, places.shape)
         return outputs
 
@@ -226,17 +232,28 @@ def share_beginnings(model: Any) -> Any:
 
 
 def tree_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, scaling: float, tree_mask: Tensor, **__: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    tree_mask: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention over a batch's trees, as transformers calls it: (R, heads, tokens, width) to (R, tokens, heads, width).
 
     The tokens in front are one text, for which torch has its fastest kernels (on a GPU, flash attention, which takes no
-    mask) and which skips what is not seen: half. Only the few behind them need the mask.
+    mask) and which skips what is not seen: half. Only the few behind them need the mask. Without a tree it is that of
+    transformers.
     """
+    if tree_mask is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **others)
     front = query.shape[2] - tree_mask.shape[2]
-    attend = partial(scaled_dot_product_attention, scale=scaling, enable_gqa=key.shape[1] != query.shape[1])
-    text = attend(query[:, :, :front], key[:, :, :front], value[:, :, :front], is_causal=True)
-    branches = attend(query[:, :, front:], key, value, attn_mask=tree_mask)
+    shared = key.shape[1] != query.shape[1]
+    attend = partial(scaled_dot_product_attention, scale=others["scaling"], enable_gqa=shared)
+    with sdpa_kernel(KERNELS):
+        text = attend(query[:, :, :front], key[:, :, :front], value[:, :, :front], is_causal=True)
+        branches = attend(query[:, :, front:], key, value, attn_mask=tree_mask)
     return torch.cat([text, branches], 2).transpose(1, 2), None
 
 
@@ -305,7 +322,8 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
             for place in chunk[state.process_index :: state.num_processes]:
                 batch = self._prepare_inputs(self.collator([{"place": place}]))
                 batch.pop("pairs")
-                chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, batch)
+                with _trl_behind_transformers():
+                    chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, batch)
                 found.append({"id": keys[place], "chosen": chosen.item(), "rejected": rejected.item()})
             rows = [row for of_one in _from_all(found) for row in of_one]
             if ledger is not None:
@@ -326,7 +344,8 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
             InputError: It is no number; the message names the pairs of the batch.
         """
         places = inputs.pop("pairs").tolist()
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with _trl_behind_transformers():
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.refuse(loss, [f"pair {self.pairs[place].id}" for place in places])
         with torch.no_grad():
             chosen, rejected = inputs["completion_mask"].sum(1).chunk(2)
@@ -361,6 +380,14 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
     def ended(self) -> dict[str, Any]:
         """The weights of the best step take the place of the last one's, where there was an examination."""
         return self.examination.keep_best(self) if self.examination else {}
+
+
+@contextmanager
+def _trl_behind_transformers() -> Iterator[None]:
+    """trl 1.16 switches gradient checkpointing by names that transformers 5.23 has renamed, and it says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
 
 
 def reference_key(pair: Pair, ld_alpha: float | None) -> str:

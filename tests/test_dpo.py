@@ -213,7 +213,9 @@ CASES = {
     "sigmoid and sft": {"loss": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
     "sigmoid_norm": {"loss": ["sigmoid_norm"]},
     "LD-DPO": {"ld_alpha": 0.3},
+    "gradient checkpointing": {"gradient_checkpointing": True},
     "cached": {"reference": "cached"},
+    "cached, gradient checkpointing": {"reference": "cached", "gradient_checkpointing": True},
     "cached, LD-DPO": {"reference": "cached", "ld_alpha": 0.3},
 }
 
