@@ -9,7 +9,7 @@ difference from stage 1 (mean over the seeds of each question, 95 % interval of 
 unparsed closed answers and words an answer. About 15 minutes of one core for each seed.
 
 `random judge` has the same pairs with chosen and rejected exchanged by a coin: it must not help. `SFT on chosen` learns
-the chosen answers alone. `new images` are those of the validation split, which stage 1 has not seen; all other pairs
+the chosen answers alone. `balanced` pairs have yes chosen as often as no (`pairs --balance-verdict`). `new images` are those of the validation split, which stage 1 has not seen; all other pairs
 are about images that it was trained on.
 """
 
@@ -44,7 +44,13 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "DPO + SFT": ("pairs", BOTH),
     "DPO, new images": ("new", []),
     "SFT on chosen, new images": ("new", SFT),
-    "DPO + SFT, new images": ("new", BOTH),
+    "DPO, balanced": ("balanced", []),
+    "DPO, balanced, beta 0.3": ("balanced", ["beta=0.3"]),
+    "SFT on chosen, balanced": ("balanced", SFT),
+    "DPO + SFT, balanced": ("balanced", BOTH),
+    "DPO, balanced, new images": ("new-balanced", []),
+    "SFT on chosen, balanced, new images": ("new-balanced", SFT),
+    "DPO, balanced, random judge": ("balanced-random", []),
 }
 
 
@@ -57,7 +63,7 @@ def draw_pairs(folder: Path, start: Path, images: Path, new_images: Path, seed: 
     from stllava_train.conversations import uniform
 
     for name, source, options in (("pairs", images, ["--sample", "600"]), ("new", new_images, [])):
-        if (folder / f"{name}.jsonl").exists():
+        if (folder / f"{'new-' * (name == 'new')}balanced.jsonl").exists():
             continue
         candidates, judged = folder / f"{name}-candidates.jsonl", folder / f"{name}-judged.jsonl"
         asked = ["--checkpoint", str(start), "--images", str(source), "--out", str(candidates), *options]
@@ -65,15 +71,24 @@ def draw_pairs(folder: Path, start: Path, images: Path, new_images: Path, seed: 
         judge = ["judge", str(candidates), "--judge", "exact", "--out", str(judged)]
         subprocess.run([sys.executable, "-m", "stllava_train.cli", *judge])  # exit code 1: some truths are not known
         call("pairs", str(candidates), str(judged), "--out", str(folder / f"{name}.jsonl"))
+        balanced = "balanced" if name == "pairs" else "new-balanced"
+        call("pairs", str(candidates), str(judged), "--balance-verdict", "--out", str(folder / f"{balanced}.jsonl"))
         if name == "pairs":
             call("pairs", str(candidates), str(judged), "--rule", "authors", "--out", str(folder / "authors.jsonl"))
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    balanced = [json.loads(line) for line in (folder / "balanced.jsonl").read_text().splitlines()]
     exchanged = [
-        row | {"chosen": row["rejected"], "rejected": row["chosen"]} if uniform(seed, "coin", row["id"]) < 0.5 else row
-        for row in rows
+        [
+            row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+            if uniform(seed, "coin", row["id"]) < 0.5
+            else row
+            for row in some
+        ]
+        for some in (rows, balanced)
     ]
     shares = {share: [row for row in rows if uniform(seed, "share", row["id"]) < share] for share in (0.25, 0.5)}
-    for name, some in (("random", exchanged), ("half", shares[0.5]), ("quarter", shares[0.25])):
+    written = {"random": exchanged[0], "balanced-random": exchanged[1], "half": shares[0.5], "quarter": shares[0.25]}
+    for name, some in written.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
 
 
@@ -91,8 +106,9 @@ def run(folder: Path, start: Path, images: Path, new_images: Path, seed: int) ->
     for label, (name, changes) in VARIANTS.items():
         pairs, out = folder / f"{name}.jsonl", folder / f"{label} run"
         count = len(pairs.read_text().splitlines())
+        where = new_images if name.startswith("new") else images
         if not (out / "README.md").exists():
-            files = ["--pairs", str(pairs), "--images", str(new_images if name == "new" else images), "--out", str(out)]
+            files = ["--pairs", str(pairs), "--images", str(where), "--out", str(out)]
             resume = ["--resume"] if out.exists() else []
             epochs = STEPS * BATCH / count
             settings = [f"start={start}", f"seed={seed}", "evaluate_on=[]", f"epochs={epochs}", f"batch={BATCH}"]

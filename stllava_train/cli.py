@@ -515,6 +515,7 @@ def _add_pairs(commands: Any) -> None:
     pairs.add_argument(
         "--balance-length", action="store_true", help="as many pairs with the longer answer chosen as rejected"
     )
+    pairs.add_argument("--balance-verdict", action="store_true", help="as many pairs with yes chosen as with no chosen")
     pairs.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="of the images (default: 0)")
     pairs.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)")
     pairs.add_argument(
@@ -557,7 +558,13 @@ def _pairs(arguments: argparse.Namespace) -> int:
             "rule": asdict(rule),
             "judges": sorted(set(arguments.judge) or {one.judge for one in verdicts}),
         }
-    options = Options(arguments.per_image, arguments.balance_length, arguments.held_out, arguments.seed)
+    options = Options(
+        arguments.per_image,
+        arguments.balance_length,
+        arguments.balance_verdict,
+        arguments.held_out,
+        arguments.seed,
+    )
     made = selected(kept, options)
     written = write_pairs(made, arguments.out, source, arguments.format, images)
     print(f"{_counted(len(made.train), 'pair')} to learn from, {len(made.held_out):,} held out")
