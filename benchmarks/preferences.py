@@ -9,8 +9,8 @@ difference from stage 1 (mean over the seeds of each question, 95 % interval of 
 unparsed closed answers and words an answer. About 15 minutes of one core for each seed.
 
 `random judge` has the same pairs with chosen and rejected exchanged by a coin: it must not help. `SFT on chosen` learns
-the chosen answers alone. `balanced` pairs have yes chosen as often as no (`pairs --balance-verdict`). `new images` are those of the validation split, which stage 1 has not seen; all other pairs
-are about images that it was trained on.
+the chosen answers alone. `balanced` pairs have yes chosen as often as no (`pairs --balance-verdict`). `new images` are
+those of the validation split, which stage 1 has not seen; all other pairs are about images that it was trained on.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     _add_pairs(commands)
     _add_audit(commands)
     _add_dpo(commands)
+    _add_all(commands)
     _add_merge(commands)
     _add_card(commands)
     _add_tiny(commands)
@@ -700,6 +701,60 @@ def _add_dpo(commands: Any) -> None:
     dpo.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder to write")
     _add_training(dpo)
     dpo.set_defaults(command=_dpo)
+
+
+def _add_all(commands: Any) -> None:
+    every = commands.add_parser(
+        "all",
+        help="the whole self-training: every stage, and evaluations",
+        description="Stage 1, candidates, verdicts, pairs, stage 2 and evaluations, one after the other, by a recipe.\n"
+        "A stage that is done is not done again unless what it is made of has changed; a stopped call goes on when\n"
+        "it is called again. It ends with the scores and with tests of what stage 2 has changed.",
+        epilog="examples:\n"
+        "  stllava-train all --recipe tiny --data data/vqarad.json --data data/slake.json --images data/images \\\n"
+        "    --out runs/a sft.start=checkpoints/tiny-start\n"
+        "  stllava-train all --recipe tiny --data data/vqarad.json --images data/images --out runs/b \\\n"
+        "    rounds=2 dpo.beta=0.3",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    every.add_argument("--recipe", required=True, metavar="R", help="a YAML file, or the name of one of ours")
+    every.add_argument(
+        "--data",
+        required=True,
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="conversations for stage 1, beside their images; may be given several times",
+    )
+    every.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the images to ask about")
+    every.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder to write")
+    every.add_argument("--default", action="store_true", help="make the last checkpoint the default of the harness")
+    every.add_argument(
+        "changes",
+        nargs="*",
+        metavar="key=value",
+        help="changes of the recipe, such as rounds=2; sft., candidates. and dpo. reach into these stages",
+    )
+    every.set_defaults(command=_all)
+
+
+def _all(arguments: argparse.Namespace) -> int:
+    _let_threads_wait()
+    from stllava_train.pipeline import Pipeline, summary
+
+    if not arguments.images.is_dir():
+        raise InputError(f"--images {arguments.images}: no such folder. Pass the one of the images to ask about.")
+    _check_data(arguments.data, None)
+    pipeline = Pipeline(arguments.recipe, arguments.changes, arguments.data, arguments.images, arguments.out, call=main)
+    if code := pipeline.run():
+        return code
+    rounds = pipeline.recipe.rounds
+    if arguments.default:
+        from stllava_eval.answering import record_default_checkpoint
+
+        record_default_checkpoint(arguments.out / f"round-{rounds}" / "dpo")
+    print(f"\n{summary(arguments.out, rounds)}")
+    return 0
 
 
 def _add_training(command: Any) -> None:

@@ -222,6 +222,47 @@ class DpoRecipe(Training):
         return super().contradiction()
 
 
+@dataclass(frozen=True)
+class Use:
+    """A stage's recipe or preset, and `key=value` that is changed of it."""
+
+    recipe: str
+    changes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The whole self-training. A file under `recipes/all` gives all of it.
+
+    Attributes:
+        sft: Recipe of stage 1.
+        images: How many of the images are asked about, drawn by seed; null asks about all.
+        candidates: Preset of `stllava-train candidates`.
+        judges: As `stllava-train judge --judge`.
+        judge_preset: As its `--preset`.
+        budget: As its `--budget`, of each round; null has none.
+        pairs: Options of `stllava-train pairs`.
+        dpo: Recipe of stage 2.
+        rounds: Times that candidates, verdicts, pairs and stage 2 are made, each from the newest checkpoint.
+        tasks: Of the evaluations.
+        seed: Of every stage.
+    """
+
+    command: ClassVar[str] = "all"
+
+    sft: Use
+    images: int | None
+    candidates: Use
+    judges: tuple[str, ...]
+    judge_preset: Literal["ours", "authors"]
+    budget: float | None
+    pairs: tuple[str, ...]
+    dpo: Use
+    rounds: int
+    tasks: tuple[str, ...]
+    seed: int
+
+
 SETS = ("vqarad", "slake", "pathvqa")
 MOST = float(2**31)
 COUNT = (1.0, MOST, "at least 1")
@@ -253,6 +294,31 @@ def read_recipe(name: str, changes: Sequence[str] = (), stage: str | None = None
 def read_dpo_recipe(name: str, changes: Sequence[str] = ()) -> DpoRecipe:
     """As `read_recipe`, for stage 2."""
     return _read(DpoRecipe, name, changes, None)
+
+
+def read_pipeline(name: str, changes: Sequence[str] = ()) -> Whole:
+    """As `read_recipe`, for the whole. Keys that begin with `sft.`, `candidates.` or `dpo.` change that stage's own."""
+    file = _file(name, Whole)
+    raw = _yaml(_text(file), str(file))
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: it holds no keys. See stllava_train/recipes for examples.")
+    place = " with ".join([str(file), *([" ".join(changes)] if changes else [])])
+    for change in changes:
+        key, value = _change(change)
+        stage, dot, of = key.partition(".")
+        if dot and stage in ("sft", "candidates", "dpo") and of not in ("recipe", "changes"):
+            use = raw.get(stage)
+            given = [*(use.get("changes") or []), f"{of}={change.partition('=')[2]}"] if isinstance(use, dict) else []
+            raw = _merged(raw, {stage: {"changes": given}}, change)
+        else:
+            raw = _merged(raw, _nested(key.split("."), value), change)
+    whole: Whole = _build(Whole, raw, place)
+    for key in ("rounds", "images"):
+        if (count := getattr(whole, key)) is not None and count < 1:
+            raise InputError(f"{place}: {key}: {count}. It is at least 1.")
+    if not whole.judges or not whole.tasks:
+        raise InputError(f"{place}: judges and tasks: name at least one of each.")
+    return whole
 
 
 def _read(kind: type[R], name: str, changes: Sequence[str], stage: str | None) -> R:
@@ -306,12 +372,12 @@ def _change(text: str) -> tuple[str, Any]:
     return key.strip(), _yaml(value, text)
 
 
-def recipe_names(kind: type[Training] = Recipe) -> list[str]:
+def recipe_names(kind: Any = Recipe) -> list[str]:
     """Of our files for this kind."""
     return sorted(file.stem for file in (RECIPES / kind.command).glob("*.yaml"))
 
 
-def _file(name: str, kind: type[Training]) -> Path:
+def _file(name: str, kind: Any) -> Path:
     for file in (Path(name), RECIPES / kind.command / f"{name}.yaml"):
         try:
             if file.is_file():
@@ -427,10 +493,10 @@ def _known(kind: Any, raw: Mapping[str, Any], place: str) -> dict[str, Any]:
 def _typed(kind: Any, value: Any, place: str) -> Any:
     if type(None) in get_args(kind):
         return None if value is None else _typed(get_args(kind)[0], value, place)
-    if kind is Part:
+    if kind in (Part, Use):
         if not isinstance(value, dict):
-            raise InputError(f"{place}: {value!r} is no part. Give train, learning_rate and so on.")
-        return _build(Part, value, place)
+            raise InputError(f"{place}: {value!r} is no part. Give its keys: {', '.join(_hints(kind))}.")
+        return _build(kind, value, place)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise InputError(f"{place}: {value!r}. Choose one of {', '.join(map(str, get_args(kind)))}.")

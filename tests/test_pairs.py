@@ -232,6 +232,14 @@ def test_trouble(texts, why):
     assert trouble(*texts) == why
 
 
+def test_as_many_pairs_have_yes_chosen_as_no_and_others_stay():
+    texts = ["Yes.", "no", "No, it is normal.", "no", "yes, there", "nodule", "No."]
+    pairs = [pair(f"a#{n}", chosen=text, rejected="Else.", margin=float(n)) for n, text in enumerate(texts)]
+    made = selected(kept(*pairs), Options(balance_verdict=True))
+    assert [one.id for one in made.train] == ["a#0", "a#3", "a#4", "a#5", "a#6"]  # the smallest margins of no go
+    assert made.left_out == {"balance of yes and no": 2}
+
+
 # --- files of pairs ---------------------------------------------------------------------------------------------------
 
 
@@ -244,7 +252,8 @@ def test_written_pairs_are_read_back_and_a_row_holds_its_keys_alone(tmp_path):
     assert all(list(json.loads(text)) == list(KEYS) for text in out.read_text(encoding="utf-8").splitlines())
     manifest = read_manifest(out)
     assert (manifest["stage"], manifest["part"], manifest["source"]) == ("pairs", "train", {"rule": "ours"})
-    assert manifest["options"] == {"per_image": None, "balance_length": False, "held_out": 0.0, "seed": 0}
+    options = {"per_image": None, "balance_length": False, "balance_verdict": False, "held_out": 0.0, "seed": 0}
+    assert manifest["options"] == options
     assert manifest["counts"] == {"train": 2, "held_out": 0, "left_out": {}}
     assert manifest["finished"]
 

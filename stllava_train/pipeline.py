@@ -1,0 +1,282 @@
+"""A recipe of the whole self-training -> both stages, what lies between them, and evaluations, each made once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stllava_eval.errors import InputError, printable
+from stllava_eval.home import write_json
+from stllava_train.recipe import Training, read_dpo_recipe, read_pipeline, read_recipe
+
+STAGES = "stages.json"  # what each stage was made of, in the run's folder
+REPLACED = "replaced"  # folder in it, of what was made of something else
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of ours, what decides its result, and where that lies.
+
+    Attributes:
+        name: `sft`, `round-1/candidates` and so on; also of its place in the run's folder, which its files begin with.
+        command: Arguments of `stllava-train`, or of `stllava-eval` where the first is `run`.
+        inputs: As JSON holds it: settings, and hashes of all that is read.
+        made: The file that the next stages read; its hash is their input.
+        resume: What the command needs to go on with what a kill has left; None where it goes on by itself.
+        may_fail: Exit code 1 is no failure: something has no verdict, and is counted.
+    """
+
+    name: str
+    command: list[str]
+    inputs: dict[str, Any]
+    made: Path
+    resume: str | None = None
+    may_fail: bool = False
+
+
+class Pipeline:
+    """The stages of a run, in a folder: `sft/`, `round-N/` with candidates, verdicts, pairs and `dpo/`, `eval/`.
+
+    A stage is done again if what it is made of has changed, and what it had made is moved to `replaced/`, never
+    deleted; one that a kill has cut goes on. Its inputs are hashes of contents, so that a file which is written anew
+    with the same bytes changes nothing.
+
+    Args:
+        recipe: A YAML file, or the name of one of ours; see `recipes/all`.
+        changes: `key=value`, of the recipe; `sft.`, `candidates.` and `dpo.` reach into those stages' own settings.
+        data: Conversations for stage 1.
+        images: Folder of the images that are asked about.
+        out: The run's folder.
+        call: `stllava-train`, as a function of its arguments.
+
+    Raises:
+        InputError: The recipe is wrong, or a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        recipe: str,
+        changes: Sequence[str],
+        data: Sequence[Path],
+        images: Path,
+        out: Path,
+        call: Callable[[list[str]], int],
+    ) -> None:
+        self.recipe = read_pipeline(recipe, changes)
+        self.data, self.images, self.out, self.call = data, images, out, call
+        if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / STAGES).exists()):
+            raise InputError(f"--out {out}: there is something that is no such run. Choose another folder.")
+        self.done: dict[str, Any] = _read(out / STAGES) or {}
+        self._hashes: dict[Path, str] = {}
+
+    def run(self) -> int:
+        """Make what is not made yet; the exit code."""
+        for stage in self.stages():
+            if code := self._make(stage):
+                return code
+        return 0
+
+    def stages(self) -> Iterator[Stage]:
+        """One by one: what a stage is made of can be told once the one before it is there."""
+        recipe, seed = self.recipe, f"seed={self.recipe.seed}"
+        images = self.hash(self.images)
+        stage_1 = self.out / "sft"
+        named = [text for file in self.data for text in ("--data", str(file))]
+        changes = [*recipe.sft.changes, seed]
+        yield Stage(
+            "sft",
+            ["sft", "--recipe", recipe.sft.recipe, *named, "--out", str(stage_1), *changes],
+            {
+                **self._settings(read_recipe(recipe.sft.recipe, changes)),
+                "data": [self.hash(file) for file in self.data],
+                "images": self._images_of(self.data),
+            },
+            stage_1 / "run.json",
+            resume="--resume",
+        )
+        yield self._evaluation("eval/sft", stage_1)
+        policy = stage_1
+        for number in range(1, recipe.rounds + 1):
+            folder = self.out / f"round-{number}"
+            candidates, judged, pairs = (folder / name for name in ("candidates.jsonl", "judged.jsonl", "pairs.jsonl"))
+            drawn = ["--sample", str(recipe.images)] if recipe.images else []
+            asked = ["--preset", recipe.candidates.recipe, *drawn]
+            changes = [*recipe.candidates.changes, f"seed={recipe.seed + number - 1}"]  # other questions each round
+            yield Stage(
+                f"round-{number}/candidates",
+                [
+                    *("candidates", "--checkpoint", str(policy), "--images", str(self.images)),
+                    *("--out", str(candidates), *asked, *changes),
+                ],
+                {"checkpoint": self._checkpoint(str(policy)), "images": images, "settings": [*asked, *changes]},
+                candidates,
+            )
+            judges = [text for name in recipe.judges for text in ("--judge", name)]
+            how = ["--preset", recipe.judge_preset, *(["--budget", str(recipe.budget)] if recipe.budget else [])]
+            yield Stage(
+                f"round-{number}/judged",
+                ["judge", str(candidates), *judges, *how, "--out", str(judged)],
+                {"candidates": self.hash(candidates), "judges": list(recipe.judges), "preset": recipe.judge_preset},
+                judged,
+                may_fail=True,
+            )
+            options = [*recipe.pairs, "--seed", str(recipe.seed)]
+            yield Stage(
+                f"round-{number}/pairs",
+                ["pairs", str(candidates), str(judged), "--out", str(pairs), *options],
+                {"candidates": self.hash(candidates), "judged": self.hash(judged), "options": options},
+                pairs,
+            )
+            trained = folder / "dpo"
+            changes = [*recipe.dpo.changes, f"start={policy}", seed]
+            yield Stage(
+                f"round-{number}/dpo",
+                [
+                    *("dpo", "--recipe", recipe.dpo.recipe, "--pairs", str(pairs), "--images", str(self.images)),
+                    *("--out", str(trained), *changes),
+                ],
+                {
+                    **self._settings(read_dpo_recipe(recipe.dpo.recipe, changes)),
+                    "pairs": self.hash(pairs),
+                },
+                trained / "run.json",
+                resume="--resume",
+            )
+            policy = trained
+            yield self._evaluation(f"eval/round-{number}", trained)
+
+    def _evaluation(self, name: str, checkpoint: Path) -> Stage:
+        from stllava_eval.runs import data_hashes
+
+        tasks = ",".join(self.recipe.tasks)
+        place = self.out / name
+        return Stage(
+            name,
+            ["run", "--tasks", tasks, "--checkpoint", str(checkpoint), "--out", str(place)],
+            {"checkpoint": self._checkpoint(str(checkpoint)), "tasks": tasks, "data": data_hashes()},
+            place / "run.json",
+        )
+
+    def _make(self, stage: Stage) -> int:
+        """Run the stage if it has to be; the exit code."""
+        place = self.out / stage.name
+        before = self.done.get(stage.name)
+        inputs = json.loads(json.dumps(stage.inputs))  # as it is read back
+        known = before["made"] if before and before["inputs"] == inputs and "made" in before else None
+        if known and stage.made.exists() and self.hash(stage.made) == known:
+            print(printable(f"{stage.name}: done before, of the same inputs"))
+            return 0
+        cut = before is not None and before["inputs"] == inputs and not before.get("made")
+        begun = _read(place / "run.json") if cut and stage.resume else None
+        if not cut or (stage.resume and begun is None):
+            self._set_aside(stage.name, place)
+        self.done[stage.name] = {"inputs": inputs}
+        self._remember()
+        if not (begun and begun.get("finished")):  # a kill can come between a stage's last file and our note of it
+            command = [*stage.command[:1], *([stage.resume] if begun and stage.resume else []), *stage.command[1:]]
+            evaluation = command[0] == "run"
+            shown = shlex.join(["stllava-eval" if evaluation else "stllava-train", *command])
+            print(printable(f"\n$ {shown}"), flush=True)
+            code = _evaluate(command) if evaluation else self.call(command)
+            if code > 1 or (code == 1 and not stage.may_fail):
+                return code
+        if not stage.made.exists():
+            raise InputError(f"{stage.name}: {stage.made} was not written. Run the command above by itself.")
+        self._hashes = {path: hash for path, hash in self._hashes.items() if not path.is_relative_to(self.out)}
+        self.done[stage.name]["made"] = self.hash(stage.made)
+        self._remember()
+        return 0
+
+    def _set_aside(self, name: str, place: Path) -> None:
+        """Move what a stage had made before out of the way."""
+        files = [place] if place.exists() else []
+        files += [file for file in place.parent.glob(f"{place.name}.*") if file.is_file()]
+        if place.name == "pairs":
+            files += place.parent.glob("pairs-*")
+        if not files:
+            return
+        number = 1
+        while (folder := self.out / REPLACED / f"{name.replace('/', '-')}-{number}").exists():
+            number += 1
+        folder.mkdir(parents=True)
+        for file in dict.fromkeys(files):
+            shutil.move(str(file), str(folder / file.name))
+        print(printable(f"{name}: what it is made of has changed; what it had made is in {folder}"))
+
+    def _remember(self) -> None:
+        write_json(self.out / STAGES, self.done)
+
+    def _checkpoint(self, name: str) -> str:
+        from stllava_eval.network.checkpoint import open_checkpoint
+
+        return open_checkpoint(name).sha256
+
+    def _settings(self, recipe: Training) -> dict[str, Any]:
+        """Where it starts from is known by its weights, not by its name."""
+        values = {key: value for key, value in recipe.as_dict().items() if key != "start"}
+        return {"recipe": values, "start": self._checkpoint(recipe.start)}
+
+    def _images_of(self, data: Sequence[Path]) -> str:
+        """Of the images that the conversations show."""
+        from stllava_train.conversations import read_conversations
+
+        shown = dict.fromkeys(one.image for file in data for one in read_conversations(file)[0] if one.image)
+        return hashlib.sha256(json.dumps([self.hash(image) for image in shown]).encode()).hexdigest()
+
+    def hash(self, path: Path) -> str:
+        """sha256 of a file's bytes, or of a folder's files by name.
+
+        Raises:
+            InputError: It cannot be read.
+        """
+        if path not in self._hashes:
+            try:
+                if path.is_dir():
+                    files = sorted(file for file in path.rglob("*") if file.is_file())
+                    listed = [(str(file.relative_to(path)), _file_hash(file)) for file in files]
+                    self._hashes[path] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+                else:
+                    self._hashes[path] = _file_hash(path)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error.strerror}). Put it back.") from error
+        return self._hashes[path]
+
+
+def _read(manifest: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(manifest.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _file_hash(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _evaluate(command: Sequence[str]) -> int:
+    """In a process of its own, since lmms-eval ends its own."""
+    return subprocess.run([sys.executable, "-m", "stllava_eval.cli", *command], env=os.environ).returncode
+
+
+def summary(out: Path, rounds: int) -> str:
+    """The scores of every checkpoint beside image-blind answers, and what the last round changed.
+
+    Raises:
+        InputError: An evaluation is missing.
+    """
+    from stllava_eval.compare import compare, compare_text
+    from stllava_eval.leaderboard import board, board_text
+
+    runs = [out / "eval" / name for name in ("sft", *(f"round-{number}" for number in range(1, rounds + 1)))]
+    tests = compare_text(runs[0], runs[-1], compare(runs[0], runs[-1]))
+    return f"{board_text(board(runs))}\n\nWhat stage 2 changed:\n\n{tests}"
