@@ -47,7 +47,7 @@ class Examination(TrainerCallback):
     """
 
     def __init__(self, work: DpoWork, out: Path, step: int) -> None:
-        self.work, self.trace, self.weights = work, out / "evaluations.jsonl", out / "best.safetensors"
+        self.work, self.trace, self.weights = work, out / "evaluations.jsonl", out / "checkpoints" / "best.safetensors"
         self.rows = {name: _drawn(name, work.recipe.evaluate_questions) for name in work.recipe.evaluate_on}
         self.lines = [line for line in read_trace(self.trace) if line["step"] <= step] if step else []
         every = work.recipe.evaluate_every

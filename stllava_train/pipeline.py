@@ -185,7 +185,7 @@ class Pipeline:
             command = [*stage.command[:1], *([stage.resume] if begun and stage.resume else []), *stage.command[1:]]
             evaluation = command[0] == "run"
             shown = shlex.join(["stllava-eval" if evaluation else "stllava-train", *command])
-            print(printable(f"\n$ {shown}"), flush=True)
+            print(f"\n$ {printable(shown)}", flush=True)
             code = _evaluate(command) if evaluation else self.call(command)
             if code > 1 or (code == 1 and not stage.may_fail):
                 return code

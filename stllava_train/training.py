@@ -469,7 +469,8 @@ def arguments(work: Work, out: Path, wandb: bool) -> dict[str, Any]:
         "gradient_accumulation_steps": recipe.batch // (rows * world),
         "num_train_epochs": 1,  # the plan holds all epochs
         "lr_scheduler_type": "cosine",
-        "warmup_steps": math.ceil(recipe.warmup * work.steps),
+        # the first warm step has a rate of 0: a run of one step would learn nothing
+        "warmup_steps": min(math.ceil(recipe.warmup * work.steps), work.steps - 1),
         "max_grad_norm": recipe.max_grad_norm,
         "bf16": recipe.dtype == "bfloat16",
         "activation_checkpointing": recipe.gradient_checkpointing,

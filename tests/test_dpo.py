@@ -1,18 +1,27 @@
 """Stage 2: batches as trees, equality with trl and with the authors' values, a run that no kill harms."""
 
+import dataclasses
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 from conftest import png
 from PIL import Image
 
+from stllava_eval.errors import InputError
 from stllava_eval.network.checkpoint import open_checkpoint
-from stllava_train.dpo import Answered, groups, make_trainer, open_work, train, tree
+from stllava_train.dpo import Answered, groups, make_trainer, open_work, pack, share_beginnings, train, tree
+from stllava_train.pairs import Pair
 from stllava_train.recipe import DpoRecipe, read_dpo_recipe
 from stllava_train.training import read_trace
 
@@ -240,3 +249,420 @@ def test_losses_and_weights_are_those_of_trl(small, data, tmp_path, case):
         apart += (ours[name] - value).square().sum().item()
         moved += (ours[name] - start[name]).square().sum().item()
     assert (apart / moved) ** 0.5 < 2e-3  # AdamW makes a whole step of a gradient that is nothing but rounding
+
+
+# --- the authors' values --------------------------------------------------------------------------------------------
+
+
+def test_log_probabilities_and_losses_are_the_authors_with_a_reference_of_its_own(shared, tmp_path):
+    """Their reference took image features of the policy: the values without that mistake are the target."""
+    import golden
+    from safetensors.torch import load_file
+    from trl.trainer.utils import add_fused_lm_head
+
+    folder = shared / "golden"
+    values = load_file(folder / "d_dpo" / "dpo_tiny_model.safetensors")
+    written = json.loads((folder / "d_dpo" / "dpo.json").read_text())["values"]
+    models = {
+        "policy": open_checkpoint(str(folder / "e_checkpoints" / "full_merged"), prototypes=16).model(),
+        "reference": open_checkpoint(
+            str(golden.write_original(tmp_path / "reference", folder, "cluster")), prototypes=16
+        ).model(),
+    }
+    answers = []
+    for name in ("chosen", "reject"):
+        ids, mask, labels = golden.spliced(
+            *(values[f"in.{name}_{part}"] for part in ("input_ids", "attention_mask", "labels"))
+        )
+        for row, kept, wanted in zip(ids.tolist(), mask.tolist(), labels.tolist(), strict=True):
+            length = sum(kept)
+            begin = next(place for place, label in enumerate(wanted) if label != -100)
+            assert all(label != -100 for label in wanted[begin:length])
+            answers.append(Answered(tuple(row[:length]), begin))
+    batch = pack(answers, [0, 1] * 2, 0) | {"pixel_values": values["in.images"]}
+    found = {}
+    for who, model in models.items():
+        add_fused_lm_head(share_beginnings(model))
+        inputs = {key: value for key, value in batch.items() if key != "completion_mask"}
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        with torch.no_grad():
+            sums = model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(1)
+        found[f"{who}_chosen"], found[f"{who}_rejected"] = sums.chunk(2)
+    for name, key in (
+        ("policy_chosen", "policy_chosen_logps"),
+        ("policy_rejected", "policy_rejected_logps"),
+        ("reference_chosen", "reference_chosen_logps.corrected"),
+        ("reference_rejected", "reference_rejected_logps.corrected"),
+    ):
+        assert found[name].tolist() == pytest.approx(written[key], abs=1.5e-5), name
+    ratios = (found["policy_chosen"] - found["policy_rejected"]) - (
+        found["reference_chosen"] - found["reference_rejected"]
+    )
+    losses = -torch.nn.functional.logsigmoid(0.1 * ratios)
+    assert losses.tolist() == pytest.approx(written["losses.corrected"], abs=8e-6)
+    assert losses.mean().item() == pytest.approx(written["loss.corrected"][0], abs=8e-6)
+    assert losses.mean().item() != pytest.approx(written["loss.original_bug"][0], abs=1e-3)
+
+
+def test_the_reference_stays_what_training_started_from(small, data, tmp_path):
+    """Its projector and vision tower too, which the authors' did not."""
+    work = work_of(small(epochs=4), data)
+    trainer = make_trainer(work, tmp_path / "run", tmp_path / "trace", progress=False)
+    batch = work.collator([{"place": place} for place in range(4)])
+    batch.pop("pairs")
+    before = [one.tolist() for one in trainer.compute_ref_log_probs(trainer.model, batch)]
+    projector = trainer.model.model.model.multi_modal_projector.modules_to_save["default"].linear_1.weight
+    start = projector.detach().clone()
+    trainer.train()
+    assert not torch.equal(projector, start)
+    assert [one.tolist() for one in trainer.compute_ref_log_probs(trainer.model, batch)] == before
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def weights(run: Path) -> bytes:
+    return (run / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_trace_curves_card_and_manifest(small, data, tmp_path):
+    work = work_of(small(), data)
+    out = tmp_path / "run"
+    train(work, out, progress=False)
+    lines = read_trace(out / "losses.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    first = lines[0]
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert first["chosen_reward"] == first["kl"] == 0
+    assert first["chosen_logps"] < 0
+    assert lines[-1]["margin"] == pytest.approx(lines[-1]["chosen_reward"] - lines[-1]["rejected_reward"], abs=1e-6)
+    assert lines[-1]["kl"] == pytest.approx(
+        -(lines[-1]["chosen_reward"] + lines[-1]["rejected_reward"]) / 2 / work.recipe.beta, abs=1e-5
+    )
+    manifest = json.loads((out / "run.json").read_text())
+    assert manifest["stage"] == "dpo"
+    assert manifest["finished"]
+    assert manifest["counts"]["pairs"] == 10
+    with Image.open(out / "curves.png") as image:
+        assert image.size == (1320, 1080)
+    card = (out / "README.md").read_text()
+    assert "Research only; not for clinical use." in card
+    assert "10 pairs about 6 images" in card
+    opened = open_checkpoint(str(out))
+    start = open_checkpoint(work.recipe.start).model().state_dict()
+    changed = [name for name, value in opened.model().state_dict().items() if not torch.equal(value, start[name])]
+    assert any("multi_modal_projector" in name for name in changed)
+    assert any("vision_tower" in name for name in changed)
+    assert not (out / "ref").exists()
+
+
+def test_the_cache_serves_runs_of_other_settings_and_gives_the_same_bytes(small, data, tmp_path, home):
+    train(work_of(small(reference="cached"), data), tmp_path / "a", progress=False)
+    (file,) = (home / "reference").glob("*.jsonl")
+    rows = file.read_bytes()
+    assert len(rows.splitlines()) == 10
+    train(work_of(small(reference="cached"), data), tmp_path / "b", progress=False)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    train(work_of(small(reference="cached", beta=0.3), data), tmp_path / "c", progress=False)
+    assert file.read_bytes() == rows
+    lines = rows.splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:4]) + lines[4][:20])  # as a kill leaves it
+    train(work_of(small(reference="cached"), data), tmp_path / "d", progress=False)
+    assert weights(tmp_path / "a") == weights(tmp_path / "d")
+    assert sorted(file.read_bytes().splitlines()) == sorted(rows.splitlines())
+    train(work_of(small(reference="cached", ld_alpha=0.5), data), tmp_path / "e", progress=False)
+    assert len(list((home / "reference").glob("*.jsonl"))) == 2
+
+
+@pytest.mark.parametrize("reference", ["live", "cached"])
+def test_all_weights_can_be_trained(small, data, tmp_path, reference):
+    train(work_of(small(reference=reference, **FULL), data), tmp_path / "run", progress=False)
+    lines = read_trace(tmp_path / "run" / "losses.jsonl")
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert lines[-1]["loss"] < 0.69
+    assert "stllava_tree" not in (tmp_path / "run" / "config.json").read_text()
+
+
+def command(recipe: Path, data: Path, out: Path, *more: str, processes: int = 1) -> list[str]:
+    from test_sft import free_port
+
+    ours = ["-m", "stllava_train.cli", "dpo", "--recipe", str(recipe), "--pairs", str(data / "pairs.jsonl")]
+    ours += ["--images", str(data), "--out", str(out), *more]
+    if processes == 1:
+        return [sys.executable, *ours]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", free_port()]
+    return [sys.executable, *launcher, *ours]
+
+
+@pytest.mark.parametrize(("processes", "reference"), [(1, "live"), (2, "cached")])
+def test_a_run_killed_at_a_random_step_goes_on_exactly(recipe_file, data, tmp_path, processes, reference):
+    dropped = {**LORA, "dropout": 0.2 if processes == 1 else 0.0}
+    recipe = recipe_file(epochs=8, reference=reference, language_model=dropped)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(recipe, data, whole, processes=1), check=True, env=environment, capture_output=True)
+    running = subprocess.Popen(
+        command(recipe, data, broken, processes=processes),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wanted = random.randint(2, 12)
+    while len(read_trace(broken / "losses.jsonl")) < wanted:
+        assert running.poll() is None
+        time.sleep(0.002)
+    for one in (*psutil.Process(running.pid).children(recursive=True), running):
+        os.kill(one.pid, signal.SIGKILL)
+    running.wait()
+    assert not (broken / "README.md").exists()
+    done = subprocess.run(
+        command(recipe, data, broken, "--resume", processes=processes), env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[:2000]
+    keys = ("step", "loss", "chosen_logps", "rejected_logps", "margin")
+    one, other = ([[line[key] for key in keys] for line in read_trace(run / "losses.jsonl")] for run in (whole, broken))
+    if processes == 1:
+        assert one == other
+        assert weights(whole) == weights(broken)
+    else:  # means over processes are added in another order
+        assert torch.allclose(torch.tensor(one), torch.tensor(other), atol=1e-5)
+
+
+def test_fsdp_at_the_level_of_torch_gives_the_same_gradients(checkpoint, data, tmp_path, recipe_file):
+    program = tmp_path / "fsdp.py"
+    program.write_text(FSDP)
+    from test_sft import free_port
+
+    arguments = [str(recipe_file(micro_batch=4)), str(data), str(tmp_path / "home")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "STLLAVA_HOME": str(tmp_path / "home")}
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(program), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "equal gradients of" in done.stdout
+
+
+FSDP = """
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from trl.trainer.utils import add_fused_lm_head
+
+from stllava_train.dpo import open_work, share_beginnings
+from stllava_train.recipe import read_dpo_recipe
+from stllava_train.training import trained_model
+
+torch.set_num_threads(1)
+recipe, data = read_dpo_recipe(sys.argv[1]), Path(sys.argv[2])
+work = open_work(recipe, data / "pairs.jsonl", data, progress=False)
+mesh = None
+
+
+def gradients(shard):
+    model = share_beginnings(trained_model(work))
+    add_fused_lm_head(model.get_base_model())
+    if shard:
+        network = model.get_base_model().model
+        for layer in [*network.language_model.layers, *network.vision_tower.encoder.layers]:
+            fully_shard(layer)
+        fully_shard(model)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if shard else (0, 1)
+    places = range(4)[rank::world] if shard else range(4)
+    batch = work.collator([{"place": place} for place in places])
+    batch.pop("pairs")
+    mask = batch.pop("completion_mask")
+    labels = batch["input_ids"].masked_fill(mask == 0, -100)
+    sums = model(**batch, labels=labels, fused_lm_head=True).log_probs.sum(1)
+    chosen, rejected = sums.chunk(2)
+    (-torch.nn.functional.logsigmoid(0.01 * (chosen - rejected))).mean().backward()
+    found = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    return {name: one.full_tensor() if hasattr(one, "full_tensor") else one for name, one in found.items()}
+
+
+from accelerate import PartialState
+
+PartialState(cpu=True)
+sharded, whole = gradients(True), gradients(False)
+assert sharded.keys() == whole.keys(), sharded.keys() ^ whole.keys()
+for name, gradient in whole.items():
+    assert torch.allclose(gradient, sharded[name], atol=1e-6, rtol=1e-4), name
+if dist.get_rank() == 0:
+    print("equal gradients of", len(whole))
+dist.destroy_process_group()
+"""
+
+
+# --- evaluations on the way -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def validation(home):
+    """Validation splits of two images with an open and a closed question each."""
+    from conftest import write_small_sets
+
+    write_small_sets()
+    from stllava_eval.datasets import DATASETS, Row, write_split
+
+    for name in ("vqarad", "slake"):
+        rows = [
+            Row(
+                id=f"validation-{image}-{kind}",
+                image=png((200 - 60 * image, 100, 30 + 90 * image)),
+                image_id=f"validation-{image}.png",
+                question=question,
+                reference=reference,
+                kind=kind,
+                categories=dict.fromkeys(DATASETS[name].categories, ""),
+            )
+            for image in range(2)
+            for kind, question, reference in (("open", "What organ is shown?", "lung"), ("closed", "Is it?", "yes"))
+        ]
+        write_split(
+            name,
+            "validation",
+            rows,
+            edition="for tests",
+            official=False,
+            sample=True,
+            source="tests",
+            licence="CC0-1.0",
+        )
+
+
+def test_evaluations_on_the_way_keep_the_best_step(small, data, tmp_path, validation, monkeypatch):
+    from stllava_train.examination import Examination
+
+    planned = iter([0.5, 0.2, 0.7, 0.7, 0.1])
+    inner = Examination._scores
+
+    def scores(self, policy):
+        made = inner(self, policy)
+        assert set(made) == {"vqarad", "slake", "score", "unparsed"}
+        assert {"f1", "recall", "closed_accuracy", "unparsed", "words"} <= set(made["slake"])
+        return made | {"score": next(planned)}
+
+    monkeypatch.setattr(Examination, "_scores", scores)
+    work = work_of(small(evaluate_on=["vqarad", "slake"], evaluate_every=2, epochs=3), data)
+    assert work.steps == 8
+    train(work, tmp_path / "run", progress=False)
+    lines = read_trace(tmp_path / "run" / "evaluations.jsonl")
+    assert [(line["step"], line["score"]) for line in lines] == [(0, 0.5), (2, 0.2), (4, 0.7), (6, 0.7), (8, 0.1)]
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["kept"]
+    assert kept == {"step": 4, "score": 0.7, "start": 0.5, "last": 0.1, "stopped": False}
+    from safetensors.torch import load_file
+
+    best = load_file(tmp_path / "run" / "checkpoints" / "best.safetensors")
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    names = {name.replace(".default", ""): value for name, value in best.items()}
+    shared_names = [name for name in saved if name in names]
+    assert shared_names
+    assert all(torch.equal(saved[name], names[name]) for name in shared_names)
+    assert "kept is step 4" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_examining_changes_nothing_of_what_is_learnt(small, data, tmp_path, validation):
+    dropped = {**LORA, "dropout": 0.3}
+    train(work_of(small(language_model=dropped), data), tmp_path / "without", progress=False)
+    recipe = small(language_model=dropped, evaluate_on=["slake"], evaluate_every=1)
+    train(work_of(recipe, data), tmp_path / "with", progress=False)
+    one, other = (read_trace(tmp_path / name / "losses.jsonl") for name in ("without", "with"))
+    assert one == other
+
+
+def test_training_stops_where_yes_and_no_are_unlearnt(small, data, tmp_path, validation, monkeypatch):
+    from stllava_train.examination import Examination
+
+    planned = iter([0.1, 0.25, 0.31, 0.9])
+    inner = Examination._scores
+    monkeypatch.setattr(Examination, "_scores", lambda self, policy: inner(self, policy) | {"unparsed": next(planned)})
+    recipe = small(evaluate_on=["slake"], evaluate_every=1, epochs=3, stop_unparsed=0.2)
+    train(work_of(recipe, data), tmp_path / "run", progress=False)
+    assert [line["step"] for line in read_trace(tmp_path / "run" / "losses.jsonl")] == [1, 2]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["kept"]["stopped"]
+    assert "Stopped early" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_splits_for_evaluations_have_to_be_there(small, data, tmp_path, home):
+    with pytest.raises(InputError, match="slake validation is not prepared"):
+        train(work_of(small(evaluate_on=["slake"]), data), tmp_path / "run", progress=False)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def changed(data: Path, tmp_path: Path, **changes) -> Path:
+    """The pairs with the third one changed, beside the images."""
+    rows = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()]
+    rows[2] |= changes
+    file = tmp_path / "changed.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chosen": "word " * 700}, "changed.jsonl:3: 2.png#2: .* tokens, more than max_tokens 600"),
+        ({"image": "none.png"}, "changed.jsonl:3: 2.png#2: its image .*none.png is not there"),
+        ({"image_sha256": "0" * 64}, "changed.jsonl:3: 2.png#2: its image 2.png has other pixels"),
+        ({"img": "2.png"}, "changed.jsonl:3: img is no key of a pair"),
+        ({"id": "1.png#1"}, "changed.jsonl:3: id 1.png#1 stands twice"),
+        ({"rejected": "</s>"}, "changed.jsonl:3: </s> in rejected"),
+    ],
+    ids=["long", "gone", "other pixels", "column", "twice", "token"],
+)
+def test_a_wrong_pair_is_refused_with_its_line(small, data, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        open_work(small(), changed(data, tmp_path, **changes), data, progress=False)
+
+
+def test_a_loss_that_is_no_number_names_the_pairs(small, data, tmp_path):
+    work = work_of(small(batch=2), data)
+    trainer = make_trainer(work, tmp_path / "run", tmp_path / "trace", progress=False)
+    with torch.no_grad():
+        trainer.model.get_base_model().lm_head.weight[5] = float("nan")
+    with pytest.raises(InputError, match=r"step 1: the loss is nan for pair .*png#"):
+        trainer.train()
+
+
+def test_test_images_are_refused_unless_allowed(small, data, tmp_path, prepared):
+    from stllava_eval.datasets import read_rows
+    from stllava_eval.images import decode, pixel_hash
+
+    row = read_rows("slake", "test")[0]
+    (tmp_path / "leak.png").write_bytes(row.image)
+    file = changed(data, tmp_path, image="leak.png", image_sha256=pixel_hash(decode(row.image)))
+    for image in data.glob("*.png"):
+        (tmp_path / image.name).write_bytes(image.read_bytes())
+    with pytest.raises(InputError, match="1 of 10 pairs show test images"):
+        open_work(small(), file, tmp_path, progress=False)
+    assert open_work(small(), file, tmp_path, allow_test_images=True, progress=False).test_images == 1
+
+
+def test_a_dry_run_tells_pairs_tokens_steps_and_memory(recipe_file, data, tmp_path, capsys):
+    from stllava_train.cli import main
+
+    call = ["dpo", "--recipe", str(recipe_file()), "--pairs", str(data / "pairs.jsonl"), "--images", str(data)]
+    assert main([*call, "--out", str(tmp_path / "run"), "--dry-run", "evaluate_on=[]"]) == 0
+    shown = capsys.readouterr().out
+    assert "10 pairs about 6 images" in shown
+    assert "5 steps of 4 pairs: 2 epochs" in shown
+    assert "GiB" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_of_an_image_are_learnt_from_together():
+    pairs = [Pair(str(n), image, "0" * 64, "q", "a", "b", None, ()) for n, image in enumerate("abacb")]
+    assert groups(pairs) == [[0, 2], [1, 4], [3]]
+
+
+def test_a_recipe_is_equal_to_what_it_writes(recipe_file, tmp_path):
+    recipe = read_dpo_recipe(str(recipe_file(loss=["sigmoid", "sft"], loss_weights=[1, 0.5], ld_alpha=0.5)))
+    file = tmp_path / "again.yaml"
+    file.write_text(yaml.safe_dump(recipe.as_dict()))
+    assert read_dpo_recipe(str(file)) == recipe
+    assert dataclasses.replace(recipe, seed=1) != recipe

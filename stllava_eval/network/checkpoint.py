@@ -7,6 +7,7 @@ written as a folder that `from_pretrained` reads. At no time is more than one te
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -227,7 +228,7 @@ class Checkpoint:
         from accelerate import init_empty_weights
 
         with init_empty_weights(include_buffers=False):
-            model = StllavaMedForConditionalGeneration(self.config)
+            model = StllavaMedForConditionalGeneration(copy.deepcopy(self.config))  # its own: users change it
         for name, tensor in self.weights():
             owner, _, leaf = name.rpartition(".")
             value = tensor.to(device, dtype)
