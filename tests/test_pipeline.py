@@ -1,0 +1,193 @@
+"""`all`: which stages are made, skipped, gone on with and made again. The stages themselves are made up here."""
+
+import itertools
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from stllava_eval.errors import InputError
+from stllava_train import pipeline as module
+from stllava_train.pipeline import Pipeline
+from stllava_train.recipe import RECIPES, Whole, read_pipeline, recipe_names
+
+STAGES = ["sft", "eval/sft", *(f"round-1/{name}" for name in ("candidates", "judged", "pairs", "dpo")), "eval/round-1"]
+
+
+class Made:
+    """In place of the commands: writes what they would, made of what they read. `dies` at a stage before its end."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.calls, self.dies = out, [], None
+
+    def __call__(self, command: list[str]) -> int:
+        name, options = command[0], dict(itertools.pairwise(command))
+        out = Path(options["--out"])
+        stage = str(out.relative_to(self.out)).removesuffix(".jsonl")
+        self.calls.append(f"{stage} resumed" if "--resume" in command else stage)
+        read = [word for word in command if word.endswith((".json", ".jsonl")) and word != str(out)]
+        said = [word for word in command if "/" not in word and word != "--resume"]
+        told = json.dumps([[Path(word).read_text() for word in read], said])
+        if name in ("sft", "dpo", "run"):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "run.json").write_text(json.dumps({"finished": self.dies != stage, "of": told}))
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(told)
+            out.with_suffix(".json").write_text("{}")
+        if self.dies == stage:
+            raise KeyboardInterrupt
+        return 1 if name == "judge" else 0
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, home):
+    """Calls the pipeline; returns the stages that were made."""
+    data, images, out = tmp_path / "data.json", tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    (images / "a.png").write_bytes(b"picture")
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    data.write_text(json.dumps([{"id": 1, "image": "images/a.png", "conversations": turns}]))
+    made = Made(out)
+    monkeypatch.setattr(module, "_evaluate", made)
+
+    def checkpoint(self, name):
+        file = Path(name) / "run.json"
+        return module._file_hash(file) if file.exists() else name
+
+    monkeypatch.setattr(Pipeline, "_checkpoint", checkpoint)
+
+    def call(*changes: str, dies: str | None = None) -> list[str]:
+        made.calls, made.dies = [], dies
+        changes = ("sft.start=somewhere", *changes)
+        pipeline = Pipeline("tiny", changes, [data], images, out, call=made)
+        if dies:
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.run()
+        else:
+            assert pipeline.run() == 0
+        return made.calls
+
+    call.data, call.images, call.out = data, images, out
+    return call
+
+
+def test_every_stage_is_made_once(run, capsys):
+    assert run() == STAGES
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+    assert [shlex.split(line)[1] for line in commands] == [
+        "stllava-train",
+        "stllava-eval",
+        *["stllava-train"] * 4,
+        "stllava-eval",
+    ]
+    assert run() == []
+    assert capsys.readouterr().out.count("done before, of the same inputs") == len(STAGES)
+
+
+def test_a_change_is_followed_as_far_as_it_reaches(run):
+    run()
+    assert run("dpo.beta=0.3") == ["round-1/dpo", "eval/round-1"]
+    assert run() == ["round-1/dpo", "eval/round-1"]
+    assert run("pairs=[]") == STAGES[-3:]
+    assert run("candidates.questions=2", "pairs=[]") == STAGES[2:]
+    (run.images / "a.png").write_bytes(b"another picture")
+    assert run("candidates.questions=2", "pairs=[]")[0] == "sft"
+
+
+def test_files_written_anew_with_the_same_bytes_change_nothing(run):
+    run()
+    text = run.data.read_text()
+    run.data.unlink()
+    run.data.write_text(text)
+    assert run() == []
+
+
+def test_what_was_made_of_something_else_is_kept_aside(run):
+    run()
+    before = (run.out / "round-1" / "pairs.jsonl").read_text()
+    run("pairs=[]")
+    assert (run.out / "replaced" / "round-1-pairs-1" / "pairs.jsonl").read_text() == before
+    assert (run.out / "replaced" / "round-1-pairs-1" / "pairs.json").exists()
+    assert (run.out / "replaced" / "round-1-dpo-1" / "dpo" / "run.json").exists()
+    assert not list((run.out / "replaced").glob("round-1-candidates*"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_was_broken_off_goes_on_and_none_before_it_is_made_again(run, stage):
+    run(dies=stage)
+    calls = run()
+    resumed = f"{stage} resumed" if stage in ("sft", "round-1/dpo") else stage
+    assert calls == [resumed, *STAGES[STAGES.index(stage) + 1 :]]
+    assert not (run.out / "replaced").exists()
+
+
+def test_a_stage_that_ended_just_before_the_kill_is_not_called_again(run):
+    run()
+    stages = json.loads((run.out / "stages.json").read_text())
+    del stages["round-1/dpo"]["made"]
+    (run.out / "stages.json").write_text(json.dumps(stages))
+    assert run() == []
+
+
+def test_a_broken_off_stage_of_other_inputs_begins_anew(run):
+    run(dies="round-1/dpo")
+    assert run("dpo.beta=0.5") == ["round-1/dpo", "eval/round-1"]
+    assert (run.out / "replaced" / "round-1-dpo-1" / "dpo" / "run.json").exists()
+
+
+def test_each_round_starts_from_the_newest_checkpoint_and_asks_anew(run, capsys):
+    second = [stage.replace("round-1", "round-2") for stage in STAGES[2:]]
+    run()
+    capsys.readouterr()
+    assert run("rounds=2") == second
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+    asked, trained = commands[0], commands[3]
+    assert asked[asked.index("--checkpoint") + 1] == str(run.out / "round-1" / "dpo")
+    assert "seed=1" in asked
+    assert f"start={run.out / 'round-1' / 'dpo'}" in trained
+
+
+def test_a_failed_stage_stops_the_rest(run, monkeypatch):
+    inner = Made.__call__
+    monkeypatch.setattr(Made, "__call__", lambda self, command: 2 if command[0] == "pairs" else inner(self, command))
+    pipeline = Pipeline("tiny", ["sft.start=x"], [run.data], run.images, run.out, call=Made(run.out))
+    assert pipeline.run() == 2
+    assert not (run.out / "round-1" / "dpo").exists()
+
+
+def test_a_folder_of_something_else_is_refused(run):
+    run.out.mkdir()
+    (run.out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="there is something that is no such run"):
+        run()
+
+
+@pytest.mark.parametrize("name", recipe_names(Whole))
+def test_our_recipes_name_what_there_is(name):
+    from stllava_train.candidates import PRESETS, check_settings
+    from stllava_train.recipe import changed, read_dpo_recipe, read_recipe
+
+    whole = read_pipeline(name)
+    read_recipe(whole.sft.recipe, whole.sft.changes)
+    read_dpo_recipe(whole.dpo.recipe, whole.dpo.changes)
+    check_settings(changed(PRESETS[whole.candidates.recipe], whole.candidates.changes))
+    assert (RECIPES / "all" / f"{name}.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("rounds=0", "rounds: 0. It is at least 1"),
+        ("images=0", "images: 0. It is at least 1"),
+        ("judges=[]", "name at least one of each"),
+        ("round=2", "round: unknown. Did you mean rounds?"),
+        ("judge_preset=theirs", "judge_preset: 'theirs'. Choose one of ours, authors"),
+        ("sft=tiny", "sft is a part"),
+        ("dpo.recipe=5", "dpo: recipe: 5 is not a text"),
+    ],
+)
+def test_a_wrong_value_is_named(change, message):
+    with pytest.raises(InputError, match=message):
+        read_pipeline("tiny", [change])
