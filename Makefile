@@ -4,7 +4,6 @@ BIN := .venv/bin
 export STLLAVA_HOME ?= $(HOME)/.cache/stllava-med
 RUNS := $(STLLAVA_HOME)/runs/demo
 START := $(STLLAVA_HOME)/checkpoints/tiny-start
-TINY := $(STLLAVA_HOME)/checkpoints/tiny
 TRAINING := $(STLLAVA_HOME)/conversations
 # these two keep two cores busy with work, not with waiting for each other
 export KMP_BLOCKTIME := 0
@@ -18,18 +17,14 @@ export OMP_WAIT_POLICY := PASSIVE
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# conversations -> stage 1 -> checkpoint; images + questions -> answers -> scores: with a network trained from scratch
+# the whole of it with a network trained from scratch: conversations -> stage 1 -> questions, answers -> judge -> pairs ->
+# DPO -> checkpoint -> evaluation. Called again, it does again what a change has reached.
 demo: .venv/installed
-	rm -rf $(RUNS) $(TINY)
 	$(BIN)/stllava-eval prepare --sample
 	$(BIN)/stllava-train data vqarad slake pathvqa --out $(TRAINING)
 	$(BIN)/stllava-train tiny --out $(START)
-	$(BIN)/stllava-train sft --recipe tiny --data $(TRAINING)/vqarad.json --data $(TRAINING)/slake.json \
-		--data $(TRAINING)/pathvqa.json --out $(TINY) --default start=$(START)
-	STLLAVA_RUN=$(RUNS)/tiny $(BIN)/lmms-eval --model stllava_med --tasks vqarad,slake,pathvqa
-	STLLAVA_RUN=$(RUNS)/tiny-shown-other-images $(BIN)/lmms-eval --model stllava_med --tasks vqarad,slake,pathvqa \
-		--model_args images=other
-	$(BIN)/stllava-eval leaderboard $(RUNS)/tiny $(RUNS)/tiny-shown-other-images
+	$(BIN)/stllava-train all --recipe tiny --data $(TRAINING)/vqarad.json --data $(TRAINING)/slake.json \
+		--data $(TRAINING)/pathvqa.json --images $(TRAINING)/images --out $(RUNS) --default sft.start=$(START)
 
 test: .venv/installed
 	$(BIN)/python -m pytest

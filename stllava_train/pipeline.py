@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stllava_eval import __version__
 from stllava_eval.errors import InputError, printable
 from stllava_eval.home import write_json
 from stllava_train.recipe import Training, read_dpo_recipe, read_pipeline, read_recipe
@@ -170,7 +171,7 @@ class Pipeline:
         """Run the stage if it has to be; the exit code."""
         place = self.out / stage.name
         before = self.done.get(stage.name)
-        inputs = json.loads(json.dumps(stage.inputs))  # as it is read back
+        inputs = json.loads(json.dumps(stage.inputs | {"version": __version__}))  # as it is read back
         known = before["made"] if before and before["inputs"] == inputs and "made" in before else None
         if known and stage.made.exists() and self.hash(stage.made) == known:
             print(printable(f"{stage.name}: done before, of the same inputs"))

@@ -1,0 +1,108 @@
+"""Two runs -> their paired differences: checked by hand, against scipy and by simulation."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stllava_eval.cli import main
+from stllava_eval.compare import compare
+from stllava_eval.errors import InputError
+from stllava_eval.runs import answered, write_run
+from stllava_eval.statistics import holm, sign_flip
+
+
+def run_of(folder: Path, answers: dict[str, str], monkeypatch, task: str = "vqarad", **changes) -> Path:
+    """A run folder with these answers to the prepared test split, by id."""
+    from stllava_eval.datasets import read_split
+
+    rows = read_split("vqarad", "test").to_list()
+    monkeypatch.setenv("STLLAVA_RUN", str(folder))
+    lines = [answered(task, row, row["question"], answers[row["id"]], None) for row in rows if row["id"] in answers]
+    write_run(lines, {"checkpoint": {"name": folder.name, "sha256": folder.name}})
+    if changes:
+        manifest = json.loads((folder / "run.json").read_text())
+        manifest["tasks"][task]["data"] |= changes
+        (folder / "run.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def ids(prepared):
+    from stllava_eval.datasets import read_rows
+
+    return {row.id: row.kind for row in read_rows("vqarad", "test")}
+
+
+def test_differences_are_those_of_the_same_questions(ids, tmp_path, monkeypatch):
+    wrong = dict.fromkeys(ids, "nothing")
+    right = {id: "the left lung" if kind == "open" else "yes" for id, kind in ids.items()}
+    one = run_of(tmp_path / "one", wrong, monkeypatch)
+    other = run_of(tmp_path / "other", right | {"test-0-1": "left"}, monkeypatch)
+    found = {difference.metric: difference for difference in compare(one, other)}
+    assert list(found) == ["recall", "f1", "closed_accuracy"]
+    recall = found["recall"]
+    assert (recall.first, recall.n, recall.images) == (0.0, 4, 4)
+    assert recall.value == pytest.approx(3.5 / 4) == recall.second  # articles do not count
+    assert found["closed_accuracy"].value == 1.0
+    assert recall.p == pytest.approx(2 / 2**4, abs=0.02)  # all four images one way, or all the other
+    assert recall.p_holm >= recall.p
+
+
+def test_runs_of_other_questions_are_refused_and_what_differs_is_named(ids, tmp_path, monkeypatch):
+    answers = dict.fromkeys(ids, "yes")
+    one = run_of(tmp_path / "one", answers, monkeypatch)
+    other = run_of(tmp_path / "other", answers, monkeypatch, sha256_rows="f" * 64)
+    with pytest.raises(InputError, match=r"vqarad: sha256_rows is .* in .*one and ffffffffffffffff in"):
+        compare(one, other)
+    with pytest.raises(InputError, match="is not a run folder"):
+        compare(one, tmp_path)
+
+
+def test_a_question_that_one_run_lacks_counts_for_neither(ids, tmp_path, monkeypatch):
+    answers = dict.fromkeys(ids, "yes")
+    one = run_of(tmp_path / "one", answers, monkeypatch)
+    less = {id: answer for id, answer in answers.items() if id != "test-0-0"}
+    other = run_of(tmp_path / "other", less, monkeypatch)
+    (closed,) = [one for one in compare(one, other) if one.metric == "closed_accuracy"]
+    assert (closed.n, closed.value, closed.p) == (3, 0.0, 1.0)
+
+
+def test_the_command_prints_a_table_and_json(ids, tmp_path, monkeypatch, capsys):
+    runs = [str(run_of(tmp_path / name, dict.fromkeys(ids, name), monkeypatch)) for name in ("no", "yes")]
+    assert main(["compare", *runs]) == 0
+    shown = capsys.readouterr().out
+    assert "closed_accuracy" in shown
+    assert "Research only; not for clinical use." in shown
+    assert main(["compare", *runs, "--json"]) == 0
+    assert {one["task"] for one in json.loads(capsys.readouterr().out)} == {"vqarad"}
+
+
+def test_signs_are_flipped_as_scipy_does():
+    from scipy.stats import permutation_test
+
+    draw = np.random.default_rng(1)
+    changes = draw.normal(0.3, 1, 12)
+    theirs = permutation_test(
+        (changes, np.zeros(12)), lambda x, y: np.sum(x - y), permutation_type="samples", n_resamples=2**12
+    ).pvalue
+    assert sign_flip(changes.tolist(), [str(n) for n in range(12)], draws=40_000) == pytest.approx(theirs, abs=0.01)
+
+
+def test_equal_systems_differ_falsely_in_one_of_twenty_comparisons_however_questions_depend_on_their_image():
+    draw = np.random.default_rng(0)
+    found = 0
+    for _ in range(400):
+        sizes = draw.integers(1, 12, 60)
+        images = np.repeat(np.arange(60), sizes)
+        shift = np.repeat(draw.normal(0, 0.3, 60), sizes)  # of all questions of an image
+        one, other = (draw.random(len(images)) < 0.6 + shift for _ in range(2))
+        found += sign_flip((one.astype(float) - other).tolist(), images.astype(str).tolist(), draws=400) <= 0.05
+    assert 0.03 <= found / 400 <= 0.075  # 95 % of such experiments with a true 5 % lie within 0.03 and 0.072
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
