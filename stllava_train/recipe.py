@@ -495,7 +495,8 @@ def _typed(kind: Any, value: Any, place: str) -> Any:
         return None if value is None else _typed(get_args(kind)[0], value, place)
     if kind in (Part, Use):
         if not isinstance(value, dict):
-            raise InputError(f"{place}: {value!r} is no part. Give its keys: {', '.join(_hints(kind))}.")
+            needed = "train, learning_rate and so on" if kind is Part else "recipe and changes"
+            raise InputError(f"{place}: {value!r} is no part. Give {needed}.")
         return _build(kind, value, place)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):

@@ -8,7 +8,16 @@ import pytest
 import yaml
 
 from stllava_eval.errors import InputError
-from stllava_train.recipe import RECIPES, DpoRecipe, Part, Recipe, Training, read_recipe, recipe_names
+from stllava_train.recipe import (
+    RECIPES,
+    DpoRecipe,
+    Part,
+    Recipe,
+    Training,
+    read_dpo_recipe,
+    read_recipe,
+    recipe_names,
+)
 
 STAGES = {"llava-med-curriculum": ("align", "instruct")}
 EVERY = [(name, stage) for name in recipe_names() for stage in STAGES.get(name, (None,))]
@@ -44,12 +53,72 @@ def test_ours_come_back_equal_after_being_written(name, stage, tmp_path):
     assert read_recipe(file_with(tmp_path, yaml.safe_dump(recipe.as_dict()))) == recipe
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize(
+    "name", [*(f"sft/{one}" for one in recipe_names()), *(f"dpo/{one}" for one in recipe_names(DpoRecipe))]
+)
 def test_every_value_of_ours_names_its_source(name):
-    for number, line in enumerate((RECIPES / "sft" / f"{name}.yaml").read_text().splitlines(), 1):
+    for number, line in enumerate((RECIPES / f"{name}.yaml").read_text().splitlines(), 1):
         value, _, comment = line.partition("#")
         if value.strip() and not value.rstrip().endswith(":"):
             assert SOURCE.search(comment), f"{name}.yaml:{number}: {line}"
+
+
+@pytest.mark.parametrize("name", recipe_names(DpoRecipe))
+def test_ours_of_stage_2_come_back_equal_after_being_written(name, tmp_path):
+    recipe = read_dpo_recipe(name)
+    assert read_dpo_recipe(file_with(tmp_path, yaml.safe_dump(recipe.as_dict()))) == recipe
+
+
+STAGE_2 = {  # original.md 4.5: the script where the paper is silent
+    "loss": ("sigmoid",),
+    "beta": 0.1,
+    "epochs": 1.0,
+    "batch": 256,
+    "warmup": 0.03,
+    "weight_decay": 0.0,
+    "dtype": "bfloat16",
+    "template": "v1",
+    "language_model": Part("lora", 5e-6, 128, 256, 0.05),
+    "projector": Part("full", 2e-5),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "tower", "others"),
+    [
+        ("stllava-med-7b", Part("lora", 5e-6, 32, 64, 0.1), {"micro_batch": 4}),
+        ("stllava-med-7b-script", Part("frozen"), {"micro_batch": 4, "reference": "live"}),
+        ("stllava-med-7b-qlora", Part("lora", 5e-6, 32, 64, 0.1), {"four_bit": True, "micro_batch": 1}),
+    ],
+)
+def test_stage_2_has_the_numbers_of_paper_and_script(name, tower, others):
+    recipe = read_dpo_recipe(name)
+    for key, value in (STAGE_2 | others | {"vision_tower": tower}).items():
+        assert getattr(recipe, key) == value, key
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("loss=[sigmod]", r"loss: sigmod: unknown\. Choose of sigmoid, hinge"),
+        ("loss=sigmoid", "loss: 'sigmoid' is no list"),
+        ("loss=[sigmoid, sft]", "give each its weight in loss_weights"),
+        ("loss_weights=[0]", "loss_weights: all are 0"),
+        ("loss_weights=[-1]", "loss_weights: -1. It is 0 or more"),
+        ("loss=[exo_pair]", "label_smoothing: 0, and exo_pair needs more"),
+        ("label_smoothing=0.5", "label_smoothing: 0.5. It is 0 or more and below 0.5"),
+        ("beta=0", "beta: 0. It is more than 0"),
+        ("ld_alpha=2", "ld_alpha: 2. It is from 0 to 1"),
+        ("reference=policy", "reference: 'policy'. Choose one of cached, live"),
+        ("evaluate_on=[slaek]", "evaluate_on: slaek: unknown. Choose of vqarad, slake, pathvqa"),
+        ("evaluate_every=0", "evaluate_every: 0. It is at least 1"),
+        ("sq_r=0.5", "sq_r: unknown"),
+        ("template=either", "template: 'either'. Choose one of v1, v1_sq"),
+    ],
+)
+def test_wrong_values_of_stage_2_are_named(change, message):
+    with pytest.raises(InputError, match=message):
+        read_dpo_recipe("stllava-med-7b", [change])
 
 
 def paper(**others) -> dict:
