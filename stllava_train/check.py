@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -83,6 +83,71 @@ def problems(
         (Found(one.place, one.id, one.what, kind) for kind in KINDS for one in found[kind]),
         key=lambda one: order[one.place],
     )
+
+
+def is_pairs(file: Path) -> bool:
+    """Whether it holds preference pairs: its first record has a chosen and a rejected answer."""
+    first = next(records(file), None)
+    return first is not None and isinstance(first[1], dict) and {"chosen", "rejected"} <= first[1].keys()
+
+
+def pair_problems(
+    file: Path,
+    images: Path | None = None,
+    encoder: Encoder | None = None,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = True,
+) -> list[Found]:
+    """As `problems`, of a file that `stllava-train pairs` wrote; what `stllava-train dpo` would refuse.
+
+    Raises:
+        InputError: As `problems`.
+    """
+    from stllava_train.ledger import read_rows
+    from stllava_train.pairs import Pair, pair_of
+
+    folder = file.parent if images is None else images
+    found: list[Found] = []
+    sound: list[tuple[str, Pair]] = []
+    first: dict[str, str] = {}
+    for line, row in enumerate(read_rows(file), 1):
+        place = f"{file}:{line}"
+        try:
+            pair = pair_of(row)
+        except ValueError as error:
+            found.append(Found(place, str(row.get("id") or ""), str(error), "form"))
+            continue
+        if (before := first.setdefault(pair.id, place)) != place:
+            what = f"its id stands at {before} too. Give each record one of its own."
+            found.append(Found(place, pair.id, what, "form"))
+        sound.append((place, pair))
+    shown: list[tuple[Conversation, Pair]] = []
+    for place, pair in sound:
+        if (image := image_file(folder, pair.image)) is None:
+            what = f"its image {pair.image} is not in {folder}. Pass the folder of the images, or leave the record out."
+            found.append(Found(place, pair.id, what, "image"))
+        else:
+            shown.append((Conversation(pair.id, image, ((pair.question, pair.chosen),), place), pair))
+    seen = _looked_at([one for one, _ in shown], progress, _test_images(progress))
+    for one, pair in shown:
+        assert one.image is not None
+        look = seen[one.image]
+        if look.broken:
+            found.append(Found(one.place, one.id, look.broken, "image"))
+        elif look.pixels != pair.image_sha256:
+            what = f"its image {pair.image} has other pixels than the one that was asked about. Put that one back."
+            found.append(Found(one.place, one.id, what, "image"))
+        if look.leak:
+            found.append(Found(one.place, one.id, look.leak, "test image"))
+    if encoder is not None:
+        both = [
+            replace(one, rounds=((pair.question, text),))
+            for one, pair in shown
+            for text in (pair.chosen, pair.rejected)
+        ]
+        long = {problem.place: problem for problem in _too_long(both, encoder, max_tokens, progress)}
+        found += [Found(one.place, one.id, one.what, "length") for one in long.values()]
+    return sorted(found, key=lambda one: (int(one.place.rpartition(":")[2]), KINDS.index(one.kind)))
 
 
 @dataclass(frozen=True)

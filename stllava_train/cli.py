@@ -882,14 +882,20 @@ def _add_check(commands: Any) -> None:
     check = commands.add_parser(
         "check",
         help="list everything that is wrong with training data",
-        description="List every problem of files of conversations: their form, images that cannot be decoded, records "
-        "that are too long, duplicates, and images that are in a prepared test split or look like one of it. The exit "
-        "code is 0 where there is none, 1 where there are some, 2 for a wrong call.",
+        description="List every problem of files of conversations, or of one file of pairs: their form, images that "
+        "cannot be decoded, records that are too long, duplicates, and images that are in a prepared test split or "
+        "look like one of it. The exit code is 0 where there is none, 1 where there are some, 2 for a wrong call.",
         epilog="examples:\n  stllava-train check data/train.json --images data/images\n"
         "  stllava-train check a.json b.jsonl --images images --checkpoint ZachSun/stllava-med-7b --write sound.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.add_argument("data", nargs="+", type=Path, metavar="DATA", help="JSON or JSONL file of conversations")
+    check.add_argument(
+        "data",
+        nargs="+",
+        type=Path,
+        metavar="DATA",
+        help="JSON or JSONL file of conversations; or one of pairs, as `stllava-train pairs` writes",
+    )
     check.add_argument(
         "--images", type=Path, metavar="DIR", help="folder that images are relative to (default: that of each file)"
     )
@@ -907,7 +913,7 @@ def _add_check(commands: Any) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from stllava_train.check import KINDS, MAX_TOKENS, problems, write_sound
+    from stllava_train.check import KINDS, MAX_TOKENS, is_pairs, pair_problems, problems, write_sound
 
     files, images, out = arguments.data, arguments.images, arguments.write
     _check_data(files, images)
@@ -922,12 +928,12 @@ def _check(arguments: argparse.Namespace) -> int:
         raise InputError(f"--max-tokens {arguments.max_tokens}: a number from 1 on, with --checkpoint to count.")
     if not arguments.checkpoint:
         print("lengths are not counted: name the model whose tokenizer does, --checkpoint DIR", file=sys.stderr)
-    every = problems(
-        files,
-        images,
-        _encoder(arguments.checkpoint) if arguments.checkpoint else None,
-        arguments.max_tokens or MAX_TOKENS,
-    )
+    encoder = _encoder(arguments.checkpoint) if arguments.checkpoint else None
+    most = arguments.max_tokens or MAX_TOKENS
+    paired = [file for file in files if is_pairs(file)]
+    if paired and (len(files) > 1 or out):
+        raise InputError(f"{paired[0]}: it holds pairs. Check it by itself, without --write.")
+    every = pair_problems(files[0], images, encoder, most) if paired else problems(files, images, encoder, most)
     for problem in every:
         print(printable(str(problem)))
     if every:

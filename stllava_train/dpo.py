@@ -585,7 +585,7 @@ def make_trainer(
     if recipe.reference == "live" and not adapted:
         dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
         reference = share_beginnings(work.checkpoint.model("cpu", dtype)).requires_grad_(False)
-    return quiet(
+    trainer = quiet(
         DpoTrainer(
             work,
             trace,
@@ -599,6 +599,9 @@ def make_trainer(
             callbacks=callbacks,
         )
     )
+    if examination and trainer.is_fsdp_enabled:
+        raise InputError("evaluate_on: under FSDP the network lies on several devices and cannot answer. Set it to [].")
+    return trainer
 
 
 def report(work: DpoWork) -> str:

@@ -139,7 +139,7 @@ def read_pairs(path: Path) -> list[Pair]:
     found: dict[str, Pair] = {}
     for number, row in enumerate(read_rows(path), 1):
         try:
-            pair = _pair(row)
+            pair = pair_of(row)
             if pair.id in found:
                 raise ValueError(f"id {pair.id} stands twice. Give each pair one of its own.")
         except ValueError as error:
@@ -181,8 +181,12 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _pair(row: Row) -> Pair:
-    """Raises ValueError where the row is none."""
+def pair_of(row: Row) -> Pair:
+    """The pair that a row of a file holds.
+
+    Raises:
+        ValueError: It is none; the message says why.
+    """
     form = f"A pair has {', '.join(KEYS)}; see docs/data.md."
     if missing := [key for key in KEYS if key not in row]:
         raise ValueError(f"no {missing[0]}. {form}")

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import png
 from PIL import Image
 from test_likeness import COPIES, scan
 
@@ -226,3 +227,50 @@ def test_real_leaks_are_found(shared, home):
     found = problems([file], slake / "imgs", progress=False)
     assert {problem.id for problem in found} == set(sorted(chinese)[:60]) & set(names)
     assert all("pixel for pixel" in problem.what for problem in found)
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_problem_of_a_file_of_pairs_is_told_by_line(tmp_path, prepared, checkpoint, capsys):
+    from stllava_eval.datasets import read_rows
+    from stllava_eval.images import decode, pixel_hash
+    from stllava_train.cli import main
+
+    for name, content in (("a.png", png((1, 2, 3))), ("leak.png", read_rows("slake", "test")[0].image)):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "cut.png").write_bytes(png((9, 9, 9))[:50])
+    sha256 = {name: pixel_hash(decode((tmp_path / name).read_bytes())) for name in ("a.png", "leak.png")}
+    good = {"id": "0", "image": "a.png", "image_sha256": sha256["a.png"], "question": "Where?", "chosen": "Left."}
+    good |= {"rejected": "Right.", "margin": 1.0, "judges": []}
+    changes = [
+        {},
+        {"chosen": "</s>"},
+        {"image": "none.png"},
+        {"image_sha256": "0" * 64},
+        {"image": "cut.png"},
+        {"image": "leak.png", "image_sha256": sha256["leak.png"]},
+        {"rejected": "word " * 500},
+        {"id": "0"},
+        {"img": "a.png"},
+    ]
+    rows = [good | {"id": str(number)} | change for number, change in enumerate(changes)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["check", str(file), "--checkpoint", str(checkpoint), "--max-tokens", "600"]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    told = [
+        ":2: 1: </s> in chosen",
+        ":3: 2: its image none.png is not in",
+        ":4: 3: its image a.png has other pixels",
+        ":5: 4: its image ",
+        ":6: 5: its image is test image",
+        ":7: 6: it has ",
+        ":8: 0: its id stands at ",
+        ":9: 8: img is no key of a pair",
+    ]
+    assert len(lines) == len(told)
+    assert all(f"{file}{start}" in line for start, line in zip(told, lines, strict=True)), lines
+    assert last == "8 problems in 8 records: 3 form, 3 image, 1 length, 1 test image"
+    assert main(["check", str(file), "--write", str(tmp_path / "sound.jsonl")]) == 2
+    assert "it holds pairs. Check it by itself" in capsys.readouterr().err
