@@ -134,7 +134,9 @@ COLOURS = ("#1f5fa8", "#c2571a", "#3c7d3c", "#7a4a99")
 
 
 def draw_curves(trace: Path, image: Path) -> None:
-    """What `losses.jsonl` holds of every step, and its running mean over a fiftieth of the run, as a PNG.
+    """What `losses.jsonl` holds of every step, and its running mean, as a PNG.
+
+    The mean is over a fiftieth of the run in stage 1, and a tenth in stage 2, whose steps are few.
 
     Of stage 2 the scores of `evaluations.jsonl` beside it too.
     """
@@ -149,25 +151,25 @@ def draw_curves(trace: Path, image: Path) -> None:
         examined = _read(trace.with_name("evaluations.jsonl")) if trace.with_name("evaluations.jsonl").exists() else []
         grid = figure.subplots(3 if examined else 2, 2).flatten()
         for axes, (unit, named) in zip(grid, PANELS, strict=False):
-            _draw(axes, lines, named, unit)
+            _draw(axes, lines, named, unit, 10)
         if examined:
             _draw_examined(grid[4], grid[5], examined)
     else:
         axes = figure.subplots()
-        _draw(axes, lines, {"answer_loss": "answers", "question_loss": "questions"}, "loss (nats a token)")
+        _draw(axes, lines, {"answer_loss": "answers", "question_loss": "questions"}, "loss (nats a token)", 50)
         axes.set_ylim(bottom=0)
     with whole_file(image) as unfinished:
         figure.savefig(unfinished, format="png", metadata={"Software": None})
 
 
-def _draw(axes: Any, lines: Sequence[dict[str, Any]], named: dict[str, str], unit: str) -> None:
+def _draw(axes: Any, lines: Sequence[dict[str, Any]], named: dict[str, str], unit: str, parts: int) -> None:
     for (name, label), colour in zip(named.items(), COLOURS, strict=False):
         found = [(line["step"], line[name]) for line in lines if line[name] is not None]
         if not found:
             continue
         steps, values = zip(*found, strict=True)
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=label)
+        axes.plot(steps, _smooth(values, parts), color=colour, linewidth=1.8, label=label)
     _finish(axes, unit)
 
 
@@ -181,13 +183,14 @@ def _draw_examined(scores: Any, lengths: Any, lines: Sequence[dict[str, Any]]) -
     steps = [line["step"] for line in lines]
     shown = {"f1": "F1, open", "recall": "recall, open", "closed_accuracy": "accuracy, closed", "unparsed": "unparsed"}
     for (name, label), colour in zip(shown.items(), COLOURS, strict=True):
-        scores.plot(steps, [mean(line, name) for line in lines], color=colour, marker="o", markersize=3, label=label)
+        dashes = "--" if name == "recall" else "-"  # it lies on F1 where answers are short
+        values = [mean(line, name) for line in lines]
+        scores.plot(steps, values, color=colour, linestyle=dashes, marker="o", markersize=3, label=label)
     scores.set_ylim(0, 1)
     _finish(scores, f"validation: {', '.join(sets)}")
-    lengths.plot(
-        steps, [mean(line, "words") for line in lines], color=COLOURS[0], marker="o", markersize=3, label="words"
-    )
-    lengths.set_ylim(bottom=0)
+    words = [mean(line, "words") for line in lines]
+    lengths.plot(steps, words, color=COLOURS[0], marker="o", markersize=3, label="words")
+    lengths.set_ylim(0, 1.3 * max(words))
     _finish(lengths, "words an answer, validation")
 
 
@@ -198,8 +201,8 @@ def _finish(axes: Any, unit: str) -> None:
     axes.legend(frameon=False)
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
-    width = max(1, len(values) // 50)
+def _smooth(values: Sequence[float], parts: int) -> list[float]:
+    width = max(1, len(values) // parts)
     return [sum(values[max(0, end - width) : end]) / (end - max(0, end - width)) for end in range(1, len(values) + 1)]
 
 
