@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def compare(first: Path, second: Path) -> list[Difference]:
         for metric in METRICS:
             both = [id for id, asked in of_one.items() if id in of_other and metric in asked.scores]
             if not both:
-                continue
+                continue  # a task may have questions of one kind alone
             before, after = ([of[id].scores[metric] for id in both] for of in (of_one, of_other))
             images = [of_one[id].image_id for id in both]
             changes = [late - early for early, late in zip(before, after, strict=True)]
@@ -77,6 +78,8 @@ def compare(first: Path, second: Path) -> list[Difference]:
                     p_holm=1.0,
                 )
             )
+    if not found:
+        raise InputError(f"{first} and {second}: no question is answered in both. Run the same questions with both.")
     adjusted = holm([one.p for one in found])
     return [Difference(**{**vars(one), "p_holm": p}) for one, p in zip(found, adjusted, strict=True)]
 
@@ -113,11 +116,30 @@ def compare_text(first: Path, second: Path, found: Sequence[Difference]) -> str:
         "images",
     ]
     table = tabulate(body, heads, tablefmt="simple", disable_numparse=True)
-    return (
-        f"{table}\n\nScores x100. Intervals: draws of images; p: signs of images' differences flipped; Holm: over the "
-        f"{len(found)} tests shown.\n{NOTICE}"
-    )
+    notes = "".join(f"{note}\n" for note in differences(first, second))
+    how = "Intervals: draws of images; p: signs of images' differences flipped; Holm: over the"
+    return f"{table}\n\n{notes}Scores x100. {how} {len(found)} tests shown.\n{NOTICE}"
 
 
 def _interval(one: Difference) -> str:
     return "" if one.low is None or one.high is None else f" [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
+
+
+SETTINGS = ("images", "prompt", "image_preprocessing", "decoding", "dtype", "four_bit")
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """What a reader has to know besides: questions that only one run answers, settings in which they differ."""
+    notes = []
+    runs = [read_run(folder) for folder in (first, second)]
+    for task in (task for task in runs[0] if task in runs[1]):
+        one, other = (question_scores(dataset_of(task), run[task].answers).keys() for run in runs)
+        every = len(runs[0][task].answers) + runs[0][task].not_asked
+        if (both := len(one & other)) < every:
+            notes.append(f"{printable(task)}: compared on {both} of {every} questions; the others lack in a run.")
+    manifests = [json.loads((folder / "run.json").read_text(encoding="utf-8")) for folder in (first, second)]
+    for name in SETTINGS:
+        values = [manifest.get(name) for manifest in manifests]
+        if values[0] != values[1]:
+            notes.append(printable(f"{name} differs: {values[0]!r} and {values[1]!r}"))
+    return notes

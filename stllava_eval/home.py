@@ -1,5 +1,6 @@
 """Where data, checkpoints and runs live, and how a file appears there: whole or not at all."""
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -38,6 +39,27 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it was never made, or its folder is a file: the error above says so
             unfinished.unlink()
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Make the folder, and hold it against other processes that ask likewise; a process that dies lets go.
+
+    Raises:
+        InputError: It cannot be made, or another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made or read ({error.strerror}). Choose another folder.") from error
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"{folder}: another process is writing it. Wait for it, or choose another folder.") from error
+    finally:
+        os.close(opened)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -159,6 +159,10 @@ def read_run(folder: Path) -> dict[str, RunTask]:
         keys = [(row["task"], row["id"]) for row in rows]
         if len(set(keys)) < len(keys) or not all(isinstance(row[key], str) for row in rows for key in ("id", "answer")):
             raise ValueError("an id of answers.jsonl comes twice, or an id or answer is not text")
+        for of in manifest["tasks"].values():
+            texts = of["prompt"], *(of["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels"))
+            if not all(isinstance(one, str) for one in texts):
+                raise ValueError(f"{texts!r} are not all texts")
         return {
             task: RunTask(
                 **{name: of["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels")},

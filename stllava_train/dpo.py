@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from trl import DPOConfig, DPOTrainer
 
 from stllava_eval.errors import InputError
 from stllava_eval.home import home
-from stllava_train.conversations import ANSWER, Conversation, Encoder
+from stllava_train.conversations import ANSWER, Conversation, Encoder, image_file
 from stllava_train.ledger import Ledger
 from stllava_train.pairs import Pair, read_pairs
 from stllava_train.pixels import Pixels
@@ -304,36 +305,39 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
         }
         name = hashlib.sha256(json.dumps(decided_by).encode()).hexdigest()[:32]
         keys = [reference_key(pair, recipe.ld_alpha) for pair in work.pairs]
-        known: dict[str, tuple[float, float]] = {}
-        ledger = None
-        if state.is_main_process:
-            ledger = Ledger(home() / "reference" / f"{name}.jsonl", lambda row: row["id"], decided_by, wait=True)
-            known = {key: (row["chosen"], row["rejected"]) for key, row in ledger.rows.items()}
-        known = _from_main(known)
-        missing = {key: place for place, key in enumerate(keys) if key not in known}
-        due = list(missing.values())
+        file = home() / "reference" / f"{name}.jsonl"
+        with (
+            Ledger(file, lambda row: row["id"], decided_by, wait=True)
+            if state.is_main_process
+            else nullcontext() as ledger
+        ):
+            known = {key: _log_probabilities(row, file) for key, row in ledger.rows.items()} if ledger else {}
+            known = _from_main(known)
+            self._add_missing(known, keys, ledger)
+        return {place: known[key] for place, key in enumerate(keys)}
+
+    def _add_missing(self, known: dict[str, tuple[float, float]], keys: Sequence[str], ledger: Ledger | None) -> None:
+        """Compute what is not known, every process its share, and write it down."""
         from tqdm import tqdm
 
+        state = processes()
+        due = list({key: place for place, key in enumerate(keys) if key not in known}.values())
         hidden = None if state.is_main_process else True
-        bar = tqdm(total=len(due), desc="reference", unit="pair", disable=hidden, file=sys.stderr)
         size = CHUNK * state.num_processes
-        for chunk in (due[begin : begin + size] for begin in range(0, len(due), size)):
-            found: list[dict[str, Any]] = []
-            for place in chunk[state.process_index :: state.num_processes]:
-                batch = self._prepare_inputs(self.collator([{"place": place}]))
-                batch.pop("pairs")
-                with _trl_behind_transformers():
-                    chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, batch)
-                found.append({"id": keys[place], "chosen": chosen.item(), "rejected": rejected.item()})
-            rows = [row for of_one in _from_all(found) for row in of_one]
-            if ledger is not None:
-                ledger.add(rows)
-            known |= {row["id"]: (row["chosen"], row["rejected"]) for row in rows}
-            bar.update(len(chunk))
-        bar.close()
-        if ledger is not None:
-            ledger.close()
-        return {place: known[key] for place, key in enumerate(keys)}
+        with tqdm(total=len(due), desc="reference", unit="pair", disable=hidden, file=sys.stderr) as bar:
+            for chunk in (due[begin : begin + size] for begin in range(0, len(due), size)):
+                found: list[dict[str, Any]] = []
+                for place in chunk[state.process_index :: state.num_processes]:
+                    batch = self._prepare_inputs(self.collator([{"place": place}]))
+                    batch.pop("pairs")
+                    with _trl_behind_transformers():
+                        chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, batch)
+                    found.append({"id": keys[place], "chosen": chosen.item(), "rejected": rejected.item()})
+                rows = [row for of_one in _from_all(found) for row in of_one]
+                if ledger is not None:
+                    ledger.add(rows)
+                known |= {row["id"]: (row["chosen"], row["rejected"]) for row in rows}
+                bar.update(len(chunk))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -377,6 +381,10 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
             "rejected_tokens": rejected / pairs,
         }
 
+    def over(self) -> bool:
+        """Whether the run had been stopped when it was broken off."""
+        return self.examination is not None and self.examination.collapsed
+
     def ended(self) -> dict[str, Any]:
         """The weights of the best step take the place of the last one's, where there was an examination."""
         return self.examination.keep_best(self) if self.examination else {}
@@ -388,6 +396,16 @@ def _trl_behind_transformers() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
         yield
+
+
+def _log_probabilities(row: Mapping[str, Any], file: Path) -> tuple[float, float]:
+    values = row.get("chosen"), row.get("rejected")
+    if not all(isinstance(one, float) and math.isfinite(one) for one in values):
+        raise InputError(
+            f"{file}: pair {str(row.get('id'))[:16]} has {values} for log-probabilities. Delete the file: they are "
+            "computed anew."
+        )
+    return values  # type: ignore[return-value]
 
 
 def reference_key(pair: Pair, ld_alpha: float | None) -> str:
@@ -466,9 +484,18 @@ def open_work(
     data = [{"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "pairs": len(pairs)}]
     if steps_of(len(pairs), recipe) == 0:
         raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
-    shown = [Conversation(pair.id, images / pair.image, (), f"{file}:{line}") for line, pair in enumerate(pairs, 1)]
-    if gone := next((one for one in shown if one.image is not None and not one.image.is_file()), None):
-        raise InputError(f"{gone.place}: {gone.id}: its image {gone.image} is not there. Pass --images DIR.")
+    if recipe.evaluate_on:
+        from stllava_train.examination import questions
+
+        questions(recipe)
+    shown = []
+    for line, pair in enumerate(pairs, 1):
+        if (image := image_file(images, pair.image)) is None:
+            name = pair.image if len(pair.image) < 256 else f"{pair.image[:60]}..."
+            raise InputError(
+                f"{file}:{line}: {pair.id}: its image {name} is not in {images}. Pass their folder with --images."
+            )
+        shown.append(Conversation(pair.id, image, (), f"{file}:{line}"))
     checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
     if recipe.four_bit:
         checkpoint.check_four_bit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
@@ -19,6 +21,8 @@ from stllava_eval.errors import InputError
 from stllava_eval.home import whole_file
 from stllava_eval.images import decode
 from stllava_eval.metrics import score
+from stllava_eval.network.files import one_line
+from stllava_train.recipe import DpoRecipe
 from stllava_train.training import first_process, read_trace
 
 if TYPE_CHECKING:
@@ -43,36 +47,55 @@ class Examination(TrainerCallback):
         step: Steps taken before, in a run that goes on.
 
     Raises:
-        InputError: A split is not prepared, or of a run that goes on an evaluation is missing.
+        InputError: A split is not prepared, or of a run that goes on an evaluation is missing or damaged.
     """
 
     def __init__(self, work: DpoWork, out: Path, step: int) -> None:
-        self.work, self.trace, self.weights = work, out / "evaluations.jsonl", out / "checkpoints" / "best.safetensors"
-        self.rows = {name: _drawn(name, work.recipe.evaluate_questions) for name in work.recipe.evaluate_on}
+        self.work, self.trace, self.folder = work, out / "evaluations.jsonl", out / "checkpoints"
+        self.rows = questions(work.recipe)
         self.lines = [line for line in read_trace(self.trace) if line["step"] <= step] if step else []
         every = work.recipe.evaluate_every
-        if step and not {0, *range(every, step + 1, every)} <= {line["step"] for line in self.lines}:
+        wanted = {0, *range(every, step + 1, every)} if step else set()
+        if not wanted <= {line["step"] for line in self.lines} or not all(map(self._is_whole, self.lines)):
             raise InputError(
-                f"{self.trace}: an evaluation up to step {step} is missing. Put the file back, or train anew with "
-                "another --out."
+                f"{self.trace}: an evaluation up to step {step} is missing or damaged. Put the file back, or train "
+                "anew with another --out."
             )
         if first_process():
             with whole_file(self.trace) as unfinished:
                 unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
 
+    def _is_whole(self, line: dict[str, Any]) -> bool:
+        figures = [line.get("score"), line.get("unparsed")]
+        sets = [line.get(name) for name in self.rows]
+        return all(isinstance(one, float | int) and math.isfinite(one) for one in figures) and all(
+            isinstance(of, dict) and {"f1", "closed_accuracy", "words"} <= of.keys() for of in sets
+        )
+
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The start's scores."""
+        """The start's scores; in a run that goes on, a look at the weights that were kept.
+
+        Raises:
+            InputError: They are not as they were written.
+        """
         if not self.lines:
             self._examine(0, model)
+        elif len(self.lines) > 1:
+            self._best_weights({name for name, _ in _trained(model)})
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """See the class."""
         step = state.global_step
         if step % self.work.recipe.evaluate_every and step != state.max_steps:
             return
-        line = self._examine(step, model)
-        if line["unparsed"] > self.lines[0]["unparsed"] + self.work.recipe.stop_unparsed:
-            control.should_training_stop = True
+        self._examine(step, model)
+        control.should_training_stop |= self.collapsed
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether yes and no had been unlearnt at the last evaluation."""
+        allowed = self.lines[0]["unparsed"] + self.work.recipe.stop_unparsed if self.lines else math.inf
+        return len(self.lines) > 1 and self.lines[-1]["unparsed"] > allowed
 
     def _examine(self, step: int, model: Any) -> dict[str, Any]:
         from accelerate.utils import broadcast_object_list
@@ -86,10 +109,26 @@ class Examination(TrainerCallback):
                 file.write(json.dumps(held[0]) + "\n")
         broadcast_object_list(held)
         self.lines.append(held[0])
-        if step and step == self.best["step"] and first_process():
-            with whole_file(self.weights) as unfinished:
+        if step and step == self.best["step"] and first_process():  # a file each: a run may go on from before the last
+            with whole_file(self._file(step)) as unfinished:
                 save_file({name: one.detach().cpu().contiguous() for name, one in _trained(model)}, unfinished)
         return self.lines[-1]
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"best-{step}.safetensors"
+
+    def _best_weights(self, names: set[str]) -> dict[str, torch.Tensor]:
+        file = self._file(self.best["step"])
+        try:
+            weights = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{file}: the weights of the best step cannot be read ({one_line(error)}). Put the file back, or train "
+                "anew with another --out."
+            ) from error
+        if weights.keys() != names:
+            raise InputError(f"{file}: weights of another run. Put the file back, or train anew with another --out.")
+        return weights
 
     @property
     def best(self) -> dict[str, Any]:
@@ -98,7 +137,7 @@ class Examination(TrainerCallback):
 
     def keep_best(self, trainer: DpoTrainer) -> dict[str, Any]:
         """Load the best step's weights; what it was, for `run.json`."""
-        best = load_file(self.weights)
+        best = self._best_weights({name for name, _ in _trained(trainer.model)})
         with torch.no_grad():
             for name, parameter in _trained(trainer.model):
                 parameter.copy_(best[name])
@@ -109,7 +148,7 @@ class Examination(TrainerCallback):
                 "score": self.best["score"],
                 "start": start["score"],
                 "last": last["score"],
-                "stopped": last["step"] < self.work.steps,
+                "stopped": self.collapsed and last["step"] < self.work.steps,
             }
         }
 
@@ -122,12 +161,26 @@ class Examination(TrainerCallback):
         return found
 
 
+def questions(recipe: DpoRecipe) -> dict[str, list[Row]]:
+    """Of each validation split, at most so many: open and closed ones in the split's proportion, at least one of each.
+
+    Always the same ones, in the split's order.
+
+    Raises:
+        InputError: A split is not prepared, or lacks a kind.
+    """
+    return {name: _drawn(name, recipe.evaluate_questions) for name in recipe.evaluate_on}
+
+
 def _drawn(name: str, most: int) -> list[Row]:
-    """Questions of the validation split, at most so many; always the same, in the split's order."""
     rows = read_rows(name, "validation")
-    if not {"open", "closed"} <= {row.kind for row in rows}:
+    of = {kind: [number for number, row in enumerate(rows) if row.kind == kind] for kind in ("open", "closed")}
+    if not all(of.values()):
         raise InputError(f"evaluate_on: {name}: its validation split lacks open or closed questions. Leave it out.")
-    kept = set(random.Random(0).sample(range(len(rows)), min(most, len(rows))))
+    most = min(most, len(rows))
+    count = min(max(1, round(most * len(of["open"]) / len(rows))), most - 1)
+    draw = random.Random(0)
+    kept = {*draw.sample(of["open"], count), *draw.sample(of["closed"], min(most - count, len(of["closed"])))}
     return [row for number, row in enumerate(rows) if number in kept]
 
 

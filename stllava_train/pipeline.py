@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stllava_eval import __version__
+from stllava_eval.cli import TASKS
 from stllava_eval.errors import InputError, printable
-from stllava_eval.home import write_json
+from stllava_eval.home import alone, write_json
 from stllava_train.recipe import Training, read_dpo_recipe, read_pipeline, read_recipe
 
+OPENAI = "https://api.openai.com/v1"
 STAGES = "stages.json"  # what each stage was made of, in the run's folder
 REPLACED = "replaced"  # folder in it, of what was made of something else
 
@@ -33,7 +37,6 @@ class Stage:
         inputs: As JSON holds it: settings, and hashes of all that is read.
         made: The file that the next stages read; its hash is their input.
         resume: What the command needs to go on with what a kill has left; None where it goes on by itself.
-        may_fail: Exit code 1 is no failure: something has no verdict, and is counted.
     """
 
     name: str
@@ -41,7 +44,6 @@ class Stage:
     inputs: dict[str, Any]
     made: Path
     resume: str | None = None
-    may_fail: bool = False
 
 
 class Pipeline:
@@ -74,22 +76,72 @@ class Pipeline:
     ) -> None:
         self.recipe = read_pipeline(recipe, changes)
         self.data, self.images, self.out, self.call = data, images, out, call
+        self._check()
         if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / STAGES).exists()):
             raise InputError(f"--out {out}: there is something that is no such run. Choose another folder.")
         self.done: dict[str, Any] = _read(out / STAGES) or {}
+        sound = all(isinstance(of, dict) and isinstance(of.get("inputs"), dict) for of in self.done.values())
+        if (out / STAGES).exists() and not (self.done and sound):
+            raise InputError(f"{out / STAGES}: damaged: what is done is not known. Put it back, or take another --out.")
         self._hashes: dict[Path, str] = {}
 
+    def _check(self) -> None:
+        """All that can be wrong with a later stage, before the first."""
+        from stllava_train.candidates import PRESETS, check_settings, images_in
+        from stllava_train.judge import EXACT
+        from stllava_train.recipe import changed
+
+        recipe = self.recipe
+        for stage, use in (("sft", recipe.sft), ("candidates", recipe.candidates), ("dpo", recipe.dpo)):
+            keys = {change.partition("=")[0].strip() for change in use.changes}
+            if wrong := sorted(keys & ({"seed"} if stage == "sft" else {"seed", "start"})):
+                where = (
+                    "seed= is that of every stage" if wrong == ["seed"] else "a round starts from the newest checkpoint"
+                )
+                raise InputError(f"{stage}.{wrong[0]}: {where}. Leave it out.")
+        read_recipe(recipe.sft.recipe, recipe.sft.changes)
+        dpo = read_dpo_recipe(recipe.dpo.recipe, recipe.dpo.changes)
+        if recipe.candidates.recipe not in PRESETS:
+            raise InputError(f"candidates.recipe: {recipe.candidates.recipe}: unknown. Choose of {', '.join(PRESETS)}.")
+        check_settings(changed(PRESETS[recipe.candidates.recipe], recipe.candidates.changes))
+        if unknown := [task for task in recipe.tasks if task not in TASKS]:
+            raise InputError(f"tasks: {unknown[0]}: unknown. Tasks are {', '.join(TASKS)}.")
+        if recipe.budget is not None and recipe.budget < 0:
+            raise InputError(f"budget: {recipe.budget:g}. It is 0 or more, or null.")
+        _check_pairs(recipe.pairs)
+        for name in recipe.judges:
+            if name != EXACT:
+                _check_judge(name)
+        for file in self.data:
+            if not file.is_file():
+                raise InputError(f"--data {file}: no such file. Pass what `stllava-train data` wrote.")
+        out, images = self.out.resolve(), self.images.resolve()
+        if out.is_relative_to(images) or images.is_relative_to(out):
+            raise InputError(f"--out {self.out}: it lies in {self.images}, or that in it. Choose another folder.")
+        images_in(self.images)
+        if dpo.evaluate_on:
+            from stllava_train.examination import questions
+
+            questions(dpo)
+
     def run(self) -> int:
-        """Make what is not made yet; the exit code."""
-        for stage in self.stages():
-            if code := self._make(stage):
-                return code
+        """Make what is not made yet; the exit code.
+
+        Raises:
+            InputError: Another process is at the run, or a file cannot be read.
+        """
+        with alone(self.out):
+            for stage in self.stages():
+                if code := self._make(stage):
+                    return code
         return 0
 
     def stages(self) -> Iterator[Stage]:
         """One by one: what a stage is made of can be told once the one before it is there."""
+        from stllava_train.candidates import images_in
+
         recipe, seed = self.recipe, f"seed={self.recipe.seed}"
-        images = self.hash(self.images)
+        images = self._hash_of(self.images / name for name in images_in(self.images))
         stage_1 = self.out / "sft"
         named = [text for file in self.data for text in ("--data", str(file))]
         changes = [*recipe.sft.changes, seed]
@@ -128,7 +180,6 @@ class Pipeline:
                 ["judge", str(candidates), *judges, *how, "--out", str(judged)],
                 {"candidates": self.hash(candidates), "judges": list(recipe.judges), "preset": recipe.judge_preset},
                 judged,
-                may_fail=True,
             )
             options = [*recipe.pairs, "--seed", str(recipe.seed)]
             yield Stage(
@@ -176,10 +227,9 @@ class Pipeline:
         if known and stage.made.exists() and self.hash(stage.made) == known:
             print(printable(f"{stage.name}: done before, of the same inputs"))
             return 0
-        cut = before is not None and before["inputs"] == inputs and not before.get("made")
+        cut = before is not None and before["inputs"] == inputs and not known
         begun = _read(place / "run.json") if cut and stage.resume else None
-        if not cut or (stage.resume and begun is None):
-            self._set_aside(stage.name, place)
+        moved = {} if cut and (begun is not None or not stage.resume) else self._set_aside(stage.name, place)
         self.done[stage.name] = {"inputs": inputs}
         self._remember()
         if not (begun and begun.get("finished")):  # a kill can come between a stage's last file and our note of it
@@ -187,8 +237,11 @@ class Pipeline:
             evaluation = command[0] == "run"
             shown = shlex.join(["stllava-eval" if evaluation else "stllava-train", *command])
             print(f"\n$ {printable(shown)}", flush=True)
-            code = _evaluate(command) if evaluation else self.call(command)
-            if code > 1 or (code == 1 and not stage.may_fail):
+            if code := _evaluate(command) if evaluation else self.call(command):
+                if code == 2 and moved and not self._files(place):  # refused before it wrote anything
+                    self._take_back(stage.name, moved, before)
+                elif code == 1:
+                    print("not everything is done; the same call of `stllava-train all` goes on", file=sys.stderr)
                 return code
         if not stage.made.exists():
             raise InputError(f"{stage.name}: {stage.made} was not written. Run the command above by itself.")
@@ -197,21 +250,39 @@ class Pipeline:
         self._remember()
         return 0
 
-    def _set_aside(self, name: str, place: Path) -> None:
-        """Move what a stage had made before out of the way."""
+    @staticmethod
+    def _files(place: Path) -> list[Path]:
+        """What a stage has written."""
         files = [place] if place.exists() else []
         files += [file for file in place.parent.glob(f"{place.name}.*") if file.is_file()]
         if place.name == "pairs":
             files += place.parent.glob("pairs-*")
-        if not files:
-            return
+        return list(dict.fromkeys(files))
+
+    def _set_aside(self, name: str, place: Path) -> dict[Path, Path]:
+        """Move what a stage had made before out of the way: from where, to where."""
+        if not (files := self._files(place)):
+            return {}
         number = 1
         while (folder := self.out / REPLACED / f"{name.replace('/', '-')}-{number}").exists():
             number += 1
         folder.mkdir(parents=True)
-        for file in dict.fromkeys(files):
-            shutil.move(str(file), str(folder / file.name))
-        print(printable(f"{name}: what it is made of has changed; what it had made is in {folder}"))
+        moved = {file: folder / file.name for file in files}
+        for file, to in moved.items():
+            shutil.move(str(file), str(to))
+        print(printable(f"{name}: made of something else than now; what it had made is in {folder}"))
+        return moved
+
+    def _take_back(self, name: str, moved: Mapping[Path, Path], before: Any) -> None:
+        for file, to in moved.items():
+            shutil.move(str(to), str(file))
+        next(iter(moved.values())).parent.rmdir()
+        if before is None:
+            del self.done[name]
+        else:
+            self.done[name] = before
+        self._remember()
+        print(printable(f"{name}: what it had made before is back in its place"))
 
     def _remember(self) -> None:
         write_json(self.out / STAGES, self.done)
@@ -231,25 +302,46 @@ class Pipeline:
         from stllava_train.conversations import read_conversations
 
         shown = dict.fromkeys(one.image for file in data for one in read_conversations(file)[0] if one.image)
-        return hashlib.sha256(json.dumps([self.hash(image) for image in shown]).encode()).hexdigest()
+        return self._hash_of(shown)
+
+    def _hash_of(self, files: Iterable[Path]) -> str:
+        return hashlib.sha256(json.dumps([[file.name, self.hash(file)] for file in files]).encode()).hexdigest()
 
     def hash(self, path: Path) -> str:
-        """sha256 of a file's bytes, or of a folder's files by name.
+        """sha256 of a file's bytes.
 
         Raises:
             InputError: It cannot be read.
         """
         if path not in self._hashes:
             try:
-                if path.is_dir():
-                    files = sorted(file for file in path.rglob("*") if file.is_file())
-                    listed = [(str(file.relative_to(path)), _file_hash(file)) for file in files]
-                    self._hashes[path] = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-                else:
-                    self._hashes[path] = _file_hash(path)
+                self._hashes[path] = _file_hash(path)
             except OSError as error:
                 raise InputError(f"{path}: cannot be read ({error.strerror}). Put it back.") from error
         return self._hashes[path]
+
+
+def _check_pairs(options: Sequence[str]) -> None:
+    from stllava_train.cli import parser
+
+    try:
+        with redirect_stderr(io.StringIO()):
+            parser().parse_args(["pairs", "a.jsonl", "b.jsonl", "--out", "c.jsonl", *options])
+    except SystemExit as error:
+        raise InputError(
+            f"pairs: {shlex.join(options)}: no options of `stllava-train pairs`. See its --help."
+        ) from error
+
+
+def _check_judge(name: str) -> None:
+    """Whether it could be asked: its name, its server's address, and a key where one is needed."""
+    from stllava_eval.server import Endpoint
+    from stllava_train.verdicts import PERSON
+
+    model, _, address = name.partition("@")
+    if model.startswith(PERSON):
+        raise InputError(f"judges: {name}: a person judges by `stllava-train judge --human`, not in a whole run.")
+    Endpoint(base_url=address or OPENAI, model=model)
 
 
 def _read(manifest: Path) -> dict[str, Any] | None:

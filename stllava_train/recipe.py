@@ -165,7 +165,8 @@ class DpoRecipe(Training):
 
     Attributes:
         template: Of the processor's chat templates; the question is put as in an evaluation.
-        loss: Of trl's, by their names there; several are added.
+        loss: Of trl's, by their names there; several are added. `sft` (a mean over tokens), `aot` and `bco_pair` are
+            made of the pairs that are computed at once, so that with them `micro_batch` changes the result too.
         loss_weights: A factor for each of them.
         beta: How far the policy may go from the reference: a large one holds it back. 0.1 in the paper.
         label_smoothing: Share of pairs, in [0, 0.5), taken to be the wrong way round; of `sigmoid` it is unused,
@@ -219,6 +220,10 @@ class DpoRecipe(Training):
             return "label_smoothing: 0, and exo_pair needs more. Its paper (arXiv:2402.00856) has 0.001."
         if unknown := [name for name in self.evaluate_on if name not in SETS]:
             return f"evaluate_on: {unknown[0]}: unknown. Choose of {', '.join(SETS)}."
+        if len(set(self.evaluate_on)) < len(self.evaluate_on):
+            return "evaluate_on: a split comes twice. Name each once."
+        if self.evaluate_questions < 2:
+            return "evaluate_questions: 1. Ask at least an open and a closed one: 2."
         return super().contradiction()
 
 

@@ -10,7 +10,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from stllava_eval import __version__
 from stllava_eval.errors import InputError
-from stllava_eval.home import whole_file, write_json
+from stllava_eval.home import alone, whole_file, write_json
 from stllava_train.card import fault
 from stllava_train.cost import memory, read_layers
 from stllava_train.recipe import Training
@@ -44,6 +44,7 @@ LANGUAGE_LINEAR = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
 VISION_LINEAR = r"self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12]"
 # what may change when a run goes on: memory and safety, not what is learnt
 FREE_TO_CHANGE = {"micro_batch", "gradient_checkpointing", "save_every"}
+PER_MICRO_BATCH = {"sft", "aot", "aot_unpaired", "bco_pair"}  # losses of trl that are no mean over pairs
 STARTS = {"start", "start_vision_tower"}
 
 
@@ -166,6 +167,10 @@ class PartsTrainer:
     def step_record(self, logs: Mapping[str, float]) -> dict[str, Any]:
         """What the trace tells of a step besides its number, gradient and learning rates; `loss` is among it."""
         raise NotImplementedError
+
+    def over(self) -> bool:
+        """Whether a run that goes on had come to its end before all steps were taken."""
+        return False
 
     def ended(self) -> dict[str, Any]:
         """Called before the weights are saved; what it returns goes into `run.json`."""
@@ -374,6 +379,12 @@ def run(work: Work, make_trainer: Maker, out: Path, resume: bool, progress: bool
     """
     state = processes()
     check_folder(out, resume)
+    with alone(out) if state.is_main_process else nullcontext():
+        _run(work, make_trainer, out, resume, progress, wandb)
+
+
+def _run(work: Work, make_trainer: Maker, out: Path, resume: bool, progress: bool, wandb: bool) -> None:
+    state = processes()
     manifest = _manifest(work)
     if resume:
         _check_same(out, manifest)
@@ -395,7 +406,8 @@ def run(work: Work, make_trainer: Maker, out: Path, resume: bool, progress: bool
     state.wait_for_everyone()
     with _disk_told(out):
         trainer = make_trainer(work, out, trace, progress, wandb, step)
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if not trainer.over():
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
         state.wait_for_everyone()
         facts = trainer.ended()
         _save(trainer, work, out)
@@ -648,6 +660,8 @@ def _check_same(out: Path, manifest: Mapping[str, Any]) -> None:
     before = _run_in(out)
     # a folder can be named in several ways: what counts is what lies in it
     free = FREE_TO_CHANGE | (STARTS if manifest["start"]["sha256"] == before["start"] else set())
+    if set(manifest["recipe"].get("loss", ())) & PER_MICRO_BATCH:
+        free = free - {"micro_batch"}
     recipe = {key: value for key, value in manifest["recipe"].items() if key not in free}
     for name, now, then in (
         *((f"recipe: {key}", value, before["recipe"].get(key)) for key, value in recipe.items()),

@@ -106,3 +106,29 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_what_a_reader_has_to_know_besides_is_told(ids, tmp_path, monkeypatch, capsys):
+    answers = dict.fromkeys(ids, "yes")
+    one = run_of(tmp_path / "one", answers, monkeypatch)
+    other = run_of(tmp_path / "other", {"test-0-0": "yes"}, monkeypatch)
+    manifest = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(manifest | {"images": "black"}))
+    assert main(["compare", str(one), str(other)]) == 0
+    shown = capsys.readouterr().out
+    assert "vqarad: compared on 1 of 8 questions; the others lack in a run." in shown
+    assert "images differs: None and 'black'" in shown
+
+
+def test_runs_without_a_question_in_common_are_refused(ids, tmp_path, monkeypatch):
+    one = run_of(tmp_path / "one", {"test-0-0": "yes"}, monkeypatch)
+    other = run_of(tmp_path / "other", {"test-1-0": "yes"}, monkeypatch)
+    with pytest.raises(InputError, match="no question is answered in both"):
+        compare(one, other)
+
+
+def test_a_damaged_manifest_is_no_run(ids, tmp_path, monkeypatch):
+    one = run_of(tmp_path / "one", dict.fromkeys(ids, "yes"), monkeypatch)
+    other = run_of(tmp_path / "other", dict.fromkeys(ids, "yes"), monkeypatch, sha256_rows=7)
+    with pytest.raises(InputError, match="is not a run folder"):
+        compare(one, other)

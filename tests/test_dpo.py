@@ -555,7 +555,7 @@ def test_evaluations_on_the_way_keep_the_best_step(small, data, tmp_path, valida
     assert kept == {"step": 4, "score": 0.7, "start": 0.5, "last": 0.1, "stopped": False}
     from safetensors.torch import load_file
 
-    best = load_file(tmp_path / "run" / "checkpoints" / "best.safetensors")
+    best = load_file(tmp_path / "run" / "checkpoints" / "best-4.safetensors")
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     names = {name.replace(".default", ""): value for name, value in best.items()}
     shared_names = [name for name in saved if name in names]
@@ -586,9 +586,115 @@ def test_training_stops_where_yes_and_no_are_unlearnt(small, data, tmp_path, val
     assert "Stopped early" in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_splits_for_evaluations_have_to_be_there(small, data, tmp_path, home):
+def test_splits_for_evaluations_have_to_be_there(small, data, home):
     with pytest.raises(InputError, match="slake validation is not prepared"):
-        train(work_of(small(evaluate_on=["slake"]), data), tmp_path / "run", progress=False)
+        work_of(small(evaluate_on=["slake"]), data)
+
+
+def test_both_kinds_are_asked_however_few_questions(small, validation):
+    from stllava_train.examination import questions
+
+    for most in (2, 3, 4, 9):
+        rows = questions(small(evaluate_on=["slake"], evaluate_questions=most))["slake"]
+        assert len(rows) == min(most, 4)
+        assert {row.kind for row in rows} == {"open", "closed"}
+
+
+@pytest.fixture
+def halfway(small, data, tmp_path, validation, monkeypatch):
+    """A run with evaluations that was broken off behind step 4 of 8, and how it is called to go on."""
+    work = work_of(small(evaluate_on=["slake"], evaluate_every=2, epochs=3), data)
+    out = tmp_path / "halfway"
+    with monkeypatch.context() as patch:
+        from stllava_train.dpo import DpoTrainer
+
+        inner, calls = DpoTrainer.training_step, []
+
+        def training_step(self, *given, **named):
+            calls.append(1)
+            if len(calls) > 10:
+                raise KeyboardInterrupt
+            return inner(self, *given, **named)
+
+        patch.setattr(DpoTrainer, "training_step", training_step)
+        with pytest.raises(KeyboardInterrupt):
+            train(work, out, progress=False)
+    return out, lambda: train(work, out, resume=True, progress=False)
+
+
+def test_a_run_with_evaluations_goes_on_exactly(halfway, small, data, tmp_path):
+    out, resume = halfway
+    resume()
+    whole = tmp_path / "whole"
+    train(work_of(small(evaluate_on=["slake"], evaluate_every=2, epochs=3), data), whole, progress=False)
+    for name in ("losses.jsonl", "evaluations.jsonl", "adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda text: "", id="empty"),
+        pytest.param(lambda text: '{"step": 0}\n{"step": 2}\n{"step": 4}\n', id="no scores"),
+        pytest.param(lambda text: text.replace('"score": 0', '"score": NaN, "x": 0'), id="no numbers"),
+        pytest.param(lambda text: "".join(text.splitlines(keepends=True)[:2]), id="one missing"),
+    ],
+)
+def test_damaged_evaluations_are_told_before_the_run_goes_on(halfway, damage):
+    out, resume = halfway
+    file = out / "evaluations.jsonl"
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(InputError, match=r"evaluations.jsonl: an evaluation up to step 4 is missing or damaged"):
+        resume()
+
+
+@pytest.mark.parametrize("content", [None, b"garbage"], ids=["gone", "garbage"])
+def test_lost_weights_of_the_best_step_are_told_before_the_run_goes_on(halfway, content):
+    out, resume = halfway
+    for file in (out / "checkpoints").glob("best-*"):
+        file.unlink()
+        if content is not None:
+            file.write_bytes(content)
+    with pytest.raises(InputError, match=r"the weights of the best step cannot be read .* train anew"):
+        resume()
+    assert len(read_trace(out / "losses.jsonl")) == 4
+
+
+def test_a_stopped_run_that_was_broken_off_at_its_end_takes_no_further_step(
+    small, data, tmp_path, validation, monkeypatch
+):
+    from stllava_train import training
+    from stllava_train.examination import Examination
+
+    planned = iter([0.1, 0.9, 0.1, 0.1])
+    inner = Examination._scores
+    monkeypatch.setattr(Examination, "_scores", lambda self, policy: inner(self, policy) | {"unparsed": next(planned)})
+    work = work_of(small(evaluate_on=["slake"], evaluate_every=2, epochs=3, stop_unparsed=0.2), data)
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(work, out, progress=False)
+    train(work, out, resume=True, progress=False)
+    assert len(read_trace(out / "losses.jsonl")) == 2
+    assert json.loads((out / "run.json").read_text())["kept"]["stopped"]
+
+
+def test_two_processes_do_not_write_one_run(small, data, tmp_path):
+    from stllava_eval.home import alone
+
+    with alone(tmp_path / "run"), pytest.raises(InputError, match="another process is writing it"):
+        train(work_of(small(), data), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("value", ["NaN", '"x"', "null"])
+def test_a_damaged_cache_is_named(small, data, tmp_path, home, value):
+    train(work_of(small(reference="cached"), data), tmp_path / "a", progress=False)
+    (file,) = (home / "reference").glob("*.jsonl")
+    first, *others = file.read_text().splitlines(keepends=True)
+    file.write_text(json.dumps(json.loads(first) | {"chosen": "?"}).replace('"?"', value) + "\n" + "".join(others))
+    with pytest.raises(InputError, match=rf"{file}: pair .* for log-probabilities. Delete the file"):
+        train(work_of(small(reference="cached"), data), tmp_path / "b", progress=False)
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -607,13 +713,14 @@ def changed(data: Path, tmp_path: Path, **changes) -> Path:
     ("changes", "message"),
     [
         ({"chosen": "word " * 700}, "changed.jsonl:3: 2.png#2: .* tokens, more than max_tokens 600"),
-        ({"image": "none.png"}, "changed.jsonl:3: 2.png#2: its image .*none.png is not there"),
+        ({"image": "none.png"}, "changed.jsonl:3: 2.png#2: its image none.png is not in"),
+        ({"image": "a" * 5000}, r"changed.jsonl:3: 2.png#2: its image a{60}\.\.\. is not in"),
         ({"image_sha256": "0" * 64}, "changed.jsonl:3: 2.png#2: its image 2.png has other pixels"),
         ({"img": "2.png"}, "changed.jsonl:3: img is no key of a pair"),
         ({"id": "1.png#1"}, "changed.jsonl:3: id 1.png#1 stands twice"),
         ({"rejected": "</s>"}, "changed.jsonl:3: </s> in rejected"),
     ],
-    ids=["long", "gone", "other pixels", "column", "twice", "token"],
+    ids=["long", "gone", "long name", "other pixels", "column", "twice", "token"],
 )
 def test_a_wrong_pair_is_refused_with_its_line(small, data, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):

@@ -19,7 +19,7 @@ class Made:
     """In place of the commands: writes what they would, made of what they read. `dies` at a stage before its end."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.calls, self.dies = out, [], None
+        self.out, self.calls, self.dies, self.fails = out, [], None, {}
 
     def __call__(self, command: list[str]) -> int:
         name, options = command[0], dict(itertools.pairwise(command))
@@ -38,7 +38,7 @@ class Made:
             out.with_suffix(".json").write_text("{}")
         if self.dies == stage:
             raise KeyboardInterrupt
-        return 1 if name == "judge" else 0
+        return self.fails.get(stage, 0)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def run(tmp_path, monkeypatch, home):
     def call(*changes: str, dies: str | None = None) -> list[str]:
         made.calls, made.dies = [], dies
         changes = ("sft.start=somewhere", *changes)
-        pipeline = Pipeline("tiny", changes, [data], images, out, call=made)
+        pipeline = Pipeline("tiny", [*changes, "dpo.evaluate_on=[]"], [data], images, out, call=made)
         if dies:
             with pytest.raises(KeyboardInterrupt):
                 pipeline.run()
@@ -69,7 +69,7 @@ def run(tmp_path, monkeypatch, home):
             assert pipeline.run() == 0
         return made.calls
 
-    call.data, call.images, call.out = data, images, out
+    call.data, call.images, call.out, call.fails = data, images, out, made.fails
     return call
 
 
@@ -149,12 +149,82 @@ def test_each_round_starts_from_the_newest_checkpoint_and_asks_anew(run, capsys)
     assert f"start={run.out / 'round-1' / 'dpo'}" in trained
 
 
-def test_a_failed_stage_stops_the_rest(run, monkeypatch):
-    inner = Made.__call__
-    monkeypatch.setattr(Made, "__call__", lambda self, command: 2 if command[0] == "pairs" else inner(self, command))
-    pipeline = Pipeline("tiny", ["sft.start=x"], [run.data], run.images, run.out, call=Made(run.out))
-    assert pipeline.run() == 2
-    assert not (run.out / "round-1" / "dpo").exists()
+def pipeline_of(run, *changes: str) -> Pipeline:
+    changes = ("sft.start=somewhere", "dpo.evaluate_on=[]", *changes)
+    return Pipeline("tiny", changes, [run.data], run.images, run.out, call=lambda command: 2)
+
+
+def test_a_failed_stage_stops_the_rest_and_is_called_again(run):
+    run.fails["round-1/judged"] = 1  # something has no verdict
+    with pytest.raises(AssertionError):
+        run()
+    assert not (run.out / "round-1" / "pairs.jsonl").exists()
+    run.fails.clear()
+    assert run() == STAGES[3:]
+
+
+def test_what_a_refused_command_would_have_replaced_is_put_back(run, capsys):
+    run()
+    before = (run.out / "round-1" / "pairs.jsonl").read_text()
+    assert pipeline_of(run, "pairs=[]").run() == 2
+    assert (run.out / "round-1" / "pairs.jsonl").read_text() == before
+    assert "is back in its place" in capsys.readouterr().out
+    assert run() == []
+
+
+def test_two_processes_do_not_write_one_run(run):
+    from stllava_eval.home import alone
+
+    run()
+    with alone(run.out), pytest.raises(InputError, match="another process is writing it"):
+        run()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"sft": 5}', '{"sft": {}}', ""])
+def test_a_damaged_record_of_what_is_done_is_no_reason_to_do_it_again(run, text):
+    run()
+    (run.out / "stages.json").write_text(text)
+    with pytest.raises(InputError, match=r"stages.json: damaged"):
+        run()
+    assert not (run.out / "replaced").exists()
+
+
+def test_files_that_are_no_images_change_nothing(run):
+    run()
+    (run.images / "Thumbs.db").write_bytes(b"hi")
+    assert run() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("judges=[human:ada]", "a person judges by"),
+        ("judges=[gpt-4o]", "needs a key"),
+        ("budget=-1", "budget: -1. It is 0 or more"),
+        ("pairs=[--nope]", "pairs: --nope: no options of"),
+        ("tasks=[nope]", "tasks: nope: unknown"),
+        ("dpo.recipe=nope", "recipe nope: no such file"),
+        ("candidates.recipe=nope", "candidates.recipe: nope: unknown"),
+        ("dpo.foo=1", "foo: unknown"),
+        ("dpo.loss=[foo]", "loss: foo: unknown"),
+        ("candidates.foo=1", "foo: unknown"),
+        ("candidates.seed=9", "candidates.seed: seed= is that of every stage"),
+        ("sft.seed=9", "sft.seed: seed= is that of every stage"),
+        ("dpo.start=elsewhere", "dpo.start: a round starts from the newest checkpoint"),
+        ("dpo.evaluate_on=[slake]", "slake validation is not prepared"),
+    ],
+)
+def test_what_is_wrong_with_a_later_stage_is_told_before_the_first(run, monkeypatch, change, message):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(InputError, match=message):
+        pipeline_of(run, change)
+    assert not run.out.exists()
+
+
+def test_a_run_in_the_folder_of_images_is_refused(run):
+    run.out = run.images / "run"
+    with pytest.raises(InputError, match="it lies in"):
+        pipeline_of(run)
 
 
 def test_a_folder_of_something_else_is_refused(run):
