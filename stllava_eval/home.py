@@ -60,6 +60,8 @@ def alone(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder}: another process is writing it. Wait for it, or choose another folder.") from error
     finally:
         os.close(opened)
+        with suppress(OSError):  # it holds something, as a rule
+            folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -926,7 +926,7 @@ def test_a_run_that_was_broken_off_is_neither_merged_nor_described(broken_off, t
     assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 2
     assert "run is not a checkpoint: it has no config.json. It is a training run that is not" in capsys.readouterr().err
     assert main(["card", str(run)]) == 2
-    assert "run: the run in it is not finished. Finish it first: its call of `sft` with" in capsys.readouterr().err
+    assert "run: the run in it is not finished. Finish it first: its own call with" in capsys.readouterr().err
 
 
 def test_two_calls_give_the_same_bytes(broken_off, tmp_path):
@@ -969,7 +969,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(data, tmp_path, recipe_file, monke
 
     monkeypatch.setattr(module, "open_work", stopped)
     assert main(["sft", "--recipe", str(recipe_file()), "--data", str(data), "--out", str(tmp_path / "run")]) == 130
-    assert capsys.readouterr().err == ("stllava-train: stopped. The same call goes on; that of `sft` with --resume.\n")
+    assert capsys.readouterr().err == ("stllava-train: stopped. The same call goes on; those of `sft` and `dpo` with --resume.\n")
 
 
 def test_a_world_without_a_launcher_is_one_line(data, tmp_path, recipe_file):
