@@ -969,7 +969,9 @@ def test_ctrl_c_is_one_line_and_exit_code_130(data, tmp_path, recipe_file, monke
 
     monkeypatch.setattr(module, "open_work", stopped)
     assert main(["sft", "--recipe", str(recipe_file()), "--data", str(data), "--out", str(tmp_path / "run")]) == 130
-    assert capsys.readouterr().err == ("stllava-train: stopped. The same call goes on; those of `sft` and `dpo` with --resume.\n")
+    assert capsys.readouterr().err == (
+        "stllava-train: stopped. The same call goes on; those of `sft` and `dpo` with --resume.\n"
+    )
 
 
 def test_a_world_without_a_launcher_is_one_line(data, tmp_path, recipe_file):
