@@ -87,8 +87,12 @@ def problems(
 
 def is_pairs(file: Path) -> bool:
     """Whether it holds preference pairs: its first record has a chosen and a rejected answer."""
-    first = next(records(file), None)
-    return first is not None and isinstance(first[1], dict) and {"chosen", "rejected"} <= first[1].keys()
+    try:
+        with file.open("rb") as opened:
+            first = json.loads(opened.readline())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and {"chosen", "rejected"} <= first.keys()
 
 
 def pair_problems(
@@ -103,15 +107,22 @@ def pair_problems(
     Raises:
         InputError: As `problems`.
     """
-    from stllava_train.ledger import read_rows
     from stllava_train.pairs import Pair, pair_of
 
     folder = file.parent if images is None else images
     found: list[Found] = []
     sound: list[tuple[str, Pair]] = []
     first: dict[str, str] = {}
-    for line, row in enumerate(read_rows(file), 1):
+    *lines, end = file.read_bytes().split(b"\n")
+    for line, text in enumerate([*lines, end] if end else lines, 1):
         place = f"{file}:{line}"
+        try:
+            row: Any = json.loads(text)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            found.append(Found(place, "", f"it is {text[:40]!r}, no row of JSON. Delete the line.", "form"))
+            continue
         try:
             pair = pair_of(row)
         except ValueError as error:

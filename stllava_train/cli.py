@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from stllava_train.candidates import Candidate, Settings
     from stllava_train.conversations import Encoder
     from stllava_train.data import Written
-    from stllava_train.verdicts import Verdict
+    from stllava_train.pairs import Options
+    from stllava_train.verdicts import Rule, Verdict
 
 DATASETS = ("vqarad", "slake", "pathvqa")
 OPENAI = "https://api.openai.com/v1"
@@ -533,11 +534,11 @@ def _add_pairs(commands: Any) -> None:
 
 
 def _pairs(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
-    from stllava_train.pairs import Options, make_pairs, read_published, selected, write_pairs
-    from stllava_train.verdicts import AUTHORS_RULE, Rule
+    from stllava_train.pairs import make_pairs, read_published, selected, write_pairs
 
+    rule, options = pairs_options(arguments)
     if (arguments.source is None) == (not arguments.files) or len(arguments.files) not in (0, 2):
         raise InputError("pass two files, CANDIDATES and JUDGED, or one with --from.")
     images = arguments.images
@@ -545,11 +546,6 @@ def _pairs(arguments: argparse.Namespace) -> int:
         kept = read_published(arguments.source, images, arguments.allow_test_images)
         source = {"file": arguments.source.name, "sha256": _sha256_of(arguments.source)}
     else:
-        rule = AUTHORS_RULE if arguments.rule == "authors" else Rule()
-        if arguments.min_margin is not None:
-            if not 0 <= arguments.min_margin <= 9:
-                raise InputError(f"--min-margin {arguments.min_margin}: points of a scale from 1 to 10. Give 0 to 9.")
-            rule = replace(rule, min_margin=arguments.min_margin)
         candidates, verdicts, folder = _judged(*arguments.files)
         images = images or folder
         kept = make_pairs(candidates, verdicts, rule, arguments.judge)
@@ -559,13 +555,6 @@ def _pairs(arguments: argparse.Namespace) -> int:
             "rule": asdict(rule),
             "judges": sorted(set(arguments.judge) or {one.judge for one in verdicts}),
         }
-    options = Options(
-        arguments.per_image,
-        arguments.balance_length,
-        arguments.balance_verdict,
-        arguments.held_out,
-        arguments.seed,
-    )
     made = selected(kept, options)
     written = write_pairs(made, arguments.out, source, arguments.format, images)
     print(f"{_counted(len(made.train), 'pair')} to learn from, {len(made.held_out):,} held out")
@@ -573,6 +562,33 @@ def _pairs(arguments: argparse.Namespace) -> int:
     for file in written:
         print(printable(str(file)))
     return 0
+
+
+def pairs_options(arguments: argparse.Namespace) -> tuple[Rule, Options]:
+    """What the options of `pairs` come to.
+
+    Raises:
+        InputError: One makes no sense.
+    """
+    from dataclasses import replace
+
+    from stllava_train.pairs import Options, check_options
+    from stllava_train.verdicts import AUTHORS_RULE, Rule
+
+    rule = AUTHORS_RULE if arguments.rule == "authors" else Rule()
+    if arguments.min_margin is not None:
+        if not 0 <= arguments.min_margin <= 9:
+            raise InputError(f"--min-margin {arguments.min_margin}: points of a scale from 1 to 10. Give 0 to 9.")
+        rule = replace(rule, min_margin=arguments.min_margin)
+    options = Options(
+        arguments.per_image,
+        arguments.balance_length,
+        arguments.balance_verdict,
+        arguments.held_out,
+        arguments.seed,
+    )
+    check_options(options)
+    return rule, options
 
 
 def _judged(candidates: Path, judged: Path) -> tuple[list[Candidate], list[Verdict], Path]:

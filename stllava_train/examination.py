@@ -122,8 +122,9 @@ class Examination(TrainerCallback):
         try:
             weights = load_file(file)
         except (OSError, SafetensorError) as error:
+            why = one_line(error) if file.exists() else "the file is gone"
             raise InputError(
-                f"{file}: the weights of the best step cannot be read ({one_line(error)}). Put the file back, or train "
+                f"{file}: the weights of the best step cannot be read ({why}). Put the file back, or train "
                 "anew with another --out."
             ) from error
         if weights.keys() != names:

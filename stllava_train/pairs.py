@@ -233,16 +233,21 @@ class Split:
     options: Options
 
 
+def check_options(options: Options) -> None:
+    """Raises InputError where one makes no sense."""
+    if options.per_image is not None and options.per_image < 1:
+        raise InputError(f"--per-image {options.per_image}: no pair. Give a number from 1 on.")
+    if not 0 <= options.held_out < 1:
+        raise InputError(f"--held-out {options.held_out}: no share. Give a number from 0 on and below 1, such as 0.1.")
+
+
 def selected(kept: Kept, options: Options = Options()) -> Split:
     """`kept`, or fewer, by the options.
 
     Raises:
         InputError: An option makes no sense, or a file would be empty.
     """
-    if options.per_image is not None and options.per_image < 1:
-        raise InputError(f"--per-image {options.per_image}: no pair. Give a number from 1 on.")
-    if not 0 <= options.held_out < 1:
-        raise InputError(f"--held-out {options.held_out}: no share. Give a number from 0 on and below 1, such as 0.1.")
+    check_options(options)
     pairs = kept.pairs if options.per_image is None else largest_margins(kept.pairs, options.per_image)
     train, held_out = split(pairs, options.held_out, options.seed)
     further = {"smaller margin than others of its image": len(kept.pairs) - len(pairs)}

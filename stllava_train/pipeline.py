@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,13 +230,18 @@ class Pipeline:
             print(printable(f"{stage.name}: done before, of the same inputs"))
             return 0
         cut = before is not None and before["inputs"] == inputs and not known
-        begun = _read(place / "run.json") if cut and stage.resume else None
-        moved = {} if cut and (begun is not None or not stage.resume) else self._set_aside(stage.name, place)
+        evaluation = stage.command[0] == "run"
+        begun = _read(place / "run.json") if cut else None
+        if evaluation:  # its run.json is the last file it writes
+            finished = begun is not None and (begun.get("checkpoint") or {}).get("sha256") == inputs["checkpoint"]
+        else:
+            finished = begun is not None and bool(begun.get("finished"))
+        goes_on = finished or begun is not None if stage.resume else finished or not (evaluation and begun)
+        moved = {} if cut and goes_on else self._set_aside(stage.name, place)
         self.done[stage.name] = {"inputs": inputs}
         self._remember()
-        if not (begun and begun.get("finished")):  # a kill can come between a stage's last file and our note of it
+        if not finished:  # a kill can come between a stage's last file and our note of it
             command = [*stage.command[:1], *([stage.resume] if begun and stage.resume else []), *stage.command[1:]]
-            evaluation = command[0] == "run"
             shown = shlex.join(["stllava-eval" if evaluation else "stllava-train", *command])
             print(f"\n$ {printable(shown)}", flush=True)
             if code := _evaluate(command) if evaluation else self.call(command):
@@ -277,6 +284,8 @@ class Pipeline:
         for file, to in moved.items():
             shutil.move(str(to), str(file))
         next(iter(moved.values())).parent.rmdir()
+        with suppress(OSError):  # what was replaced before lies there
+            (self.out / REPLACED).rmdir()
         if before is None:
             del self.done[name]
         else:
@@ -321,16 +330,25 @@ class Pipeline:
         return self._hashes[path]
 
 
-def _check_pairs(options: Sequence[str]) -> None:
-    from stllava_train.cli import parser
+PAIRS = ("--rule", "--min-margin", "--per-image", "--balance-length", "--balance-verdict", "--held-out", "--format")
 
+
+def _check_pairs(options: Sequence[str]) -> None:
+    """Those of `stllava-train pairs` that a whole run leaves open, and their values."""
+    from stllava_train.cli import pairs_options, parser
+
+    if wrong := [word for word in options if word.startswith("--") and word.partition("=")[0] not in PAIRS]:
+        raise InputError(f"pairs: {wrong[0]}: not one of {', '.join(PAIRS)}.")
     try:
         with redirect_stderr(io.StringIO()):
-            parser().parse_args(["pairs", "a.jsonl", "b.jsonl", "--out", "c.jsonl", *options])
+            given = parser().parse_args(["pairs", "a.jsonl", "b.jsonl", "--out", "c.jsonl", *options])
     except SystemExit as error:
         raise InputError(
             f"pairs: {shlex.join(options)}: no options of `stllava-train pairs`. See its --help."
         ) from error
+    if len(given.files) > 2:
+        raise InputError(f"pairs: {given.files[2]}: no option. Leave it out.")
+    pairs_options(given)
 
 
 def _check_judge(name: str) -> None:
@@ -358,7 +376,14 @@ def _file_hash(file: Path) -> str:
 
 def _evaluate(command: Sequence[str]) -> int:
     """In a process of its own, since lmms-eval ends its own."""
-    return subprocess.run([sys.executable, "-m", "stllava_eval.cli", *command], env=os.environ).returncode
+
+    def end_with_us() -> None:  # else it would go on, unseen, beside the next call
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    command = [sys.executable, "-m", "stllava_eval.cli", *command]
+    return subprocess.run(
+        command, env=os.environ, preexec_fn=end_with_us if sys.platform == "linux" else None
+    ).returncode
 
 
 def summary(out: Path, rounds: int) -> str:

@@ -256,7 +256,7 @@ def test_every_problem_of_a_file_of_pairs_is_told_by_line(tmp_path, prepared, ch
     ]
     rows = [good | {"id": str(number)} | change for number, change in enumerate(changes)]
     file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode() + b'{"id": "cut\n\xff\n[1]\n')
     assert main(["check", str(file), "--checkpoint", str(checkpoint), "--max-tokens", "600"]) == 1
     *lines, last = capsys.readouterr().out.splitlines()
     told = [
@@ -268,9 +268,10 @@ def test_every_problem_of_a_file_of_pairs_is_told_by_line(tmp_path, prepared, ch
         ":7: 6: it has ",
         ":8: 0: its id stands at ",
         ":9: 8: img is no key of a pair",
+        *(f":{line}: a record: it is " for line in (10, 11, 12)),
     ]
     assert len(lines) == len(told)
     assert all(f"{file}{start}" in line for start, line in zip(told, lines, strict=True)), lines
-    assert last == "8 problems in 8 records: 3 form, 3 image, 1 length, 1 test image"
+    assert last == "11 problems in 11 records: 6 form, 3 image, 1 length, 1 test image"
     assert main(["check", str(file), "--write", str(tmp_path / "sound.jsonl")]) == 2
     assert "it holds pairs. Check it by itself" in capsys.readouterr().err

@@ -31,7 +31,12 @@ class Made:
         told = json.dumps([[Path(word).read_text() for word in read], said])
         if name in ("sft", "dpo", "run"):
             out.mkdir(parents=True, exist_ok=True)
-            (out / "run.json").write_text(json.dumps({"finished": self.dies != stage, "of": told}))
+            made = {"finished": self.dies != stage, "of": told}
+            if name == "run":
+                of = Path(options["--checkpoint"]) / "run.json"
+                made = {"checkpoint": {"sha256": module._file_hash(of)}, "of": told}
+            if not (name == "run" and self.dies == stage):
+                (out / "run.json").write_text(json.dumps(made))
         else:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(told)
@@ -123,10 +128,11 @@ def test_a_stage_that_was_broken_off_goes_on_and_none_before_it_is_made_again(ru
     assert not (run.out / "replaced").exists()
 
 
-def test_a_stage_that_ended_just_before_the_kill_is_not_called_again(run):
+@pytest.mark.parametrize("stage", ["sft", "eval/sft", "round-1/dpo", "eval/round-1"])
+def test_a_stage_that_ended_just_before_the_kill_is_not_called_again(run, stage):
     run()
     stages = json.loads((run.out / "stages.json").read_text())
-    del stages["round-1/dpo"]["made"]
+    del stages[stage]["made"]
     (run.out / "stages.json").write_text(json.dumps(stages))
     assert run() == []
 
@@ -166,9 +172,10 @@ def test_a_failed_stage_stops_the_rest_and_is_called_again(run):
 def test_what_a_refused_command_would_have_replaced_is_put_back(run, capsys):
     run()
     before = (run.out / "round-1" / "pairs.jsonl").read_text()
-    assert pipeline_of(run, "pairs=[]").run() == 2
+    assert pipeline_of(run, "pairs=[--rule, authors]").run() == 2
     assert (run.out / "round-1" / "pairs.jsonl").read_text() == before
     assert "is back in its place" in capsys.readouterr().out
+    assert not (run.out / "replaced").exists()
     assert run() == []
 
 
@@ -201,7 +208,13 @@ def test_files_that_are_no_images_change_nothing(run):
         ("judges=[human:ada]", "a person judges by"),
         ("judges=[gpt-4o]", "needs a key"),
         ("budget=-1", "budget: -1. It is 0 or more"),
-        ("pairs=[--nope]", "pairs: --nope: no options of"),
+        ("pairs=[--nope]", "pairs: --nope: not one of --rule"),
+        ("pairs=[--out, x.jsonl]", "pairs: --out: not one of"),
+        ("pairs=[--seed, '3']", "pairs: --seed: not one of"),
+        ("pairs=[--rule, theirs]", "pairs: --rule theirs: no options of"),
+        ("pairs=[--min-margin, '20']", "--min-margin 20.0: points of a scale"),
+        ("pairs=[--held-out, '1']", "--held-out 1.0: no share"),
+        ("pairs=[c.jsonl]", "pairs: c.jsonl: no option"),
         ("tasks=[nope]", "tasks: nope: unknown"),
         ("dpo.recipe=nope", "recipe nope: no such file"),
         ("candidates.recipe=nope", "candidates.recipe: nope: unknown"),
