@@ -86,7 +86,9 @@ class Steps:
 
         trainer = self.trainer
         (batch,), items = trainer.get_batch_samples(self.batches, 1, trainer.args.device)
-        with torch.autocast("cuda", torch.bfloat16, enabled=trainer.args.bf16):  # what accelerate does to a whole run
+        with torch.autocast(
+            trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16
+        ):  # what accelerate does to a whole run
             loss = trainer.training_step(trainer.model, batch, items).item()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
@@ -340,15 +342,45 @@ def measure_cuda(folder: Path, steps: int, per_image: int) -> dict[str, Any]:
     }
 
 
+def measure_bfloat16(folder: Path, steps: int) -> dict[str, Any]:
+    """CPU seconds of our step in float32 / in bfloat16, in turns on the same pairs."""
+    import dataclasses
+
+    import torch
+
+    from stllava_train.dpo import open_work
+
+    torch.set_num_threads(1)
+    write_checkpoint(folder / "checkpoint", "long")
+    file = write_pairs(folder, steps + 1, 1)
+    seconds: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    losses: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    runs = {}
+    for dtype in seconds:
+        kind: Any = dataclasses.replace(recipe(folder / "checkpoint", "live"), dtype=dtype)
+        runs[dtype] = ours(open_work(kind, file, folder, progress=False), folder / dtype)
+    for _ in range(steps + 1):
+        for dtype, step in runs.items():
+            began = time.process_time()
+            losses[dtype].append(step())
+            seconds[dtype].append(time.process_time() - began)
+    medians = {dtype: statistics.median(values[1:]) for dtype, values in seconds.items()}
+    return {"bfloat16": medians["float32"] / medians["bfloat16"], "seconds": medians, "losses": losses}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", required=True, metavar="FILE", help="where the figures go, - for the terminal")
     parser.add_argument("--quick", action="store_true", help="two steps instead of twenty")
+    parser.add_argument("--bfloat16", action="store_true", help="our step in float32 / in bfloat16, no more")
     parser.add_argument("--cuda", action="store_true", help="a network of the real size, on one GPU")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         os.environ["STLLAVA_HOME"] = str(Path(folder) / "home")
+        if arguments.bfloat16:
+            write(measure_bfloat16(Path(folder), 1 if arguments.quick else 3), arguments.json)
+            return
         if arguments.cuda:
             apart, together = (measure_cuda(Path(folder), 2 if arguments.quick else 8, each) for each in (1, 4))
             write({"apart": apart, "together": together}, arguments.json)

@@ -6,7 +6,9 @@ knowledge, and trains every one of `VARIANTS` on the pairs by recipe tiny, all f
 `lmms-eval` on the three sample tests. What is there already is not done again; `--seeds` shares the work out, a core
 each. It prints a table: for every variant, over all three sets, F1 of open and accuracy of closed questions (x100), the
 difference from stage 1 (mean over the seeds of each question, 95 % interval of draws of images, p of flipped signs),
-unparsed closed answers and words an answer. About 15 minutes of one core for each seed.
+how often yes is said to a yes-or-no question, and how often it is right where yes is and where no is; unparsed closed
+answers and words an answer. Then, of each file of pairs and seed, how many there are, of how many of yes and no "no" is
+chosen, and of how many the chosen answer was the likelier one before. About 15 minutes of one core for each seed.
 
 `random judge` has the same pairs with chosen and rejected exchanged by a coin: it must not help. `SFT on chosen` learns
 the chosen answers alone. `balanced` pairs have yes chosen as often as no (`pairs --balance-verdict`). `new images` are
@@ -25,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
+
+from stllava_eval.metrics import folded_words
 
 SETS = ("vqarad", "slake", "pathvqa")
 STEPS, BATCH = 100, 16
@@ -161,7 +165,41 @@ def row(label: str, folders: Sequence[Path]) -> list[Any]:
             f"{100 * (estimate.value or 0.0):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], "
             f"p {sign_flip(changes, images):.3f} ({' '.join(f'{100 * one:+.1f}' for one in by_seed)})"
         )
-    return [*cells, f"{100 * mean('unparsed'):.1f}", f"{mean('words'):.2f}"]
+    said = [one for folder in folders for one in verdicts(folder / label)]
+    right = {word: [answer for answer, reference in said if reference == word] for word in ("yes", "no")}
+    shares = [sum(answer == "yes" for answer, _ in said) / len(said)]
+    shares += [sum(answer == word for answer in answers) / len(answers) for word, answers in right.items()]
+    return [
+        *cells,
+        " / ".join(f"{100 * one:.0f}" for one in shares),
+        f"{100 * mean('unparsed'):.1f}",
+        f"{mean('words'):.2f}",
+    ]
+
+
+def verdicts(folder: Path) -> list[tuple[str, str]]:
+    """(first word of the answer, reference) of the questions whose reference is yes or no."""
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    words = [((folded_words(one["answer"]) or ("",))[0], one["reference"].lower()) for one in rows]
+    return [(answer, reference) for answer, reference in words if reference in ("yes", "no")]
+
+
+def pairs_row(name: str, folder: Path, start: Path) -> list[Any]:
+    """Of a file of pairs, whose reference's log-probabilities the trainings have left in the cache."""
+    from stllava_eval.home import home
+    from stllava_eval.network.checkpoint import open_checkpoint
+    from stllava_train.dpo import reference_key
+    from stllava_train.ledger import read_manifest, read_rows
+    from stllava_train.pairs import read_pairs
+
+    sha256 = open_checkpoint(str(start)).sha256
+    files = [file for file in (home() / "reference").glob("*.jsonl") if read_manifest(file)["start"] == sha256]
+    known = {row["id"]: row["chosen"] > row["rejected"] for file in files for row in read_rows(file)}
+    pairs = read_pairs(folder / f"{name}.jsonl")
+    of = [one.chosen.lower() for one in pairs if one.chosen.lower() in ("yes", "no")]
+    likelier = [known[key] for one in pairs if (key := reference_key(one, None)) in known]
+    shares = of.count("no") / len(of), sum(likelier) / len(likelier)
+    return [f"{name}, seed {folder.name}", len(pairs), *(f"{100 * share:.0f} %" for share in shares)]
 
 
 def main() -> None:
@@ -176,8 +214,13 @@ def main() -> None:
     for seed in seeds:
         run(arguments.folder / str(seed), arguments.start[seed], arguments.images, arguments.new_images, seed)
     folders = [arguments.folder / str(seed) for seed in seeds]
-    heads = ["", "F1, open", "difference", "accuracy, closed", "difference", "unparsed", "words"]
+    heads = ["", "F1, open", "difference", "accuracy, closed", "difference", "yes: said / right / right on no"]
+    heads += ["unparsed", "words"]
     rows = [row(label, folders) for label in ("stage 1", *VARIANTS)]
+    print(tabulate(rows, heads, tablefmt="github", disable_numparse=True))
+    names = ("pairs", "balanced", "new", "new-balanced")
+    rows = [pairs_row(name, arguments.folder / str(seed), arguments.start[seed]) for name in names for seed in seeds]
+    heads = ["", "pairs", '"no" chosen, of yes and no', "chosen answer likelier before"]
     print(tabulate(rows, heads, tablefmt="github", disable_numparse=True))
 
 

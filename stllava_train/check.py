@@ -17,6 +17,7 @@ from stllava_eval.home import home, whole_file
 from stllava_eval.images import decode, pixel_hash, truncated_refused
 from stllava_train.conversations import Conversation, Encoder, Problem, image_file, read_conversations, records
 from stllava_train.likeness import COPY, Gallery
+from stllava_train.recipe import SETS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +28,6 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 KINDS = ("form", "image", "length", "duplicate", "test image")
-SETS = ("vqarad", "slake", "pathvqa")
 MAX_TOKENS = 2623  # the authors': 2048 ids with the image as one, and 575 more for an image of 576 vectors
 
 

@@ -794,25 +794,24 @@ def _dpo(arguments: argparse.Namespace) -> int:
     from stllava_train.recipe import read_dpo_recipe
 
     recipe = read_dpo_recipe(arguments.recipe, arguments.changes)
-    from stllava_train.dpo import open_work, report, train
-    from stllava_train.training import check_folder
+    from stllava_train import dpo
 
     if not arguments.images.is_dir():
         raise InputError(f"--images {arguments.images}: no such folder. Pass the one the pairs were made of.")
+    return _train(arguments, dpo, recipe, arguments.pairs)
+
+
+def _train(arguments: argparse.Namespace, stage: Any, recipe: Any, data: Any) -> int:
+    """`stage`: `sft` or `dpo`, the module."""
+    from stllava_train.training import check_folder, first_process
+
     if not arguments.dry_run:
         check_folder(arguments.out, arguments.resume)
-    work = open_work(recipe, arguments.pairs, arguments.images, arguments.allow_test_images)
+    work = stage.open_work(recipe, data, arguments.images, arguments.allow_test_images)
     if arguments.dry_run:
-        print(report(work))
+        print(stage.report(work))
         return 0
-    train(work, arguments.out, arguments.resume, wandb=arguments.wandb)
-    _trained(arguments)
-    return 0
-
-
-def _trained(arguments: argparse.Namespace) -> None:
-    from stllava_train.training import first_process
-
+    stage.train(work, arguments.out, arguments.resume, wandb=arguments.wandb)
     if first_process():
         if arguments.default:
             from stllava_eval.answering import record_default_checkpoint
@@ -820,6 +819,7 @@ def _trained(arguments: argparse.Namespace) -> None:
             record_default_checkpoint(arguments.out)
         beside = "losses.jsonl, curves.png, tensorboard and README.md are beside it"
         print(printable(f"{arguments.out}: the checkpoint; {beside}"))
+    return 0
 
 
 def _add_merge(commands: Any) -> None:
@@ -862,19 +862,10 @@ def _sft(arguments: argparse.Namespace) -> int:
     from stllava_train.recipe import read_recipe
 
     recipe = read_recipe(arguments.recipe, arguments.changes, arguments.stage)
-    from stllava_train.sft import open_work, report, train
-    from stllava_train.training import check_folder
+    from stllava_train import sft
 
     _check_data(arguments.data, arguments.images)
-    if not arguments.dry_run:
-        check_folder(arguments.out, arguments.resume)
-    work = open_work(recipe, arguments.data, arguments.images, arguments.allow_test_images)
-    if arguments.dry_run:
-        print(report(work))
-        return 0
-    train(work, arguments.out, arguments.resume, wandb=arguments.wandb)
-    _trained(arguments)
-    return 0
+    return _train(arguments, sft, recipe, arguments.data)
 
 
 def _merge(arguments: argparse.Namespace) -> int:

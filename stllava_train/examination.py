@@ -97,7 +97,7 @@ class Examination(TrainerCallback):
         allowed = self.lines[0]["unparsed"] + self.work.recipe.stop_unparsed if self.lines else math.inf
         return len(self.lines) > 1 and self.lines[-1]["unparsed"] > allowed
 
-    def _examine(self, step: int, model: Any) -> dict[str, Any]:
+    def _examine(self, step: int, model: Any) -> None:
         from accelerate.utils import broadcast_object_list
 
         held: list[Any] = [None]
@@ -112,7 +112,6 @@ class Examination(TrainerCallback):
         if step and step == self.best["step"] and first_process():  # a file each: a run may go on from before the last
             with whole_file(self._file(step)) as unfinished:
                 save_file({name: one.detach().cpu().contiguous() for name, one in _trained(model)}, unfinished)
-        return self.lines[-1]
 
     def _file(self, step: int) -> Path:
         return self.folder / f"best-{step}.safetensors"

@@ -24,7 +24,6 @@ from stllava_eval.errors import InputError, printable
 from stllava_eval.home import alone, write_json
 from stllava_train.recipe import Training, read_dpo_recipe, read_pipeline, read_recipe
 
-OPENAI = "https://api.openai.com/v1"
 STAGES = "stages.json"  # what each stage was made of, in the run's folder
 REPLACED = "replaced"  # folder in it, of what was made of something else
 
@@ -354,6 +353,7 @@ def _check_pairs(options: Sequence[str]) -> None:
 def _check_judge(name: str) -> None:
     """Whether it could be asked: its name, its server's address, and a key where one is needed."""
     from stllava_eval.server import Endpoint
+    from stllava_train.cli import OPENAI
     from stllava_train.verdicts import PERSON
 
     model, _, address = name.partition("@")
