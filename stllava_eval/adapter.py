@@ -27,7 +27,7 @@ from stllava_eval.errors import InputError, printable
 from stllava_eval.images import decode
 from stllava_eval.metrics import is_failed_request
 from stllava_eval.plugin import MODEL
-from stllava_eval.runs import answered, data_hashes, dataset_of, refuse_old_folder, write_run
+from stllava_eval.runs import answered, data_hashes, dataset_of, refuse_old_folder, trained_on, write_run
 from stllava_eval.server import Failure, ServerAnswerer
 from stllava_eval.unfinished import Unfinished, question_key
 
@@ -318,7 +318,11 @@ class StllavaMed(lmms):
         """What decides the answers; two runs with equal `fingerprint` have equal answers (in fp32)."""
         return {
             "model": MODEL,
-            "checkpoint": {"name": self.answerer.name, "sha256": self.answerer.sha256},
+            "checkpoint": {
+                "name": self.answerer.name,
+                "sha256": self.answerer.sha256,
+                "trained_on": trained_on(self.answerer.name),
+            },
             "device": str(self.answerer.device),
             "dtype": str(self.answerer.dtype).removeprefix("torch."),
             "batch_size": self.rows or "auto",

@@ -133,13 +133,20 @@ def parser() -> argparse.ArgumentParser:
     compare = _command(
         commands.add_parser,
         name="compare",
-        help="test whether two runs differ",
-        description="Print by how much the second run's scores differ from the first's on the same questions, with "
-        "95 % intervals and tests, both clustered by image, the latter adjusted for their number.",
-        examples=["stllava-eval compare runs/stage1 runs/dpo"],
+        help="test whether runs differ from the first",
+        description="Print by how much later runs' scores differ from the first's on the same questions, with 95 % "
+        "intervals and tests, both clustered by image, the latter adjusted for their number. Runs on other questions, "
+        "images or prompts are refused.",
+        examples=[
+            "stllava-eval compare runs/stage1 runs/dpo",
+            "stllava-eval compare runs/llava runs/stage1 runs/dpo --json",
+            "stllava-eval compare runs/stage1 --power",
+        ],
     )
-    compare.add_argument("first", type=Path, metavar="RUN", help="run folder")
-    compare.add_argument("second", type=Path, metavar="RUN", help="run folder that is compared with it")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders; the first is the baseline")
+    compare.add_argument(
+        "--power", action="store_true", help="print what difference these questions can show instead; one run is enough"
+    )
     compare.add_argument("--json", action="store_true", help="print every number as JSON")
     compare.set_defaults(command=_compare)
 
@@ -295,13 +302,15 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from stllava_eval.compare import compare, compare_text
+    from stllava_eval.compare import compare, compare_text, power, power_text
 
-    found = compare(arguments.first, arguments.second)
-    if arguments.json:
-        print(json.dumps([asdict(one) for one in found], indent=1))
+    if arguments.power:
+        powers = power(arguments.runs)
+        shown, text = [asdict(one) for one in powers], power_text(powers)
     else:
-        print(compare_text(arguments.first, arguments.second, found))
+        found = compare(arguments.runs)
+        shown, text = [asdict(one) for one in found], compare_text(arguments.runs, found)
+    print(json.dumps(shown, indent=1, ensure_ascii=False) if arguments.json else text)
     return 0
 
 

@@ -1,29 +1,40 @@
-"""Two runs on the same questions -> by how much the second differs, and whether that is more than chance."""
+"""Runs on the same questions -> by how much they differ from the first, and whether that is more than chance."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stllava_eval.errors import InputError, printable
-from stllava_eval.runs import dataset_of, question_scores, read_run
-from stllava_eval.statistics import bootstrap_clustered, holm, sign_flip
+from stllava_eval.runs import QuestionScores, RunTask, dataset_of, labels, question_scores, read_run, run_manifest
+from stllava_eval.statistics import (
+    Estimate,
+    bootstrap_clustered,
+    detectable,
+    holm,
+    mcnemar,
+    mean_clustered,
+    sign_flip,
+)
 
 METRICS = ("recall", "f1", "closed_accuracy")  # the clean family: the published scores can be had without an image
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of one score of one task: the second run's mean less the first's, over the questions that both answered.
+    """Of one score of one task: a run's mean less the first run's, over the questions that both answered.
 
     `value`, `low`, `high` are shares in [-1, 1]; the 95 % interval is of 10,000 draws of images. `p` is that of a test
-    that flips the sign of images' differences, `p_holm` the same adjusted for all the tests of one comparison.
+    that flips the sign of images' differences, `p_holm` the same adjusted for all the tests of one comparison. Of
+    closed questions `p_mcnemar` is the exact test that takes questions as independent.
     """
 
     task: str
     metric: str
+    baseline: str
+    run: str
     first: float
     second: float
     value: float
@@ -33,59 +44,218 @@ class Difference:
     images: int
     p: float
     p_holm: float
+    p_mcnemar: float | None
+    standard_error: float | None
+    """Of `value`, clustered by image."""
 
 
-def compare(first: Path, second: Path) -> list[Difference]:
-    """The differences of every task that both runs have.
+@dataclass(frozen=True)
+class Paired:
+    """One score of the questions that two runs answered, in the split's order."""
+
+    first: list[float]
+    second: list[float]
+    images: list[str]
+
+    @property
+    def changes(self) -> list[float]:
+        """Second less first."""
+        return [late - early for early, late in zip(self.first, self.second, strict=True)]
+
+
+def compare(folders: Sequence[Path]) -> list[Difference]:
+    """The differences of every later run from the first, of every task that both have.
 
     Raises:
-        InputError: A folder is no run, they share no task, or a task's questions, images or prompt differ.
+        InputError: A folder is no run, a run shares no task with the first, or a task's questions, images or prompt
+            differ.
     """
-    runs = [read_run(folder) for folder in (first, second)]
-    shared = [task for task in runs[0] if task in runs[1]]
-    if not shared:
-        raise InputError(f"{first} and {second}: no task is in both. Run the same tasks with both.")
+    names = labels(folders)
+    if len(folders) < 2:
+        raise InputError(f"{', '.join(names) or 'no run'}: a comparison takes two runs or more.")
+    runs = [read_run(folder) for folder in folders]
+    scored = [_scores(run) for run in runs]
     found = []
-    for task in shared:
-        one, other = (run[task] for run in runs)
-        for what in ("sha256_rows", "sha256_pixels", "prompt"):
-            if getattr(one, what) != getattr(other, what):
-                raise InputError(
-                    f"{task}: {what} is {getattr(one, what)[:16]} in {first} and {getattr(other, what)[:16]} in "
-                    f"{second}. Only runs on the same questions, images and prompt can be compared: run one again."
-                )
-        of_one, of_other = (question_scores(dataset_of(task), run.answers) for run in (one, other))
-        for metric in METRICS:
-            both = [id for id, asked in of_one.items() if id in of_other and metric in asked.scores]
-            if not both:
-                continue  # a task may have questions of one kind alone
-            before, after = ([of[id].scores[metric] for id in both] for of in (of_one, of_other))
-            images = [of_one[id].image_id for id in both]
-            changes = [late - early for early, late in zip(before, after, strict=True)]
-            estimate = bootstrap_clustered(changes, images)
-            found.append(
-                Difference(
-                    task,
-                    metric,
-                    first=sum(before) / len(both),
-                    second=sum(after) / len(both),
-                    value=sum(changes) / len(changes),
-                    low=estimate.low,
-                    high=estimate.high,
-                    n=estimate.n,
-                    images=estimate.clusters,
-                    p=sign_flip(changes, images),
-                    p_holm=1.0,
-                )
+    for place in range(1, len(runs)):
+        shared = [task for task in runs[0] if task in runs[place]]
+        if not shared:
+            raise InputError(f"{folders[0]} and {folders[place]}: no task is in both. Run the same tasks with both.")
+        before = len(found)
+        for task in shared:
+            refuse_unlike(task, runs[0][task], runs[place][task], folders[0], folders[place])
+            for metric in METRICS:
+                both = paired(scored[0][task], scored[place][task], metric)
+                if both.images:  # a task may have questions of one kind alone
+                    found.append(_difference(task, metric, names[0], names[place], both))
+        if len(found) == before:
+            raise InputError(
+                f"{folders[0]} and {folders[place]}: no question is answered in both. Run the same questions with both."
             )
-    if not found:
-        raise InputError(f"{first} and {second}: no question is answered in both. Run the same questions with both.")
     adjusted = holm([one.p for one in found])
-    return [Difference(**{**vars(one), "p_holm": p}) for one, p in zip(found, adjusted, strict=True)]
+    return [replace(one, p_holm=p) for one, p in zip(found, adjusted, strict=True)]
 
 
-def compare_text(first: Path, second: Path, found: Sequence[Difference]) -> str:
-    """The differences for a terminal, x100."""
+def refuse_unlike(task: str, one: RunTask, other: RunTask, first: Path, second: Path) -> None:
+    """Two runs of a task are compared on the same questions, images and prompt, or not at all.
+
+    Raises:
+        InputError: One of these differs; the line says which.
+    """
+    for what, name in (
+        ("edition", "split"),
+        ("sha256_rows", "hash of the questions"),
+        ("sha256_pixels", "hash of the images"),
+        ("prompt", "prompt"),
+    ):
+        if getattr(one, what) != getattr(other, what):
+            raise InputError(
+                f"{task}: {name} is {getattr(one, what)[:16]} in {first} and {getattr(other, what)[:16]} in {second}. "
+                "Only runs on the same questions, images and prompt can be compared: run one again."
+            )
+
+
+def paired(one: dict[str, QuestionScores], other: dict[str, QuestionScores], metric: str) -> Paired:
+    """A score of the questions that both answered and that have it."""
+    both = [id for id, asked in one.items() if id in other and metric in asked.scores]
+    return Paired(
+        *([of[id].scores[metric] for id in both] for of in (one, other)), images=[one[id].image_id for id in both]
+    )
+
+
+def _scores(run: dict[str, RunTask]) -> dict[str, dict[str, QuestionScores]]:
+    return {task: question_scores(dataset_of(task), of.answers) for task, of in run.items()}
+
+
+def _difference(task: str, metric: str, baseline: str, run: str, both: Paired) -> Difference:
+    estimate = bootstrap_clustered(both.changes, both.images)
+    return Difference(
+        task,
+        metric,
+        baseline,
+        run,
+        first=sum(both.first) / estimate.n,
+        second=sum(both.second) / estimate.n,
+        value=sum(both.changes) / estimate.n,
+        low=estimate.low,
+        high=estimate.high,
+        n=estimate.n,
+        images=estimate.clusters,
+        p=sign_flip(both.changes, both.images),
+        p_holm=1.0,
+        p_mcnemar=mcnemar(both.first, both.second) if metric == "closed_accuracy" else None,
+        standard_error=mean_clustered(both.changes, both.images).standard_error,
+    )
+
+
+@dataclass(frozen=True)
+class Power:
+    """The least difference, a share, that a comparison of one score of one task finds in 80 % of cases at 5 %."""
+
+    task: str
+    metric: str
+    run: str | None
+    """The one that is compared with the first; None of one run alone."""
+    correlation: float | None
+    """Of the two systems' scores, assumed; None where their differences were at hand."""
+    n: int
+    images: int
+    alone: float
+    """For a single test."""
+    with_holm: float
+    """For the first of the comparison's tests under Holm's rule, the hardest to pass."""
+
+
+CORRELATIONS = (0.5, 0.8)  # between the scores of two systems on the same questions: the range of peers' studies
+
+
+def power(folders: Sequence[Path]) -> list[Power]:
+    """What the questions can show: of one run by its scores' spread, of several by their differences.
+
+    Raises:
+        InputError: See `compare`.
+    """
+    if len(folders) > 1:
+        differences = compare(folders)
+        return [
+            _power(one.task, one.metric, one.run, None, one.n, one.images, one.standard_error, len(differences))
+            for one in differences
+            if one.standard_error is not None
+        ]
+    run = read_run(folders[0])
+    cells = [
+        (task, metric, estimate)
+        for task, questions in _scores(run).items()
+        for metric in METRICS
+        if (estimate := _mean(questions, metric)).standard_error is not None
+    ]
+    return [
+        # the variance of a difference is twice that of a score, less twice what the two have in common
+        _power(
+            task,
+            metric,
+            None,
+            correlation,
+            estimate.n,
+            estimate.clusters,
+            (estimate.standard_error or 0) * math.sqrt(2 * (1 - correlation)),
+            len(cells),
+        )
+        for task, metric, estimate in cells
+        for correlation in CORRELATIONS
+    ]
+
+
+def _mean(questions: dict[str, QuestionScores], metric: str) -> Estimate:
+    asked = [one for one in questions.values() if metric in one.scores]
+    return mean_clustered([one.scores[metric] for one in asked], [one.image_id for one in asked])
+
+
+def _power(
+    task: str, metric: str, run: str | None, correlation: float | None, n: int, images: int, error: float, tests: int
+) -> Power:
+    alone, with_holm = (detectable(error, images, alpha) for alpha in (0.05, 0.05 / tests))
+    return Power(task, metric, run, correlation, n, images, alone, with_holm)
+
+
+def compare_text(folders: Sequence[Path], found: Sequence[Difference]) -> str:
+    """The differences for a terminal, x100, a table for each run that is compared with the first."""
+    from tabulate import tabulate
+
+    from stllava_eval.leaderboard import NOTICE
+
+    parts = []
+    for name, folder in zip(labels(folders)[1:], folders[1:], strict=True):
+        body = [
+            [
+                printable(one.task),
+                one.metric,
+                f"{100 * one.first:.1f}",
+                f"{100 * one.second:.1f}",
+                f"{100 * one.value:+.1f}{_interval(one)}",
+                f"{one.p:.3f}",
+                f"{one.p_holm:.3f}" + (" *" if one.p_holm < 0.05 else ""),
+                "" if one.p_mcnemar is None else f"{one.p_mcnemar:.3f}",
+                one.n,
+                one.images,
+            ]
+            for one in found
+            if one.run == name
+        ]
+        heads = ["", "score", printable(found[0].baseline), printable(name), "difference [95 %]"]
+        heads += ["p", "p, Holm", "McNemar", "n", "images"]
+        parts.append(tabulate(body, heads, tablefmt="simple", disable_numparse=True))
+        if notes := differences(folders[0], folder):
+            parts.append("\n".join(notes))
+    how = "Intervals: draws of images; p: signs of images' differences flipped; Holm: over the"
+    parts.append(
+        f"Scores x100. {how} {len(found)} tests shown, * below 0.05; McNemar: exact, takes questions as independent.\n"
+        f"{NOTICE}"
+    )
+    return "\n\n".join(parts)
+
+
+def power_text(found: Sequence[Power]) -> str:
+    """What differences can be shown, for a terminal, in points."""
     from tabulate import tabulate
 
     from stllava_eval.leaderboard import NOTICE
@@ -94,31 +264,18 @@ def compare_text(first: Path, second: Path, found: Sequence[Difference]) -> str:
         [
             printable(one.task),
             one.metric,
-            f"{100 * one.first:.1f}",
-            f"{100 * one.second:.1f}",
-            f"{100 * one.value:+.1f}{_interval(one)}",
-            f"{one.p:.3f}",
-            f"{one.p_holm:.3f}",
+            f"{one.correlation} assumed" if one.run is None else f"as measured, {printable(one.run)}",
+            f"{100 * one.alone:.1f}",
+            f"{100 * one.with_holm:.1f}",
             one.n,
             one.images,
         ]
         for one in found
     ]
-    heads = [
-        "",
-        "score",
-        printable(first.name),
-        printable(second.name),
-        "difference [95 %]",
-        "p",
-        "p, Holm",
-        "n",
-        "images",
-    ]
+    heads = ["", "score", "correlation", "one test", "with Holm", "n", "images"]
     table = tabulate(body, heads, tablefmt="simple", disable_numparse=True)
-    notes = "".join(f"{note}\n" for note in differences(first, second))
-    how = "Intervals: draws of images; p: signs of images' differences flipped; Holm: over the"
-    return f"{table}\n\n{notes}Scores x100. {how} {len(found)} tests shown.\n{NOTICE}"
+    what = "Points that a comparison on these questions finds in 80 % of cases at 5 %, images being what is drawn."
+    return f"{table}\n\n{what} Smaller differences need more questions.\n{NOTICE}"
 
 
 def _interval(one: Difference) -> str:
@@ -137,7 +294,7 @@ def differences(first: Path, second: Path) -> list[str]:
         every = len(runs[0][task].answers) + runs[0][task].not_asked
         if (both := len(one & other)) < every:
             notes.append(f"{printable(task)}: compared on {both} of {every} questions; the others lack in a run.")
-    manifests = [json.loads((folder / "run.json").read_text(encoding="utf-8")) for folder in (first, second)]
+    manifests = [run_manifest(folder) for folder in (first, second)]
     for name in SETTINGS:
         values = [manifest.get(name) for manifest in manifests]
         if values[0] != values[1]:

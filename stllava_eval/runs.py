@@ -36,7 +36,7 @@ FIXED_FIELDS = ("id", "image_id", "image_sha256", "image", "question", "referenc
 class ScoreRow:
     """One mean: of which score, over which questions, with its 95 % interval clustered by image.
 
-    `category` is `all` or `field=value`; `value`, `low`, `high` are in the score's own unit (shares in [0, 1], words in
+    `category` is `all`, `field=value` with a field of the data set, or `asks=...` (`categories.ASKS`); `value`, `low`, `high` are in the score's own unit (shares in [0, 1], words in
     words) and None where there is nothing to say (no question; one image has no interval).
     """
 
@@ -52,11 +52,22 @@ class ScoreRow:
 
 
 @dataclass(frozen=True)
+class QuestionScores:
+    """Of one answered question: its image, and every score by name."""
+
+    image_id: str
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Scored:
-    """The score table of one task, and the ids of questions without an answer: they are in no mean."""
+    """The score table of one task, and what it is made of."""
 
     rows: list[ScoreRow]
     unanswered: list[str]
+    """Ids of questions without an answer: they are in no mean."""
+    questions: dict[str, QuestionScores]
+    """Of the answered ones by id, in the split's order."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +189,42 @@ def read_run(folder: Path) -> dict[str, RunTask]:
         ) from error
 
 
+def run_manifest(folder: Path) -> dict[str, Any]:
+    """What `run.json` of a run folder says.
+
+    Raises:
+        InputError: It is not a run folder.
+    """
+    read_run(folder)
+    manifest: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return manifest
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """A name for each run: its folder's, with as many of those above as it takes to tell them apart.
+
+    Raises:
+        InputError: A folder is named twice.
+    """
+    whole = [folder.expanduser().resolve() for folder in folders]
+    if twice := [given for given, folder in zip(folders, whole, strict=True) if whole.count(folder) > 1]:
+        raise InputError(f"{twice[0]}: named twice. Name each run once.")
+    for depth in range(1, max((len(folder.parts) for folder in whole), default=1) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in whole]
+        if len(set(names)) == len(names):
+            return names
+    return names
+
+
+def trained_on(checkpoint: str) -> list[str] | None:
+    """The data sets that a checkpoint of `stllava-train` has learnt from; None for one that does not say."""
+    try:
+        found = json.loads((Path(checkpoint) / "run.json").read_text(encoding="utf-8"))["trained_on"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return [str(name) for name in found] if isinstance(found, list) else None
+
+
 def prompt_preset(rows: Sequence[Mapping[str, Any]]) -> str:
     """Which preset of `questions.PROMPTS` gives every row's text, or `custom`."""
     from stllava_eval.questions import PROMPTS, text
@@ -220,23 +267,18 @@ def score_table(task: str, answers: Mapping[str, str], prompt: str = "bare") -> 
     return _score(task, rows, answers, manifest, prompt)
 
 
-@dataclass(frozen=True)
-class QuestionScores:
-    """Of one answered question: its image, and every score by name."""
-
-    image_id: str
-    scores: dict[str, float]
-
-
 def question_scores(name: str, answers: Mapping[str, str]) -> dict[str, QuestionScores]:
     """Of each answered question of the prepared test split of data set `name`, by id, in the split's order.
 
     Raises:
         InputError: The split is not prepared.
     """
+    return _question_scores(_prepared(name)[1], answers)
+
+
+def _question_scores(rows: Iterable[Mapping[str, Any]], answers: Mapping[str, str]) -> dict[str, QuestionScores]:
     from stllava_eval.metrics import is_failed_request, score
 
-    _, rows = _prepared(name)
     return {
         row["id"]: QuestionScores(row["image_id"], score(answer, row["reference"], row["kind"], row["question"]))
         for row in rows
@@ -245,20 +287,20 @@ def question_scores(name: str, answers: Mapping[str, str]) -> dict[str, Question
 
 
 def _score(
-    task: str, rows: Iterable[Mapping[str, Any]], answers: Mapping[str, str], manifest: Mapping[str, Any], prompt: str
+    task: str, rows: Sequence[Mapping[str, Any]], answers: Mapping[str, str], manifest: Mapping[str, Any], prompt: str
 ) -> Scored:
-    from stllava_eval.metrics import SCORES, is_failed_request, score
+    from stllava_eval.categories import asks
+    from stllava_eval.metrics import SCORES
     from stllava_eval.statistics import mean_clustered
 
+    questions = _question_scores(rows, answers)
     cells: dict[tuple[str, str], tuple[list[float], list[str]]] = defaultdict(lambda: ([], []))
-    unanswered = []
     for row in rows:
-        answer = answers.get(row["id"])
-        if answer is None or is_failed_request(answer):
-            unanswered.append(row["id"])
+        if row["id"] not in questions:
             continue
         groups = ["all"] + [f"{name}={row[name]}" for name in row if name not in FIXED_FIELDS and row[name]]
-        for metric, value in score(answer, row["reference"], row["kind"], row["question"]).items():
+        groups += [f"asks={what}" for what in asks(row["question"])]
+        for metric, value in questions[row["id"]].scores.items():
             for group in groups:
                 values, images = cells[metric, group]
                 values.append(value)
@@ -283,7 +325,7 @@ def _score(
         )
     order = list(SCORES)
     table.sort(key=lambda row: (row.category != "all", row.category, order.index(row.metric)))
-    return Scored(table, unanswered)
+    return Scored(table, [row["id"] for row in rows if row["id"] not in questions], questions)
 
 
 def read_answers(file: Path, task: str) -> dict[str, str]:

@@ -396,5 +396,6 @@ def summary(out: Path, rounds: int) -> str:
     from stllava_eval.leaderboard import board, board_text
 
     runs = [out / "eval" / name for name in ("sft", *(f"round-{number}" for number in range(1, rounds + 1)))]
-    tests = compare_text(runs[0], runs[-1], compare(runs[0], runs[-1]))
+    compared = [runs[0], runs[-1]]
+    tests = compare_text(compared, compare(compared))
     return f"{board_text(board(runs))}\n\nWhat stage 2 changed:\n\n{tests}"

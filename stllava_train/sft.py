@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
+from stllava_eval.datasets import DATASETS
 from stllava_eval.errors import InputError
 from stllava_train.augment import augmented
 from stllava_train.conversations import (
@@ -227,6 +228,11 @@ class SftWork(Work):
     counts: Counts
     conversations: Sequence[Conversation]
     collator: Collator
+
+    def sets(self) -> set[str]:
+        """Those whose name is the first word of a conversation's id, as `stllava-train data` writes them."""
+        firsts = {conversation.id.split("-")[0] for conversation in self.conversations}
+        return firsts & set(DATASETS)
 
 
 def open_work(

@@ -317,6 +317,10 @@ class Work:
     images_sha256: str  # of the decoded images; empty on all processes but the first, which looks at them
     test_images: int  # records whose image is in a prepared test split
 
+    def sets(self) -> set[str]:
+        """Data sets that the records come from, as far as they are known; those of `start` not among them."""
+        return set()
+
 
 def first_process() -> bool:
     """Of several, the one that speaks and writes. RANK alone says nothing: a batch system may have set it."""
@@ -580,7 +584,7 @@ def parameters(work: Work) -> dict[str, tuple[int, int]]:
 
 def _manifest(work: Work) -> dict[str, Any]:
     """What decides the result, for `run.json`."""
-    from stllava_eval.runs import commit, version
+    from stllava_eval.runs import commit, trained_on, version
 
     tower = work.recipe.start_vision_tower
     packages = ("torch", "transformers", "trl", "peft", "accelerate")
@@ -595,6 +599,7 @@ def _manifest(work: Work) -> dict[str, Any]:
             "sha256": work.checkpoint.sha256,
             "vision_tower": tower and _placed(tower),  # read by whoever loads an adapter
         },
+        "trained_on": sorted({*work.sets(), *(trained_on(work.checkpoint.name) or ())}),
         "counts": vars(work.counts),
         "test_images": work.test_images,
         "steps": work.steps,

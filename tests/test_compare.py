@@ -40,7 +40,7 @@ def test_differences_are_those_of_the_same_questions(ids, tmp_path, monkeypatch)
     right = {id: "the left lung" if kind == "open" else "yes" for id, kind in ids.items()}
     one = run_of(tmp_path / "one", wrong, monkeypatch)
     other = run_of(tmp_path / "other", right | {"test-0-1": "left"}, monkeypatch)
-    found = {difference.metric: difference for difference in compare(one, other)}
+    found = {difference.metric: difference for difference in compare([one, other])}
     assert list(found) == ["recall", "f1", "closed_accuracy"]
     recall = found["recall"]
     assert (recall.first, recall.n, recall.images) == (0.0, 4, 4)
@@ -54,10 +54,10 @@ def test_runs_of_other_questions_are_refused_and_what_differs_is_named(ids, tmp_
     answers = dict.fromkeys(ids, "yes")
     one = run_of(tmp_path / "one", answers, monkeypatch)
     other = run_of(tmp_path / "other", answers, monkeypatch, sha256_rows="f" * 64)
-    with pytest.raises(InputError, match=r"vqarad: sha256_rows is .* in .*one and ffffffffffffffff in"):
-        compare(one, other)
+    with pytest.raises(InputError, match=r"vqarad: hash of the questions is .* in .*one and ffffffffffffffff in"):
+        compare([one, other])
     with pytest.raises(InputError, match="is not a run folder"):
-        compare(one, tmp_path)
+        compare([one, tmp_path])
 
 
 def test_a_question_that_one_run_lacks_counts_for_neither(ids, tmp_path, monkeypatch):
@@ -65,7 +65,7 @@ def test_a_question_that_one_run_lacks_counts_for_neither(ids, tmp_path, monkeyp
     one = run_of(tmp_path / "one", answers, monkeypatch)
     less = {id: answer for id, answer in answers.items() if id != "test-0-0"}
     other = run_of(tmp_path / "other", less, monkeypatch)
-    (closed,) = [one for one in compare(one, other) if one.metric == "closed_accuracy"]
+    (closed,) = [one for one in compare([one, other]) if one.metric == "closed_accuracy"]
     assert (closed.n, closed.value, closed.p) == (3, 0.0, 1.0)
 
 
@@ -124,11 +124,11 @@ def test_runs_without_a_question_in_common_are_refused(ids, tmp_path, monkeypatc
     one = run_of(tmp_path / "one", {"test-0-0": "yes"}, monkeypatch)
     other = run_of(tmp_path / "other", {"test-1-0": "yes"}, monkeypatch)
     with pytest.raises(InputError, match="no question is answered in both"):
-        compare(one, other)
+        compare([one, other])
 
 
 def test_a_damaged_manifest_is_no_run(ids, tmp_path, monkeypatch):
     one = run_of(tmp_path / "one", dict.fromkeys(ids, "yes"), monkeypatch)
     other = run_of(tmp_path / "other", dict.fromkeys(ids, "yes"), monkeypatch, sha256_rows=7)
     with pytest.raises(InputError, match="is not a run folder"):
-        compare(one, other)
+        compare([one, other])

@@ -1,0 +1,102 @@
+"""A question -> what it asks about; a split's questions -> pairs whose answers must fit each other. Declared rules."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
+from importlib import resources
+from itertools import combinations
+
+# Our choice; how far they agree with the data sets' own question types is in docs/results.md.
+_KINDS_OF_IMAGE = (
+    r"(?:ct|mri?|x-?rays?|xr|cxr|radiographs?|ultrasound|pet|t1|t2|flair|dwi|angiogram|tomography|resonance|mra|cta)"
+)
+ASKS: dict[str, re.Pattern[str]] = {
+    name: re.compile(pattern, re.IGNORECASE)
+    for name, pattern in {
+        # whether something is absent, or asked with a word that denies
+        "negation": r"\b(?:no|not|none|without|absen(?:t|ce)|free of|lack(?:s|ing)?|missing|rul(?:e|ed|ing) out)\b|n't\b",
+        "laterality": r"\b(?:left|right|bilateral(?:ly)?|unilateral(?:ly)?|both (?:sides|lungs|kidneys)|which side|"
+        r"what side|hemithorax|ipsilateral|contralateral)\b",
+        "counting": r"\bhow many\b|\bnumber of\b|\bmore than (?:one|two|three|\d+)\b|\bmultiple\b|[<>]\s*\d",
+        "size": r"\b(?:sizes?|large[rs]?t?|largest|enlarge(?:d|ment)|small(?:er|est)?(?! (?:bowel|bubbles))|big(?:ger|gest)?|wide[rn]?|widening|"
+        r"widened|width|diameter|thick(?:er|ened|ness|ening)?|dilat\w*|cardiomegaly|narrow\w*|length|long(?:er|est)?|"
+        r"hyperinflat\w*|hypertroph\w*|atroph\w*)\b",
+        "modality": rf"\bmodalit(?:y|ies)\b|\b(?:what|which) (?:type|kind|sort) of (?:\w+ )?(?:image|imaging|scan|mri?|ct)\b|"
+        rf"\b(?:is|was|are|were) (?:this|that|it|these|the (?:image|picture|scan|film)) .*\b{_KINDS_OF_IMAGE}\b|"
+        rf"\b(?:imag\w*|scan|picture) .*\b(?:technique|weighted)\b|\b(?:weighting|sequence of)\b|\bhow (?:is|was) (?:this|the) (?:image|scan|picture) "
+        r"(?:taken|acquired|obtained)\b",
+        "plane": r"\b(?:planes?|axial|coronal|sagittal|transverse|cross[- ]section(?:al)?)\b|\b(?:ap|pa|lateral|oblique) "
+        r"(?:view|film|x-?ray|projection)\b|\b(?:what|which) (?:view|orientation)\b",
+    }.items()
+}
+"""What a question asks about -> the words that show it. A question may ask about several things, or none of these."""
+
+
+@cache
+def asks(question: str) -> tuple[str, ...]:
+    """The names in `ASKS` whose words the question has.
+
+    >>> asks("Is there no fracture of the left ribs?"), asks("Where is the lesion?")
+    (('negation', 'laterality'), ())
+    """
+    return tuple(name for name, pattern in ASKS.items() if pattern.search(question))
+
+
+def paraphrases(name: str, rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Ids of test questions that ask the same in other words, the same answer being right; only VQA-RAD has such.
+
+    Those that its public file links (`qid_linked_id`), of the same kind and with the same reference: 136 pairs in the
+    official test. It has 148 groups of linked questions, but 21 ask different things ("Is there a pneumothorax?" beside
+    "Are lung markings present?").
+    """
+    if name != "vqarad":
+        return []
+    by_id = {row["id"]: row for row in rows}
+    linked = defaultdict(list)
+    for id, group in _linked().items():
+        if id in by_id:
+            linked[group].append(id)
+    return [
+        (first, second)
+        for ids in linked.values()
+        for first, second in combinations(sorted(ids, key=lambda id: (len(id), id)), 2)
+        if _answer(by_id[first]) == _answer(by_id[second])
+    ]
+
+
+def opposites(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Ids of questions on one image that differ in one word, where yes is right for one and no for the other.
+
+    A system that says the same to both has not understood the word, or has not seen what it names.
+    """
+    by_image = defaultdict(list)
+    for row in rows:
+        if row["kind"] == "closed" and _words(row["reference"]) in (["yes"], ["no"]):
+            by_image[row["image_id"]].append((_words(row["question"]), row))
+    return [
+        (first["id"], second["id"])
+        for asked in by_image.values()
+        for (one, first), (other, second) in combinations(asked, 2)
+        if len(one) == len(other)
+        and sum(a != b for a, b in zip(one, other, strict=True)) == 1
+        and _words(first["reference"]) != _words(second["reference"])
+    ]
+
+
+def _answer(row: Mapping[str, str]) -> tuple[str, list[str]]:
+    return row["kind"], _words(row["reference"])
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+@lru_cache(maxsize=1)
+def _linked() -> dict[str, str]:
+    """Question id -> its group, of the official test split of VQA-RAD."""
+    text = resources.files("stllava_eval.tasks").joinpath("vqarad", "paraphrases.csv").read_text(encoding="utf-8")
+    return {row["qid"]: row["group"] for row in csv.DictReader(text.splitlines())}
