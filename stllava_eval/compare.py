@@ -75,7 +75,7 @@ def compare(folders: Sequence[Path]) -> list[Difference]:
         raise InputError(f"{', '.join(names) or 'no run'}: a comparison takes two runs or more.")
     runs = [read_run(folder) for folder in folders]
     scored = [_scores(run) for run in runs]
-    found = []
+    found: list[Difference] = []
     for place in range(1, len(runs)):
         shared = [task for task in runs[0] if task in runs[place]]
         if not shared:
@@ -117,9 +117,8 @@ def refuse_unlike(task: str, one: RunTask, other: RunTask, first: Path, second: 
 def paired(one: dict[str, QuestionScores], other: dict[str, QuestionScores], metric: str) -> Paired:
     """A score of the questions that both answered and that have it."""
     both = [id for id, asked in one.items() if id in other and metric in asked.scores]
-    return Paired(
-        *([of[id].scores[metric] for id in both] for of in (one, other)), images=[one[id].image_id for id in both]
-    )
+    first, second = ([of[id].scores[metric] for id in both] for of in (one, other))
+    return Paired(first, second, [one[id].image_id for id in both])
 
 
 def _scores(run: dict[str, RunTask]) -> dict[str, dict[str, QuestionScores]]:

@@ -36,8 +36,9 @@ FIXED_FIELDS = ("id", "image_id", "image_sha256", "image", "question", "referenc
 class ScoreRow:
     """One mean: of which score, over which questions, with its 95 % interval clustered by image.
 
-    `category` is `all`, `field=value` with a field of the data set, or `asks=...` (`categories.ASKS`); `value`, `low`, `high` are in the score's own unit (shares in [0, 1], words in
-    words) and None where there is nothing to say (no question; one image has no interval).
+    `category` is `all`, `field=value` with a field of the data set, or `asks=...` (`categories.ASKS`); `value`, `low`,
+    `high` are in the score's own unit (shares in [0, 1], words in words) and None where there is nothing to say (no
+    question; one image has no interval).
     """
 
     task: str
