@@ -149,6 +149,7 @@ class StllavaMed(lmms):
             self._answers: dict[tuple[str, int], Answer | Failure] = {}
             self._rows_of_images: dict[tuple[str, str], dict[str, int]] = {}
             self._cached = False
+            self._answering = {"questions": 0, "seconds": 0.0}
             self._unfinished: Unfinished | None = None
             _key_the_cache(self)
 
@@ -208,7 +209,7 @@ class StllavaMed(lmms):
         assert self._unfinished is not None
         keys, outcomes = list(questions), {}
         fresh: list[tuple[str, Answer]] = []
-        written = time.monotonic()
+        begun = written = time.monotonic()
         try:
             for place, outcome in self.answerer.answer(list(questions.values()), progress=self._rank == 0):
                 outcomes[keys[place]] = outcome
@@ -219,6 +220,8 @@ class StllavaMed(lmms):
                     fresh, written = [], time.monotonic()
         finally:  # Ctrl-C too
             self._unfinished.add(fresh)
+        self._answering["questions"] += len(outcomes)
+        self._answering["seconds"] += time.monotonic() - begun
         return outcomes
 
     def _gathered(self, value: Any) -> list[Any]:
@@ -308,7 +311,7 @@ class StllavaMed(lmms):
                 rows.append(answered(task, doc, request.args[0], unwrap_generation_output(response)[0], answer))
         rows = [row for of_process in self._gathered(rows) for row in of_process]
         if self._rank == 0 and rows:
-            folder = write_run(rows, self.manifest())
+            folder = write_run(rows, self.manifest(), answering=self._answering)
             logger.info("run folder: {}", folder)
         self._gathered(None)  # until the run is written, every process keeps its answers
         if self._unfinished is not None:

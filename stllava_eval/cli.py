@@ -1,4 +1,4 @@
-"""stllava-eval: prepare | run | score | leaderboard | convert. Heavy imports sit inside commands: help is instant."""
+"""The command line of stllava-eval. Heavy imports sit inside commands: help is instant."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TASKS = (*(name + prompt for name in DATASETS for prompt in ("", "_short", "_opt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0 done, 2 wrong call."""
+    """Run one command. Returns its exit code: 0 done, 1 the gate said no, 2 wrong call, or the gate cannot decide."""
     arguments = parser().parse_args(argv)
     try:
         return arguments.command(arguments) or 0
@@ -104,10 +104,17 @@ def parser() -> argparse.ArgumentParser:
         examples=[
             "stllava-eval score --task vqarad --answers runs/a/answers.jsonl",
             "stllava-eval score --task slake --answers samples_slake.jsonl --json",
+            "stllava-eval score --task slake --answers flamingo.jsonl --system Med-Flamingo --out runs/flamingo",
         ],
     )
     score.add_argument("--task", required=True, choices=TASKS[:-1], metavar="TASK", help="the task that was answered")
     score.add_argument("--answers", required=True, type=Path, metavar="FILE", help="JSONL file of answers")
+    score.add_argument(
+        "--out", type=Path, metavar="RUN", help="write a run folder too, for leaderboard, compare, inspect and gate"
+    )
+    score.add_argument(
+        "--system", metavar="NAME", help="what gave the answers, for the run folder (default: the file's name)"
+    )
     score.add_argument(
         "--json", action="store_true", help="print value, n, images, low and high of every score as JSON"
     )
@@ -116,17 +123,25 @@ def parser() -> argparse.ArgumentParser:
     board = _command(
         commands.add_parser,
         name="leaderboard",
-        help="print the scores of runs beside image-blind baselines",
-        description="Print the scores of run folders beside answers that never look at an image: constants, the "
-        "commonest training words, the commonest training answer to each question. Intervals are 95 %, "
-        "clustered by image.",
+        help="the scores of runs beside reported and image-blind ones; with --out as files and a page",
+        description="Print the scores of run folders beside reported ones and beside answers that never look at an "
+        "image: constants, the commonest training words, the commonest training answer to each question, and runs that "
+        "were shown black or other images. Intervals are 95 %, clustered by image.",
         examples=[
             "stllava-eval leaderboard runs/a runs/b",
+            "stllava-eval leaderboard runs/a runs/b --published --out board",
             "stllava-eval leaderboard --tasks vqarad,slake",
         ],
     )
     board.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: image-blind rows only)")
     board.add_argument("--tasks", help="comma-separated (default: those of the runs, else all that are prepared)")
+    board.add_argument(
+        "--published", action="store_true", help="show what papers report of the official test splits, too"
+    )
+    board.add_argument(
+        "--out", type=Path, metavar="DIR", help="write board.md, .csv, .json, .tex and the page index.html there"
+    )
+    _page_options(board)
     board.add_argument("--json", action="store_true", help="print every number as JSON")
     board.set_defaults(command=_leaderboard)
 
@@ -149,6 +164,52 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--json", action="store_true", help="print every number as JSON")
     compare.set_defaults(command=_compare)
+
+    inspect = _command(
+        commands.add_parser,
+        name="inspect",
+        help="show where runs err: by category, between paraphrases and opposites, beside answers without an image",
+        description="Print a run's scores by category (the data set's own, and what is asked by declared rules: "
+        "negation, laterality, counting, size, modality, plane), how far answers to paraphrases and to opposite "
+        "questions fit each other, and how much of each score is reached without the image.",
+        examples=[
+            "stllava-eval inspect runs/dpo",
+            "stllava-eval inspect runs/dpo runs/dpo-other-images --out why",
+        ],
+    )
+    inspect.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run folders; those of other or black images are set beside them",
+    )
+    inspect.add_argument(
+        "--out", type=Path, metavar="DIR", help="write the leaderboard's files and page of these runs there"
+    )
+    _page_options(inspect)
+    inspect.add_argument("--json", action="store_true", help="print every number as JSON")
+    inspect.set_defaults(command=_inspect)
+
+    gate = _command(
+        commands.add_parser,
+        name="gate",
+        help="say whether a candidate may take a baseline's place: exit code 0 pass, 1 fail, 2 cannot decide",
+        description="Test a candidate's run against a baseline's on the same questions: no score may have lost more "
+        "than its margin, no guard may have drifted. Exit code 0: pass; 1: fail; 2: cannot decide, since the runs "
+        "cannot be compared or the questions are too few; it says how many are needed.",
+        examples=[
+            "stllava-eval gate runs/candidate --baseline runs/main",
+            "stllava-eval gate runs/candidate --baseline runs/main --policy gate.yaml --out report",
+        ],
+    )
+    gate.add_argument("candidate", type=Path, metavar="CANDIDATE", help="run folder")
+    gate.add_argument(
+        "--baseline", required=True, type=Path, metavar="RUN", help="run folder that it has to live up to"
+    )
+    gate.add_argument("--policy", type=Path, metavar="FILE", help="YAML of what may be lost (default: docs/gate.md)")
+    gate.add_argument("--out", type=Path, metavar="DIR", help="write gate.json, gate.md and gate.xml (JUnit) there")
+    gate.set_defaults(command=_gate)
 
     convert = _command(
         commands.add_parser,
@@ -269,15 +330,22 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _score(arguments: argparse.Namespace) -> int:
     from stllava_eval.leaderboard import score_text
-    from stllava_eval.runs import read_answers, score_table, some
+    from stllava_eval.runs import read_answers, score_table, some, write_answers
 
-    scored = score_table(arguments.task, read_answers(arguments.answers, arguments.task))
+    if arguments.system and arguments.out is None:
+        raise InputError("--system names a run folder's system. Pass --out too, or leave it out.")
+    answers = read_answers(arguments.answers, arguments.task)
+    scored = score_table(arguments.task, answers)
     if scored.unanswered:
         print(
             f"stllava-eval: {len(scored.unanswered)} questions have no answer and are in no mean: "
             + some(scored.unanswered),
             file=sys.stderr,
         )
+    if arguments.out is not None:
+        system = arguments.system or arguments.answers.stem
+        folder = write_answers(arguments.out, system, arguments.task, answers, arguments.answers)
+        print(f"stllava-eval: run folder: {folder}", file=sys.stderr)
     if arguments.json:
         rows = [asdict(row) for row in scored.rows]
         print(json.dumps({"format": 1, "scores": rows, "unanswered": scored.unanswered}, indent=1, ensure_ascii=False))
@@ -286,18 +354,32 @@ def _score(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _page_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--images",
+        choices=("page", "folder", "none"),
+        default="page",
+        help="thumbnails inside index.html, in a folder beside it, or none (default: page)",
+    )
+    command.add_argument(
+        "--pathvqa-images",
+        action="store_true",
+        help="show the official PathVQA's images too; they belong to publishers, so keep such a page to yourself",
+    )
+
+
 def _leaderboard(arguments: argparse.Namespace) -> int:
-    from stllava_eval.leaderboard import board, board_text
+    from stllava_eval.leaderboard import board, board_json, board_text
 
     tasks = arguments.tasks.split(",") if arguments.tasks else None
     if tasks and (unknown := [task for task in tasks if task not in TASKS[:-1]]):
         raise InputError(f"--tasks {', '.join(unknown)}: unknown. Tasks are {', '.join(TASKS[:-1])}.")
-    table = board(arguments.runs, tasks)
-    print(
-        json.dumps([asdict(row) for row in table], indent=1, ensure_ascii=False)
-        if arguments.json
-        else board_text(table)
-    )
+    rows = board(arguments.runs, tasks, arguments.published, progress=len(arguments.runs) > 4 and sys.stderr.isatty())
+    if arguments.out is not None:
+        from stllava_eval.page import write_board
+
+        write_board(arguments.out, rows, arguments.runs, arguments.images, arguments.pathvqa_images)
+    print(json.dumps(board_json(rows), indent=1, ensure_ascii=False) if arguments.json else board_text(rows))
     return 0
 
 
@@ -312,6 +394,39 @@ def _compare(arguments: argparse.Namespace) -> int:
         shown, text = [asdict(one) for one in found], compare_text(arguments.runs, found)
     print(json.dumps(shown, indent=1, ensure_ascii=False) if arguments.json else text)
     return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from stllava_eval.inspection import inspect, inspect_text
+    from stllava_eval.leaderboard import board
+
+    rows = board(arguments.runs)
+    found = inspect(rows, arguments.runs)
+    if not found:
+        raise InputError(f"{arguments.runs[0]}: no run here was shown its own images. Pass one that was.")
+    if arguments.out is not None:
+        from stllava_eval.page import write_board
+
+        write_board(arguments.out, rows, arguments.runs, arguments.images, arguments.pathvqa_images)
+    print(
+        json.dumps([asdict(one) for one in found], indent=1, ensure_ascii=False)
+        if arguments.json
+        else inspect_text(found)
+    )
+    return 0
+
+
+def _gate(arguments: argparse.Namespace) -> int:
+    from stllava_eval.gate import gate, gate_json, gate_junit, gate_markdown, gate_text, read_policy
+    from stllava_eval.home import write_json, write_text
+
+    found = gate(arguments.candidate, arguments.baseline, read_policy(arguments.policy))
+    if arguments.out is not None:
+        write_json(arguments.out / "gate.json", gate_json(found))
+        write_text(arguments.out / "gate.md", gate_markdown(found))
+        write_text(arguments.out / "gate.xml", gate_junit(found))
+    print(gate_text(found))
+    return found.exit_code
 
 
 def _convert(arguments: argparse.Namespace) -> int:

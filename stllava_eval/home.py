@@ -64,11 +64,20 @@ def alone(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` in UTF-8, atomically.
+
+    Raises:
+        InputError: See `whole_file`.
+    """
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys, atomically.
 
     Raises:
         InputError: See `whole_file`.
     """
-    with whole_file(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

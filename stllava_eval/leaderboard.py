@@ -1,17 +1,43 @@
-"""Run folders -> a table of their scores beside image-blind baselines, every mean with n and its interval."""
+"""Run folders, published rows -> a board beside image-blind baselines, every measured mean with n and its interval."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import csv
+import io
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
+from typing import Any, Literal
 
 from stllava_eval.errors import InputError, printable
-from stllava_eval.runs import Scored, ScoreRow, dataset_of, read_run, score_table
+from stllava_eval.runs import (
+    QuestionScores,
+    RunTask,
+    Scored,
+    ScoreRow,
+    dataset_of,
+    labels,
+    read_run,
+    run_manifest,
+    score_table,
+)
 
 OPEN = ("recall_llavamed", "f1_llavamed", "recall", "f1")
 CLOSED = ("closed_llavamed", "closed_llavamed_batch", "closed_accuracy")
+RANKED = (*OPEN, *CLOSED)
 NOTICE = "Research only; not for clinical use."
+SAMPLE = "SAMPLE DATA: these scores say nothing about the official data set."
+SETTINGS = ("zero-shot", "fine-tuned", "training not recorded")
+GROUPS = (
+    *(f"measured, {setting}" for setting in SETTINGS),
+    *(f"reported, {one}" for one in SETTINGS[:2]),
+    "image-blind",
+)
+BEST, EQUAL = "best", "not distinguishable from the best"
 
 
 @dataclass(frozen=True)
@@ -20,35 +46,66 @@ class BoardRow:
 
     task: str
     system: str
-    blind: bool
+    kind: Literal["measured", "reported", "blind"]
+    setting: str
+    """One of `SETTINGS`; whether the system has learnt from this data set."""
     data: str  # "official", "sample", or the edition's name
     scores: dict[str, ScoreRow]
     unanswered: int
+    marks: dict[str, str] = field(default_factory=dict)
+    """By metric `BEST`, or `EQUAL`: a paired test, adjusted over the column, finds no difference from the best."""
+    about: dict[str, str] = field(default_factory=dict)
+    """What the row rests on: checkpoint, its hash, prompt, date, ...; of a reported row its source."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Of a reported row's figures, by metric."""
+    categories: list[ScoreRow] = field(default_factory=list)
+    """The same scores by category."""
+
+    @property
+    def group(self) -> str:
+        """One of `GROUPS`."""
+        return "image-blind" if self.kind == "blind" else f"{self.kind}, {self.setting}"
 
 
-def board(runs: Sequence[Path], tasks: Sequence[str] | None = None) -> list[BoardRow]:
-    """The rows of each task: the runs in the order given, then the image-blind baselines.
+def board(
+    runs: Sequence[Path], tasks: Sequence[str] | None = None, published: bool = False, progress: bool = False
+) -> list[BoardRow]:
+    """The rows of each task in the order of `GROUPS`, runs in the order given.
 
-    A run that did not ask every question of a task (`--limit`) is scored on those it asked, so its n is smaller.
+    A run that did not ask every question of a task (`--limit`) is scored on those it asked, so its n is smaller. A run
+    that was shown black or other images stands among the image-blind rows.
+
+    Args:
+        runs: Run folders.
+        tasks: Default: those of the runs, else all that are prepared.
+        published: Reported rows too, where the official split is what was asked.
+        progress: Whether to show a bar on stderr.
 
     Raises:
         InputError: A folder is no run, or a task's test split is not prepared or has changed since the run.
     """
+    from tqdm import tqdm
+
     from stllava_eval.blind import blind_answers
     from stllava_eval.datasets import DATASETS, read_manifest
 
-    read = [(folder, read_run(folder)) for folder in runs]
+    read = [
+        (name, folder, read_run(folder), run_manifest(folder)) for name, folder in zip(labels(runs), runs, strict=True)
+    ]
     if tasks is None:
-        tasks = list(dict.fromkeys(task for _, run in read for task in run))
+        tasks = list(dict.fromkeys(task for *_, run, _ in read for task in run))
     if not tasks:
         tasks = [name for name in DATASETS if _is_prepared(name)]
     if not tasks:
         raise InputError("no data is prepared. Run `stllava-eval prepare --sample`, or prepare an official split.")
-    rows = []
+    rows: list[BoardRow] = []
+    bar = tqdm(total=sum(task in run for task in tasks for *_, run, _ in read), desc="scoring", disable=not progress)
     for task in tasks:
         prepared = read_manifest(dataset_of(task), "test")
         data = "sample" if prepared.sample else "official" if prepared.official else prepared.edition
-        for folder, run in read:
+        of_task: list[BoardRow] = []
+        questions: dict[str, dict[str, QuestionScores]] = {}
+        for name, folder, run, manifest in read:
             if task not in run:
                 continue
             of = run[task]
@@ -58,56 +115,363 @@ def board(runs: Sequence[Path], tasks: Sequence[str] | None = None) -> list[Boar
                     "images. Prepare the run's split again, or run again."
                 )
             scored = score_table(task, of.answers, of.prompt)
-            rows.append(_row(task, folder.name, False, data, scored, len(scored.unanswered) - of.not_asked))
+            of_task.append(_measured(task, name, data, of, manifest, scored))
+            questions[name] = scored.questions
+            bar.update()
+        of_task = _marked(of_task, questions)
+        if published and data == "official":
+            of_task += _published(task)
         for label, blind in blind_answers(dataset_of(task)).items():
-            rows.append(_row(task, label, True, data, score_table(task, blind), 0))
+            scored = score_table(task, blind)
+            of_task.append(BoardRow(task, label, "blind", "", data, _overall(scored), 0, categories=scored.rows))
+        rows += sorted(of_task, key=lambda row: GROUPS.index(row.group))
+    bar.close()
     return rows
 
 
+def _measured(task: str, name: str, data: str, of: RunTask, manifest: Mapping[str, Any], scored: Scored) -> BoardRow:
+    checkpoint = manifest["checkpoint"]
+    learnt = checkpoint.get("trained_on")
+    setting = SETTINGS[2] if learnt is None else SETTINGS[1] if dataset_of(task) in learnt else SETTINGS[0]
+    images = str(manifest.get("images") or "own")
+    about = {
+        "model": manifest.get("model"),
+        "checkpoint": checkpoint["name"],
+        "sha256": checkpoint.get("sha256"),
+        "prompt": of.prompt,
+        "images": images,
+        "preprocessing": manifest.get("image_preprocessing"),
+        "decoding": manifest.get("decoding"),
+        "dtype": manifest.get("dtype"),
+        "date": manifest.get("date"),
+        "commit": manifest.get("commit"),
+    }
+    return BoardRow(
+        task,
+        name if images == "own" else f"{name} ({images} images)",
+        "measured" if images == "own" else "blind",
+        setting,
+        data,
+        _overall(scored),
+        len(scored.unanswered) - of.not_asked,
+        about={key: str(value) for key, value in about.items() if value},
+        categories=scored.rows,
+    )
+
+
+def _overall(scored: Scored) -> dict[str, ScoreRow]:
+    return {row.metric: row for row in scored.rows if row.category == "all"}
+
+
+def _marked(rows: Sequence[BoardRow], questions: Mapping[str, Mapping[str, QuestionScores]]) -> list[BoardRow]:
+    """The rows with `marks`: within one setting and prompt, over the questions that both answered, by `sign_flips`."""
+    marks: dict[str, dict[str, str]] = defaultdict(dict)
+    rivals = defaultdict(list)
+    for row in rows:
+        if row.kind == "measured":
+            rivals[row.setting, row.about["prompt"]].append(row)
+    for group in rivals.values():
+        for metric in RANKED:
+            ranked = sorted((row for row in group if metric in row.scores), key=lambda row: -_value(row, metric))
+            if len(ranked) < 2:
+                continue
+            best, *others = ranked
+            marks[best.system][metric] = BEST
+            ps = _p_values(questions[best.system], [questions[row.system] for row in others], metric)
+            for row, p in zip(others, ps, strict=True):
+                if p >= 0.05:
+                    marks[row.system][metric] = EQUAL
+    return [replace(row, marks=marks[row.system]) if row.system in marks else row for row in rows]
+
+
+def _p_values(
+    best: Mapping[str, QuestionScores], others: Sequence[Mapping[str, QuestionScores]], metric: str
+) -> list[float]:
+    """Of each other system beside the best, adjusted after Holm; those that answered the same share their signs."""
+    from stllava_eval.statistics import holm, sign_flips
+
+    together: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for place, other in enumerate(others):
+        together[tuple(id for id in best if id in other and metric in best[id].scores)].append(place)
+    ps = [1.0] * len(others)
+    for ids, places in together.items():
+        columns = [[best[id].scores[metric] - others[place][id].scores[metric] for id in ids] for place in places]
+        for place, p in zip(places, sign_flips(columns, [best[id].image_id for id in ids]), strict=True):
+            ps[place] = p
+    return holm(ps)
+
+
+def _value(row: BoardRow, metric: str) -> float:
+    return row.scores[metric].value or 0.0
+
+
+def _published(task: str) -> list[BoardRow]:
+    """The reported rows of a task in the paper's prompt; see published.json."""
+    rows = json.loads(files("stllava_eval").joinpath("published.json").read_text(encoding="utf-8"))["rows"]
+    made = []
+    for row in rows:
+        cells = {metric: value for metric, value in row["scores"].get(task, {}).items() if value is not None}
+        if not cells:
+            continue
+        signature = f"reported|{row['source']}"
+        made.append(
+            BoardRow(
+                task,
+                row["system"],
+                "reported",
+                row["setting"],
+                "official",
+                {
+                    metric: ScoreRow(task, metric, f"{metric}|{signature}", "all", value / 100, 0, 0, None, None)
+                    for metric, value in cells.items()
+                },
+                0,
+                about={"source": row["source"], "table": row["table"], "row": row["row"]},
+                notes={place.split()[1]: note for place, note in row["notes"].items() if place.split()[0] == task},
+            )
+        )
+    return made
+
+
+# --- the board as text ------------------------------------------------------------------------------------------------
+
+COLUMNS = (*OPEN, "words", *CLOSED, "unparsed")
+SIGNS = {BEST: "*", EQUAL: "~"}
+EXPLAINED = (
+    "Scores x100 with 95 % intervals clustered by image; words: mean per answer; unparsed: % of closed answers without "
+    f"a verdict. * {BEST} of its group; ~ {EQUAL} (paired test by image, Holm over the column)."
+)
+Cell = Callable[[BoardRow, str], str]
+
+
 def board_text(rows: Sequence[BoardRow]) -> str:
-    """The board for a terminal, one table a task, scores x100."""
+    """The board for a terminal, one table a task."""
     from tabulate import tabulate
 
+    heads = ["", *(name.replace("_", "\n", 1) for name in COLUMNS)]  # two lines each, or the table is too wide
     parts = []
-    for task in dict.fromkeys(row.task for row in rows):
-        of_task = [row for row in rows if row.task == task]
-        head, *_ = of_task
-        open_n, closed_n = _count(of_task, "recall"), _count(of_task, "closed_accuracy")
-        images = max((score.images for row in of_task for score in row.scores.values()), default=0)
-        title = f"{printable(task)} ({head.data}): {open_n} open + {closed_n} closed questions, {images} images"
-        if head.data == "sample":
-            title += "\nSAMPLE DATA: these scores say nothing about the official data set."
-        columns = [*OPEN, "words", *CLOSED, "unparsed"]
-        heads = ["", *(name.replace("_", "\n", 1) for name in columns)]  # two lines each, or the table is too wide
+    for task, of_task in by_task(rows).items():
+        body = []
+        for group, members in _by_group(of_task).items():
+            body.append([f"-- {group} --"] + [""] * len(COLUMNS))
+            body += [[_plain(row.system), *(_cell(row, name) for name in COLUMNS)] for row in members]
+        table = tabulate(
+            body, heads, tablefmt="simple", disable_numparse=True, colalign=["left"] + ["right"] * len(COLUMNS)
+        )
+        heading = "\n".join(map(printable, title(task, of_task)))
+        parts += [f"{heading}\n\n{table}", *map(printable, remarks(of_task))]
+    if systems := _systems(rows):
+        parts.append(tabulate(systems[1:], systems[0], tablefmt="simple", disable_numparse=True))
+    return "\n\n".join([*parts, f"{EXPLAINED}\n{NOTICE}"])
+
+
+def board_markdown(rows: Sequence[BoardRow]) -> str:
+    """The board as Markdown: the columns of the paper's tables, then every column of each task, then the systems."""
+    from tabulate import tabulate
+
+    lines = ["# Leaderboard", "", f"**{NOTICE}**", ""]
+    for family, metrics in FAMILIES.items():
+        heads, sections = _paper_table(rows, metrics, _cell)
+        lines += [f"## {family}", ""]
+        body = []
+        for group, members in sections.items():
+            body.append([f"**{group}**"] + [""] * (len(heads) - 1))
+            body += [[markdown(system), *map(markdown, cells)] for system, cells in members]
+        lines += [tabulate(body, heads, tablefmt="github", disable_numparse=True), ""]
+    for task, of_task in by_task(rows).items():
+        heading, *more = title(task, of_task)
+        lines += [f"## {markdown(heading)}", "", *(f"{markdown(line)}\n" for line in more)]
         body = [
-            [
-                printable(row.system) + (" (blind)" if row.blind else ""),
-                *(_cell(row.scores.get(name)) for name in columns),
-            ]
-            for row in of_task
+            [markdown(row.system), group, *(markdown(_cell(row, name)) for name in COLUMNS)]
+            for group, members in _by_group(of_task).items()
+            for row in members
         ]
-        parts.append(f"{title}\n\n{tabulate(body, heads, tablefmt='simple', disable_numparse=True, stralign='right')}")
-        if short := [row for row in of_task if _n(row) < open_n + closed_n or row.unanswered]:
-            parts.append(
-                "\n".join(
-                    f"{printable(row.system)}: scored on {_n(row)} of {open_n + closed_n} questions, "
-                    f"{row.unanswered} unanswered"
-                    for row in short
-                )
-            )
-    note = "Scores x100 with 95 % intervals clustered by image; words: mean per answer; unparsed: % of closed."
-    return "\n\n".join([*parts, f"{note}\n{NOTICE}"])
+        lines += [tabulate(body, ["", "", *COLUMNS], tablefmt="github", disable_numparse=True), ""]
+        lines += [f"- {markdown(line)}" for line in remarks(of_task)] + [""]
+    if systems := _systems(rows):
+        body = [[markdown(cell) for cell in line] for line in systems[1:]]
+        lines += ["## Systems", "", tabulate(body, systems[0], tablefmt="github", disable_numparse=True), ""]
+    return "\n".join([*lines, EXPLAINED.replace("*", r"\*").replace("~", r"\~"), ""])
+
+
+ABOUT = ("model", "checkpoint", "sha256", "prompt", "images", "preprocessing", "decoding", "dtype", "date", "commit")
+SOURCE = ("source", "table", "row")
+
+
+def board_csv(rows: Sequence[BoardRow]) -> str:
+    """A line for each score of each system, with everything that a row rests on."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    heads = ["task", "data", "system", "group", "metric", "value", "low", "high", "n", "images_asked", "unanswered"]
+    lines.writerow([*heads, "mark", "note", "signature", *ABOUT, *SOURCE])
+    for row in rows:
+        for metric, score in row.scores.items():
+            figures = [score.value, score.low, score.high, score.n or None, score.images or None, row.unanswered]
+            about = [_no_formula(row.about.get(name, "")) for name in (*ABOUT, *SOURCE)]
+            marks = [row.marks.get(metric), row.notes.get(metric), score.signature]
+            lines.writerow([row.task, row.data, _no_formula(row.system), row.group, metric, *figures, *marks, *about])
+    return text.getvalue()
+
+
+def board_json(rows: Sequence[BoardRow]) -> dict[str, Any]:
+    """Every number, for a program; scores are shares in [0, 1], words in words."""
+    made = [
+        {name: value for name, value in asdict(replace(row, categories=[])).items() if name != "categories"}
+        | {"group": row.group}
+        for row in rows
+    ]
+    return {"format": 1, "rows": made, "notice": NOTICE}
+
+
+def board_latex(rows: Sequence[BoardRow]) -> str:
+    """Two tables in LaTeX, published and clean scores in the columns of the paper's tables; needs booktabs."""
+    parts = [f"% {NOTICE} In the preamble: \\usepackage{{booktabs}}"]
+    for family, metrics in FAMILIES.items():
+        tasks = list(by_task(rows))
+        _, sections = _paper_table(rows, metrics, lambda row, name: _latex_cell(row, name))
+        width = 1 + 3 * len(tasks)
+        heads = " & ".join(rf"\multicolumn{{3}}{{c}}{{{latex(task)}}}" for task in tasks)
+        rules = " ".join(rf"\cmidrule(lr){{{2 + 3 * i}-{4 + 3 * i}}}" for i in range(len(tasks)))
+        lines = [
+            r"\begin{table*}",
+            r"\centering\small",
+            r"\setlength{\tabcolsep}{4pt}",
+            rf"\begin{{tabular}}{{l{'rrr' * len(tasks)}}}",
+            r"\toprule",
+            rf" & {heads} \\",
+            rules,
+            " & ".join(["", *["Recall", "F1", "Closed"] * len(tasks)]) + r" \\",
+        ]
+        for group, members in sections.items():
+            lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{latex(group)}}}}} \\"]
+            lines += [" & ".join([latex(system), *cells]) + r" \\" for system, cells in members]
+        footnotes = [line for of_task in by_task(rows).values() for line in _footnotes(of_task)]
+        signs = r"Bold: best of its group; $\sim$: not distinguishable from it."
+        caption = " ".join([f"{family}, $\\times 100$.", *map(latex, footnotes), latex(NOTICE), signs])
+        lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption}}}", r"\end{table*}"]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+FAMILIES = {
+    "Published scores": ("recall_llavamed", "f1_llavamed", "closed_llavamed"),
+    "Clean scores": ("recall", "f1", "closed_accuracy"),
+}
+
+
+def _paper_table(
+    rows: Sequence[BoardRow], metrics: Sequence[str], cell: Cell
+) -> tuple[list[str], dict[str, list[tuple[str, list[str]]]]]:
+    """Heads and, by group, a line for each system: three columns a task. `closed_llavamed` stands for the batch rule
+    where a source reports that one alone."""
+    tasks = list(by_task(rows))
+    heads = ["", *(f"{task} {name}" for task in tasks for name in ("recall", "F1", "closed"))]
+    sections: dict[str, dict[str, dict[str, BoardRow]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        sections[row.group][row.system][row.task] = row
+    made = {}
+    for group in (group for group in GROUPS if group in sections):
+        lines = []
+        for system, of_system in sections[group].items():
+            cells = [
+                cell(of_system[task], _reported(of_system[task], metric)) if task in of_system else "-"
+                for task in tasks
+                for metric in metrics
+            ]
+            if set(cells) != {"-"}:  # a source may report the other family alone
+                lines.append((system, cells))
+        if lines:
+            made[group] = lines
+    return heads, made
+
+
+def _reported(row: BoardRow, metric: str) -> str:
+    batch = row.kind == "reported" and metric == "closed_llavamed" and metric not in row.scores
+    return "closed_llavamed_batch" if batch else metric
 
 
 def score_text(scored: Scored) -> str:
     """One task's scores for a terminal: overall, then by category."""
     from tabulate import tabulate
 
-    body = [[printable(row.category), row.metric, _cell(row), row.n, row.images] for row in scored.rows]
+    body = [[printable(row.category), row.metric, _score(row), row.n, row.images] for row in scored.rows]
     table = tabulate(
         body, ["questions", "score", "value [95 %]", "n", "images"], tablefmt="simple", disable_numparse=True
     )
     return f"{table}\n\nunanswered: {len(scored.unanswered)}\n{NOTICE}"
+
+
+def by_task(rows: Iterable[BoardRow]) -> dict[str, list[BoardRow]]:
+    """The rows of each task."""
+    made: dict[str, list[BoardRow]] = {}
+    for row in rows:
+        made.setdefault(row.task, []).append(row)
+    return made
+
+
+def _by_group(rows: Iterable[BoardRow]) -> dict[str, list[BoardRow]]:
+    made: dict[str, list[BoardRow]] = {}
+    for row in rows:
+        made.setdefault(row.group, []).append(row)
+    return made
+
+
+def title(task: str, rows: Sequence[BoardRow]) -> list[str]:
+    """What a task's table is about, and whether it is only a sample."""
+    open_n, closed_n = _count(rows, "recall"), _count(rows, "closed_accuracy")
+    images = max((score.images for row in rows for score in row.scores.values()), default=0)
+    line = f"{task} ({rows[0].data}): {open_n} open + {closed_n} closed questions, {images} images"
+    return [line, SAMPLE] if rows[0].data == "sample" else [line]
+
+
+def remarks(rows: Sequence[BoardRow]) -> list[str]:
+    """What a reader of a task's table has to know besides."""
+    every = _count(rows, "recall") + _count(rows, "closed_accuracy")
+    made = [
+        f"{row.system}: scored on {_n(row)} of {every} questions, {row.unanswered} unanswered"
+        for row in rows
+        if row.kind != "reported" and (_n(row) < every or row.unanswered)
+    ]
+    shown = {(row.about.get("sha256"), row.about.get("images")) for row in rows}
+    for images in ("other", "black"):
+        lacking = [
+            row.system
+            for row in rows
+            if row.kind == "measured"
+            and row.about.get("model") != "answers"
+            and (row.about.get("sha256"), images) not in shown
+        ]
+        if lacking:
+            made.append(
+                f"Not shown {images} images, so it is not known what the right ones are worth to them: "
+                f"{', '.join(lacking)}. `stllava-eval run --images {images}` does it."
+            )
+    if any(row.about.get("prompt") == "custom" for row in rows):
+        made.append("custom: a prompt that is none of ours.")
+    return made + _footnotes(rows)
+
+
+def _footnotes(rows: Sequence[BoardRow]) -> list[str]:
+    return [f"{row.system} ({row.about['table']}): {note}" for row in rows for note in row.notes.values()]
+
+
+def _systems(rows: Sequence[BoardRow]) -> list[list[str]]:
+    """Heads and a line for each system that was run or reported."""
+    made = {}
+    for row in rows:
+        if row.about and row.system not in made:
+            about = row.about
+            made[row.system] = [
+                _plain(row.system),
+                row.group,
+                _plain(about["checkpoint"]) if "checkpoint" in about else f"{about['table']}; {about['source']}"[:48],
+                about.get("sha256", "")[:12],
+                about.get("prompt", ""),
+                about.get("date", "")[:10],
+                about.get("commit", "")[:8],
+            ]
+    heads = ["system", "", "checkpoint or source", "weights", "prompt", "date", "commit"]
+    return [heads, *made.values()] if made else []
 
 
 def _is_prepared(name: str) -> bool:
@@ -120,11 +484,6 @@ def _is_prepared(name: str) -> bool:
     return True
 
 
-def _row(task: str, system: str, blind: bool, data: str, scored: Scored, unanswered: int) -> BoardRow:
-    overall = {row.metric: row for row in scored.rows if row.category == "all"}
-    return BoardRow(task, system, blind, data, overall, unanswered)
-
-
 def _n(row: BoardRow) -> int:
     return sum(row.scores[name].n for name in ("recall", "closed_accuracy") if name in row.scores)
 
@@ -133,11 +492,60 @@ def _count(rows: Sequence[BoardRow], metric: str) -> int:
     return max((row.scores[metric].n for row in rows if metric in row.scores), default=0)
 
 
-def _cell(score: ScoreRow | None) -> str:
-    if score is None or score.value is None:
+def _cell(row: BoardRow, metric: str) -> str:
+    score = row.scores.get(metric)
+    sign = SIGNS.get(row.marks.get(metric, ""), "") or ("†" if metric in row.notes else "")
+    return "-" if score is None else f"{_score(score)} {sign}".rstrip()
+
+
+def _score(score: ScoreRow) -> str:
+    if score.value is None:
         return "-"
     if score.metric == "words":
         return f"{score.value:.1f}"
     if score.low is None or score.high is None or score.metric == "unparsed":
         return f"{100 * score.value:.2f}"
     return f"{100 * score.value:.2f} [{100 * score.low:.0f}, {100 * score.high:.0f}]"
+
+
+def _latex_cell(row: BoardRow, metric: str) -> str:
+    score = row.scores.get(metric)
+    if score is None or score.value is None:
+        return "-"
+    value = f"{100 * score.value:.2f}"
+    if row.marks.get(metric) == BEST:
+        value = rf"\textbf{{{value}}}"
+    if row.marks.get(metric) == EQUAL:
+        value = rf"{value}$^{{\sim}}$"
+    if metric in row.notes:
+        value += r"$^{\dagger}$"
+    if score.low is None or score.high is None:
+        return value
+    return rf"{value} {{\scriptsize [{100 * score.low:.0f}, {100 * score.high:.0f}]}}"
+
+
+def _plain(text: str) -> str:
+    """On one line of at most 48 characters: a long path is cut in front."""
+    text = printable(text)
+    return text if len(text) <= 48 else f"...{text[-45:]}"
+
+
+def _no_formula(text: str) -> str:
+    """A spreadsheet takes a cell that starts so for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def markdown(text: str) -> str:
+    """`text` as Markdown and HTML show it: on one line, nothing in it formats, links or starts a table cell."""
+    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]()#|~!])", r"\\\1", text)
+
+
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
+_LATEX |= {">": r"\textgreater{}", "|": r"\textbar{}"} | {sign: f"\\{sign}" for sign in "&%$#_{}"}
+
+
+def latex(text: str) -> str:
+    """`text` as pdfLaTeX shows it; signs that are not Latin become `?`."""
+    plain = printable(text).encode("latin-1", "replace").decode("latin-1")
+    return "".join(_LATEX.get(sign, sign) for sign in plain)

@@ -388,14 +388,31 @@ def verdict(answer: str, reference: str, question: str = "") -> Literal["right",
     >>> verdict("There is no evidence of fracture.", "no"), verdict("It is abnormal.", "no")
     ('right', 'unparsed')
     """
+    named, wanted = _named_and_wanted(answer, reference, question)
+    if not named:
+        return "unparsed"
+    return "right" if named == wanted else "wrong"
+
+
+def options_named(answer: str, reference: str, question: str = "") -> set[str]:
+    """The options of a closed question that the answer names, as `verdict` reads them.
+
+    Raises:
+        InputError: The reference has no words.
+
+    >>> sorted(options_named("Yes and no.", "no"))
+    ['no', 'yes']
+    """
+    return _named_and_wanted(answer, reference, question)[0]
+
+
+def _named_and_wanted(answer: str, reference: str, question: str) -> tuple[set[str], set[str]]:
+    """The options that the answer names, and the reference's."""
     wanted = " ".join(_wanted(reference))
     options = ("yes", "no") if wanted in ("yes", "no") else choices(question)
     if not _named(wanted, options):
         options = (*options, wanted)
-    named = _named(" ".join(folded_words(answer)), options)
-    if not named:
-        return "unparsed"
-    return "right" if named == _named(wanted, options) else "wrong"
+    return _named(" ".join(folded_words(answer)), options), _named(wanted, options)
 
 
 _LAST_OR = re.compile(r"(.*)\bor\b([^,]*)", re.DOTALL)

@@ -104,10 +104,20 @@ def answered(
     }
 
 
-def write_run(rows: Sequence[Mapping[str, Any]], decided_by: Mapping[str, Any]) -> Path:
-    """Write a run folder from `answered` rows (of several tasks, in any order, padding repeats included).
+def write_run(
+    rows: Sequence[Mapping[str, Any]],
+    decided_by: Mapping[str, Any],
+    answering: Mapping[str, float] | None = None,
+    folder: Path | None = None,
+) -> Path:
+    """Write a run folder.
 
-    The folder is `$STLLAVA_RUN`, else a new one under `$STLLAVA_HOME/runs`.
+    Args:
+        rows: Of `answered`, of several tasks, in any order, padding repeats included.
+        decided_by: What decided the answers.
+        answering: `questions` that the first process answered, not counting what a stopped run had left, and the
+            `seconds` it took.
+        folder: Default: `$STLLAVA_RUN`, else a new one under `$STLLAVA_HOME/runs`.
 
     Raises:
         InputError: The folder cannot be written.
@@ -117,7 +127,7 @@ def write_run(rows: Sequence[Mapping[str, Any]], decided_by: Mapping[str, Any]) 
     by_task: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
         by_task[row["task"]][row["id"]] = row
-    folder = _new_folder(str(decided_by["checkpoint"]["name"]))
+    folder = folder or _new_folder(str(decided_by["checkpoint"]["name"]))
     tasks = {}
     scores: list[ScoreRow] = []
     ordered: list[Mapping[str, Any]] = []
@@ -152,6 +162,7 @@ def write_run(rows: Sequence[Mapping[str, Any]], decided_by: Mapping[str, Any]) 
             "fingerprint": fingerprint,
             "versions": {name: version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
             "commit": commit(),
+            "answering": answering,
             **deciding,
         },
     )
@@ -396,13 +407,43 @@ def _prepared(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return asdict(read_manifest(name, "test")), read_split(name, "test", images=False).to_list()
 
 
-def refuse_old_folder() -> None:
-    """Called before any answer is made: `$STLLAVA_RUN` must be a place for a new run.
+def split_rows(name: str) -> list[dict[str, Any]]:
+    """The rows of the prepared test split, without images, in its order.
+
+    Raises:
+        InputError: The split is not prepared.
+    """
+    return _prepared(name)[1]
+
+
+def write_answers(folder: Path, system: str, task: str, answers: Mapping[str, str], file: Path) -> Path:
+    """Write a run folder of answers that were made elsewhere, by question id; its weights are the file's hash.
+
+    Raises:
+        InputError: The folder holds a run already, or the split is not prepared.
+    """
+    from stllava_eval.questions import PROMPTS, text
+
+    refuse_old_folder(folder)
+    name = dataset_of(task)
+    prompt = {"prompt": next((preset for preset in PROMPTS if task == f"{name}_{preset}"), "bare")}
+    rows = [
+        answered(task, row, text(row, prompt), answers[row["id"]], None)
+        for row in split_rows(name)
+        if row["id"] in answers
+    ]
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    checkpoint = {"name": system, "sha256": digest, "trained_on": None}
+    return write_run(rows, {"model": "answers", "checkpoint": checkpoint, "images": "own"}, folder=folder)
+
+
+def refuse_old_folder(folder: Path | None = None) -> None:
+    """Called before any answer is made: the folder (default: `$STLLAVA_RUN`) must be a place for a new run.
 
     Raises:
         InputError: It holds a run already, or is a file.
     """
-    folder = Path(os.environ.get("STLLAVA_RUN") or home() / "runs").expanduser()
+    folder = folder or Path(os.environ.get("STLLAVA_RUN") or home() / "runs").expanduser()
     if (folder / "run.json").exists() or (folder.exists() and not folder.is_dir()):
         raise InputError(f"{folder} holds a run already, or is a file. Choose another folder, or delete that one.")
 

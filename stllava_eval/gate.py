@@ -1,0 +1,480 @@
+"""A candidate's run against a baseline's -> pass, fail, or cannot decide; for a person, a pull request and CI."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from stllava_eval.compare import METRICS, Paired, paired, refuse_unlike
+from stllava_eval.errors import InputError, printable
+from stllava_eval.runs import (
+    QuestionScores,
+    RunTask,
+    dataset_of,
+    labels,
+    question_scores,
+    read_run,
+    run_manifest,
+    some,
+    split_rows,
+)
+from stllava_eval.statistics import holm, mean_clustered, noninferior, sign_flips
+
+POWER = 0.8  # with which the questions that are needed would decide
+GUARDS = ("unparsed", "closed_format", "words")
+Verdict = Literal["held", "lost", "too few"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a candidate may lose; see gate.yaml for what each means and where its default is from."""
+
+    alpha: float
+    margins: Mapping[str, Mapping[str, float]]
+    """Points by data set and score."""
+    guards: Mapping[str, float | None]
+    unanswered: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One score or guard of one task, the candidate against the baseline on the same questions.
+
+    All in the score's own unit, shares in [0, 1] or words; `change`, `low`, `high` are candidate less baseline with its
+    95 % interval clustered by image, `limit` is the loss that is allowed (of `words` the change, either way).
+    """
+
+    task: str
+    score: str
+    guard: bool
+    baseline: float
+    candidate: float
+    change: float
+    low: float | None
+    high: float | None
+    limit: float
+    n: int
+    images: int
+    p_loss: float
+    """That nothing was lost, one-sided, adjusted after Holm over all checks (of `words` two-sided)."""
+    p_limit: float | None
+    """That the limit or more was lost; of a guard None."""
+    verdict: Verdict
+    needed: int | None
+    """Questions of this kind that would decide in 80 % of cases, where these are too few."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The verdict, and everything it rests on."""
+
+    verdict: Literal["pass", "fail", "cannot decide"]
+    reasons: list[str]
+    """A sentence for each thing that failed or could not be decided."""
+    baseline: str
+    candidate: str
+    policy: Policy
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 fail, 2 cannot decide."""
+        return {"pass": 0, "fail": 1, "cannot decide": 2}[self.verdict]
+
+
+def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
+    """Whether the candidate may take the baseline's place.
+
+    A score holds where the loss of its margin is ruled out at alpha; that all of them must hold needs no adjustment
+    (Berger 1982). It is lost where some loss is certain at alpha after Holm, and the margin is not ruled out. Anything
+    between is too few questions. A guard has lost where its limit is passed and some loss is certain.
+
+    Runs that cannot be compared, and answers that are missing, end in `cannot decide`.
+
+    Raises:
+        InputError: A folder is not a run folder, or its data is not prepared.
+    """
+    names = labels([baseline, candidate])
+    runs = [read_run(folder) for folder in (baseline, candidate)]
+    manifests = [run_manifest(folder) for folder in (baseline, candidate)]
+    made = Gate("cannot decide", [], names[0], names[1], policy)
+    try:
+        for task, of in runs[0].items():
+            if task not in runs[1]:
+                raise InputError(f"{candidate}: its run lacks {task}, which {baseline} has. Run the same tasks.")
+            refuse_unlike(task, of, runs[1][task], baseline, candidate)
+        for name in ("images", "decoding"):
+            if manifests[0].get(name) != manifests[1].get(name):
+                raise InputError(
+                    f"{name} is {manifests[0].get(name)!r} in {baseline} and {manifests[1].get(name)!r} in "
+                    f"{candidate}. Only runs that were answered the same way are compared: run one again."
+                )
+        scored = [{task: _scores(task, run[task]) for task in runs[0]} for run in runs]
+        for task in runs[0]:
+            one, other = (each[task] for each in scored)
+            if len(lacking := sorted({*one} ^ {*other})) > policy.unanswered:
+                raise InputError(
+                    f"{task}: {len(lacking)} questions are answered in one of the runs alone ({some(lacking)}), and "
+                    f"the policy allows {policy.unanswered}. Run again, or raise `unanswered`."
+                )
+            if not {*one} & {*other}:
+                raise InputError(f"{task}: no question is answered in both. Run the same questions with both.")
+        checks = decide(
+            {
+                (task, score): paired(scored[0][task], scored[1][task], score)
+                for task in runs[0]
+                for score in (*METRICS, *(name for name in GUARDS if policy.guards.get(name) is not None))
+            },
+            policy,
+        )
+        speed = _speed(manifests, policy)
+    except InputError as error:
+        return replace(made, reasons=[str(error)])
+    reasons = [_sentence(check, policy) for check in checks if check.verdict == "lost"] + speed
+    verdict: Literal["pass", "fail", "cannot decide"] = "fail" if reasons else "pass"
+    if not reasons and (few := [check for check in checks if check.verdict == "too few"]):
+        verdict, reasons = "cannot decide", [_sentence(check, policy) for check in few]
+    return replace(made, verdict=verdict, reasons=reasons, checks=checks, notes=_notes(runs, manifests, policy))
+
+
+def decide(changes: Mapping[tuple[str, str], Paired], policy: Policy) -> list[Check]:
+    """A check for each (task, score) that has questions.
+
+    Raises:
+        InputError: The policy has no margin for a score.
+    """
+    changes = {key: both for key, both in changes.items() if both.images}
+    worse = _p_losses(changes)
+    adjusted = dict(zip(worse, holm(list(worse.values())), strict=True))
+    return [
+        _check(task, score, both, adjusted[task, score], len(changes), policy)
+        for (task, score), both in changes.items()
+    ]
+
+
+def _p_losses(changes: Mapping[tuple[str, str], Paired]) -> dict[tuple[str, str], float]:
+    """Not adjusted; scores of the same questions take their signs together."""
+    groups: dict[tuple[str, int, bool], list[tuple[str, str]]] = {}
+    for (task, score), both in changes.items():
+        groups.setdefault((task, len(both.images), score == "words"), []).append((task, score))
+    found: dict[tuple[str, str], float] = {}
+    for (_, _, two_sided), keys in groups.items():
+        columns = [[-x for x in changes[key].changes] if key[1] == "unparsed" else changes[key].changes for key in keys]
+        found.update(zip(keys, sign_flips(columns, changes[keys[0]].images, one_sided=not two_sided), strict=True))
+    return {key: found[key] for key in changes}
+
+
+def _check(task: str, score: str, both: Paired, p_loss: float, checks: int, policy: Policy) -> Check:
+    from scipy.special import stdtrit
+
+    n = len(both.images)
+    before, after = sum(both.first) / n, sum(both.second) / n
+    change = sum(both.changes) / n
+    images = len(set(both.images))
+    error = mean_clustered(both.changes, both.images).standard_error
+    reach = None if error is None else float(stdtrit(images - 1, 0.975)) * error
+    made = Check(
+        task,
+        score,
+        score in GUARDS,
+        before,
+        after,
+        change,
+        low=None if reach is None else change - reach,
+        high=None if reach is None else change + reach,
+        limit=0.0,
+        n=n,
+        images=images,
+        p_loss=p_loss,
+        p_limit=None,
+        verdict="held",
+        needed=None,
+    )
+    if score == "words":
+        times = policy.guards["words"] or math.inf
+        limit = before * (times - 1 if change > 0 else 1 - 1 / times)
+        return replace(made, limit=limit, verdict="lost" if abs(change) > limit and p_loss < policy.alpha else "held")
+    if score in GUARDS:
+        limit = (policy.guards[score] or 0) / 100
+        loss = change if score == "unparsed" else -change
+        return replace(made, limit=limit, verdict="lost" if loss > limit and p_loss < policy.alpha else "held")
+    limit = _margin(policy, task, score)
+    p_limit = noninferior(both.changes, both.images, limit)
+    if p_limit < policy.alpha:
+        return replace(made, limit=limit, p_limit=p_limit)
+    if p_loss < policy.alpha:
+        return replace(made, limit=limit, p_limit=p_limit, verdict="lost")
+    needed = _needed(change, error, n, images, limit, policy.alpha, checks)
+    return replace(made, limit=limit, p_limit=p_limit, verdict="too few", needed=needed)
+
+
+def _margin(policy: Policy, task: str, score: str) -> float:
+    of = policy.margins.get(dataset_of(task), {})
+    if score not in of:
+        raise InputError(f"the policy has no margin for {score} of {dataset_of(task)}. Add it under `margins`.")
+    return of[score] / 100
+
+
+def _needed(
+    change: float, error: float | None, n: int, images: int, limit: float, alpha: float, checks: int
+) -> int | None:
+    """Questions that would decide in 80 % of cases if the change that was seen is the true one; of a gain, if none is.
+
+    A loss smaller than the limit takes enough to rule the limit out, a larger one enough to be certain of a loss.
+    """
+    from scipy.special import stdtrit
+
+    if error is None:
+        return None
+    degrees = images - 1
+    power = float(stdtrit(degrees, POWER))
+    to_hold = float(stdtrit(degrees, 1 - alpha)) + power
+    to_lose = float(stdtrit(degrees, 1 - alpha / checks)) + power
+    loss = max(0.0, -change)
+    shares = [(to_hold * error / (limit - loss)) ** 2] if loss < limit else []
+    shares += [(to_lose * error / loss) ** 2] if loss > limit / 2 else []
+    # enough images to see that none of them has lost anything
+    least = math.log(alpha) / math.log(1 - limit) * n / images
+    return max(n + 1, math.ceil(least), math.ceil(n * min(shares)))
+
+
+def _scores(task: str, run: RunTask) -> dict[str, QuestionScores]:
+    """The scores of each answered question, `closed_format` among them: 1 where exactly one option is named."""
+    from stllava_eval.metrics import options_named
+
+    scored = question_scores(dataset_of(task), run.answers)
+    for row in split_rows(dataset_of(task)):
+        if row["kind"] == "closed" and row["id"] in scored and "closed_accuracy" in scored[row["id"]].scores:
+            named = options_named(run.answers[row["id"]], row["reference"], row["question"])
+            scored[row["id"]].scores["closed_format"] = float(len(named) == 1)
+    return scored
+
+
+def _speed(manifests: Sequence[Mapping[str, Any]], policy: Policy) -> list[str]:
+    """Why it fails by speed, if it does.
+
+    Raises:
+        InputError: A run does not say how long it took, or they ran on different devices.
+    """
+    share = policy.guards.get("speed")
+    if share is None:
+        return []
+    rates = []
+    for manifest in manifests:
+        took = manifest.get("answering") or {}
+        if not took.get("seconds") or not took.get("questions"):
+            raise InputError("a run does not say how long its answers took. Run it again without an answer cache.")
+        rates.append(took["questions"] / took["seconds"])
+    for name in ("device", "dtype", "processes"):
+        if manifests[0].get(name) != manifests[1].get(name):
+            raise InputError(
+                f"speed: {name} is {manifests[0].get(name)!r} and {manifests[1].get(name)!r}. Run both on one machine."
+            )
+    if rates[1] < share * rates[0]:
+        return [
+            f"It answers {rates[1]:.2f} questions a second, the baseline {rates[0]:.2f}; allowed: {share:g} times that."
+        ]
+    return []
+
+
+def _notes(runs: Sequence[Mapping[str, RunTask]], manifests: Sequence[Mapping[str, Any]], policy: Policy) -> list[str]:
+    notes = []
+    for name in ("image_preprocessing", "prompt", "dtype", "four_bit"):
+        if manifests[0].get(name) != manifests[1].get(name):
+            notes.append(f"{name} differs: {manifests[0].get(name)!r} and {manifests[1].get(name)!r}.")
+    if more := [task for task in runs[1] if task not in runs[0]]:
+        notes.append(f"Not looked at, since the baseline lacks it: {', '.join(more)}.")
+    if manifests[0]["checkpoint"].get("sha256") == manifests[1]["checkpoint"].get("sha256"):
+        notes.append("Both runs are of the same weights.")
+    if any(manifest["tasks"][task]["data"].get("sample") for manifest in manifests for task in manifest["tasks"]):
+        notes.append("SAMPLE DATA: this says nothing about the official data sets.")
+    return notes
+
+
+# --- for people and machines ------------------------------------------------------------------------------------------
+
+TITLES = {
+    "recall": "recall of open questions",
+    "f1": "F1 of open questions",
+    "closed_accuracy": "accuracy of closed questions",
+    "unparsed": "closed answers without a verdict",
+    "closed_format": "closed answers that name one option",
+    "words": "words of an answer",
+}
+
+
+def _number(check: Check, value: float, sign: bool = False) -> str:
+    form = "+.1f" if sign else ".1f"
+    return f"{value if check.score == 'words' else 100 * value:{form}}"
+
+
+def _sentence(check: Check, policy: Policy) -> str:
+    """Why the check is not held, in words."""
+    unit = "words" if check.score == "words" else "points"
+    what = f"{check.task}: {TITLES[check.score]}"
+    before, after = _number(check, check.baseline), _number(check, check.candidate)
+    change = f"{before} to {after} ({_number(check, check.change, True)} {unit})"
+    if check.verdict == "lost":
+        return (
+            f"{what} went from {change}; allowed is a change of {_number(check, check.limit)}, and chance does not "
+            f"explain it (p {check.p_loss:.2g} after Holm)."
+        )
+    needed = "" if check.needed is None else f" About {check.needed} would decide."
+    return (
+        f"{what} went from {change}; {check.n} questions on {check.images} images can neither rule out a loss of "
+        f"{_number(check, check.limit)} points nor show one.{needed}"
+    )
+
+
+def gate_text(found: Gate) -> str:
+    """For a terminal: the verdict, why, and the table."""
+    from tabulate import tabulate
+
+    from stllava_eval.leaderboard import NOTICE
+
+    parts = [f"{found.verdict.upper()}: {printable(found.candidate)} against {printable(found.baseline)}"]
+    parts += ["\n".join(f"- {printable(reason)}" for reason in found.reasons)] if found.reasons else []
+    if found.checks:
+        heads = ["", "score", "baseline", "candidate", "change [95 %]", "allowed", "verdict", "n", "images"]
+        parts.append(tabulate(_rows(found), heads, tablefmt="simple", disable_numparse=True))
+    parts += ["\n".join(map(printable, found.notes))] if found.notes else []
+    held = f"held: a loss of the allowed size is ruled out at {found.policy.alpha:g}, or a guard's limit is kept"
+    parts.append(f"Points x100; intervals clustered by image; {held}.\n{NOTICE}")
+    return "\n\n".join(parts)
+
+
+def _rows(found: Gate) -> list[list[str]]:
+    return [
+        [
+            printable(check.task),
+            check.score + (" (guard)" if check.guard else ""),
+            _number(check, check.baseline),
+            _number(check, check.candidate),
+            _number(check, check.change, True)
+            + (
+                ""
+                if check.low is None or check.high is None
+                else f" [{_number(check, check.low, True)}, {_number(check, check.high, True)}]"
+            ),
+            ("" if check.score == "words" else "+" if check.score == "unparsed" else "-") + _number(check, check.limit),
+            check.verdict.upper() if check.verdict != "held" else "held",
+            str(check.n),
+            str(check.images),
+        ]
+        for check in found.checks
+    ]
+
+
+def gate_markdown(found: Gate) -> str:
+    """For a pull request."""
+    from tabulate import tabulate
+
+    from stllava_eval.leaderboard import NOTICE, markdown
+
+    sign = {"pass": "✅", "fail": "❌", "cannot decide": "⚠️"}[found.verdict]
+    lines = [f"## {sign} Evaluation gate: {found.verdict}", ""]
+    lines += [f"`{markdown(found.candidate)}` against `{markdown(found.baseline)}`", ""]
+    lines += [f"- {markdown(reason)}" for reason in found.reasons] + ([""] if found.reasons else [])
+    if found.checks:
+        heads = ["set", "score", "baseline", "candidate", "change [95 %]", "allowed", "verdict", "n", "images"]
+        body = [[markdown(cell) for cell in row] for row in _rows(found)]
+        lines += [tabulate(body, heads, tablefmt="github", disable_numparse=True), ""]
+    lines += [*(markdown(note) for note in found.notes), "", f"Scores x100. {NOTICE}", ""]
+    return "\n".join(lines)
+
+
+def gate_junit(found: Gate) -> str:
+    """JUnit XML: a test case for each check, and one for the verdict; what cannot be decided is an error."""
+    from xml.etree import ElementTree
+
+    bad = {"lost": "failure", "too few": "error"}
+    suite = ElementTree.Element("testsuite", name=f"gate {printable(found.candidate)}")
+    overall = ElementTree.SubElement(suite, "testcase", classname="gate", name="verdict")
+    counts = {"failure": 0, "error": 0}
+
+    def tell(case: ElementTree.Element, kind: str, texts: Iterable[str]) -> None:
+        told = [printable(text) for text in texts]
+        ElementTree.SubElement(case, kind, message=told[0] if told else kind).text = "\n".join(told)
+        counts[kind] += 1
+
+    for check in found.checks:
+        case = ElementTree.SubElement(suite, "testcase", classname=f"gate.{printable(check.task)}", name=check.score)
+        if check.verdict in bad:
+            tell(case, bad[check.verdict], [_sentence(check, found.policy)])
+    if found.verdict != "pass":
+        tell(overall, "failure" if found.verdict == "fail" else "error", found.reasons)
+    suite.set("tests", str(len(found.checks) + 1))
+    suite.set("failures", str(counts["failure"]))
+    suite.set("errors", str(counts["error"]))
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def gate_json(found: Gate) -> dict[str, Any]:
+    """Every number, for a program."""
+    return {"format": 1, **asdict(found), "exit_code": found.exit_code}
+
+
+# --- the policy -------------------------------------------------------------------------------------------------------
+
+
+def read_policy(file: Path | None = None) -> Policy:
+    """The default policy, with what `file` changes.
+
+    Raises:
+        InputError: It cannot be read, or a name or number in it is none of a policy's.
+    """
+    from importlib.resources import files
+
+    import yaml
+
+    default = yaml.safe_load(files("stllava_eval").joinpath("gate.yaml").read_text(encoding="utf-8"))
+    given: Any = {}
+    if file is not None:
+        try:
+            given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            raise InputError(f"{file}: cannot be read ({' '.join(str(error).split())}). Pass a YAML file.") from error
+        if not isinstance(given, dict):
+            raise InputError(f"{file}: not a mapping. A policy has {', '.join(default)}.")
+    place = str(file)
+    _known(place, given, default)
+    margins = {name: dict(of) for name, of in default["margins"].items()}
+    for name, of in _mapping(place, "margins", given.get("margins", {})).items():
+        if name not in margins:
+            raise InputError(f"{place}: margins.{name}: unknown. Margins are of {', '.join(margins)}.")
+        _known(f"{place}: margins.{name}", _mapping(place, f"margins.{name}", of), margins[name])
+        for score, points in of.items():
+            margins[name][score] = _in(f"{place}: margins.{name}.{score}", points, 0, 100, "points")
+    guards = dict(default["guards"])
+    changed = _mapping(place, "guards", given.get("guards", {}))
+    _known(f"{place}: guards", changed, guards)
+    for name, limit in changed.items():
+        low, high = {"words": (1, 1000), "speed": (0, 1)}.get(name, (0, 100))
+        guards[name] = None if limit is None else _in(f"{place}: guards.{name}", limit, low, high, "or null")
+    alpha = _in(f"{place}: alpha", given.get("alpha", default["alpha"]), 0, 0.5, "a chance")
+    unanswered = given.get("unanswered", default["unanswered"])
+    if type(unanswered) is not int or unanswered < 0:
+        raise InputError(f"{place}: unanswered is {unanswered!r}. It is a whole number of questions from 0 on.")
+    return Policy(alpha, margins, guards, unanswered)
+
+
+def _mapping(place: str, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: {name} is {value!r}. It maps names to numbers.")
+    return value
+
+
+def _known(place: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+    if unknown := [name for name in given if name not in known]:
+        raise InputError(f"{place}: {unknown[0]}: unknown. Known are {', '.join(known)}.")
+
+
+def _in(place: str, value: Any, low: float, high: float, unit: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+        raise InputError(f"{place} is {value!r}. It is a number between {low:g} and {high:g}, {unit}.")
+    return float(value)

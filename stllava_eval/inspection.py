@@ -1,0 +1,218 @@
+"""A run -> where it errs: by what is asked, between questions that must agree, and beside answers without an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stllava_eval.categories import opposites, paraphrases
+from stllava_eval.errors import printable
+from stllava_eval.leaderboard import NOTICE, SAMPLE, BoardRow
+from stllava_eval.runs import ScoreRow, dataset_of, labels, read_run, split_rows
+from stllava_eval.statistics import bootstrap_clustered
+
+INSPECTED = ("recall", "f1", "closed_accuracy", "unparsed")
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """How often the answers to two questions fit each other; shares in [0, 1], interval clustered by image."""
+
+    what: str
+    value: float
+    low: float | None
+    high: float | None
+    pairs: int
+    images: int
+    both_right: float
+    """Share of pairs in which both answers are right; of open questions: have all the reference's words."""
+
+
+@dataclass(frozen=True)
+class BlindShare:
+    """How much of a score answers without an image reach."""
+
+    metric: str
+    value: float
+    best: float
+    best_of: str
+    """The image-blind answers that reach most."""
+    prior: float | None
+    """What the commonest training answer to each question reaches; None where no training split is prepared."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Of one run and task."""
+
+    task: str
+    run: str
+    data: str
+    overall: dict[str, ScoreRow]
+    categories: list[ScoreRow]
+    consistency: list[Consistency]
+    blind: list[BlindShare]
+
+
+def inspect(rows: Sequence[BoardRow], folders: Sequence[Path]) -> list[Inspection]:
+    """An inspection of each run and task that was shown its own images.
+
+    Args:
+        rows: What `board` makes of the run folders.
+        folders: The run folders.
+
+    Raises:
+        InputError: A folder is no run, or its split is not prepared.
+    """
+    answers = {
+        (task, name): of.answers
+        for name, folder in zip(labels(folders), folders, strict=True)
+        for task, of in read_run(folder).items()
+    }
+    made = []
+    for row in rows:
+        if row.kind != "measured":
+            continue
+        blind = [
+            one
+            for one in rows
+            if one.kind == "blind"
+            and one.task == row.task
+            and one.about.get("sha256") in (None, row.about.get("sha256"))
+        ]
+        made.append(
+            Inspection(
+                row.task,
+                row.system,
+                row.data,
+                {metric: row.scores[metric] for metric in INSPECTED if metric in row.scores},
+                [one for one in row.categories if one.category != "all" and one.metric in INSPECTED],
+                _consistency(row.task, answers[row.task, row.system]),
+                [_share(row, metric, blind) for metric in INSPECTED[:3] if metric in row.scores],
+            )
+        )
+    return made
+
+
+def _share(row: BoardRow, metric: str, blind: Sequence[BoardRow]) -> BlindShare:
+    values = {one.system: one.scores[metric].value or 0.0 for one in blind if metric in one.scores}
+    best_of = max(values, key=lambda name: values[name])
+    return BlindShare(metric, row.scores[metric].value or 0.0, values[best_of], best_of, values.get("commonest answer"))
+
+
+def _consistency(task: str, answers: Mapping[str, str]) -> list[Consistency]:
+    from stllava_eval import metrics
+
+    rows = {
+        row["id"]: row
+        for row in split_rows(dataset_of(task))
+        if row["id"] in answers
+        and not metrics.is_failed_request(answers[row["id"]])
+        and metrics.folded_words(row["reference"])
+    }
+
+    def named(id: str) -> set[str]:
+        return metrics.options_named(answers[id], rows[id]["reference"], rows[id]["question"])
+
+    def right(id: str) -> bool:
+        row = rows[id]
+        if row["kind"] == "closed":
+            return metrics.verdict(answers[id], row["reference"], row["question"]) == "right"
+        return metrics.recall(answers[id], row["reference"]) == 1
+
+    def alike(one: str, other: str) -> float:
+        if rows[one]["kind"] == "closed":
+            return float(named(one) == named(other) != set())
+        if not metrics.folded_words(answers[other]):
+            return float(not metrics.folded_words(answers[one]))
+        return metrics.f1(answers[one], answers[other])
+
+    def apart(one: str, other: str) -> float:
+        return float(named(one) != named(other) and len(named(one)) == len(named(other)) == 1)
+
+    restated = paraphrases(dataset_of(task), list(rows.values()))
+    by_kind = {kind: [pair for pair in restated if rows[pair[0]]["kind"] == kind] for kind in ("closed", "open")}
+    made = []
+    for what, pairs, score in (
+        ("paraphrases, closed: the same option", by_kind["closed"], alike),
+        ("paraphrases, open: F1 of one answer to the other", by_kind["open"], alike),
+        ("opposites: one yes, one no", opposites(list(rows.values())), apart),
+    ):
+        if not pairs:
+            continue
+        values = [score(*pair) for pair in pairs]
+        estimate = bootstrap_clustered(values, [rows[one]["image_id"] for one, _ in pairs])
+        both = sum(right(one) and right(other) for one, other in pairs) / len(pairs)
+        value = sum(values) / len(values)
+        made.append(Consistency(what, value, estimate.low, estimate.high, len(pairs), estimate.clusters, both))
+    return made
+
+
+def below(row: ScoreRow, overall: Mapping[str, ScoreRow]) -> bool:
+    """Whether a category's interval lies wholly on the bad side of the overall mean."""
+    whole = overall[row.metric].value
+    if whole is None or row.low is None or row.high is None:
+        return False
+    return row.low > whole if row.metric == "unparsed" else row.high < whole
+
+
+def inspect_text(found: Sequence[Inspection]) -> str:
+    """For a terminal."""
+    from tabulate import tabulate
+
+    def table(body: Iterable[Sequence[Any]], heads: Sequence[str]) -> str:
+        return tabulate(list(body), heads, tablefmt="simple", disable_numparse=True)
+
+    parts = []
+    for one in found:
+        parts.append(
+            f"{printable(one.task)} ({one.data}): {printable(one.run)}"
+            + (f"\n{SAMPLE}" if one.data == "sample" else "")
+        )
+        cells: dict[str, dict[str, ScoreRow]] = {}
+        for row in one.categories:
+            cells.setdefault(row.category, {})[row.metric] = row
+        metrics = [metric for metric in INSPECTED if metric in one.overall]
+        body = [["all", *(_cell(one.overall.get(metric), one) for metric in metrics)]]
+        body += [[printable(name), *(_cell(of.get(metric), one) for metric in metrics)] for name, of in cells.items()]
+        parts.append(table(body, ["questions", *metrics]))
+        if one.consistency:
+            body = [
+                [
+                    of.what,
+                    f"{100 * of.value:.1f}{_interval(of.low, of.high)}",
+                    f"{100 * of.both_right:.1f}",
+                    str(of.pairs),
+                    str(of.images),
+                ]
+                for of in one.consistency
+            ]
+            parts.append(table(body, ["pairs of questions", "consistent [95 %]", "both right", "pairs", "images"]))
+        body = [
+            [
+                of.metric,
+                f"{100 * of.value:.1f}",
+                "" if of.prior is None else f"{100 * of.prior:.1f}",
+                f"{100 * of.best:.1f}",
+                printable(of.best_of),
+            ]
+            for of in one.blind
+        ]
+        parts.append(table(body, ["score", "this run", "commonest answer", "best without the image", "which is"]))
+    how = (
+        "Scores x100 with 95 % intervals clustered by image, and n. < marks a category whose interval lies wholly on "
+        "the bad side of the mean, not adjusted for the number of categories."
+    )
+    return "\n\n".join([*parts, f"{how}\n{NOTICE}"])
+
+
+def _cell(row: ScoreRow | None, of: Inspection) -> str:
+    if row is None or row.value is None:
+        return ""
+    return f"{100 * row.value:.1f}{_interval(row.low, row.high)} n {row.n}" + (" <" if below(row, of.overall) else "")
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]"

@@ -1,0 +1,298 @@
+"""A board, its runs -> files: Markdown, CSV, JSON, LaTeX and one page that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from stllava_eval.categories import asks
+from stllava_eval.errors import InputError
+from stllava_eval.home import whole_file, write_json, write_text
+from stllava_eval.inspection import INSPECTED, inspect
+from stllava_eval.leaderboard import (
+    BEST,
+    EXPLAINED,
+    GROUPS,
+    NOTICE,
+    RANKED,
+    BoardRow,
+    board_csv,
+    board_json,
+    board_latex,
+    board_markdown,
+    by_task,
+    remarks,
+    title,
+)
+from stllava_eval.runs import FIXED_FIELDS, QuestionScores, dataset_of, labels, question_scores, read_run, split_rows
+
+LIMIT = 5_000_000  # bytes of the page; beyond it, the viewer shows fewer questions
+SIDE = 200  # pixels of a thumbnail's longer side; our choice
+CUT = 400  # characters of an answer that the page shows; our choice
+PRIOR = "commonest answer"
+
+
+def write_board(
+    out: Path, rows: Sequence[BoardRow], runs: Sequence[Path], images: str = "page", pathvqa_images: bool = False
+) -> None:
+    """Write board.md, .csv, .json, .tex and index.html into `out`.
+
+    Args:
+        out: A folder; files of these names in it are replaced.
+        rows: What `board` makes of `runs`.
+        runs: Run folders.
+        images: `page`: thumbnails in index.html; `folder`: in a folder `images` beside it; `none`.
+        pathvqa_images: Show images of the official PathVQA too. They belong to publishers.
+
+    Raises:
+        InputError: The folder cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file. Pass a folder.")
+    write_text(out / "board.md", board_markdown(rows))
+    write_text(out / "board.csv", board_csv(rows))
+    write_json(out / "board.json", board_json(rows))
+    write_text(out / "board.tex", board_latex(rows))
+    write_text(out / "index.html", page(rows, runs, images, pathvqa_images, out))
+
+
+def page(
+    rows: Sequence[BoardRow],
+    runs: Sequence[Path],
+    images: str = "none",
+    pathvqa_images: bool = False,
+    out: Path = Path(),
+) -> str:
+    """The page: one HTML file with its data gzipped inside, under `LIMIT` bytes; with fewer questions where it must.
+
+    The arguments are those of `write_board`.
+    """
+    answers = {
+        (task, name): of.answers
+        for name, folder in zip(labels(runs), runs, strict=True)
+        for task, of in read_run(folder).items()
+    }
+    pictures = _Pictures(images, out)
+    viewer = {}
+    for task in by_task(rows):
+        shown = {
+            row.system: answers[task, _run_of(row)]
+            for row in rows
+            if row.task == task and (task, _run_of(row)) in answers
+        }
+        if shown:
+            prepared = next(row.data for row in rows if row.task == task)
+            hidden = dataset_of(task) == "pathvqa" and prepared == "official" and not pathvqa_images
+            viewer[task] = _viewed(task, shown, None if hidden or images == "none" else pictures)
+    base = {
+        "notice": NOTICE,
+        "explained": EXPLAINED,
+        "groups": GROUPS,
+        "best": BEST,
+        "inspected": INSPECTED,
+        "metrics": _metrics(),
+        "tasks": [
+            {"name": task, "data": of[0].data, "title": title(task, of), "remarks": remarks(of)}
+            for task, of in by_task(rows).items()
+        ],
+        "rows": [_row(row) for row in rows],
+        "inspections": [
+            {
+                "task": one.task,
+                "run": one.run,
+                **{name: list(map(asdict, getattr(one, name))) for name in ("consistency", "blind")},
+            }
+            for one in inspect(rows, runs)
+        ],
+    }
+    keep = max((len(of["questions"]) for of in viewer.values()), default=0)
+    while True:
+        text = _html(base | _packed(viewer, keep, pictures.made))
+        if len(text) <= LIMIT or keep <= 20:
+            return text
+        keep = keep * 3 // 4
+
+
+def _run_of(row: BoardRow) -> str:
+    """The run's label; a row of black or other images has them in its name."""
+    images = row.about.get("images", "own")
+    return row.system if images == "own" else row.system.removesuffix(f" ({images} images)")
+
+
+def _metrics() -> list[dict[str, str]]:
+    from stllava_eval.metrics import SCORES
+
+    titles = {"words": "mean words of an answer", "unparsed": "closed answers without a verdict, x100"}
+    return [
+        {
+            "name": name,
+            "kind": SCORES[name].kind,
+            "title": titles.get(name)
+            or ("as the published script counts" if SCORES[name].published else "our definition"),
+        }
+        for name in (*RANKED, "words", "unparsed")
+    ]
+
+
+def _row(row: BoardRow) -> dict[str, Any]:
+    categories: dict[str, dict[str, Any]] = {}
+    for one in row.categories:
+        if one.metric in INSPECTED and one.category != "all" and one.value is not None:
+            categories.setdefault(one.metric, {})[one.category] = [
+                _short(one.value),
+                _short(one.low),
+                _short(one.high),
+                one.n,
+            ]
+    wanted = (*RANKED, "words", "unparsed")
+    return {
+        **{
+            name: getattr(row, name)
+            for name in ("task", "system", "kind", "group", "marks", "about", "notes", "unanswered")
+        },
+        "scores": {
+            name: [_short(of.value), _short(of.low), _short(of.high), of.n]
+            for name, of in row.scores.items()
+            if name in wanted and of.value is not None
+        },
+        "categories": categories,
+    }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
+def _viewed(task: str, shown: Mapping[str, Mapping[str, str]], pictures: _Pictures | None) -> dict[str, Any]:
+    """Every question of a task, every system's answer to it, and a sign for how good that is."""
+    from stllava_eval.blind import blind_answers
+
+    name = dataset_of(task)
+    rows = split_rows(name)
+    prior = blind_answers(name).get(PRIOR)
+    if prior is not None:
+        shown = {**shown, PRIOR: prior}
+    scored = {system: question_scores(name, answers) for system, answers in shown.items()}
+    signs = {system: [_sign(row, scored[system]) for row in rows] for system in shown}
+    return {
+        "questions": [
+            {
+                "id": row["id"],
+                "image_id": row["image_id"],
+                "image": None,
+                "question": row["question"],
+                "reference": row["reference"],
+                "kind": row["kind"],
+                "categories": [f"{field}={row[field]}" for field in row if field not in FIXED_FIELDS and row[field]]
+                + [f"asks={what}" for what in asks(row["question"])],
+            }
+            for row in rows
+        ],
+        "images": pictures.of(name) if pictures else {},
+        "systems": [
+            {
+                "name": system,
+                "signs": signs[system],
+                "answers": [_cut(answers[row["id"]]) if row["id"] in answers else None for row in rows],
+            }
+            for system, answers in shown.items()
+        ],
+    }
+
+
+def _sign(row: Mapping[str, Any], scored: Mapping[str, QuestionScores]) -> str:
+    """R right, W wrong, U no verdict; of open questions X all words of the reference, else tenths; - unanswered."""
+    if row["id"] not in scored:
+        return "-"
+    scores = scored[row["id"]].scores
+    if row["kind"] == "closed":
+        return "R" if scores.get("closed_accuracy") else "U" if scores.get("unparsed") else "W"
+    recall = scores.get("recall", 0.0)
+    return "X" if recall == 1 else str(int(10 * recall))
+
+
+def _cut(answer: str) -> str:
+    return answer if len(answer) <= CUT else answer[:CUT] + " ..."
+
+
+class _Pictures:
+    """Thumbnails by image, each made once: as data, or as files beside the page."""
+
+    def __init__(self, images: str, out: Path) -> None:
+        self.in_folder, self.out = images == "folder", out
+        self.made: list[str] = []
+
+    def of(self, name: str) -> dict[str, int]:
+        """Image id -> its place in `made`, for a data set's test split."""
+        from stllava_eval.datasets import read_split
+        from stllava_eval.images import decode
+
+        places: dict[str, int] = {}
+        for row in read_split(name, "test"):
+            if row["image_id"] in places:
+                continue
+            picture = decode(row["image"]["bytes"])
+            picture.thumbnail((SIDE, SIDE))
+            buffer = io.BytesIO()
+            picture.save(buffer, "JPEG", quality=70)
+            places[row["image_id"]] = len(self.made)
+            if self.in_folder:
+                file = f"images/{name}-{row['image_sha256'][:16]}.jpg"
+                with whole_file(self.out / file) as unfinished:
+                    unfinished.write_bytes(buffer.getvalue())
+                self.made.append(file)
+            else:
+                self.made.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
+        return places
+
+
+def _packed(viewer: Mapping[str, Mapping[str, Any]], keep: int, pictures: Sequence[str]) -> dict[str, Any]:
+    """The viewer with at most `keep` questions a task, those on which systems differ most, in the split's order; equal
+    answers and images held once."""
+    strings: dict[str, int] = {}
+    used: dict[int, int] = {}
+    made = {}
+    for task, of in viewer.items():
+        columns = [system["signs"] for system in of["systems"]]
+        interest = [len({signs[place] for signs in columns}) for place in range(len(of["questions"]))]
+        places = sorted(sorted(range(len(interest)), key=lambda place: (-interest[place], place))[:keep])
+        questions = []
+        for place in places:
+            question = dict(of["questions"][place])
+            picture = of["images"].get(question["image_id"])
+            question["image"] = None if picture is None else used.setdefault(picture, len(used))
+            questions.append(question)
+        made[task] = {
+            "of": len(of["questions"]),
+            "questions": questions,
+            "systems": [
+                {
+                    "name": system["name"],
+                    "signs": "".join(system["signs"][place] for place in places),
+                    "answers": [
+                        -1 if (said := system["answers"][place]) is None else strings.setdefault(said, len(strings))
+                        for place in places
+                    ],
+                }
+                for system in of["systems"]
+            ],
+        }
+    return {"viewer": made, "strings": list(strings), "images": [pictures[place] for place in used]}
+
+
+def _html(data: Mapping[str, Any]) -> str:
+    script = files("stllava_eval").joinpath("page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    packed = gzip.compress(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(), mtime=0)
+    return Template(files("stllava_eval").joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        script=script, script_hash=f"sha256-{digest}", data=base64.b64encode(packed).decode()
+    )
