@@ -85,6 +85,14 @@ class RunTask:
     """By question id."""
 
 
+_PAPER = ("vqarad", "slake", "pathvqa")  # the order of the paper's tables
+
+
+def _order(task: str) -> tuple[int, str]:
+    name = dataset_of(task)
+    return (_PAPER.index(name) if name in _PAPER else len(_PAPER)), task
+
+
 def dataset_of(task: str) -> str:
     """`vqarad_short` -> `vqarad`: the data set that a task asks about."""
     return task.split("_")[0]
@@ -170,7 +178,7 @@ def write_run(
 
 
 def read_run(folder: Path) -> dict[str, RunTask]:
-    """The tasks of a run folder, by name.
+    """The tasks of a run folder, by name, in the order of the paper's tables.
 
     Raises:
         InputError: It is not a run folder.
@@ -193,7 +201,7 @@ def read_run(folder: Path) -> dict[str, RunTask]:
                 not_asked=of["of"] - of["questions"],
                 answers={row["id"]: row["answer"] for row in rows if row["task"] == task},
             )
-            for task, of in manifest["tasks"].items()
+            for task, of in sorted(manifest["tasks"].items(), key=lambda one: _order(one[0]))
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(

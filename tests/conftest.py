@@ -199,3 +199,13 @@ def processor(tokenizers):
     from stllava_eval.network.processing import make_processor
 
     return make_processor(tokenizers[True], 28, 14)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    from browser import CHROMIUM, Browser
+
+    if not CHROMIUM.exists():
+        pytest.skip(f"needs {CHROMIUM} (apt-get install chromium)")
+    with Browser(tmp_path / "profile") as opened:
+        yield opened

@@ -1,0 +1,226 @@
+"""Run folders, published rows -> boards as text, Markdown, CSV, JSON and LaTeX."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import png
+from small_runs import always, right, small_run
+
+from stllava_eval.cli import main
+from stllava_eval.leaderboard import (
+    BEST,
+    EQUAL,
+    board,
+    board_csv,
+    board_json,
+    board_latex,
+    board_markdown,
+    board_text,
+    latex,
+    markdown,
+)
+
+PAPER = {"vqarad": (37.12, 10.83, 60.35), "slake": (46.69, 11.46, 57.69), "pathvqa": (11.92, 2.72, 52.90)}
+HOSTILE = "<script>alert(1)</script>|`x`\\end{document}&%$#_^~*[a](b) \x1b[31m"
+
+
+@pytest.fixture
+def official(home):
+    """Test splits of a few made-up rows that are marked as official."""
+    from stllava_eval.datasets import Row, write_split
+
+    for name in PAPER:
+        rows = [
+            Row(
+                id=f"{image}-{kind}",
+                image=png((9 * image, 0, 200)),
+                image_id=f"{image}.png",
+                question="Is there a mass?" if kind == "closed" else "What is seen?",
+                reference="yes" if kind == "closed" else "left lung",
+                kind=kind,
+                categories={},
+            )
+            for image in range(20)
+            for kind in ("open", "closed")
+        ]
+        write_split(name, "test", rows, edition="official test", official=True, sample=False, source="", licence="")
+    return home
+
+
+def test_rows_stand_in_groups_by_what_the_system_has_learnt(prepared, tmp_path):
+    learnt = {
+        name: {"checkpoint": {"name": name, "sha256": name, "trained_on": sets}}
+        for name, sets in {"tuned": ["vqarad"], "elsewhere": ["slake"], "unknown": None}.items()
+    }
+    runs = [small_run(tmp_path / name, right, **decided) for name, decided in learnt.items()]
+    runs.append(small_run(tmp_path / "dark", always("yes"), images="black", **learnt["tuned"]))
+    rows = {row.system: row for row in board(runs)}
+    assert {name: rows[name].group for name in ("tuned", "elsewhere", "unknown")} == {
+        "tuned": "measured, fine-tuned",
+        "elsewhere": "measured, zero-shot",
+        "unknown": "measured, training not recorded",
+    }
+    assert rows["dark (black images)"].group == "image-blind" == rows['always "no"'].group
+    assert list(rows)[:3] == ["elsewhere", "tuned", "unknown"]  # zero-shot first
+
+
+def test_the_best_is_marked_and_so_is_what_the_questions_cannot_tell_from_it(official, tmp_path):
+    def nearly(row):
+        return "no" if row["id"] == "3-closed" else row["reference"]
+
+    runs = [small_run(tmp_path / name, say) for name, say in {"a": right, "b": nearly, "c": always("no lung")}.items()]
+    marks = {row.system: row.marks for row in board(runs) if row.kind == "measured"}
+    assert marks["a"]["closed_accuracy"] == BEST
+    assert marks["b"]["closed_accuracy"] == EQUAL
+    assert "closed_accuracy" not in marks["c"]  # 20 of 20 images: p = 2 / 10,001
+    assert marks["b"]["recall"] == EQUAL  # the same score; the first is called best
+
+
+def test_systems_of_other_groups_and_prompts_are_not_ranked_together(official, tmp_path):
+    tuned = {"checkpoint": {"name": "t", "sha256": "t", "trained_on": ["vqarad"]}}
+    runs = [small_run(tmp_path / "a", right), small_run(tmp_path / "b", always("no"), **tuned)]
+    assert not any(row.marks for row in board(runs))
+
+
+def test_reported_rows_are_the_papers_and_only_of_official_data(official, tmp_path):
+    runs = [small_run(tmp_path / "a", right, ("vqarad", "slake", "pathvqa"))]
+    found = {(row.task, row.system): row for row in board(runs, published=True) if row.kind == "reported"}
+    for task, figures in PAPER.items():
+        scores = found[task, "STLLaVA-Med"].scores
+        assert [round(100 * scores[name].value, 2) for name in scores] == list(figures)
+        assert all(score.n == 0 and score.low is None for score in scores.values())
+    assert "no share of 272" in found["vqarad", "STLLaVA-Med"].notes["closed_llavamed"]
+    assert not any(row.kind == "reported" for row in board(runs))
+
+
+def test_sample_data_never_stands_beside_reported_rows(prepared, tmp_path):
+    rows = board([small_run(tmp_path / "a", right)], published=True)
+    assert not any(row.kind == "reported" for row in rows)
+    assert "SAMPLE DATA" in board_text(rows)
+    assert "SAMPLE DATA" in board_markdown(rows)
+
+
+def test_every_published_figure_names_table_row_and_source():
+    from importlib.resources import files
+
+    rows = json.loads(files("stllava_eval").joinpath("published.json").read_text())["rows"]
+    for row in rows:
+        assert all(row[name] for name in ("system", "table", "row", "source"))
+        assert row["setting"] in ("zero-shot", "fine-tuned")
+        for task, cells in row["scores"].items():
+            assert task in PAPER
+            assert all(value is None or 0 < value < 100 for value in cells.values())
+        assert all(place.split()[1] in row["scores"][place.split()[0]] for place in row["notes"])
+
+
+def test_closed_figures_are_shares_of_the_official_questions_but_for_two():
+    """As far as a figure was reported to two digits; the exceptions are the footnoted ones."""
+    from importlib.resources import files
+
+    questions = {"vqarad": 272, "slake": 416, "pathvqa": 3391}
+    impossible = []
+    for row in json.loads(files("stllava_eval").joinpath("published.json").read_text())["rows"]:
+        for task, cells in row["scores"].items():
+            for metric, value in cells.items():
+                if metric.startswith("closed") and value is not None:
+                    of = questions[task]
+                    if not any(abs(100 * right / of - value) < 0.0101 for right in range(of + 1)):
+                        impossible.append((row["system"], task))
+    assert impossible == [("STLLaVA-Med", "vqarad"), ("STLLaVA-Med without DPO", "vqarad")]
+
+
+def test_a_system_that_was_not_shown_other_images_is_named(prepared, tmp_path):
+    runs = [small_run(tmp_path / "a", right)]
+    assert "Not shown other images" in board_text(board(runs))
+    same = {"checkpoint": {"name": "a", "sha256": "a" * 4, "trained_on": None}}
+    for images in ("other", "black"):
+        runs.append(small_run(tmp_path / images, right, images=images, **same))
+    assert "Not shown" not in board_text(board(runs))
+
+
+def test_the_csv_has_a_line_for_each_score_with_what_it_rests_on(prepared, tmp_path):
+    rows = board([small_run(tmp_path / "a", right)])
+    lines = list(csv.DictReader(io.StringIO(board_csv(rows))))
+    (recall,) = [line for line in lines if line["system"] == "a" and line["metric"] == "recall"]
+    assert (recall["value"], recall["n"], recall["sha256"], recall["prompt"]) == ("1.0", "4", "aaaa", "bare")
+    assert recall["signature"] == "recall|v1|vqarad test for tests|prompt bare"
+
+
+def test_a_spreadsheet_takes_no_name_for_a_formula(prepared, tmp_path):
+    rows = board([small_run(tmp_path / "=1+1", right)])
+    assert "'=1+1" in {line["system"] for line in csv.DictReader(io.StringIO(board_csv(rows)))}
+
+
+def test_the_json_holds_the_board(prepared, tmp_path):
+    made = board_json(board([small_run(tmp_path / "a", right)]))
+    (row,) = [row for row in made["rows"] if row["system"] == "a"]
+    assert row["scores"]["closed_accuracy"]["value"] == 1.0
+    assert row["group"] == "measured, training not recorded"
+    json.dumps(made)
+
+
+def test_markdown_shows_signs_as_they_are():
+    shown = markdown(HOSTILE)
+    assert "<" not in shown
+    assert not re.search(r"(?<!\\)[|`*_\[\]~]", shown)
+    assert "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param("a_b & 50 %", r"a\_b \& 50 \%", id="signs that LaTeX reads"),
+        pytest.param("\\input{x}", r"\textbackslash{}input\{x\}", id="a command is text"),
+        pytest.param("≤ 3", "? 3", id="no Latin sign"),
+    ],
+)
+def test_latex(text, expected):
+    assert latex(text) == expected
+
+
+def test_the_latex_tables_compile(official, tmp_path):
+    if not shutil.which("pdflatex"):
+        pytest.skip("needs pdflatex (apt-get install texlive-latex-base texlive-latex-recommended)")
+    hostile = {"checkpoint": {"name": HOSTILE, "sha256": "x", "trained_on": None}}
+    folder = tmp_path / "a_b%$&#{}~^"
+    rows = board([small_run(folder, right, ("vqarad", "slake", "pathvqa"), **hostile)], published=True)
+    document = r"\documentclass{article}\usepackage{booktabs}\begin{document}" + board_latex(rows) + r"\end{document}"
+    (tmp_path / "board.tex").write_text(document, encoding="utf-8")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "board.tex"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-2000:]
+
+
+def test_latex_has_the_columns_of_the_papers_tables(official, tmp_path):
+    rows = board([small_run(tmp_path / "a", right, ("vqarad", "slake", "pathvqa"))], published=True)
+    text = board_latex(rows)
+    assert r"STLLaVA-Med & 37.12 & 10.83 & 60.35$^{\dagger}$ & 46.69 & 11.46 & 57.69 & 11.92 & 2.72 & 52.90 \\" in text
+    assert "84.19" in text  # the batch rule, where a source reports that alone
+    assert r"\emph{reported, fine-tuned}" in text
+
+
+def test_the_command_writes_the_same_bytes_twice(prepared, tmp_path):
+    run = str(small_run(tmp_path / "a", right))
+    names = ("board.md", "board.csv", "board.json", "board.tex", "index.html")
+    made = []
+    for out in ("one", "two"):
+        assert main(["leaderboard", run, "--out", str(tmp_path / out)]) == 0
+        made.append([(tmp_path / out / name).read_bytes() for name in names])
+    assert made[0] == made[1]
+
+
+def test_two_runs_of_one_name_are_told_apart_by_their_folders(prepared, tmp_path):
+    runs = [small_run(tmp_path / name / "eval", right) for name in ("a", "b")]
+    assert [row.system for row in board(runs)][:2] == ["a/eval", "b/eval"]
+
+
+def test_a_run_named_twice_is_refused(prepared, tmp_path, capsys):
+    run = small_run(tmp_path / "a", right)
+    assert main(["leaderboard", str(run), str(Path(run) / ".." / "a")]) == 2
+    assert "named twice" in capsys.readouterr().err
