@@ -167,7 +167,7 @@ def sign_flips(
     return [(1 + int(count)) / (1 + draws) for count in as_far]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=12)  # open, closed and all questions of three sets take nine
 def _signs(clusters: int, draws: int, seed: int) -> np.ndarray:
     """(draws, clusters) of -1 and 1; 8.6 MB for 858 images."""
     return np.random.default_rng(seed).integers(0, 2, size=(draws, clusters), dtype=np.int8) * 2 - 1
@@ -254,9 +254,11 @@ def _per_cluster(scores: Sequence[float], clusters: Sequence[str]) -> tuple[np.n
     if not np.isfinite(values).all():
         place = int(np.flatnonzero(~np.isfinite(values))[0])
         raise InputError(f"score {place} is {values[place]}: leave out what could not be scored, and count it.")
-    names, of_cluster, counts = np.unique(np.asarray(clusters, dtype=str), return_inverse=True, return_counts=True)
+    number_of = {name: number for number, name in enumerate(sorted(set(clusters)))}
+    of_cluster = np.fromiter((number_of[name] for name in clusters), dtype=np.intp, count=len(clusters))
+    counts = np.bincount(of_cluster, minlength=len(number_of))
     order = np.lexsort((values, of_cluster))  # sums of floats depend on their order, so that must not be the rows'
-    return np.bincount(of_cluster[order], weights=values[order], minlength=len(names)), counts
+    return np.bincount(of_cluster[order], weights=values[order], minlength=len(number_of)), counts
 
 
 def _error(sums: np.ndarray, counts: np.ndarray) -> float:

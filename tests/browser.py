@@ -77,7 +77,7 @@ class Browser:
             time.sleep(0.02)
 
     def press(self, key: str, **more: object) -> None:
-        self.tell("Input.dispatchKeyEvent", type="keyDown", key=key, text=key, **more)
+        self.tell("Input.dispatchKeyEvent", type="keyDown", key=key, **({"text": key} | more))
         self.tell("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def click(self, selector: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stllava_eval.cli import main
-from stllava_eval.compare import compare
+from stllava_eval.compare import compare, power
 from stllava_eval.errors import InputError
 from stllava_eval.runs import answered, write_run
 from stllava_eval.statistics import holm, sign_flip
@@ -132,3 +132,39 @@ def test_a_damaged_manifest_is_no_run(ids, tmp_path, monkeypatch):
     other = run_of(tmp_path / "other", dict.fromkeys(ids, "yes"), monkeypatch, sha256_rows=7)
     with pytest.raises(InputError, match="is not a run folder"):
         compare([one, other])
+
+
+def test_several_runs_are_compared_with_the_first_in_one_family(ids, tmp_path, monkeypatch):
+    answers = {"a": "no", "b": "yes", "c": "yes"}
+    runs = [run_of(tmp_path / name, dict.fromkeys(ids, answer), monkeypatch) for name, answer in answers.items()]
+    found = compare(runs)
+    assert [(one.baseline, one.run) for one in found] == [("a", "b")] * 3 + [("a", "c")] * 3
+    closed = [one for one in found if one.metric == "closed_accuracy"]
+    assert [one.p_mcnemar for one in closed] == [2 / 2**4] * 2
+    assert all(one.p_mcnemar is None for one in found if one.metric != "closed_accuracy")
+    two = compare(runs[:2])
+    assert closed[0].p_holm >= next(one for one in two if one.metric == "closed_accuracy").p_holm
+
+
+def test_one_run_is_no_comparison(ids, tmp_path, monkeypatch, capsys):
+    run = run_of(tmp_path / "a", dict.fromkeys(ids, "yes"), monkeypatch)
+    assert main(["compare", str(run)]) == 2
+    assert "takes two runs or more" in capsys.readouterr().err
+
+
+def test_power_is_of_the_differences_or_of_an_assumed_correlation(ids, tmp_path, monkeypatch, capsys):
+    half = {id: "yes" if number % 4 < 2 else "no" for number, id in enumerate(ids)}
+    one = run_of(tmp_path / "one", half, monkeypatch)
+    other = run_of(tmp_path / "other", dict.fromkeys(ids, "yes"), monkeypatch)
+    alone = {(found.metric, found.correlation): found for found in power([one])}
+    closed = [alone["closed_accuracy", correlation].alone for correlation in (0.5, 0.8)]
+    # the standard error of two of four right, t(0.975, 3) + t(0.8, 3), times the root of 2 (1 - correlation)
+    error = (4 / 3 * 4 * 0.25) ** 0.5 / 4
+    assert closed == pytest.approx([(3.18245 + 0.97847) * error * spread for spread in (1, 0.4**0.5)], rel=1e-4)
+    (measured,) = [found for found in power([one, other]) if found.metric == "closed_accuracy"]
+    assert measured.correlation is None
+    assert measured.with_holm >= measured.alone
+    assert main(["compare", str(one), "--power"]) == 0
+    assert "0.8 assumed" in capsys.readouterr().out
+    assert main(["compare", str(one), str(other), "--power", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["run"] == "other"

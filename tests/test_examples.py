@@ -1,0 +1,94 @@
+"""The CI examples are run as a runner would run them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from small_runs import always, right, small_run
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "ci"
+
+
+def environment(**more: object) -> dict[str, str]:
+    return (
+        os.environ
+        | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        | {k: str(v) for k, v in more.items()}
+    )
+
+
+@pytest.fixture
+def runs(prepared, tmp_path):
+    policy = tmp_path / "policy.yaml"  # eight questions show little: of so few, half may be lost
+    policy.write_text("margins: {vqarad: {recall: 60, f1: 60, closed_accuracy: 60}}\nguards: {words: null}\n")
+    return {
+        "policy": policy,
+        "baseline": small_run(tmp_path / "baseline", right),
+        "good": small_run(tmp_path / "good", right),
+        "unlike": small_run(tmp_path / "unlike", always("yes"), images="black"),
+    }
+
+
+@pytest.mark.parametrize(("candidate", "code"), [("good", 0), ("unlike", 2)])
+def test_the_shell_version_ends_with_the_gates_verdict(runs, tmp_path, candidate, code):
+    out = tmp_path / "out"
+    ran = subprocess.run(
+        [EXAMPLES / "gate.sh"],
+        env=environment(RUN=runs[candidate], BASELINE=runs["baseline"], POLICY=runs["policy"], OUT=out),
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == code, ran.stdout + ran.stderr
+    assert {"gate.json", "gate.md", "gate.xml", "page"} <= {file.name for file in out.iterdir()}
+
+
+def test_the_shell_version_evaluates_a_checkpoint(runs, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    ran = subprocess.run(
+        [EXAMPLES / "gate.sh"],
+        env=environment(CHECKPOINT=checkpoint, BASELINE=runs["baseline"], TASKS="vqarad", OUT=out),
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode in (1, 2), ran.stderr  # a random network is no match for the reference
+    assert (out / "run" / "answers.jsonl").is_file()
+
+
+def test_the_shell_version_says_what_it_needs(tmp_path):
+    ran = subprocess.run([EXAMPLES / "gate.sh"], env=environment(), capture_output=True, text=True)
+    assert ran.returncode != 0
+    assert "set BASELINE" in ran.stderr
+
+
+def test_the_workflow_runs_step_by_step(runs, checkpoint, tmp_path):
+    """Its `run` steps, with the inputs where GitHub puts them; what it `uses` is the runner's."""
+    workflow = yaml.safe_load((EXAMPLES / "gate.yml").read_text())
+    declared = workflow[True]["workflow_call"]["inputs"]  # YAML 1.1 reads `on` as true
+    inputs = {name: of.get("default") for name, of in declared.items()}
+    inputs |= {"checkpoint": checkpoint, "baseline": runs["baseline"], "tasks": "vqarad", "policy": runs["policy"]}
+    summary = tmp_path / "summary.md"
+    codes = {}
+    for step in workflow["jobs"]["gate"]["steps"]:
+        assert "uses" in step or "${{" not in step["run"], "an input inside a script could become a command"
+        if "run" not in step or step["name"] == "Install":  # pip is not what is tested
+            continue
+        put = {
+            key: re.sub(r"\$\{\{ inputs\.(\w+) \}\}", lambda m: str(inputs[m[1]]), of)
+            for key, of in step["env"].items()
+        }
+        ran = subprocess.run(
+            ["bash", "-e", "-c", step["run"]],
+            cwd=tmp_path,
+            env=environment(GITHUB_STEP_SUMMARY=summary, **put),
+            capture_output=True,
+            text=True,
+        )
+        codes[step["name"]] = ran.returncode
+        assert ran.returncode == 0 or "against the baseline" in step["name"], ran.stderr
+    assert codes["Hold it against the baseline"] in (1, 2)
+    assert "Evaluation gate" in summary.read_text()
+    assert (tmp_path / "gate" / "page" / "index.html").is_file()
