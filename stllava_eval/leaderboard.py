@@ -175,8 +175,13 @@ def _marked(rows: Sequence[BoardRow], questions: Mapping[str, Mapping[str, Quest
             ranked = sorted((row for row in group if metric in row.scores), key=lambda row: -_value(row, metric))
             if len(ranked) < 2:
                 continue
-            best, *others = ranked
-            marks[best.system][metric] = BEST
+            best = ranked[0]
+            marks |= {
+                row.system: marks[row.system] | {metric: BEST}
+                for row in ranked
+                if _value(row, metric) == _value(best, metric)
+            }
+            others = [row for row in ranked if metric not in marks[row.system]]
             ps = _p_values(questions[best.system], [questions[row.system] for row in others], metric)
             for row, p in zip(others, ps, strict=True):
                 if p >= 0.05:

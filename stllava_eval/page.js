@@ -89,7 +89,7 @@ function start(data) {
     const note = row.notes[metric] ? " †" : "";
     return element("td", { title: row.notes[metric] || (n ? `n ${n}` : "as reported") },
       element("span", { className: mark, textContent: number(value, metric, 2) + note }),
-      metric === "words" ? null : element("small", { textContent: interval(low, high) }));
+      metric === "words" || metric === "unparsed" ? null : element("small", { textContent: interval(low, high) }));
   }
 
   function tell(row) {

@@ -79,7 +79,7 @@ def test_the_best_is_marked_and_so_is_what_the_questions_cannot_tell_from_it(off
     assert marks["a"]["closed_accuracy"] == BEST
     assert marks["b"]["closed_accuracy"] == EQUAL
     assert "closed_accuracy" not in marks["c"]  # 20 of 20 images: p = 2 / 10,001
-    assert marks["b"]["recall"] == EQUAL  # the same score; the first is called best
+    assert marks["a"]["recall"] == marks["b"]["recall"] == BEST  # the same score
 
 
 def test_systems_of_other_groups_and_prompts_are_not_ranked_together(official, tmp_path):
