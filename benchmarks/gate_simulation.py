@@ -167,24 +167,27 @@ def share(count: int, of: int) -> list[float]:
 
 
 def margins(policy: Policy, times: int = 100) -> dict[str, dict[str, float]]:
-    """Half of the loss that one of `CHECKS` tests finds in 80 % of cases, rounded up to half a point."""
+    """Half of the loss that one of `CHECKS` tests finds in 80 % of cases, rounded up to half a point.
+
+    The test flips the signs of images' whole differences, so a loss widens what it is held against: by the loss, times
+    the root of the sum of squares of the images' shares of the questions.
+    """
     layout = designs()
     errors: dict[tuple[str, str], list[float]] = defaultdict(list)
-    images: dict[tuple[str, str], int] = {}
+    shares: dict[tuple[str, str], np.ndarray] = {}
     for seed in range(times):
         for key, both in simulate(seed, layout, {}).items():
             if key[1] in ("recall", "f1", "closed_accuracy"):
                 errors[key].append(mean_clustered(both.changes, both.images).standard_error or 0.0)
-                images[key] = len(set(both.images))
+                shares[key] = np.array(list(Counter(both.images).values())) / len(both.images)
     made: dict[str, dict[str, float]] = defaultdict(dict)
     for (task, score), found in errors.items():
-        quantiles = student.ppf([1 - policy.alpha / CHECKS, 0.8], images[task, score] - 1)
-        loss = 100 * float(quantiles.sum()) * float(np.mean(found))
-        made[task][score] = math.ceil(loss / 2 * 2) / 2
-        print(
-            f"{task} {score}: standard error {100 * np.mean(found):.2f}, finds {loss:.2f}, half {loss / 2:.2f}",
-            file=sys.stderr,
-        )
+        critical, power = student.ppf([1 - policy.alpha / CHECKS, 0.8], len(shares[task, score]) - 1)
+        error, loss = float(np.mean(found)), 0.0
+        for _ in range(50):  # it settles after five
+            loss = critical * math.hypot(error, loss * math.sqrt((shares[task, score] ** 2).sum())) + power * error
+        made[task][score] = math.ceil(100 * loss) / 2
+        print(f"{task} {score}: standard error {100 * error:.2f}, a loss of {100 * loss:.2f} shows", file=sys.stderr)
     return made
 
 

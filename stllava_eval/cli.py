@@ -104,11 +104,20 @@ def parser() -> argparse.ArgumentParser:
         examples=[
             "stllava-eval score --task vqarad --answers runs/a/answers.jsonl",
             "stllava-eval score --task slake --answers samples_slake.jsonl --json",
-            "stllava-eval score --task slake --answers flamingo.jsonl --system Med-Flamingo --out runs/flamingo",
+            "stllava-eval score --task vqarad --answers a.jsonl --task slake --answers b.jsonl --out runs/medvint",
         ],
     )
-    score.add_argument("--task", required=True, choices=TASKS[:-1], metavar="TASK", help="the task that was answered")
-    score.add_argument("--answers", required=True, type=Path, metavar="FILE", help="JSONL file of answers")
+    score.add_argument(
+        "--task",
+        required=True,
+        action="append",
+        choices=TASKS[:-1],
+        metavar="TASK",
+        help="the task that was answered; may come several times, each with its file of answers",
+    )
+    score.add_argument(
+        "--answers", required=True, action="append", type=Path, metavar="FILE", help="JSONL file of answers"
+    )
     score.add_argument(
         "--out", type=Path, metavar="RUN", help="write a run folder too, for leaderboard, compare, inspect and gate"
     )
@@ -332,25 +341,32 @@ def _score(arguments: argparse.Namespace) -> int:
     from stllava_eval.leaderboard import score_text
     from stllava_eval.runs import read_answers, score_table, some, write_answers
 
+    tasks, given = arguments.task, arguments.answers
+    if len(tasks) != len(given) or len(set(tasks)) < len(tasks):
+        raise InputError(
+            f"{len(tasks)} --task and {len(given)} --answers: name each task once, with its file of answers behind it."
+        )
     if arguments.system and arguments.out is None:
         raise InputError("--system names a run folder's system. Pass --out too, or leave it out.")
-    answers = read_answers(arguments.answers, arguments.task)
-    scored = score_table(arguments.task, answers)
-    if scored.unanswered:
-        print(
-            f"stllava-eval: {len(scored.unanswered)} questions have no answer and are in no mean: "
-            + some(scored.unanswered),
-            file=sys.stderr,
-        )
+    files = dict(zip(tasks, given, strict=True))
+    answers = {task: read_answers(file, task) for task, file in files.items()}
+    scored = {task: score_table(task, of) for task, of in answers.items()}
+    for task, of in scored.items():
+        if of.unanswered:
+            print(
+                f"stllava-eval: {task}: {len(of.unanswered)} questions have no answer and are in no mean: "
+                + some(of.unanswered),
+                file=sys.stderr,
+            )
     if arguments.out is not None:
-        system = arguments.system or arguments.answers.stem
-        folder = write_answers(arguments.out, system, arguments.task, answers, arguments.answers)
+        folder = write_answers(arguments.out, arguments.system or given[0].stem, answers, files)
         print(f"stllava-eval: run folder: {folder}", file=sys.stderr)
     if arguments.json:
-        rows = [asdict(row) for row in scored.rows]
-        print(json.dumps({"format": 1, "scores": rows, "unanswered": scored.unanswered}, indent=1, ensure_ascii=False))
+        rows = [asdict(row) for of in scored.values() for row in of.rows]
+        unanswered = {task: of.unanswered for task, of in scored.items()}
+        print(json.dumps({"format": 1, "scores": rows, "unanswered": unanswered}, indent=1, ensure_ascii=False))
     else:
-        print(score_text(scored))
+        print("\n\n".join(score_text(of) for of in scored.values()))
     return 0
 
 

@@ -449,7 +449,8 @@ def remarks(rows: Sequence[BoardRow]) -> list[str]:
         if lacking:
             made.append(
                 f"Not shown {images} images, so it is not known what the right ones are worth to them: "
-                f"{', '.join(lacking)}. `stllava-eval run --images {images}` does it."
+                f"{', '.join(lacking)}. `stllava-eval run --images {images}` does it, of a server "
+                f"`--model_args ...,images={images}`."
             )
     if any(row.about.get("prompt") == "custom" for row in rows):
         made.append("custom: a prompt that is none of ours.")

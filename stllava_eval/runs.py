@@ -424,23 +424,33 @@ def split_rows(name: str) -> list[dict[str, Any]]:
     return _prepared(name)[1]
 
 
-def write_answers(folder: Path, system: str, task: str, answers: Mapping[str, str], file: Path) -> Path:
-    """Write a run folder of answers that were made elsewhere, by question id; its weights are the file's hash.
+def write_answers(
+    folder: Path, system: str, answers: Mapping[str, Mapping[str, str]], files: Mapping[str, Path]
+) -> Path:
+    """Write a run folder of answers that were given elsewhere; its weights are the hash of the files.
+
+    Args:
+        folder: A new one.
+        system: What gave the answers.
+        answers: By task, then question id.
+        files: By task; what they were read from.
 
     Raises:
-        InputError: The folder holds a run already, or the split is not prepared.
+        InputError: The folder holds a run already, or a split is not prepared.
     """
     from stllava_eval.questions import PROMPTS, text
 
     refuse_old_folder(folder)
-    name = dataset_of(task)
-    prompt = {"prompt": next((preset for preset in PROMPTS if task == f"{name}_{preset}"), "bare")}
-    rows = [
-        answered(task, row, text(row, prompt), answers[row["id"]], None)
-        for row in split_rows(name)
-        if row["id"] in answers
-    ]
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    rows = []
+    for task, of_task in answers.items():
+        name = dataset_of(task)
+        prompt = {"prompt": next((preset for preset in PROMPTS if task == f"{name}_{preset}"), "bare")}
+        rows += [
+            answered(task, row, text(row, prompt), of_task[row["id"]], None)
+            for row in split_rows(name)
+            if row["id"] in of_task
+        ]
+    digest = hashlib.sha256(b"".join(files[task].read_bytes() for task in sorted(files))).hexdigest()
     checkpoint = {"name": system, "sha256": digest, "trained_on": None}
     return write_run(rows, {"model": "answers", "checkpoint": checkpoint, "images": "own"}, folder=folder)
 

@@ -66,7 +66,7 @@ def test_score_gives_the_numbers_of_the_run_from_its_answers(prepared, checkpoin
         assert eval_cli.main(["score", "--task", task, "--answers", str(out / "answers.jsonl"), "--json"]) == 0
         rescored = json.loads(capfd.readouterr().out)
         assert rescored["scores"] == [row for row in of_run if row["task"] == task]
-        assert rescored["unanswered"] == []
+        assert rescored["unanswered"] == {task: []}
 
 
 def lmms_eval(*arguments: str, environment: dict[str, str] | None = None, launcher: tuple[str, ...] = ()):

@@ -4,7 +4,7 @@ import pytest
 
 from stllava_eval.errors import InputError
 from stllava_eval.leaderboard import board, board_text
-from stllava_eval.runs import read_answers, score_table
+from stllava_eval.runs import read_answers, read_run, score_table
 
 REFERENCES = {0: "yes", 1: "the left lung"}  # of vqarad's two questions on each image, see conftest.py
 
@@ -167,3 +167,27 @@ def test_blind_baselines_are_those_of_the_published_scorer(shared, home):
             assert round(closed.value * closed.n) == row["closed_run_eval_hits"]
             compared += 1
     assert compared == 10
+
+
+def test_answers_of_several_tasks_make_one_run(prepared, tmp_path, capsys):
+    from stllava_eval.cli import main
+
+    for task, answer in (("vqarad", "yes"), ("slake_short", "MRI")):
+        lines = [{"id": f"test-{image}-0", "answer": answer} for image in range(4)]
+        (tmp_path / f"{task}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    files = ["--task", "vqarad", "--answers", str(tmp_path / "vqarad.jsonl")]
+    files += ["--task", "slake_short", "--answers", str(tmp_path / "slake_short.jsonl")]
+    out = tmp_path / "run"
+    assert main(["score", *files, "--system", "MedVInT", "--out", str(out), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert {row["task"] for row in shown["scores"]} == {"vqarad", "slake_short"}
+    assert {task: len(ids) for task, ids in shown["unanswered"].items()} == {"vqarad": 4, "slake_short": 4}
+    run = read_run(out)
+    assert {task: (of.prompt, len(of.answers)) for task, of in run.items()} == {
+        "vqarad": ("bare", 4),
+        "slake_short": ("short", 4),
+    }
+    assert json.loads((out / "run.json").read_text())["checkpoint"]["name"] == "MedVInT"
+    assert main(["score", *files, "--out", str(out)]) == 2  # it is not written over
+    assert main(["score", *files[:4], "--task", "slake"]) == 2
+    assert main(["score", *files[:4], "--system", "a"]) == 2
