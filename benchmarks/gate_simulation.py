@@ -5,7 +5,7 @@
 
 Questions lie on images as in the official test splits (VQA-RAD exactly, from tasks/vqarad/test_ids.csv; SLAKE and
 PathVQA with the official numbers of questions and images, dealt at random). Two systems' scores have a correlation of
-about 0.5, the low end of what peers found, so that differences are as noisy as they come; a tenth of the variance of
+about 0.5, as of unlike systems (our choice), so that differences are noisy; a tenth of the variance of
 everything that decides an answer, of what the systems share and of what they do not, is the image's.
 
 type1     share of comparisons without any true change that are failed; at most alpha

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 IMAGES = ("own", "other", "black")
 BACKENDS = ("transformers", "openai_server")
-SERVER = ("base_url", "model", "concurrency", "retries", "timeout")
+SERVER = ("base_url", "model", "concurrency", "retries", "timeout", "reasoning")
 CHECKPOINT = (
     *("pretrained", "device", "dtype", "four_bit", "batch_tokens"),
     *("base", "vision_tower", "projector", "vision_lora", "prototypes", "iterations"),
@@ -84,7 +84,8 @@ class StllavaMed(lmms):
         four_bit: True holds the language model in 4 bits (needs bitsandbytes and a folder of our own layout).
         batch_tokens: Tokens whose keys and values are held at a time (default: what the free memory holds).
         backend: `transformers`; `openai_server` asks a server at `base_url` for the model `model` and takes
-            `concurrency`, `retries`, `timeout` (see `server.Endpoint`), and of the arguments above `images` only.
+            `concurrency`, `retries`, `timeout`, `reasoning` (see `server.ServerAnswerer`), and of the arguments above
+            `images` only.
 
     `--batch_size N` keeps at most N questions at work at a time; untyped or `auto`, the memory and the engine decide.
     From Python, 1 is the same as untyped; pass "1".

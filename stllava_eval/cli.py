@@ -159,8 +159,8 @@ def parser() -> argparse.ArgumentParser:
         name="compare",
         help="test whether runs differ from the first",
         description="Print by how much later runs' scores differ from the first's on the same questions, with 95 % "
-        "intervals and tests, both clustered by image, the latter adjusted for their number. Runs on other questions, "
-        "images or prompts are refused.",
+        "intervals and tests, both clustered by image, the latter adjusted for their number. Runs on another split, "
+        "other questions, image files or prompts are refused; settings that differ otherwise are told.",
         examples=[
             "stllava-eval compare runs/stage1 runs/dpo",
             "stllava-eval compare runs/llava runs/stage1 runs/dpo --json",
@@ -374,14 +374,18 @@ def _page_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--images",
         choices=("page", "folder", "none"),
-        default="page",
         help="thumbnails inside index.html, in a folder beside it, or none (default: page)",
     )
     command.add_argument(
         "--pathvqa-images",
         action="store_true",
-        help="show the official PathVQA's images too; they belong to publishers, so keep such a page to yourself",
+        help="show PathVQA's images too; they belong to publishers, so keep such a page to yourself",
     )
+
+
+def _refuse_without_out(arguments: argparse.Namespace) -> None:
+    if arguments.out is None and (arguments.images is not None or arguments.pathvqa_images):
+        raise InputError("--images and --pathvqa-images are about the page. Pass --out DIR too, or leave them out.")
 
 
 def _leaderboard(arguments: argparse.Namespace) -> int:
@@ -390,11 +394,12 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
     tasks = arguments.tasks.split(",") if arguments.tasks else None
     if tasks and (unknown := [task for task in tasks if task not in TASKS[:-1]]):
         raise InputError(f"--tasks {', '.join(unknown)}: unknown. Tasks are {', '.join(TASKS[:-1])}.")
+    _refuse_without_out(arguments)
     rows = board(arguments.runs, tasks, arguments.published, progress=len(arguments.runs) > 4 and sys.stderr.isatty())
     if arguments.out is not None:
         from stllava_eval.page import write_board
 
-        write_board(arguments.out, rows, arguments.runs, arguments.images, arguments.pathvqa_images)
+        write_board(arguments.out, rows, arguments.images or "page", arguments.pathvqa_images)
     print(json.dumps(board_json(rows), indent=1, ensure_ascii=False) if arguments.json else board_text(rows))
     return 0
 
@@ -404,10 +409,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     if arguments.power:
         powers = power(arguments.runs)
-        shown, text = [asdict(one) for one in powers], power_text(powers)
+        shown, text = {"format": 1, "power": [asdict(one) for one in powers]}, power_text(powers)
     else:
         found = compare(arguments.runs)
-        shown, text = [asdict(one) for one in found], compare_text(arguments.runs, found)
+        shown, text = {"format": 1, **asdict(found)}, compare_text(found)
     print(json.dumps(shown, indent=1, ensure_ascii=False) if arguments.json else text)
     return 0
 
@@ -416,14 +421,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from stllava_eval.inspection import inspect, inspect_text
     from stllava_eval.leaderboard import board
 
+    _refuse_without_out(arguments)
     rows = board(arguments.runs)
-    found = inspect(rows, arguments.runs)
+    found = inspect(rows)
     if not found:
         raise InputError(f"{arguments.runs[0]}: no run here was shown its own images. Pass one that was.")
     if arguments.out is not None:
         from stllava_eval.page import write_board
 
-        write_board(arguments.out, rows, arguments.runs, arguments.images, arguments.pathvqa_images)
+        write_board(arguments.out, rows, arguments.images or "page", arguments.pathvqa_images)
     print(
         json.dumps([asdict(one) for one in found], indent=1, ensure_ascii=False)
         if arguments.json

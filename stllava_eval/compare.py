@@ -50,6 +50,16 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """Runs beside the first of them."""
+
+    runs: list[str]
+    differences: list[Difference]
+    notes: dict[str, list[str]]
+    """By run, what a reader has to know besides: questions that only one of the two answers, settings that differ."""
+
+
+@dataclass(frozen=True)
 class Paired:
     """One score of the questions that two runs answered, in the split's order."""
 
@@ -63,7 +73,7 @@ class Paired:
         return [late - early for early, late in zip(self.first, self.second, strict=True)]
 
 
-def compare(folders: Sequence[Path]) -> list[Difference]:
+def compare(folders: Sequence[Path]) -> Comparison:
     """The differences of every later run from the first, of every task that both have.
 
     Raises:
@@ -92,7 +102,35 @@ def compare(folders: Sequence[Path]) -> list[Difference]:
                 f"{folders[0]} and {folders[place]}: no question is answered in both. Run the same questions with both."
             )
     adjusted = holm([one.p for one in found])
-    return [replace(one, p_holm=p) for one, p in zip(found, adjusted, strict=True)]
+    differences = [replace(one, p_holm=p) for one, p in zip(found, adjusted, strict=True)]
+    manifests = [run_manifest(folder) for folder in folders]
+    notes = {
+        names[place]: _partial(runs[0], runs[place], scored[0], scored[place])
+        + [
+            f"{name} differs: {manifests[0].get(name)!r} and {manifests[place].get(name)!r}"
+            for name in SETTINGS
+            if manifests[0].get(name) != manifests[place].get(name)
+        ]
+        for place in range(1, len(runs))
+    }
+    return Comparison(names, differences, notes)
+
+
+SETTINGS = ("images", "prompt", "image_preprocessing", "decoding", "dtype", "four_bit")
+
+
+def _partial(
+    one: dict[str, RunTask],
+    other: dict[str, RunTask],
+    of_one: dict[str, dict[str, QuestionScores]],
+    of_other: dict[str, dict[str, QuestionScores]],
+) -> list[str]:
+    notes = []
+    for task in (task for task in one if task in other):
+        every = len(one[task].answers) + one[task].not_asked
+        if (both := len(of_one[task].keys() & of_other[task].keys())) < every:
+            notes.append(f"{task}: compared on {both} of {every} questions; the rest are not answered in both.")
+    return notes
 
 
 def refuse_unlike(task: str, one: RunTask, other: RunTask, first: Path, second: Path) -> None:
@@ -164,7 +202,7 @@ class Power:
     """For the first of the comparison's tests under Holm's rule, the hardest to pass."""
 
 
-CORRELATIONS = (0.5, 0.8)  # between the scores of two systems on the same questions: the range of peers' studies
+CORRELATIONS = (0.5, 0.8)  # of two systems' scores on the same questions: our choice, unlike systems and siblings
 
 
 def power(folders: Sequence[Path]) -> list[Power]:
@@ -174,10 +212,10 @@ def power(folders: Sequence[Path]) -> list[Power]:
         InputError: See `compare`.
     """
     if len(folders) > 1:
-        differences = compare(folders)
+        found = compare(folders).differences
         return [
-            _power(one.task, one.metric, one.run, None, one.n, one.images, one.standard_error, len(differences))
-            for one in differences
+            _power(one.task, one.metric, one.run, None, one.n, one.images, one.standard_error, len(found))
+            for one in found
             if one.standard_error is not None
         ]
     run = read_run(folders[0])
@@ -216,14 +254,15 @@ def _power(
     return Power(task, metric, run, correlation, n, images, alone, with_holm)
 
 
-def compare_text(folders: Sequence[Path], found: Sequence[Difference]) -> str:
+def compare_text(found: Comparison) -> str:
     """The differences for a terminal, x100, a table for each run that is compared with the first."""
     from tabulate import tabulate
 
     from stllava_eval.leaderboard import NOTICE
 
+    baseline, *others = found.runs
     parts = []
-    for name, folder in zip(labels(folders)[1:], folders[1:], strict=True):
+    for name in others:
         body = [
             [
                 printable(one.task),
@@ -231,26 +270,29 @@ def compare_text(folders: Sequence[Path], found: Sequence[Difference]) -> str:
                 f"{100 * one.first:.1f}",
                 f"{100 * one.second:.1f}",
                 f"{100 * one.value:+.1f}{_interval(one)}",
-                f"{one.p:.3f}",
-                f"{one.p_holm:.3f}" + (" *" if one.p_holm < 0.05 else ""),
-                "" if one.p_mcnemar is None else f"{one.p_mcnemar:.3f}",
+                _p(one.p),
+                _p(one.p_holm) + (" *" if one.p_holm < 0.05 else ""),
+                "" if one.p_mcnemar is None else _p(one.p_mcnemar),
                 one.n,
                 one.images,
             ]
-            for one in found
+            for one in found.differences
             if one.run == name
         ]
-        heads = ["", "score", printable(found[0].baseline), printable(name), "difference [95 %]"]
+        heads = ["", "score", printable(baseline), printable(name), "difference [95 %]"]
         heads += ["p", "p, Holm", "McNemar", "n", "images"]
         parts.append(tabulate(body, heads, tablefmt="simple", disable_numparse=True))
-        if notes := differences(folders[0], folder):
-            parts.append("\n".join(notes))
-    how = "Intervals: draws of images; p: signs of images' differences flipped; Holm: over the"
+        if found.notes[name]:
+            parts.append("\n".join(map(printable, found.notes[name])))
     parts.append(
-        f"Scores x100. {how} {len(found)} tests shown, * below 0.05; McNemar: exact, takes questions as independent.\n"
-        f"{NOTICE}"
+        "Scores x100. Intervals: draws of images; p: signs of images' differences flipped; Holm: over the "
+        f"{len(found.differences)} tests shown, * below 0.05; McNemar: exact, takes questions as independent.\n{NOTICE}"
     )
     return "\n\n".join(parts)
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.0005 else "<0.001"
 
 
 def power_text(found: Sequence[Power]) -> str:
@@ -279,23 +321,3 @@ def power_text(found: Sequence[Power]) -> str:
 
 def _interval(one: Difference) -> str:
     return "" if one.low is None or one.high is None else f" [{100 * one.low:+.1f}, {100 * one.high:+.1f}]"
-
-
-SETTINGS = ("images", "prompt", "image_preprocessing", "decoding", "dtype", "four_bit")
-
-
-def differences(first: Path, second: Path) -> list[str]:
-    """What a reader has to know besides: questions that only one run answers, settings in which they differ."""
-    notes = []
-    runs = [read_run(folder) for folder in (first, second)]
-    for task in (task for task in runs[0] if task in runs[1]):
-        one, other = (question_scores(dataset_of(task), run[task].answers).keys() for run in runs)
-        every = len(runs[0][task].answers) + runs[0][task].not_asked
-        if (both := len(one & other)) < every:
-            notes.append(f"{printable(task)}: compared on {both} of {every} questions; the others lack in a run.")
-    manifests = [run_manifest(folder) for folder in (first, second)]
-    for name in SETTINGS:
-        values = [manifest.get(name) for manifest in manifests]
-        if values[0] != values[1]:
-            notes.append(printable(f"{name} differs: {values[0]!r} and {values[1]!r}"))
-    return notes

@@ -91,7 +91,8 @@ def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
 
     A score holds where the loss of its margin is ruled out at alpha; that all of them must hold needs no adjustment
     (Berger 1982). It is lost where some loss is certain at alpha after Holm, and the margin is not ruled out. Anything
-    between is too few questions. A guard has lost where its limit is passed and some loss is certain.
+    between is too few questions. A guard has lost where its limit is passed and some change is certain; speed where its
+    limit is passed.
 
     Runs that cannot be compared, and answers that are missing, end in `cannot decide`.
 
@@ -131,14 +132,18 @@ def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
             },
             policy,
         )
-        speed = _speed(manifests, policy)
     except InputError as error:
         return replace(made, reasons=[str(error)])
-    reasons = [_sentence(check, policy) for check in checks if check.verdict == "lost"] + speed
-    verdict: Literal["pass", "fail", "cannot decide"] = "fail" if reasons else "pass"
-    if not reasons and (few := [check for check in checks if check.verdict == "too few"]):
-        verdict, reasons = "cannot decide", [_sentence(check, policy) for check in few]
-    return replace(made, verdict=verdict, reasons=reasons, checks=checks, notes=_notes(runs, manifests, policy))
+    slow, unclear = _speed(manifests, policy)
+    lost = [_sentence(check) for check in checks if check.verdict == "lost"] + slow
+    few = [_sentence(check) for check in checks if check.verdict == "too few"] + unclear
+    return replace(
+        made,
+        verdict="fail" if lost else "cannot decide" if few else "pass",
+        reasons=lost or few,
+        checks=checks,
+        notes=_notes(runs, manifests),
+    )
 
 
 def decide(changes: Mapping[tuple[str, str], Paired], policy: Policy) -> list[Check]:
@@ -158,11 +163,11 @@ def decide(changes: Mapping[tuple[str, str], Paired], policy: Policy) -> list[Ch
 
 def _p_losses(changes: Mapping[tuple[str, str], Paired]) -> dict[tuple[str, str], float]:
     """Not adjusted; scores of the same questions take their signs together."""
-    groups: dict[tuple[str, int, bool], list[tuple[str, str]]] = {}
+    groups: dict[tuple[tuple[str, ...], bool], list[tuple[str, str]]] = {}
     for (task, score), both in changes.items():
-        groups.setdefault((task, len(both.images), score == "words"), []).append((task, score))
+        groups.setdefault((tuple(both.images), score == "words"), []).append((task, score))
     found: dict[tuple[str, str], float] = {}
-    for (_, _, two_sided), keys in groups.items():
+    for (_, two_sided), keys in groups.items():
         columns = [[-x for x in changes[key].changes] if key[1] == "unparsed" else changes[key].changes for key in keys]
         found.update(zip(keys, sign_flips(columns, changes[keys[0]].images, one_sided=not two_sided), strict=True))
     return {key: found[key] for key in changes}
@@ -222,9 +227,10 @@ def _margin(policy: Policy, task: str, score: str) -> float:
 def _needed(
     change: float, error: float | None, n: int, images: int, limit: float, alpha: float, checks: int
 ) -> int | None:
-    """Questions that would decide in 80 % of cases if the change that was seen is the true one; of a gain, if none is.
+    """Questions that would decide in 80 % of cases if the loss that was seen is the true one (none, if it was a gain).
 
-    A loss smaller than the limit takes enough to rule the limit out, a larger one enough to be certain of a loss.
+    A loss smaller than the limit takes enough questions to rule the limit out; any loss takes enough to be certain of,
+    which is fewer once it is more than half of the limit. The smaller number counts.
     """
     from scipy.special import stdtrit
 
@@ -254,34 +260,28 @@ def _scores(task: str, run: RunTask) -> dict[str, QuestionScores]:
     return scored
 
 
-def _speed(manifests: Sequence[Mapping[str, Any]], policy: Policy) -> list[str]:
-    """Why it fails by speed, if it does.
-
-    Raises:
-        InputError: A run does not say how long it took, or they ran on different devices.
-    """
+def _speed(manifests: Sequence[Mapping[str, Any]], policy: Policy) -> tuple[list[str], list[str]]:
+    """Why it fails by speed, if it does; why that cannot be said, if it cannot."""
     share = policy.guards.get("speed")
     if share is None:
-        return []
+        return [], []
     rates = []
     for manifest in manifests:
         took = manifest.get("answering") or {}
         if not took.get("seconds") or not took.get("questions"):
-            raise InputError("a run does not say how long its answers took. Run it again without an answer cache.")
+            return [], ["speed: a run does not say how long its answers took. Run it again without an answer cache."]
         rates.append(took["questions"] / took["seconds"])
     for name in ("device", "dtype", "processes"):
-        if manifests[0].get(name) != manifests[1].get(name):
-            raise InputError(
-                f"speed: {name} is {manifests[0].get(name)!r} and {manifests[1].get(name)!r}. Run both on one machine."
-            )
-    if rates[1] < share * rates[0]:
-        return [
-            f"It answers {rates[1]:.2f} questions a second, the baseline {rates[0]:.2f}; allowed: {share:g} times that."
-        ]
-    return []
+        values = [manifest.get(name) for manifest in manifests]
+        if values[0] != values[1]:
+            return [], [f"speed: {name} is {values[0]!r} and {values[1]!r}. Run both on one machine."]
+    if rates[1] >= share * rates[0]:
+        return [], []
+    told = f"It answers {rates[1]:.2f} questions a second, the baseline {rates[0]:.2f}"
+    return [f"{told}; allowed is {share:g} times that, or more."], []
 
 
-def _notes(runs: Sequence[Mapping[str, RunTask]], manifests: Sequence[Mapping[str, Any]], policy: Policy) -> list[str]:
+def _notes(runs: Sequence[Mapping[str, RunTask]], manifests: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
     for name in ("image_preprocessing", "prompt", "dtype", "four_bit"):
         if manifests[0].get(name) != manifests[1].get(name):
@@ -312,22 +312,26 @@ def _number(check: Check, value: float, sign: bool = False) -> str:
     return f"{value if check.score == 'words' else 100 * value:{form}}"
 
 
-def _sentence(check: Check, policy: Policy) -> str:
+def _sentence(check: Check) -> str:
     """Why the check is not held, in words."""
     unit = "words" if check.score == "words" else "points"
-    what = f"{check.task}: {TITLES[check.score]}"
     before, after = _number(check, check.baseline), _number(check, check.candidate)
-    change = f"{before} to {after} ({_number(check, check.change, True)} {unit})"
+    change = f"went from {before} to {after} ({_number(check, check.change, True)} {unit}{_interval(check)})"
+    what = f"{check.task}: {TITLES[check.score]} {change}"
+    limit = f"{_number(check, check.limit)} {unit}"
+    if check.verdict == "lost" and check.guard:
+        return f"{what}: past the limit of {limit}, and some change is certain (p {check.p_loss:.2g})."
     if check.verdict == "lost":
-        return (
-            f"{what} went from {change}; allowed is a change of {_number(check, check.limit)}, and chance does not "
-            f"explain it (p {check.p_loss:.2g} after Holm)."
-        )
-    needed = "" if check.needed is None else f" About {check.needed} would decide."
-    return (
-        f"{what} went from {change}; {check.n} questions on {check.images} images can neither rule out a loss of "
-        f"{_number(check, check.limit)} points nor show one.{needed}"
-    )
+        return f"{what}: a loss is certain (p {check.p_loss:.2g}), and one of {limit} is not ruled out."
+    needed = "" if check.needed is None else f" About {check.needed} questions would decide."
+    asked = f"{check.n} questions on {check.images} images"
+    return f"{what}: {asked} can neither rule out a loss of {limit} nor make one certain.{needed}"
+
+
+def _interval(check: Check) -> str:
+    if check.low is None or check.high is None:
+        return ""
+    return f" [{_number(check, check.low, True)}, {_number(check, check.high, True)}]"
 
 
 def gate_text(found: Gate) -> str:
@@ -354,13 +358,8 @@ def _rows(found: Gate) -> list[list[str]]:
             check.score + (" (guard)" if check.guard else ""),
             _number(check, check.baseline),
             _number(check, check.candidate),
-            _number(check, check.change, True)
-            + (
-                ""
-                if check.low is None or check.high is None
-                else f" [{_number(check, check.low, True)}, {_number(check, check.high, True)}]"
-            ),
-            ("" if check.score == "words" else "+" if check.score == "unparsed" else "-") + _number(check, check.limit),
+            _number(check, check.change, True) + _interval(check),
+            {"words": "±", "unparsed": "+"}.get(check.score, "-") + _number(check, check.limit),
             check.verdict.upper() if check.verdict != "held" else "held",
             str(check.n),
             str(check.images),
@@ -404,7 +403,7 @@ def gate_junit(found: Gate) -> str:
     for check in found.checks:
         case = ElementTree.SubElement(suite, "testcase", classname=f"gate.{printable(check.task)}", name=check.score)
         if check.verdict in bad:
-            tell(case, bad[check.verdict], [_sentence(check, found.policy)])
+            tell(case, bad[check.verdict], [_sentence(check)])
     if found.verdict != "pass":
         tell(overall, "failure" if found.verdict == "fail" else "error", found.reasons)
     suite.set("tests", str(len(found.checks) + 1))

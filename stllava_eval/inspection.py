@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from stllava_eval.categories import opposites, paraphrases
 from stllava_eval.errors import printable
 from stllava_eval.leaderboard import NOTICE, SAMPLE, BoardRow
-from stllava_eval.runs import ScoreRow, dataset_of, labels, read_run, split_rows
+from stllava_eval.runs import ScoreRow, dataset_of, split_rows
 from stllava_eval.statistics import bootstrap_clustered
 
 INSPECTED = ("recall", "f1", "closed_accuracy", "unparsed")
@@ -56,24 +55,15 @@ class Inspection:
     blind: list[BlindShare]
 
 
-def inspect(rows: Sequence[BoardRow], folders: Sequence[Path]) -> list[Inspection]:
-    """An inspection of each run and task that was shown its own images.
-
-    Args:
-        rows: What `board` makes of the run folders.
-        folders: The run folders.
+def inspect(rows: Sequence[BoardRow]) -> list[Inspection]:
+    """An inspection of each measured row of a board: of each run and task that was shown its own images.
 
     Raises:
-        InputError: A folder is no run, or its split is not prepared.
+        InputError: A split is not prepared.
     """
-    answers = {
-        (task, name): of.answers
-        for name, folder in zip(labels(folders), folders, strict=True)
-        for task, of in read_run(folder).items()
-    }
     made = []
     for row in rows:
-        if row.kind != "measured":
+        if row.kind != "measured" or row.scored is None:
             continue
         blind = [
             one
@@ -88,8 +78,8 @@ def inspect(rows: Sequence[BoardRow], folders: Sequence[Path]) -> list[Inspectio
                 row.system,
                 row.data,
                 {metric: row.scores[metric] for metric in INSPECTED if metric in row.scores},
-                [one for one in row.categories if one.category != "all" and one.metric in INSPECTED],
-                _consistency(row.task, answers[row.task, row.system]),
+                [one for one in row.scored.rows if one.category != "all" and one.metric in INSPECTED],
+                _consistency(row.task, row.answers),
                 [_share(row, metric, blind) for metric in INSPECTED[:3] if metric in row.scores],
             )
         )

@@ -58,8 +58,10 @@ class BoardRow:
     """What the row rests on: checkpoint, its hash, prompt, date, ...; of a reported row its source."""
     notes: dict[str, str] = field(default_factory=dict)
     """Of a reported row's figures, by metric."""
-    categories: list[ScoreRow] = field(default_factory=list)
-    """The same scores by category."""
+    answers: Mapping[str, str] = field(default_factory=dict)
+    """By question id; none of a reported row."""
+    scored: Scored | None = None
+    """Everything that the scores are made of; None of a reported row."""
 
     @property
     def group(self) -> str:
@@ -104,7 +106,6 @@ def board(
         prepared = read_manifest(dataset_of(task), "test")
         data = "sample" if prepared.sample else "official" if prepared.official else prepared.edition
         of_task: list[BoardRow] = []
-        questions: dict[str, dict[str, QuestionScores]] = {}
         for name, folder, run, manifest in read:
             if task not in run:
                 continue
@@ -116,14 +117,13 @@ def board(
                 )
             scored = score_table(task, of.answers, of.prompt)
             of_task.append(_measured(task, name, data, of, manifest, scored))
-            questions[name] = scored.questions
             bar.update()
-        of_task = _marked(of_task, questions)
+        of_task = _marked(of_task)
         if published and data == "official":
             of_task += _published(task)
         for label, blind in blind_answers(dataset_of(task)).items():
             scored = score_table(task, blind)
-            of_task.append(BoardRow(task, label, "blind", "", data, _overall(scored), 0, categories=scored.rows))
+            of_task.append(BoardRow(task, label, "blind", "", data, _overall(scored), 0, answers=blind, scored=scored))
         rows += sorted(of_task, key=lambda row: GROUPS.index(row.group))
     bar.close()
     return rows
@@ -155,7 +155,8 @@ def _measured(task: str, name: str, data: str, of: RunTask, manifest: Mapping[st
         _overall(scored),
         len(scored.unanswered) - of.not_asked,
         about={key: str(value) for key, value in about.items() if value},
-        categories=scored.rows,
+        answers=of.answers,
+        scored=scored,
     )
 
 
@@ -163,7 +164,7 @@ def _overall(scored: Scored) -> dict[str, ScoreRow]:
     return {row.metric: row for row in scored.rows if row.category == "all"}
 
 
-def _marked(rows: Sequence[BoardRow], questions: Mapping[str, Mapping[str, QuestionScores]]) -> list[BoardRow]:
+def _marked(rows: Sequence[BoardRow]) -> list[BoardRow]:
     """The rows with `marks`: within one setting and prompt, over the questions that both answered, by `sign_flips`."""
     marks: dict[str, dict[str, str]] = defaultdict(dict)
     rivals = defaultdict(list)
@@ -182,11 +183,15 @@ def _marked(rows: Sequence[BoardRow], questions: Mapping[str, Mapping[str, Quest
                 if _value(row, metric) == _value(best, metric)
             }
             others = [row for row in ranked if metric not in marks[row.system]]
-            ps = _p_values(questions[best.system], [questions[row.system] for row in others], metric)
+            ps = _p_values(_questions(best), list(map(_questions, others)), metric)
             for row, p in zip(others, ps, strict=True):
                 if p >= 0.05:
                     marks[row.system][metric] = EQUAL
     return [replace(row, marks=marks[row.system]) if row.system in marks else row for row in rows]
+
+
+def _questions(row: BoardRow) -> dict[str, QuestionScores]:
+    return row.scored.questions if row.scored else {}
 
 
 def _p_values(
@@ -244,7 +249,8 @@ COLUMNS = (*OPEN, "words", *CLOSED, "unparsed")
 SIGNS = {BEST: "*", EQUAL: "~"}
 EXPLAINED = (
     "Scores x100 with 95 % intervals clustered by image; words: mean per answer; unparsed: % of closed answers without "
-    f"a verdict. * {BEST} of its group; ~ {EQUAL} (paired test by image, Holm over the column)."
+    f"a verdict. * {BEST} of its group of measured rows and its prompt; ~ {EQUAL} (paired test by image, Holm "
+    "over the column)."
 )
 Cell = Callable[[BoardRow, str], str]
 
@@ -276,13 +282,15 @@ def board_markdown(rows: Sequence[BoardRow]) -> str:
 
     lines = ["# Leaderboard", "", f"**{NOTICE}**", ""]
     for family, metrics in FAMILIES.items():
-        heads, sections = _paper_table(rows, metrics, _cell)
+        heads, sections = _paper_table(rows, metrics, _cell, " ‡")
         lines += [f"## {family}", ""]
         body = []
         for group, members in sections.items():
             body.append([f"**{group}**"] + [""] * (len(heads) - 1))
             body += [[markdown(system), *map(markdown, cells)] for system, cells in members]
         lines += [tabulate(body, heads, tablefmt="github", disable_numparse=True), ""]
+        if any("‡" in cell for line in body for cell in line):
+            lines += [f"‡ {markdown(BATCH)}", ""]
     for task, of_task in by_task(rows).items():
         heading, *more = title(task, of_task)
         lines += [f"## {markdown(heading)}", "", *(f"{markdown(line)}\n" for line in more)]
@@ -321,26 +329,30 @@ def board_csv(rows: Sequence[BoardRow]) -> str:
 def board_json(rows: Sequence[BoardRow]) -> dict[str, Any]:
     """Every number, for a program; scores are shares in [0, 1], words in words."""
     made = [
-        {name: value for name, value in asdict(replace(row, categories=[])).items() if name != "categories"}
-        | {"group": row.group}
+        {"group": row.group}
+        | {
+            name: value
+            for name, value in asdict(replace(row, answers={}, scored=None)).items()
+            if name not in ("answers", "scored")
+        }
         for row in rows
     ]
     return {"format": 1, "rows": made, "notice": NOTICE}
 
 
 def board_latex(rows: Sequence[BoardRow]) -> str:
-    """Two tables in LaTeX, published and clean scores in the columns of the paper's tables; needs booktabs."""
-    parts = [f"% {NOTICE} In the preamble: \\usepackage{{booktabs}}"]
+    """Two tables in LaTeX, published and clean scores in the columns of the paper's tables; booktabs and graphicx."""
+    parts = [f"% {NOTICE} In the preamble: \\usepackage{{booktabs,graphicx}}"]
     for family, metrics in FAMILIES.items():
         tasks = list(by_task(rows))
-        _, sections = _paper_table(rows, metrics, lambda row, name: _latex_cell(row, name))
+        _, sections = _paper_table(rows, metrics, _latex_cell, r"$^{\ddagger}$")
         width = 1 + 3 * len(tasks)
         heads = " & ".join(rf"\multicolumn{{3}}{{c}}{{{latex(task)}}}" for task in tasks)
         rules = " ".join(rf"\cmidrule(lr){{{2 + 3 * i}-{4 + 3 * i}}}" for i in range(len(tasks)))
         lines = [
             r"\begin{table*}",
-            r"\centering\small",
-            r"\setlength{\tabcolsep}{4pt}",
+            r"\centering",
+            r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{l{'rrr' * len(tasks)}}}",
             r"\toprule",
             rf" & {heads} \\",
@@ -350,14 +362,19 @@ def board_latex(rows: Sequence[BoardRow]) -> str:
         for group, members in sections.items():
             lines += [r"\midrule", rf"\multicolumn{{{width}}}{{l}}{{\emph{{{latex(group)}}}}} \\"]
             lines += [" & ".join([latex(system), *cells]) + r" \\" for system, cells in members]
-        footnotes = [line for of_task in by_task(rows).values() for line in _footnotes(of_task)]
-        signs = r"Bold: best of its group; $\sim$: not distinguishable from it."
-        caption = " ".join([f"{family}, $\\times 100$.", *map(latex, footnotes), latex(NOTICE), signs])
-        lines += [r"\bottomrule", r"\end{tabular}", rf"\caption{{{caption}}}", r"\end{table*}"]
+        notes = [
+            rf"$\dagger$ {latex(line)}" for of_task in by_task(rows).values() for line in _footnotes(of_task, metrics)
+        ]
+        if any(r"\ddagger" in cell for members in sections.values() for _, cells in members for cell in cells):
+            notes.append(rf"$\ddagger$ {latex(BATCH)}")
+        signs = r"Bold: best of its group and prompt; $\sim$: not distinguishable from it."
+        caption = " ".join([f"{family}, $\\times 100$, with 95\\,\\% intervals.", signs, *notes, latex(NOTICE)])
+        lines += [r"\bottomrule", r"\end{tabular}}", rf"\caption{{{caption}}}", r"\end{table*}"]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
+BATCH = "By the batch rule (closed_llavamed_batch), the one that its source reports."
 FAMILIES = {
     "Published scores": ("recall_llavamed", "f1_llavamed", "closed_llavamed"),
     "Clean scores": ("recall", "f1", "closed_accuracy"),
@@ -365,34 +382,35 @@ FAMILIES = {
 
 
 def _paper_table(
-    rows: Sequence[BoardRow], metrics: Sequence[str], cell: Cell
+    rows: Sequence[BoardRow], metrics: Sequence[str], cell: Cell, batch: str
 ) -> tuple[list[str], dict[str, list[tuple[str, list[str]]]]]:
-    """Heads and, by group, a line for each system: three columns a task. `closed_llavamed` stands for the batch rule
-    where a source reports that one alone."""
+    """Heads and, by group, a line for each system: three columns a task.
+
+    Where a source reports the batch rule alone, its figure stands under `closed_llavamed`, with the sign `batch`.
+    """
     tasks = list(by_task(rows))
     heads = ["", *(f"{task} {name}" for task in tasks for name in ("recall", "F1", "closed"))]
     sections: dict[str, dict[str, dict[str, BoardRow]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         sections[row.group][row.system][row.task] = row
+
+    def shown(row: BoardRow | None, metric: str) -> str:
+        if row is None:
+            return "-"
+        if row.kind == "reported" and metric == "closed_llavamed" and "closed_llavamed_batch" in row.scores:
+            return cell(row, "closed_llavamed_batch") + batch
+        return cell(row, metric)
+
     made = {}
     for group in (group for group in GROUPS if group in sections):
         lines = []
         for system, of_system in sections[group].items():
-            cells = [
-                cell(of_system[task], _reported(of_system[task], metric)) if task in of_system else "-"
-                for task in tasks
-                for metric in metrics
-            ]
+            cells = [shown(of_system.get(task), metric) for task in tasks for metric in metrics]
             if set(cells) != {"-"}:  # a source may report the other family alone
                 lines.append((system, cells))
         if lines:
             made[group] = lines
     return heads, made
-
-
-def _reported(row: BoardRow, metric: str) -> str:
-    batch = row.kind == "reported" and metric == "closed_llavamed" and metric not in row.scores
-    return "closed_llavamed_batch" if batch else metric
 
 
 def score_text(scored: Scored) -> str:
@@ -452,13 +470,18 @@ def remarks(rows: Sequence[BoardRow]) -> list[str]:
                 f"{', '.join(lacking)}. `stllava-eval run --images {images}` does it, of a server "
                 f"`--model_args ...,images={images}`."
             )
-    if any(row.about.get("prompt") == "custom" for row in rows):
-        made.append("custom: a prompt that is none of ours.")
+    if any(row.about.get("prompt", "").startswith("custom") for row in rows):
+        made.append("custom: a prompt that is none of ours, by its hash.")
     return made + _footnotes(rows)
 
 
-def _footnotes(rows: Sequence[BoardRow]) -> list[str]:
-    return [f"{row.system} ({row.about['table']}): {note}" for row in rows for note in row.notes.values()]
+def _footnotes(rows: Sequence[BoardRow], metrics: Sequence[str] = RANKED) -> list[str]:
+    return [
+        f"{row.system} ({row.about['table']}): {note}"
+        for row in rows
+        for metric, note in row.notes.items()
+        if metric in metrics
+    ]
 
 
 def _systems(rows: Sequence[BoardRow]) -> list[list[str]]:

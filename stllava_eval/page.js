@@ -38,7 +38,6 @@ function start(data) {
     const viewed = data.viewer[state.task] ? data.viewer[state.task].systems.map((one) => one.name) : [];
     state.a = viewed[0] || null; state.b = viewed[1] || viewed[0] || null;
     state.show = "all"; state.in = ""; state.text = ""; state.page = 0; state.field = null; state.sort = null;
-    if (!metrics().some((one) => one.name === state.metric)) state.metric = metrics()[0].name;
   }
 
   function draw() { drawHead(); drawBoard(); drawIntervals(); drawBreakdown(); drawInspection(); drawQuestions(); }
@@ -54,7 +53,7 @@ function start(data) {
   function drawBoard() {
     const groups = data.groups.filter((group) => rowsOf(state.task).some((row) => row.group === group));
     byId("board-controls").replaceChildren(
-      select("Questions", [["both", "open and closed"], ["open", "open"], ["closed", "closed"]], state.kind, (value) => { state.kind = value; drawBoard(); }, "kind"),
+      select("Questions", [["both", "open and closed"], ["open", "open"], ["closed", "closed"]], state.kind, (value) => { state.kind = value; drawBoard(); drawIntervals(); }, "kind"),
       ...groups.map((group) => element("label", { className: "tick" }, element("input", { type: "checkbox", checked: state.groups.has(group), onchange: (event) => { if (event.target.checked) state.groups.add(group); else state.groups.delete(group); drawBoard(); drawIntervals(); } }), group)),
     );
     const shown = metrics();
@@ -102,6 +101,7 @@ function start(data) {
   }
 
   function drawIntervals() {
+    if (!metrics().some((one) => one.name === state.metric)) state.metric = metrics()[0].name;
     byId("interval-controls").replaceChildren(select("Score", metrics().filter((one) => one.name !== "words").map((one) => [one.name, `${one.name} - ${one.title}`]), state.metric, (value) => { state.metric = value; drawIntervals(); }, "metric"));
     const rows = rowsOf(state.task).filter((row) => state.metric in row.scores && state.groups.has(row.group));
     const place = (value) => `${(100 * Math.min(1, Math.max(0, value))).toFixed(2)}%`;

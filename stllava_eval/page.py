@@ -33,7 +33,7 @@ from stllava_eval.leaderboard import (
     remarks,
     title,
 )
-from stllava_eval.runs import FIXED_FIELDS, QuestionScores, dataset_of, labels, question_scores, read_run, split_rows
+from stllava_eval.runs import FIXED_FIELDS, QuestionScores, dataset_of, split_rows
 
 LIMIT = 5_000_000  # bytes of the page; beyond it, the viewer shows fewer questions
 SIDE = 200  # pixels of a thumbnail's longer side; our choice
@@ -41,17 +41,14 @@ CUT = 400  # characters of an answer that the page shows; our choice
 PRIOR = "commonest answer"
 
 
-def write_board(
-    out: Path, rows: Sequence[BoardRow], runs: Sequence[Path], images: str = "page", pathvqa_images: bool = False
-) -> None:
+def write_board(out: Path, rows: Sequence[BoardRow], images: str = "page", pathvqa_images: bool = False) -> None:
     """Write board.md, .csv, .json, .tex and index.html into `out`.
 
     Args:
         out: A folder; files of these names in it are replaced.
-        rows: What `board` makes of `runs`.
-        runs: Run folders.
+        rows: What `board` makes of run folders.
         images: `page`: thumbnails in index.html; `folder`: in a folder `images` beside it; `none`.
-        pathvqa_images: Show images of the official PathVQA too. They belong to publishers.
+        pathvqa_images: Show PathVQA's images too, unless it is the sample anyway. They belong to publishers.
 
     Raises:
         InputError: The folder cannot be written.
@@ -62,36 +59,20 @@ def write_board(
     write_text(out / "board.csv", board_csv(rows))
     write_json(out / "board.json", board_json(rows))
     write_text(out / "board.tex", board_latex(rows))
-    write_text(out / "index.html", page(rows, runs, images, pathvqa_images, out))
+    write_text(out / "index.html", page(rows, images, pathvqa_images, out))
 
 
-def page(
-    rows: Sequence[BoardRow],
-    runs: Sequence[Path],
-    images: str = "none",
-    pathvqa_images: bool = False,
-    out: Path = Path(),
-) -> str:
+def page(rows: Sequence[BoardRow], images: str = "none", pathvqa_images: bool = False, out: Path = Path()) -> str:
     """The page: one HTML file with its data gzipped inside, under `LIMIT` bytes; with fewer questions where it must.
 
     The arguments are those of `write_board`.
     """
-    answers = {
-        (task, name): of.answers
-        for name, folder in zip(labels(runs), runs, strict=True)
-        for task, of in read_run(folder).items()
-    }
     pictures = _Pictures(images, out)
     viewer = {}
-    for task in by_task(rows):
-        shown = {
-            row.system: answers[task, _run_of(row)]
-            for row in rows
-            if row.task == task and (task, _run_of(row)) in answers
-        }
-        if shown:
-            prepared = next(row.data for row in rows if row.task == task)
-            hidden = dataset_of(task) == "pathvqa" and prepared == "official" and not pathvqa_images
+    for task, of_task in by_task(rows).items():
+        if shown := [row for row in of_task if row.about and row.answers]:
+            shown += [row for row in of_task if row.system == PRIOR and not row.about]
+            hidden = dataset_of(task) == "pathvqa" and of_task[0].data != "sample" and not pathvqa_images
             viewer[task] = _viewed(task, shown, None if hidden or images == "none" else pictures)
     base = {
         "notice": NOTICE,
@@ -111,7 +92,7 @@ def page(
                 "run": one.run,
                 **{name: list(map(asdict, getattr(one, name))) for name in ("consistency", "blind")},
             }
-            for one in inspect(rows, runs)
+            for one in inspect(rows)
         ],
     }
     keep = max((len(of["questions"]) for of in viewer.values()), default=0)
@@ -120,12 +101,6 @@ def page(
         if len(text) <= LIMIT or keep <= 20:
             return text
         keep = keep * 3 // 4
-
-
-def _run_of(row: BoardRow) -> str:
-    """The run's label; a row of black or other images has them in its name."""
-    images = row.about.get("images", "own")
-    return row.system if images == "own" else row.system.removesuffix(f" ({images} images)")
 
 
 def _metrics() -> list[dict[str, str]]:
@@ -145,7 +120,7 @@ def _metrics() -> list[dict[str, str]]:
 
 def _row(row: BoardRow) -> dict[str, Any]:
     categories: dict[str, dict[str, Any]] = {}
-    for one in row.categories:
+    for one in row.scored.rows if row.scored else ():
         if one.metric in INSPECTED and one.category != "all" and one.value is not None:
             categories.setdefault(one.metric, {})[one.category] = [
                 _short(one.value),
@@ -172,17 +147,10 @@ def _short(value: float | None) -> float | None:
     return None if value is None else round(value, 6)
 
 
-def _viewed(task: str, shown: Mapping[str, Mapping[str, str]], pictures: _Pictures | None) -> dict[str, Any]:
+def _viewed(task: str, shown: Sequence[BoardRow], pictures: _Pictures | None) -> dict[str, Any]:
     """Every question of a task, every system's answer to it, and a sign for how good that is."""
-    from stllava_eval.blind import blind_answers
-
     name = dataset_of(task)
     rows = split_rows(name)
-    prior = blind_answers(name).get(PRIOR)
-    if prior is not None:
-        shown = {**shown, PRIOR: prior}
-    scored = {system: question_scores(name, answers) for system, answers in shown.items()}
-    signs = {system: [_sign(row, scored[system]) for row in rows] for system in shown}
     return {
         "questions": [
             {
@@ -200,11 +168,11 @@ def _viewed(task: str, shown: Mapping[str, Mapping[str, str]], pictures: _Pictur
         "images": pictures.of(name) if pictures else {},
         "systems": [
             {
-                "name": system,
-                "signs": signs[system],
-                "answers": [_cut(answers[row["id"]]) if row["id"] in answers else None for row in rows],
+                "name": of.system,
+                "signs": [_sign(row, of.scored.questions if of.scored else {}) for row in rows],
+                "answers": [_cut(of.answers[row["id"]]) if row["id"] in of.answers else None for row in rows],
             }
-            for system, answers in shown.items()
+            for of in shown
         ],
     }
 

@@ -197,7 +197,7 @@ def read_run(folder: Path) -> dict[str, RunTask]:
         return {
             task: RunTask(
                 **{name: of["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels")},
-                prompt=of["prompt"],
+                prompt=of["prompt"] if of["prompt"] != "custom" else _custom(task, rows),
                 not_asked=of["of"] - of["questions"],
                 answers={row["id"]: row["answer"] for row in rows if row["task"] == task},
             )
@@ -207,6 +207,12 @@ def read_run(folder: Path) -> dict[str, RunTask]:
         raise InputError(
             f"{folder} is not a run folder ({error!r}). Pass one that `stllava-eval run` wrote."
         ) from error
+
+
+def _custom(task: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """`custom` and a hash of what stands around the questions of a task, so that only equal prompts are compared."""
+    around = {row["text"].replace(row["question"], "{question}") for row in rows if row["task"] == task}
+    return f"custom {hashlib.sha256(json.dumps(sorted(around)).encode()).hexdigest()[:12]}"
 
 
 def run_manifest(folder: Path) -> dict[str, Any]:

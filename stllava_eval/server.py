@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FIRST_WAIT = 1.0  # seconds before the second attempt, doubled before each further one (our choice)
 LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait; openai's own client stops there too
+THOUGHT = 8192  # tokens in which a reasoning model may think before its answer (our choice)
 LONGEST_TOKEN = 100  # characters; a reply with more of them per token asked did not keep to `max_tokens` (our choice)
 
 Request = dict[str, Any]
@@ -321,14 +322,25 @@ class ServerAnswerer:
     The server's own chat template makes the prompt and its own processor the pixels. Nothing shows which weights it
     holds: `sha256` stands for the address and the model's name.
 
-    Args and errors are those of `Endpoint`.
+    Args and errors are those of `Endpoint`, and:
+        reasoning: The model thinks before it answers and takes neither a temperature nor `max_tokens`, as GPT-4o's
+            successors: it decodes as it likes, and `THOUGHT` tokens of thinking are allowed on top of the answer's.
     """
 
     dtype = "server"
 
     def __init__(
-        self, base_url: str, model: str | None = None, concurrency: int = 16, retries: int = 5, timeout: float = 120.0
+        self,
+        base_url: str,
+        model: str | None = None,
+        concurrency: int = 16,
+        retries: int = 5,
+        timeout: float = 120.0,
+        reasoning: bool = False,
     ) -> None:
+        if not isinstance(reasoning, bool):
+            raise InputError(f"reasoning={reasoning}: pass True or False.")
+        self.reasoning = reasoning
         self.endpoint = Endpoint(base_url, model, concurrency, retries, timeout)
         self.name = self.endpoint.model
         self.sha256 = hashlib.sha256(json.dumps([self.endpoint.base_url, self.name]).encode()).hexdigest()
@@ -349,7 +361,7 @@ class ServerAnswerer:
             "base_url": self.endpoint.base_url,
             "model": self.name,
             "prompt": "the server's chat template",
-            "decoding": "greedy (temperature 0)",
+            "decoding": "the server's own (reasoning)" if self.reasoning else "greedy (temperature 0)",
         }
 
     def answer(self, questions: Sequence[Question], progress: bool = True) -> Iterator[tuple[int, Answer | Failure]]:
@@ -360,7 +372,7 @@ class ServerAnswerer:
         """
         if any(one.text is None or one.history or one.sampling or one.template for one in questions):
             raise InputError(f"{self.name}: a server is asked one round, greedily. Leave history and sampling out.")
-        requests = [partial(_request, question) for question in questions]
+        requests = [partial(_request, question, self.reasoning) for question in questions]
         with (
             closing(self.endpoint.replies(requests)) as replies,
             progress_bar(len(questions), progress) as bar,
@@ -370,17 +382,16 @@ class ServerAnswerer:
                 yield place, reply if isinstance(reply, Failure) else _answer(reply, questions[place])
 
 
-def _request(question: Question) -> Request:
-    """Greedy. Stop strings are cut off afterwards: `transformers serve` fails on them."""
+def _request(question: Question, reasoning: bool) -> Request:
+    """Greedy, but for a model that reasons. Stop strings are cut off afterwards: `transformers serve` fails on them."""
     png = io.BytesIO()
     question.image().save(png, "PNG", compress_level=1)  # our choice: bytes are cheap, the harness's CPU is not
     url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question.text}]
-    return {
-        "messages": [{"role": "user", "content": content}],
-        "max_tokens": question.max_new_tokens,
-        "temperature": 0,
-    }
+    messages = [{"role": "user", "content": content}]
+    if reasoning:
+        return {"messages": messages, "max_completion_tokens": question.max_new_tokens + THOUGHT}
+    return {"messages": messages, "max_tokens": question.max_new_tokens, "temperature": 0}
 
 
 def _answer(reply: Reply, question: Question) -> Answer:

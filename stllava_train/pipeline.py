@@ -396,6 +396,5 @@ def summary(out: Path, rounds: int) -> str:
     from stllava_eval.leaderboard import board, board_text
 
     runs = [out / "eval" / name for name in ("sft", *(f"round-{number}" for number in range(1, rounds + 1)))]
-    compared = [runs[0], runs[-1]]
-    tests = compare_text(compared, compare(compared))
+    tests = compare_text(compare([runs[0], runs[-1]]))
     return f"{board_text(board(runs))}\n\nWhat stage 2 changed:\n\n{tests}"

@@ -40,7 +40,7 @@ def test_differences_are_those_of_the_same_questions(ids, tmp_path, monkeypatch)
     right = {id: "the left lung" if kind == "open" else "yes" for id, kind in ids.items()}
     one = run_of(tmp_path / "one", wrong, monkeypatch)
     other = run_of(tmp_path / "other", right | {"test-0-1": "left"}, monkeypatch)
-    found = {difference.metric: difference for difference in compare([one, other])}
+    found = {difference.metric: difference for difference in compare([one, other]).differences}
     assert list(found) == ["recall", "f1", "closed_accuracy"]
     recall = found["recall"]
     assert (recall.first, recall.n, recall.images) == (0.0, 4, 4)
@@ -65,7 +65,7 @@ def test_a_question_that_one_run_lacks_counts_for_neither(ids, tmp_path, monkeyp
     one = run_of(tmp_path / "one", answers, monkeypatch)
     less = {id: answer for id, answer in answers.items() if id != "test-0-0"}
     other = run_of(tmp_path / "other", less, monkeypatch)
-    (closed,) = [one for one in compare([one, other]) if one.metric == "closed_accuracy"]
+    (closed,) = [one for one in compare([one, other]).differences if one.metric == "closed_accuracy"]
     assert (closed.n, closed.value, closed.p) == (3, 0.0, 1.0)
 
 
@@ -76,7 +76,7 @@ def test_the_command_prints_a_table_and_json(ids, tmp_path, monkeypatch, capsys)
     assert "closed_accuracy" in shown
     assert "Research only; not for clinical use." in shown
     assert main(["compare", *runs, "--json"]) == 0
-    assert {one["task"] for one in json.loads(capsys.readouterr().out)} == {"vqarad"}
+    assert {one["task"] for one in json.loads(capsys.readouterr().out)["differences"]} == {"vqarad"}
 
 
 def test_signs_are_flipped_as_scipy_does():
@@ -116,7 +116,7 @@ def test_what_a_reader_has_to_know_besides_is_told(ids, tmp_path, monkeypatch, c
     (other / "run.json").write_text(json.dumps(manifest | {"images": "black"}))
     assert main(["compare", str(one), str(other)]) == 0
     shown = capsys.readouterr().out
-    assert "vqarad: compared on 1 of 8 questions; the others lack in a run." in shown
+    assert "vqarad: compared on 1 of 8 questions; the rest are not answered in both." in shown
     assert "images differs: None and 'black'" in shown
 
 
@@ -137,12 +137,12 @@ def test_a_damaged_manifest_is_no_run(ids, tmp_path, monkeypatch):
 def test_several_runs_are_compared_with_the_first_in_one_family(ids, tmp_path, monkeypatch):
     answers = {"a": "no", "b": "yes", "c": "yes"}
     runs = [run_of(tmp_path / name, dict.fromkeys(ids, answer), monkeypatch) for name, answer in answers.items()]
-    found = compare(runs)
+    found = compare(runs).differences
     assert [(one.baseline, one.run) for one in found] == [("a", "b")] * 3 + [("a", "c")] * 3
     closed = [one for one in found if one.metric == "closed_accuracy"]
     assert [one.p_mcnemar for one in closed] == [2 / 2**4] * 2
     assert all(one.p_mcnemar is None for one in found if one.metric != "closed_accuracy")
-    two = compare(runs[:2])
+    two = compare(runs[:2]).differences
     assert closed[0].p_holm >= next(one for one in two if one.metric == "closed_accuracy").p_holm
 
 
@@ -167,4 +167,26 @@ def test_power_is_of_the_differences_or_of_an_assumed_correlation(ids, tmp_path,
     assert main(["compare", str(one), "--power"]) == 0
     assert "0.8 assumed" in capsys.readouterr().out
     assert main(["compare", str(one), str(other), "--power", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["run"] == "other"
+    assert json.loads(capsys.readouterr().out)["power"][0]["run"] == "other"
+
+
+def test_prompts_of_ones_own_are_compared_only_if_they_are_the_same(ids, tmp_path, monkeypatch):
+    runs = [run_of(tmp_path / name, dict.fromkeys(ids, "yes"), monkeypatch) for name in ("a", "b", "c")]
+    for run, prompt in zip(runs, ("Doctor, {}", "Doctor, {}", "{} Be brief."), strict=True):
+        lines = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+        lines = [line | {"text": prompt.format(line["question"])} for line in lines]
+        (run / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        manifest = json.loads((run / "run.json").read_text())
+        manifest["tasks"]["vqarad"]["prompt"] = "custom"
+        (run / "run.json").write_text(json.dumps(manifest))
+    assert len(compare(runs[:2]).differences) == 3
+    with pytest.raises(InputError, match="vqarad: prompt is custom .* and custom"):
+        compare([runs[0], runs[2]])
+
+
+def test_json_tells_what_differs_too(ids, tmp_path, monkeypatch, capsys):
+    runs = [str(run_of(tmp_path / name, dict.fromkeys(ids, "yes"), monkeypatch)) for name in ("a", "b")]
+    manifest = json.loads((tmp_path / "b" / "run.json").read_text())
+    (tmp_path / "b" / "run.json").write_text(json.dumps(manifest | {"images": "black"}))
+    assert main(["compare", *runs, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == {"b": ["images differs: None and 'black'"]}

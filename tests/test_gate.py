@@ -75,7 +75,7 @@ def test_a_loss_of_more_than_the_margin_fails_and_is_told_in_words(questions, tm
         "closed_accuracy": "lost",
     }
     assert found.reasons[0].startswith(
-        "vqarad: accuracy of closed questions went from 100.0 to 83.3 (-16.7 points); allowed is a change of 6.0"
+        "vqarad: accuracy of closed questions went from 100.0 to 83.3 (-16.7 points [-23.4, -9.9]): a loss is certain"
     )
 
 
@@ -85,13 +85,12 @@ def test_a_gain_is_no_loss(questions, tmp_path):
 
 
 def test_too_few_questions_decide_nothing_and_it_says_how_many_would(questions, tmp_path):
-    # 3 of 120 lost: no sign test can call that certain, and 6 points more are not ruled out by 120 images
     runs = [small_run(tmp_path / "old", right), small_run(tmp_path / "new", wrong_of("closed", 4, "no"))]
     found = gate(runs[1], runs[0], read_policy(policy_file(tmp_path, "margins: {vqarad: {closed_accuracy: 4}}")))
     assert (found.verdict, found.exit_code) == ("cannot decide", 2)
     (few,) = [check for check in found.checks if check.verdict == "too few"]
     assert few.needed > few.n == IMAGES
-    assert f"About {few.needed} would decide." in found.reasons[0]
+    assert f"About {few.needed} questions would decide." in found.reasons[0]
 
 
 def test_the_questions_that_it_asks_for_would_decide():
@@ -156,6 +155,23 @@ def test_speed_is_looked_at_where_the_policy_asks(questions, tmp_path, seconds, 
     (runs[1] / "run.json").write_text(json.dumps(manifest))
     found = gate(runs[1], runs[0], read_policy(policy_file(tmp_path, "guards: {speed: 0.8}")))
     assert (found.verdict, "Run both on one machine" in found.reasons[0]) == ("cannot decide", True)
+    assert found.checks  # what could be said is said
+
+
+def test_a_loss_fails_even_where_the_speed_cannot_be_said(questions, tmp_path):
+    runs = [small_run(tmp_path / "old", right), small_run(tmp_path / "new", always("no"), device="cuda")]
+    assert gate(runs[1], runs[0], read_policy(policy_file(tmp_path, "guards: {speed: 0.8}"))).verdict == "fail"
+
+
+def test_open_and_closed_questions_keep_their_own_images():
+    """As many of one as of the other, but the closed ones on few images: what one test says does not depend on the rest."""
+    few = [str(i // 10) for i in range(40)]
+    lost = Paired([1.0] * 40, [0.0] * 20 + [1.0] * 20, few)
+    same = Paired([1.0] * 40, [1.0] * 40, [str(i) for i in range(40)])
+    alone = decide({("vqarad", "closed_accuracy"): lost}, read_policy())[0]
+    beside = decide({("vqarad", "recall"): same, ("vqarad", "closed_accuracy"): lost}, read_policy())[1]
+    assert alone.p_loss == pytest.approx(0.25, abs=0.02)  # two of four images, both one way
+    assert beside.p_loss == pytest.approx(2 * alone.p_loss)  # Holm, of two
 
 
 def test_unlike_runs_are_not_decided_and_what_differs_is_named(questions, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ def contrasted(home):
 
 
 def inspected(*runs):
-    return inspect(board(list(runs)), list(runs))
+    return inspect(board(list(runs)))
 
 
 @pytest.mark.parametrize(

@@ -119,8 +119,7 @@ def test_every_published_figure_names_table_row_and_source():
         assert all(place.split()[1] in row["scores"][place.split()[0]] for place in row["notes"])
 
 
-def test_closed_figures_are_shares_of_the_official_questions_but_for_two():
-    """As far as a figure was reported to two digits; the exceptions are the footnoted ones."""
+def test_closed_figures_are_shares_of_the_official_questions_but_for_the_footnoted_ones():
     from importlib.resources import files
 
     questions = {"vqarad": 272, "slake": 416, "pathvqa": 3391}
@@ -130,9 +129,13 @@ def test_closed_figures_are_shares_of_the_official_questions_but_for_two():
             for metric, value in cells.items():
                 if metric.startswith("closed") and value is not None:
                     of = questions[task]
-                    if not any(abs(100 * right / of - value) < 0.0101 for right in range(of + 1)):
+                    if not any(abs(100 * right / of - value) <= 0.005 + 1e-9 for right in range(of + 1)):
                         impossible.append((row["system"], task))
-    assert impossible == [("STLLaVA-Med", "vqarad"), ("STLLaVA-Med without DPO", "vqarad")]
+    assert impossible == [
+        ("STLLaVA-Med", "vqarad"),
+        ("STLLaVA-Med without DPO", "vqarad"),
+        ("PMC-VQA (MedVInT)", "pathvqa"),  # cut off, not rounded; its footnote says so
+    ]
 
 
 def test_a_system_that_was_not_shown_other_images_is_named(prepared, tmp_path):
@@ -190,18 +193,22 @@ def test_the_latex_tables_compile(official, tmp_path):
     hostile = {"checkpoint": {"name": HOSTILE, "sha256": "x", "trained_on": None}}
     folder = tmp_path / "a_b%$&#{}~^"
     rows = board([small_run(folder, right, ("vqarad", "slake", "pathvqa"), **hostile)], published=True)
-    document = r"\documentclass{article}\usepackage{booktabs}\begin{document}" + board_latex(rows) + r"\end{document}"
+    document = (
+        r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}" + board_latex(rows) + r"\end{document}"
+    )
     (tmp_path / "board.tex").write_text(document, encoding="utf-8")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "board.tex"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-2000:]
+    assert "Overfull" not in ran.stdout, "it is wider than the page"
 
 
 def test_latex_has_the_columns_of_the_papers_tables(official, tmp_path):
     rows = board([small_run(tmp_path / "a", right, ("vqarad", "slake", "pathvqa"))], published=True)
     text = board_latex(rows)
     assert r"STLLaVA-Med & 37.12 & 10.83 & 60.35$^{\dagger}$ & 46.69 & 11.46 & 57.69 & 11.92 & 2.72 & 52.90 \\" in text
-    assert "84.19" in text  # the batch rule, where a source reports that alone
+    assert r"84.19$^{\ddagger}$" in text  # the batch rule, where a source reports that alone
+    assert text.count(r"$\ddagger$ By the batch rule") == 1  # in the table that has the sign
     assert r"\emph{reported, fine-tuned}" in text
 
 

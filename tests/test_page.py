@@ -43,7 +43,7 @@ def runs(prepared, tmp_path):
 @pytest.fixture
 def shown(runs, browser, tmp_path):
     """The page, open in a browser."""
-    write_board(tmp_path / "out", board(runs), runs)
+    write_board(tmp_path / "out", board(runs))
     browser.open(f"file://{tmp_path}/out/index.html")
     browser.wait("document.body.dataset.ready === 'yes'")
     return browser
@@ -57,7 +57,7 @@ def choose(browser, control: str, value: str) -> None:
 
 
 def test_the_page_holds_no_text_of_a_model_or_data_set_as_it_is(runs):
-    text = page(board(runs), runs)
+    text = page(board(runs))
     assert "hacked" not in text
     assert "hostile" not in text
     assert "Content-Security-Policy" in text
@@ -153,7 +153,7 @@ def test_what_a_row_rests_on_opens_and_closes(shown):
 def test_images_are_shown_from_the_page_and_from_a_folder(runs, browser, tmp_path):
     for images in ("page", "folder"):
         out = tmp_path / images
-        write_board(out, board(runs), runs, images)
+        write_board(out, board(runs), images)
         browser.open(f"file://{out}/index.html")
         browser.wait("document.body.dataset.ready === 'yes'")
         browser.value("document.getElementById('cards').scrollIntoView()")
@@ -165,7 +165,7 @@ def test_images_are_shown_from_the_page_and_from_a_folder(runs, browser, tmp_pat
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_nothing_sticks_out_and_the_dark_page_is_dark(runs, browser, tmp_path, dark, width):
-    write_board(tmp_path / "out", board(runs), runs)
+    write_board(tmp_path / "out", board(runs))
     browser.open(f"file://{tmp_path}/out/index.html", width=width, dark=dark)
     browser.wait("document.body.dataset.ready === 'yes'")
     assert browser.value("document.documentElement.scrollWidth") <= width
@@ -174,18 +174,29 @@ def test_nothing_sticks_out_and_the_dark_page_is_dark(runs, browser, tmp_path, d
     assert (corner < 80) is dark
 
 
-def test_images_of_the_official_pathvqa_are_shown_only_where_asked(home, tmp_path):
+@pytest.mark.parametrize("official", [True, False])
+def test_images_of_pathvqa_are_shown_only_where_asked(home, tmp_path, official):
     from conftest import png
 
     from stllava_eval.datasets import Row, write_split
 
     rows = [Row(f"{i}", png((i, 9, 9)), f"{i}.png", "Is it?", "yes", "closed", {}) for i in range(2)]
-    write_split("pathvqa", "test", rows, edition="o", official=True, sample=False, source="", licence="")
+    write_split("pathvqa", "test", rows, edition="o", official=official, sample=False, source="", licence="")
     runs = [small_run(tmp_path / "a", right, ("pathvqa",))]
     for asked, count in ((False, 0), (True, 2)):
-        data = data_of(page(board(runs), runs, "page", asked))
+        data = data_of(page(board(runs), "page", asked))
         assert len(data["images"]) == count
         assert all((one["image"] is not None) is asked for one in data["viewer"]["pathvqa"]["questions"])
+
+
+def test_the_interval_plot_shows_the_score_that_its_control_names(shown):
+    choose(shown, "kind", "closed")
+    named = shown.value("document.getElementById('metric').value")
+    shown.value("document.querySelectorAll('#board-controls input')[1].click()")
+    first = "document.querySelector('#plot .value b').innerText"
+    row = "[...document.querySelectorAll('#scores tbody tr')][1].cells[1].innerText"
+    assert named == "closed_llavamed" == shown.value("document.getElementById('metric').value")
+    assert shown.value(row).startswith(shown.value(first))
 
 
 def test_a_page_that_would_be_too_large_keeps_the_questions_on_which_systems_differ(home, tmp_path, monkeypatch):
@@ -202,9 +213,9 @@ def test_a_page_that_would_be_too_large_keeps_the_questions_on_which_systems_dif
         small_run(tmp_path / "a", lambda row: noise[row["id"]]),
         small_run(tmp_path / "b", lambda row: "no" if row["id"] in ("007", "123") else noise[row["id"]]),
     ]
-    whole = page(board(runs), runs)
+    whole = page(board(runs))
     monkeypatch.setattr(pages, "LIMIT", len(whole) - 1000)
-    text = page(board(runs), runs)
+    text = page(board(runs))
     viewer = data_of(text)["viewer"]["vqarad"]
     assert len(text) <= len(whole) - 1000
     assert len(viewer["questions"]) < viewer["of"] == 300
@@ -214,11 +225,11 @@ def test_a_page_that_would_be_too_large_keeps_the_questions_on_which_systems_dif
 
 def test_unanswered_questions_are_shown_as_such(prepared, tmp_path):
     runs = [small_run(tmp_path / "a", lambda row: None if row["kind"] == "open" else "yes and no")]
-    (system, *_) = data_of(page(board(runs), runs))["viewer"]["vqarad"]["systems"]
+    (system, *_) = data_of(page(board(runs)))["viewer"]["vqarad"]["systems"]
     assert set(system["signs"]) == {"-", "W"}
     assert -1 in system["answers"]
 
 
 def test_a_long_answer_is_cut(prepared, tmp_path):
     runs = [small_run(tmp_path / "a", always("word " * 1000))]
-    assert max(map(len, data_of(page(board(runs), runs))["strings"])) < 500
+    assert max(map(len, data_of(page(board(runs)))["strings"])) < 500
