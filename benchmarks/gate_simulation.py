@@ -12,6 +12,9 @@ type1     share of comparisons without any true change that are failed; at most 
 power     share of comparisons that are failed where one set's open or closed scores have truly lost twice the margin:
           of the six cases the worst
 coverage  share of the 95 % intervals, of all checks, that hold the true change
+compare_type1, mcnemar_type1  share of the tests of `compare` that find a difference at 5 % where there is none: signs
+          flipped by image, and McNemar's, which takes questions as independent
+bootstrap_coverage  share of the 95 % intervals of `compare` (recall, F1; VQA-RAD and SLAKE) that hold the true change
 passed_*  share of comparisons that pass: without any change, of such systems and of two as alike as checkpoints of one
           training (correlation about 0.85); and where one set has truly lost its margin, at most alpha
 """
@@ -33,9 +36,9 @@ from figures import write
 from scipy.special import ndtri
 from scipy.stats import t as student
 
-from stllava_eval.compare import Paired
+from stllava_eval.compare import METRICS, Paired
 from stllava_eval.gate import Policy, decide, read_policy
-from stllava_eval.statistics import mean_clustered
+from stllava_eval.statistics import bootstrap_clustered, mcnemar, mean_clustered, sign_flip
 
 SIZES = {"slake": (96, 645, 416), "pathvqa": (858, 3370, 3391)}  # images, open and closed questions
 # mean and spread as in reported tables: shares of answers with all words and with half of them; right closed answers
@@ -159,6 +162,29 @@ def scenario(
     return sum(parts, Counter())
 
 
+def comparing(seeds: range) -> Counter[str]:
+    """What `compare` says of systems without a true difference."""
+    layout = designs()
+    counts: Counter[str] = Counter()
+    for seed in seeds:
+        made = simulate(seed, layout, {})
+        for (task, score), both in made.items():
+            if score not in METRICS:
+                continue
+            counts["tests"] += 1
+            counts["found"] += sign_flip(both.changes, both.images) < 0.05
+            if score == "closed_accuracy":
+                counts["closed"] += 1
+                counts["mcnemar"] += mcnemar(both.first, both.second) < 0.05
+            elif task != "pathvqa" and seed < 400:
+                estimate = bootstrap_clustered(both.changes, both.images)
+                assert estimate.low is not None
+                assert estimate.high is not None
+                counts["intervals"] += 1
+                counts["covering"] += estimate.low <= 0 <= estimate.high
+    return counts
+
+
 def share(count: int, of: int) -> list[float]:
     """A share with its 95 % interval (Wilson)."""
     p, z = count / of, 1.96
@@ -204,6 +230,7 @@ def main() -> None:
     times = 200 if arguments.quick else 2000
     with ProcessPoolExecutor(2) as pool:
         null = scenario(pool, policy, {}, times)
+        compared = sum(pool.map(comparing, [range(start, times, 8) for start in range(8)]), Counter())
         alike = scenario(pool, policy, {}, times // 4, ALIKE)
         cases = {}
         at_margin = Counter()
@@ -222,6 +249,9 @@ def main() -> None:
         "power_worst_case": worst,
         "power_by_case": cases,
         "coverage": share(coverage["covering"], coverage["intervals"]),
+        "compare_type1": share(compared["found"], compared["tests"]),
+        "mcnemar_type1": share(compared["mcnemar"], compared["closed"]),
+        "bootstrap_coverage": share(compared["covering"], compared["intervals"]),
         "passed_without_change": share(null["pass"], times),
         "passed_without_change_alike": share(alike["pass"], times // 4),
         "failed_without_change_alike": share(alike["fail"], times // 4),

@@ -10,6 +10,7 @@ from stllava_eval.errors import InputError
 # the constants and word counts of the published metric's degenerate scores (docs/metrics.md)
 CONSTANTS = ("yes", "no", "yes and no", "I do not know.", "The image is normal.")
 WORD_COUNTS = (5, 10, 25, 50)
+PRIOR = "commonest answer"  # the label of `prior`
 
 
 def blind_answers(name: str) -> dict[str, dict[str, str]]:
@@ -34,7 +35,7 @@ def blind_answers(name: str) -> dict[str, dict[str, str]]:
     if train:
         references = [row["reference"] for row in train if row["kind"] == "open"]
         constants |= {f"{count} commonest words": commonest_words(references, count) for count in WORD_COUNTS}
-        answers["commonest answer"] = prior(train, test)
+        answers[PRIOR] = prior(train, test)
     return {label: {row["id"]: constant for row in test} for label, constant in constants.items()} | answers
 
 

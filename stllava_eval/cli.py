@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -21,14 +22,33 @@ TASKS = (*(name + prompt for name in DATASETS for prompt in ("", "_short", "_opt
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 done, 1 the gate said no, 2 wrong call, or the gate cannot decide."""
     arguments = parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is shown its number
     try:
         return arguments.command(arguments) or 0
     except InputError as error:
         print(printable(f"stllava-eval: {error}"), file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output, such as `head`, has left
+    except KeyboardInterrupt:
+        return 130  # as a shell has it; what a run has answered is kept
+
+
+def _show(text: str) -> None:
+    """Print a command's result. A reader that has left, such as `head`, changes nothing about the command's exit code.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise InputError(
+            f"stdout: cannot be written ({error.strerror}). Free some space, or write elsewhere."
+        ) from error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -293,7 +313,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         manifests = [datasets.prepare(arguments.dataset, arguments.split, arguments.source)]
     for manifest in manifests:
         counts = manifest.counts
-        print(
+        _show(
             f"{manifest.dataset} {manifest.split} ({manifest.edition}): {counts['rows']} questions = "
             f"{counts['closed']} closed + {counts['open']} open on {counts['images']} images"
         )
@@ -364,9 +384,9 @@ def _score(arguments: argparse.Namespace) -> int:
     if arguments.json:
         rows = [asdict(row) for of in scored.values() for row in of.rows]
         unanswered = {task: of.unanswered for task, of in scored.items()}
-        print(json.dumps({"format": 1, "scores": rows, "unanswered": unanswered}, indent=1, ensure_ascii=False))
+        _show(json.dumps({"format": 1, "scores": rows, "unanswered": unanswered}, indent=1, ensure_ascii=False))
     else:
-        print("\n\n".join(score_text(of) for of in scored.values()))
+        _show("\n\n".join(score_text(of) for of in scored.values()))
     return 0
 
 
@@ -400,7 +420,7 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
         from stllava_eval.page import write_board
 
         write_board(arguments.out, rows, arguments.images or "page", arguments.pathvqa_images)
-    print(json.dumps(board_json(rows), indent=1, ensure_ascii=False) if arguments.json else board_text(rows))
+    _show(json.dumps(board_json(rows), indent=1, ensure_ascii=False) if arguments.json else board_text(rows))
     return 0
 
 
@@ -413,7 +433,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         found = compare(arguments.runs)
         shown, text = {"format": 1, **asdict(found)}, compare_text(found)
-    print(json.dumps(shown, indent=1, ensure_ascii=False) if arguments.json else text)
+    _show(json.dumps(shown, indent=1, ensure_ascii=False) if arguments.json else text)
     return 0
 
 
@@ -430,7 +450,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         from stllava_eval.page import write_board
 
         write_board(arguments.out, rows, arguments.images or "page", arguments.pathvqa_images)
-    print(
+    _show(
         json.dumps([asdict(one) for one in found], indent=1, ensure_ascii=False)
         if arguments.json
         else inspect_text(found)
@@ -447,7 +467,7 @@ def _gate(arguments: argparse.Namespace) -> int:
         write_json(arguments.out / "gate.json", gate_json(found))
         write_text(arguments.out / "gate.md", gate_markdown(found))
         write_text(arguments.out / "gate.xml", gate_junit(found))
-    print(gate_text(found))
+    _show(gate_text(found))
     return found.exit_code
 
 
@@ -469,15 +489,15 @@ def _convert(arguments: argparse.Namespace) -> int:
     convert(checkpoint, arguments.out, arguments.to)
     dropped = sum(map(len, checkpoint.audit.dropped.values()))
     merged = sum(checkpoint.audit.merged.values())
-    print(
+    _show(
         f"{arguments.out}: {checkpoint.layout}, {len(checkpoint.taken)} tensors, all that the network has; "
         f"LoRA merged into {merged}, {dropped} left out as named in audit.json"
     )
     if checkpoint.assumed:
         numbers = ", ".join(f"{number} {name}" for name, number in checkpoint.assumed.items())
-        print(f"note: {numbers}, which the files do not store, as in the authors' code; --prototypes and --iterations")
+        _show(f"note: {numbers}, which the files do not store, as in the authors' code; --prototypes and --iterations")
     if checkpoint.tokenizer is None:
-        print(
+        _show(
             f"note: {arguments.source} has no tokenizer (tokenizer.model or tokenizer.json), and so {arguments.out} "
             "cannot answer; copy that of the model it was trained from into either"
         )

@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stllava_eval.errors import InputError, printable
-from stllava_eval.runs import QuestionScores, RunTask, dataset_of, labels, question_scores, read_run, run_manifest
+from stllava_eval.runs import (
+    QuestionScores,
+    RunTask,
+    dataset_of,
+    labels,
+    question_scores,
+    read_run,
+    refuse_other_split,
+    run_manifest,
+)
 from stllava_eval.statistics import (
     Estimate,
     bootstrap_clustered,
@@ -93,6 +102,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
         before = len(found)
         for task in shared:
             refuse_unlike(task, runs[0][task], runs[place][task], folders[0], folders[place])
+            for of in (0, place):
+                refuse_other_split(task, runs[of][task], folders[of])
             for metric in METRICS:
                 both = paired(scored[0][task], scored[place][task], metric)
                 if both.images:  # a task may have questions of one kind alone
@@ -219,12 +230,18 @@ def power(folders: Sequence[Path]) -> list[Power]:
             if one.standard_error is not None
         ]
     run = read_run(folders[0])
+    for task, of in run.items():
+        refuse_other_split(task, of, folders[0])
     cells = [
         (task, metric, estimate)
         for task, questions in _scores(run).items()
         for metric in METRICS
         if (estimate := _mean(questions, metric)).standard_error is not None
     ]
+    if not cells:
+        raise InputError(
+            f"{folders[0]}: its answers are about one image, or none, and show nothing. Ask more questions."
+        )
     return [
         # the variance of a difference is twice that of a score, less twice what the two have in common
         _power(

@@ -17,12 +17,14 @@ from stllava_eval.runs import (
     labels,
     question_scores,
     read_run,
+    refuse_other_split,
     run_manifest,
     some,
     split_rows,
 )
 from stllava_eval.statistics import holm, mean_clustered, noninferior, sign_flips
 
+POLICY_BYTES = 100_000
 POWER = 0.8  # with which the questions that are needed would decide
 GUARDS = ("unparsed", "closed_format", "words")
 Verdict = Literal["held", "lost", "too few"]
@@ -108,6 +110,8 @@ def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
             if task not in runs[1]:
                 raise InputError(f"{candidate}: its run lacks {task}, which {baseline} has. Run the same tasks.")
             refuse_unlike(task, of, runs[1][task], baseline, candidate)
+            refuse_other_split(task, of, baseline)
+            refuse_other_split(task, runs[1][task], candidate)
         for name in ("images", "decoding"):
             if manifests[0].get(name) != manifests[1].get(name):
                 raise InputError(
@@ -117,12 +121,13 @@ def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
         scored = [{task: _scores(task, run[task]) for task in runs[0]} for run in runs]
         for task in runs[0]:
             one, other = (each[task] for each in scored)
-            if len(lacking := sorted({*one} ^ {*other})) > policy.unanswered:
+            asked = runs[0][task].answers.keys() | runs[1][task].answers.keys()
+            if len(lacking := sorted(asked - (one.keys() & other.keys()))) > policy.unanswered:
                 raise InputError(
-                    f"{task}: {len(lacking)} questions are answered in one of the runs alone ({some(lacking)}), and "
-                    f"the policy allows {policy.unanswered}. Run again, or raise `unanswered`."
+                    f"{task}: {len(lacking)} of {len(asked)} questions that were asked are not answered in both runs "
+                    f"({some(lacking)}), and the policy allows {policy.unanswered}. Run again, or raise `unanswered`."
                 )
-            if not {*one} & {*other}:
+            if not one.keys() & other.keys():
                 raise InputError(f"{task}: no question is answered in both. Run the same questions with both.")
         checks = decide(
             {
@@ -134,6 +139,8 @@ def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
         )
     except InputError as error:
         return replace(made, reasons=[str(error)])
+    if not checks:
+        return replace(made, reasons=["no question of the two runs has a score. Run the same questions with both."])
     slow, unclear = _speed(manifests, policy)
     lost = [_sentence(check) for check in checks if check.verdict == "lost"] + slow
     few = [_sentence(check) for check in checks if check.verdict == "too few"] + unclear
@@ -181,7 +188,7 @@ def _check(task: str, score: str, both: Paired, p_loss: float, checks: int, poli
     change = sum(both.changes) / n
     images = len(set(both.images))
     error = mean_clustered(both.changes, both.images).standard_error
-    reach = None if error is None else float(stdtrit(images - 1, 0.975)) * error
+    reach = None if not error else float(stdtrit(images - 1, 0.975)) * error
     made = Check(
         task,
         score,
@@ -244,7 +251,7 @@ def _needed(
     shares = [(to_hold * error / (limit - loss)) ** 2] if loss < limit else []
     shares += [(to_lose * error / loss) ** 2] if loss > limit / 2 else []
     # enough images to see that none of them has lost anything
-    least = math.log(alpha) / math.log(1 - limit) * n / images
+    least = (math.floor(math.log(alpha) / math.log(1 - limit)) + 1) * n / images
     return max(n + 1, math.ceil(least), math.ceil(n * min(shares)))
 
 
@@ -286,6 +293,11 @@ def _notes(runs: Sequence[Mapping[str, RunTask]], manifests: Sequence[Mapping[st
     for name in ("image_preprocessing", "prompt", "dtype", "four_bit"):
         if manifests[0].get(name) != manifests[1].get(name):
             notes.append(f"{name} differs: {manifests[0].get(name)!r} and {manifests[1].get(name)!r}.")
+    if (images := manifests[0].get("images")) not in (None, "own"):
+        notes.append(f"Both runs were shown {images} images: this says nothing about what the images are worth.")
+    for task, of in runs[0].items():
+        if of.not_asked:
+            notes.append(f"{task}: {of.not_asked} questions of its split were not asked.")
     if more := [task for task in runs[1] if task not in runs[0]]:
         notes.append(f"Not looked at, since the baseline lacks it: {', '.join(more)}.")
     if manifests[0]["checkpoint"].get("sha256") == manifests[1]["checkpoint"].get("sha256"):
@@ -376,7 +388,7 @@ def gate_markdown(found: Gate) -> str:
 
     sign = {"pass": "✅", "fail": "❌", "cannot decide": "⚠️"}[found.verdict]
     lines = [f"## {sign} Evaluation gate: {found.verdict}", ""]
-    lines += [f"`{markdown(found.candidate)}` against `{markdown(found.baseline)}`", ""]
+    lines += [f"**{markdown(found.candidate)}** against **{markdown(found.baseline)}**", ""]
     lines += [f"- {markdown(reason)}" for reason in found.reasons] + ([""] if found.reasons else [])
     if found.checks:
         heads = ["set", "score", "baseline", "candidate", "change [95 %]", "allowed", "verdict", "n", "images"]
@@ -432,14 +444,21 @@ def read_policy(file: Path | None = None) -> Policy:
     import yaml
 
     default = yaml.safe_load(files("stllava_eval").joinpath("gate.yaml").read_text(encoding="utf-8"))
-    given: Any = {}
+    given: Any = None
     if file is not None:
         try:
-            given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-            raise InputError(f"{file}: cannot be read ({' '.join(str(error).split())}). Pass a YAML file.") from error
-        if not isinstance(given, dict):
-            raise InputError(f"{file}: not a mapping. A policy has {', '.join(default)}.")
+            if file.stat().st_size > POLICY_BYTES:
+                raise InputError(f"{file}: {file.stat().st_size} bytes. A policy is a few lines of YAML.")
+            given = _loaded(file.read_text(encoding="utf-8"))
+        except InputError:
+            raise
+        except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError, RecursionError) as error:
+            told = " ".join(str(error).split())[:200]
+            raise InputError(f"{file}: cannot be read ({told}). Pass a YAML file.") from error
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        raise InputError(f"{file}: not a mapping. A policy has {', '.join(default)}.")
     place = str(file)
     _known(place, given, default)
     margins = {name: dict(of) for name, of in default["margins"].items()}
@@ -458,22 +477,41 @@ def read_policy(file: Path | None = None) -> Policy:
     alpha = _in(f"{place}: alpha", given.get("alpha", default["alpha"]), 0, 0.5, "a chance")
     unanswered = given.get("unanswered", default["unanswered"])
     if type(unanswered) is not int or unanswered < 0:
-        raise InputError(f"{place}: unanswered is {unanswered!r}. It is a whole number of questions from 0 on.")
+        raise InputError(f"{place}: unanswered is {_told(unanswered)}. It is a whole number of questions from 0 on.")
     return Policy(alpha, margins, guards, unanswered)
+
+
+def _loaded(text: str) -> Any:
+    """The YAML in `text`. Raises ValueError where a name comes twice: YAML would take the last and say nothing."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{twice[0]} comes twice")
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
+
+
+def _told(value: Any) -> str:
+    """A value for a message: short, and no container, which may be as large as its aliases make it."""
+    return f"a {type(value).__name__}" if isinstance(value, dict | list | set | tuple) else repr(value)[:60]
 
 
 def _mapping(place: str, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{place}: {name} is {value!r}. It maps names to numbers.")
+        raise InputError(f"{place}: {name} is {_told(value)}. It maps names to numbers.")
     return value
 
 
 def _known(place: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
     if unknown := [name for name in given if name not in known]:
-        raise InputError(f"{place}: {unknown[0]}: unknown. Known are {', '.join(known)}.")
+        raise InputError(f"{place}: {_told(unknown[0])}: unknown. Known are {', '.join(known)}.")
 
 
 def _in(place: str, value: Any, low: float, high: float, unit: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
-        raise InputError(f"{place} is {value!r}. It is a number between {low:g} and {high:g}, {unit}.")
+        raise InputError(f"{place} is {_told(value)}. It is a number between {low:g} and {high:g}, {unit}.")
     return float(value)

@@ -65,13 +65,13 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` in UTF-8, atomically.
+    """Write `text` in UTF-8, atomically; what UTF-8 does not have, such as half of a character, as `\\ud800`.
 
     Raises:
         InputError: See `whole_file`.
     """
     with whole_file(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stllava_eval.blind import PRIOR
 from stllava_eval.categories import opposites, paraphrases
 from stllava_eval.errors import printable
-from stllava_eval.leaderboard import NOTICE, SAMPLE, BoardRow
+from stllava_eval.leaderboard import NOTICE, SAMPLE, BoardRow, questions
 from stllava_eval.runs import ScoreRow, dataset_of, split_rows
 from stllava_eval.statistics import bootstrap_clustered
 
@@ -31,7 +32,7 @@ class Consistency:
 
 @dataclass(frozen=True)
 class BlindShare:
-    """How much of a score answers without an image reach."""
+    """How much of a score answers without an image reach, on the questions that the run answered."""
 
     metric: str
     value: float
@@ -87,9 +88,14 @@ def inspect(rows: Sequence[BoardRow]) -> list[Inspection]:
 
 
 def _share(row: BoardRow, metric: str, blind: Sequence[BoardRow]) -> BlindShare:
-    values = {one.system: one.scores[metric].value or 0.0 for one in blind if metric in one.scores}
+    asked = [id for id, of in questions(row).items() if metric in of.scores]
+    values = {
+        one.system: sum(questions(one)[id].scores[metric] for id in asked) / len(asked)
+        for one in blind
+        if all(id in questions(one) for id in asked)
+    }
     best_of = max(values, key=lambda name: values[name])
-    return BlindShare(metric, row.scores[metric].value or 0.0, values[best_of], best_of, values.get("commonest answer"))
+    return BlindShare(metric, row.scores[metric].value or 0.0, values[best_of], best_of, values.get(PRIOR))
 
 
 def _consistency(task: str, answers: Mapping[str, str]) -> list[Consistency]:

@@ -22,6 +22,7 @@ from stllava_eval.runs import (
     dataset_of,
     labels,
     read_run,
+    refuse_other_split,
     run_manifest,
     score_table,
 )
@@ -94,6 +95,11 @@ def board(
     read = [
         (name, folder, read_run(folder), run_manifest(folder)) for name, folder in zip(labels(runs), runs, strict=True)
     ]
+    if tasks and len(set(tasks)) < len(tasks):
+        raise InputError(f"{', '.join(tasks)}: a task is named twice. Name each once.")
+    for _, folder, run, _ in read:
+        if tasks and not set(tasks) & run.keys():
+            raise InputError(f"{folder}: it has none of {', '.join(tasks)}. Leave it out, or name its tasks too.")
     if tasks is None:
         tasks = list(dict.fromkeys(task for *_, run, _ in read for task in run))
     if not tasks:
@@ -110,11 +116,7 @@ def board(
             if task not in run:
                 continue
             of = run[task]
-            if (of.sha256_rows, of.sha256_pixels) != (prepared.sha256_rows, prepared.sha256_pixels):
-                raise InputError(
-                    f"{folder}: its {task} is {of.edition}, but {prepared.edition} is prepared now, with other rows or "
-                    "images. Prepare the run's split again, or run again."
-                )
+            refuse_other_split(task, of, folder)
             scored = score_table(task, of.answers, of.prompt)
             of_task.append(_measured(task, name, data, of, manifest, scored))
             bar.update()
@@ -124,6 +126,9 @@ def board(
         for label, blind in blind_answers(dataset_of(task)).items():
             scored = score_table(task, blind)
             of_task.append(BoardRow(task, label, "blind", "", data, _overall(scored), 0, answers=blind, scored=scored))
+        names = [row.system for row in of_task]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"{twice[0]}: two rows of {task} would have this name. Rename a run folder.")
         rows += sorted(of_task, key=lambda row: GROUPS.index(row.group))
     bar.close()
     return rows
@@ -165,50 +170,42 @@ def _overall(scored: Scored) -> dict[str, ScoreRow]:
 
 
 def _marked(rows: Sequence[BoardRow]) -> list[BoardRow]:
-    """The rows with `marks`: within one setting and prompt, over the questions that both answered, by `sign_flips`."""
+    """The rows with `marks`: of measured rows of one setting and prompt that answered the same questions."""
+    from stllava_eval.statistics import holm, sign_flips
+
     marks: dict[str, dict[str, str]] = defaultdict(dict)
     rivals = defaultdict(list)
     for row in rows:
         if row.kind == "measured":
-            rivals[row.setting, row.about["prompt"]].append(row)
-    for group in rivals.values():
+            rivals[row.setting, row.about["prompt"], tuple(questions(row))].append(row)
+    for (_, _, ids), group in rivals.items():
         for metric in RANKED:
-            ranked = sorted((row for row in group if metric in row.scores), key=lambda row: -_value(row, metric))
-            if len(ranked) < 2:
+            if len(group) < 2 or metric not in group[0].scores:
                 continue
-            best = ranked[0]
+            ranked = sorted(group, key=lambda row: -_value(row, metric))
+            asked = [id for id in ids if metric in questions(ranked[0])[id].scores]
+            top = [questions(ranked[0])[id].scores[metric] for id in asked]
+            images = [questions(ranked[0])[id].image_id for id in asked]
+            others = [row for row in ranked if _value(row, metric) < _value(ranked[0], metric)]
+            columns = [
+                [best - questions(row)[id].scores[metric] for best, id in zip(top, asked, strict=True)]
+                for row in others
+            ]
+            ps = holm(sign_flips(columns, images))
             marks |= {
                 row.system: marks[row.system] | {metric: BEST}
                 for row in ranked
-                if _value(row, metric) == _value(best, metric)
+                if _value(row, metric) == _value(ranked[0], metric)
             }
-            others = [row for row in ranked if metric not in marks[row.system]]
-            ps = _p_values(_questions(best), list(map(_questions, others)), metric)
             for row, p in zip(others, ps, strict=True):
                 if p >= 0.05:
                     marks[row.system][metric] = EQUAL
-    return [replace(row, marks=marks[row.system]) if row.system in marks else row for row in rows]
+    return [replace(row, marks=marks[row.system]) if row.kind == "measured" else row for row in rows]
 
 
-def _questions(row: BoardRow) -> dict[str, QuestionScores]:
+def questions(row: BoardRow) -> dict[str, QuestionScores]:
+    """The scores of each question that a row's system answered, by id; none of a reported row."""
     return row.scored.questions if row.scored else {}
-
-
-def _p_values(
-    best: Mapping[str, QuestionScores], others: Sequence[Mapping[str, QuestionScores]], metric: str
-) -> list[float]:
-    """Of each other system beside the best, adjusted after Holm; those that answered the same share their signs."""
-    from stllava_eval.statistics import holm, sign_flips
-
-    together: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for place, other in enumerate(others):
-        together[tuple(id for id in best if id in other and metric in best[id].scores)].append(place)
-    ps = [1.0] * len(others)
-    for ids, places in together.items():
-        columns = [[best[id].scores[metric] - others[place][id].scores[metric] for id in ids] for place in places]
-        for place, p in zip(places, sign_flips(columns, [best[id].image_id for id in ids]), strict=True):
-            ps[place] = p
-    return holm(ps)
 
 
 def _value(row: BoardRow, metric: str) -> float:
@@ -249,8 +246,8 @@ COLUMNS = (*OPEN, "words", *CLOSED, "unparsed")
 SIGNS = {BEST: "*", EQUAL: "~"}
 EXPLAINED = (
     "Scores x100 with 95 % intervals clustered by image; words: mean per answer; unparsed: % of closed answers without "
-    f"a verdict. * {BEST} of its group of measured rows and its prompt; ~ {EQUAL} (paired test by image, Holm "
-    "over the column)."
+    f"a verdict. * {BEST} of the measured rows of one group, prompt and set of questions; ~ {EQUAL} (paired test "
+    "by image, Holm over the column)."
 )
 Cell = Callable[[BoardRow, str], str]
 
@@ -560,14 +557,16 @@ def _plain(text: str) -> str:
 
 
 def _no_formula(text: str) -> str:
-    """A spreadsheet takes a cell that starts so for a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    """Printable, and not what a spreadsheet takes for a formula."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def markdown(text: str) -> str:
     """`text` as Markdown and HTML show it: on one line, nothing in it formats, links or starts a table cell."""
     text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()#|~!])", r"\\\1", text)
+    text = text.replace("@", "&#64;").replace("://", ":&#47;&#47;")  # GitHub makes links of names and addresses
+    return re.sub(r"([\\`*_{}\[\]()|~!$]|(?<!&)#)", r"\\\1", text)
 
 
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}

@@ -14,8 +14,15 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
+// A control that is drawn anew keeps the focus; `draw` may draw any of them.
+function keepingFocus(draw) {
+  const id = document.activeElement && document.activeElement.id;
+  draw();
+  if (id && byId(id) && document.activeElement !== byId(id)) byId(id).focus();
+}
+
 function select(label, options, value, change, id) {
-  const made = element("select", { id: id, onchange: (event) => change(event.target.value) });
+  const made = element("select", { id: id, onchange: (event) => keepingFocus(() => change(event.target.value)) });
   for (const [key, text] of options) made.append(element("option", { value: key, textContent: text, selected: key === value }));
   return element("label", {}, label, made);
 }
@@ -54,7 +61,7 @@ function start(data) {
     const groups = data.groups.filter((group) => rowsOf(state.task).some((row) => row.group === group));
     byId("board-controls").replaceChildren(
       select("Questions", [["both", "open and closed"], ["open", "open"], ["closed", "closed"]], state.kind, (value) => { state.kind = value; drawBoard(); drawIntervals(); }, "kind"),
-      ...groups.map((group) => element("label", { className: "tick" }, element("input", { type: "checkbox", checked: state.groups.has(group), onchange: (event) => { if (event.target.checked) state.groups.add(group); else state.groups.delete(group); drawBoard(); drawIntervals(); } }), group)),
+      ...groups.map((group, place) => element("label", { className: "tick" }, element("input", { type: "checkbox", id: `group-${place}`, checked: state.groups.has(group), onchange: (event) => keepingFocus(() => { if (event.target.checked) state.groups.add(group); else state.groups.delete(group); drawBoard(); drawIntervals(); }) }), group)),
     );
     const shown = metrics();
     const head = (name, text, title) => element("th", { scope: "col", title: title || "", "aria-sort": state.sort === name ? (state.down ? "descending" : "ascending") : "none" },
@@ -199,8 +206,8 @@ function start(data) {
     });
     const pages = Math.max(1, Math.ceil(places.length / PER_PAGE));
     state.page = Math.min(state.page, pages - 1); state.pages = pages;
-    byId("pager").replaceChildren(element("button", { type: "button", textContent: "Previous page", disabled: state.page === 0, onclick: () => turn(-1) }), `${places.length} questions, page ${state.page + 1} of ${pages}`,
-      element("button", { type: "button", textContent: "Next page", disabled: state.page >= pages - 1, onclick: () => turn(1) }));
+    byId("pager").replaceChildren(element("button", { type: "button", id: "previous", textContent: "Previous page", disabled: state.page === 0, onclick: () => turn(-1) }), `${places.length} questions, page ${state.page + 1} of ${pages}`,
+      element("button", { type: "button", id: "next", textContent: "Next page", disabled: state.page >= pages - 1, onclick: () => turn(1) }));
     byId("cards").replaceChildren(...places.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE).map((place) => {
       const question = viewer.questions[place];
       const image = question.image === null ? element("div", { className: "noimage", textContent: `image ${question.image_id}` }) : element("img", { src: data.images[question.image], alt: `image ${question.image_id}`, loading: "lazy" });
@@ -216,7 +223,7 @@ function start(data) {
     }));
   }
 
-  function turn(by) { state.page = Math.min(state.pages - 1, Math.max(0, state.page + by)); list(); byId("pager").scrollIntoView({ block: "nearest" }); }
+  function turn(by) { state.page = Math.min(state.pages - 1, Math.max(0, state.page + by)); keepingFocus(list); byId("pager").scrollIntoView({ block: "nearest" }); }
 
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || ["INPUT", "SELECT", "TEXTAREA"].includes(event.target.tagName) || byId("about").open) return;

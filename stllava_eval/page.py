@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
@@ -14,6 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from stllava_eval.blind import PRIOR
 from stllava_eval.categories import asks
 from stllava_eval.errors import InputError
 from stllava_eval.home import whole_file, write_json, write_text
@@ -30,6 +32,7 @@ from stllava_eval.leaderboard import (
     board_latex,
     board_markdown,
     by_task,
+    questions,
     remarks,
     title,
 )
@@ -38,7 +41,6 @@ from stllava_eval.runs import FIXED_FIELDS, QuestionScores, dataset_of, split_ro
 LIMIT = 5_000_000  # bytes of the page; beyond it, the viewer shows fewer questions
 SIDE = 200  # pixels of a thumbnail's longer side; our choice
 CUT = 400  # characters of an answer that the page shows; our choice
-PRIOR = "commonest answer"
 
 
 def write_board(out: Path, rows: Sequence[BoardRow], images: str = "page", pathvqa_images: bool = False) -> None:
@@ -59,6 +61,9 @@ def write_board(out: Path, rows: Sequence[BoardRow], images: str = "page", pathv
     write_text(out / "board.csv", board_csv(rows))
     write_json(out / "board.json", board_json(rows))
     write_text(out / "board.tex", board_latex(rows))
+    for old in (out / "images").glob("*.jpg"):  # of an earlier board: a picture that was withdrawn must not stay
+        if re.fullmatch(r"(?:vqarad|slake|pathvqa)-[0-9a-f]{16}\.jpg", old.name):
+            old.unlink()
     write_text(out / "index.html", page(rows, images, pathvqa_images, out))
 
 
@@ -169,7 +174,7 @@ def _viewed(task: str, shown: Sequence[BoardRow], pictures: _Pictures | None) ->
         "systems": [
             {
                 "name": of.system,
-                "signs": [_sign(row, of.scored.questions if of.scored else {}) for row in rows],
+                "signs": [_sign(row, questions(of)) for row in rows],
                 "answers": [_cut(of.answers[row["id"]]) if row["id"] in of.answers else None for row in rows],
             }
             for of in shown
@@ -260,7 +265,9 @@ def _packed(viewer: Mapping[str, Mapping[str, Any]], keep: int, pictures: Sequen
 def _html(data: Mapping[str, Any]) -> str:
     script = files("stllava_eval").joinpath("page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    packed = gzip.compress(json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(), mtime=0)
+    packed = gzip.compress(
+        json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace"), mtime=0
+    )
     return Template(files("stllava_eval").joinpath("page.html").read_text(encoding="utf-8")).substitute(
         script=script, script_hash=f"sha256-{digest}", data=base64.b64encode(packed).decode()
     )

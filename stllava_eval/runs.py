@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -159,7 +160,8 @@ def write_run(
     deciding = {**decided_by, "tasks": tasks}
     fingerprint = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
     with whole_file(folder / "answers.jsonl") as unfinished:
-        unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered), encoding="utf-8")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
+        unfinished.write_text(lines, encoding="utf-8", errors="backslashreplace")  # an escape that JSON reads
     write_json(folder / "scores.json", {"format": FORMAT, "scores": [asdict(row) for row in scores]})
     write_json(  # last: a folder with run.json is whole
         folder / "run.json",
@@ -183,6 +185,19 @@ def read_run(folder: Path) -> dict[str, RunTask]:
     Raises:
         InputError: It is not a run folder.
     """
+    return _read(folder)[1]
+
+
+def run_manifest(folder: Path) -> dict[str, Any]:
+    """What `run.json` of a run folder says.
+
+    Raises:
+        InputError: It is not a run folder.
+    """
+    return _read(folder)[0]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, RunTask]]:
     try:
         manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         text = (folder / "answers.jsonl").read_text(encoding="utf-8")
@@ -190,11 +205,8 @@ def read_run(folder: Path) -> dict[str, RunTask]:
         keys = [(row["task"], row["id"]) for row in rows]
         if len(set(keys)) < len(keys) or not all(isinstance(row[key], str) for row in rows for key in ("id", "answer")):
             raise ValueError("an id of answers.jsonl comes twice, or an id or answer is not text")
-        for of in manifest["tasks"].values():
-            texts = of["prompt"], *(of["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels"))
-            if not all(isinstance(one, str) for one in texts):
-                raise ValueError(f"{texts!r} are not all texts")
-        return {
+        _check_manifest(manifest)
+        tasks = {
             task: RunTask(
                 **{name: of["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels")},
                 prompt=of["prompt"] if of["prompt"] != "custom" else _custom(task, rows),
@@ -207,23 +219,52 @@ def read_run(folder: Path) -> dict[str, RunTask]:
         raise InputError(
             f"{folder} is not a run folder ({error!r}). Pass one that `stllava-eval run` wrote."
         ) from error
+    return manifest, tasks
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError, KeyError, TypeError or AttributeError where a run.json is not as `write_run` writes it."""
+    checkpoint, learnt = manifest["checkpoint"], manifest["checkpoint"].get("trained_on")
+    if not isinstance(checkpoint["name"], str) or not (learnt is None or isinstance(learnt, list)):
+        raise ValueError("its checkpoint has no name, or trained_on is no list")
+    answering = manifest.get("answering")
+    if answering is not None and not all(
+        type(answering[name]) in (int, float) and 0 <= answering[name] < math.inf for name in ("questions", "seconds")
+    ):
+        raise ValueError("answering has no number of questions and seconds")
+    if not manifest["tasks"]:
+        raise ValueError("it has no task")
+    for of in manifest["tasks"].values():
+        texts = of["prompt"], *(of["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels"))
+        if not all(isinstance(one, str) and one for one in texts):
+            raise ValueError(f"{texts!r} are not all texts")
+        if not all(type(of[name]) is int for name in ("questions", "of")) or not 0 <= of["questions"] <= of["of"]:
+            raise ValueError(f"{of['questions']!r} of {of['of']!r} questions cannot have been asked")
+
+
+def refuse_other_split(task: str, run: RunTask, folder: Path) -> None:
+    """A run is scored against the split that it was asked.
+
+    Raises:
+        InputError: What is prepared now has other rows or images, or an answer is to none of its questions.
+    """
+    prepared, rows = _prepared(dataset_of(task))
+    if (run.sha256_rows, run.sha256_pixels) != (prepared["sha256_rows"], prepared["sha256_pixels"]):
+        raise InputError(
+            f"{folder}: its {task} is {run.edition}, but {prepared['edition']} is prepared now, with other rows or "
+            "images. Prepare the run's split again, or run again."
+        )
+    if unknown := sorted(run.answers.keys() - {row["id"] for row in rows}):
+        raise InputError(
+            f"{folder}: {len(unknown)} answers of {task} are to questions that its split does not have "
+            f"({some(unknown)}). Run again."
+        )
 
 
 def _custom(task: str, rows: Iterable[Mapping[str, Any]]) -> str:
     """`custom` and a hash of what stands around the questions of a task, so that only equal prompts are compared."""
     around = {row["text"].replace(row["question"], "{question}") for row in rows if row["task"] == task}
     return f"custom {hashlib.sha256(json.dumps(sorted(around)).encode()).hexdigest()[:12]}"
-
-
-def run_manifest(folder: Path) -> dict[str, Any]:
-    """What `run.json` of a run folder says.
-
-    Raises:
-        InputError: It is not a run folder.
-    """
-    read_run(folder)
-    manifest: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return manifest
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
@@ -403,15 +444,16 @@ def read_answers(file: Path, task: str) -> dict[str, str]:
 def _id_and_answer(row: Mapping[str, Any], doc_ids: Sequence[str] | None) -> tuple[str | None, str | None]:
     if "doc_id" in row and doc_ids is not None:  # lmms-eval's samples: the id is in each score's record
         records = [value for value in row.values() if isinstance(value, dict) and "image_id" in value and "id" in value]
+        ids = [record["id"] for record in records if isinstance(record["id"], str)]
         place = row["doc_id"]
         fallback = doc_ids[place] if isinstance(place, int) and 0 <= place < len(doc_ids) else None
         answer = row.get("filtered_resps", row.get("resps"))
         while isinstance(answer, list) and answer:
             answer = answer[0]
-        return (records[0]["id"] if records else fallback), (answer if isinstance(answer, str) else None)
+        return (ids[0] if ids else fallback), (answer if isinstance(answer, str) else None)
     name = next((row[key] for key in ("id", "question_id", "qid") if row.get(key) is not None), None)
-    answer = next((row[key] for key in ("answer", "text") if isinstance(row.get(key), str)), None)
-    return (None if name is None else str(name)), answer
+    answer = row["answer"] if "answer" in row else row.get("text")  # in our own lines, `text` is what was asked
+    return (None if name is None else str(name)), (answer if isinstance(answer, str) else None)
 
 
 def _prepared(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -451,10 +493,9 @@ def write_answers(
     for task, of_task in answers.items():
         name = dataset_of(task)
         prompt = {"prompt": next((preset for preset in PROMPTS if task == f"{name}_{preset}"), "bare")}
+        lacking = f"[LMMS_EVAL_REQUEST_FAILED after 0 attempts] {files[task].name} has no answer"
         rows += [
-            answered(task, row, text(row, prompt), of_task[row["id"]], None)
-            for row in split_rows(name)
-            if row["id"] in of_task
+            answered(task, row, text(row, prompt), of_task.get(row["id"], lacking), None) for row in split_rows(name)
         ]
     digest = hashlib.sha256(b"".join(files[task].read_bytes() for task in sorted(files))).hexdigest()
     checkpoint = {"name": system, "sha256": digest, "trained_on": None}

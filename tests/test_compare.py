@@ -180,7 +180,7 @@ def test_prompts_of_ones_own_are_compared_only_if_they_are_the_same(ids, tmp_pat
         manifest["tasks"]["vqarad"]["prompt"] = "custom"
         (run / "run.json").write_text(json.dumps(manifest))
     assert len(compare(runs[:2]).differences) == 3
-    with pytest.raises(InputError, match="vqarad: prompt is custom .* and custom"):
+    with pytest.raises(InputError, match=r"vqarad: prompt is custom .* and custom"):
         compare([runs[0], runs[2]])
 
 

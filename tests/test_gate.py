@@ -1,6 +1,9 @@
 """A candidate against a baseline -> pass, fail, or cannot decide."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -164,7 +167,7 @@ def test_a_loss_fails_even_where_the_speed_cannot_be_said(questions, tmp_path):
 
 
 def test_open_and_closed_questions_keep_their_own_images():
-    """As many of one as of the other, but the closed ones on few images: what one test says does not depend on the rest."""
+    """As many of one as of the other, but the closed ones on few images: a test says the same beside others."""
     few = [str(i // 10) for i in range(40)]
     lost = Paired([1.0] * 40, [0.0] * 20 + [1.0] * 20, few)
     same = Paired([1.0] * 40, [1.0] * 40, [str(i) for i in range(40)])
@@ -242,9 +245,9 @@ def test_the_command_ends_with_its_verdict_and_writes_three_reports(questions, t
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param("margin: {}", "margin: unknown. Known are alpha", id="unknown name"),
+        pytest.param("margin: {}", "'margin': unknown. Known are alpha", id="unknown name"),
         pytest.param("margins: {vqa: {}}", r"margins.vqa: unknown", id="unknown set"),
-        pytest.param("margins: {slake: {recal: 1}}", r"margins.slake: recal: unknown", id="unknown score"),
+        pytest.param("margins: {slake: {recal: 1}}", "margins.slake: 'recal': unknown", id="unknown score"),
         pytest.param("margins: {slake: {recall: -1}}", "recall is -1", id="negative margin"),
         pytest.param("margins: {slake: 3}", "maps names to numbers", id="no mapping"),
         pytest.param("alpha: 5", "alpha is 5", id="percent for a share"),
@@ -253,6 +256,13 @@ def test_the_command_ends_with_its_verdict_and_writes_three_reports(questions, t
         pytest.param("- 1", "not a mapping", id="a list"),
         pytest.param("a: [", "cannot be read", id="no YAML"),
         pytest.param("alpha: .nan", "alpha is nan", id="no number"),
+        pytest.param("alpha: 0.1\nalpha: 0.2", "alpha comes twice", id="a name twice"),
+        pytest.param("alpha: 2026-99-99", "cannot be read", id="no date"),
+        pytest.param("alpha: !!int abc", "cannot be read", id="no whole number"),
+        pytest.param("false", "not a mapping", id="false"),
+        pytest.param("margins: [" + "1, " * 60_000 + "1]", "A policy is a few lines", id="too large"),
+        pytest.param("a: &a [1, 1]\nmargins: [*a, *a]", "unknown", id="aliases"),
+        pytest.param(f"alpha: {'9' * 5000}", "cannot be read|alpha is 9{60}", id="digits"),
     ],
 )
 def test_a_wrong_policy_is_one_line(tmp_path, text, message):
@@ -299,3 +309,58 @@ def test_noninferior_is_students_t_and_never_more_certain_than_the_images_allow(
     assert noninferior([0.0] * 20, names[:20], 0.05) == pytest.approx(0.95**20)
     assert noninferior([0.0], ["a"], 0.05) == 1.0
     assert noninferior([-0.1] * 20, names[:20], 0.05) == 1.0
+
+
+def test_what_neither_run_answered_is_not_passed_over(questions, tmp_path):
+    failed = "[LMMS_EVAL_REQUEST_FAILED after 5 attempts] Connection error."
+
+    def half(row):
+        return failed if row["kind"] == "closed" else row["reference"]
+
+    found = gate(small_run(tmp_path / "new", half), small_run(tmp_path / "old", half), read_policy())
+    assert (found.verdict, "not answered in both runs" in found.reasons[0]) == ("cannot decide", True)
+
+
+def test_questions_that_neither_was_asked_are_told(questions, tmp_path):
+    def some(row):
+        return row["reference"] if int(row["id"].split("-")[0]) < 100 else None
+
+    found = gate(small_run(tmp_path / "new", some), small_run(tmp_path / "old", some), read_policy())
+    assert found.notes[-1].startswith("SAMPLE DATA")
+    assert "vqarad: 40 questions of its split were not asked." in found.notes
+
+
+def test_two_runs_of_black_images_say_so(questions, tmp_path):
+    runs = [small_run(tmp_path / name, right, images="black") for name in ("old", "new")]
+    assert any("black images" in note for note in gate(runs[1], runs[0], read_policy()).notes)
+
+
+def test_no_difference_at_all_has_no_interval(questions, tmp_path):
+    runs = [small_run(tmp_path / name, right) for name in ("old", "new")]
+    assert all(check.low is None for check in gate(runs[1], runs[0], read_policy()).checks)
+
+
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_a_reader_that_has_left_does_not_change_the_verdict(questions, tmp_path, unbuffered):
+    old, new = small_run(tmp_path / "old", right), small_run(tmp_path / "new", always("no"))
+    command = f'"{sys.executable}" -m stllava_eval.cli gate "{new}" --baseline "{old}" | true; exit ${{PIPESTATUS[0]}}'
+    ran = subprocess.run(
+        ["bash", "-c", command], env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, capture_output=True
+    )
+    assert (ran.returncode, ran.stderr) == (1, b"")
+
+
+def test_a_full_disk_is_one_line(questions, tmp_path):
+    run = small_run(tmp_path / "old", right)
+    command = f'"{sys.executable}" -m stllava_eval.cli inspect "{run}" > /dev/full'
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+    assert "stdout: cannot be written" in ran.stderr
+
+
+def test_names_that_no_encoding_has_are_written_as_numbers(questions, tmp_path):
+    checkpoint = {"name": "half \ud800 of a letter", "sha256": "a", "trained_on": None}
+    runs = [small_run(tmp_path / "old", right), small_run(tmp_path / "new", right, checkpoint=checkpoint)]
+    assert main(["gate", str(runs[1]), "--baseline", str(runs[0]), "--out", str(tmp_path / "out")]) == 0
+    assert main(["leaderboard", *map(str, runs), "--out", str(tmp_path / "board")]) == 0
+    assert "ud800" in (tmp_path / "board" / "board.md").read_text(encoding="utf-8")

@@ -123,3 +123,9 @@ def test_a_run_of_black_images_alone_is_refused(contrasted, tmp_path, capsys):
     run = small_run(tmp_path / "a", right, ("slake",), images="black")
     assert main(["inspect", str(run)]) == 2
     assert "no run here was shown its own images" in capsys.readouterr().err
+
+
+def test_answers_without_the_image_are_scored_on_the_questions_of_the_run(contrasted, tmp_path):
+    run = small_run(tmp_path / "a", lambda row: "yes" if row["reference"] == "yes" else None, ("slake",))
+    (found,) = inspected(run)
+    assert (found.blind[0].value, found.blind[0].best, found.blind[0].best_of) == (1.0, 1.0, 'always "yes"')

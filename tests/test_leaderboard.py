@@ -13,6 +13,7 @@ from conftest import png
 from small_runs import always, right, small_run
 
 from stllava_eval.cli import main
+from stllava_eval.errors import InputError
 from stllava_eval.leaderboard import (
     BEST,
     EQUAL,
@@ -134,7 +135,8 @@ def test_closed_figures_are_shares_of_the_official_questions_but_for_the_footnot
     assert impossible == [
         ("STLLaVA-Med", "vqarad"),
         ("STLLaVA-Med without DPO", "vqarad"),
-        ("PMC-VQA (MedVInT)", "pathvqa"),  # cut off, not rounded; its footnote says so
+        ("PMC-VQA (MedVInT)", "pathvqa"),  # cut off, not rounded; their footnotes say so
+        ("LLaVA-Med v1 (from Vicuna)", "vqarad"),
     ]
 
 
@@ -171,7 +173,9 @@ def test_the_json_holds_the_board(prepared, tmp_path):
 def test_markdown_shows_signs_as_they_are():
     shown = markdown(HOSTILE)
     assert "<" not in shown
-    assert not re.search(r"(?<!\\)[|`*_\[\]~]", shown)
+    assert not re.search(r"(?<!\\)[|`*_\[\]~$]", shown)
+    assert "@" not in markdown("@team https://a.b")
+    assert "://" not in markdown("@team https://a.b")
     assert "\x1b" not in shown
 
 
@@ -231,3 +235,31 @@ def test_a_run_named_twice_is_refused(prepared, tmp_path, capsys):
     run = small_run(tmp_path / "a", right)
     assert main(["leaderboard", str(run), str(Path(run) / ".." / "a")]) == 2
     assert "named twice" in capsys.readouterr().err
+
+
+def test_runs_that_answered_other_questions_are_not_ranked_together(official, tmp_path):
+    def few(row):
+        return row["reference"] if row["id"] in ("1-open", "1-closed") else None
+
+    runs = [small_run(tmp_path / "whole", always("no lung")), small_run(tmp_path / "few", few)]
+    assert not any(row.marks for row in board(runs))
+
+
+@pytest.mark.parametrize("name", ['always "no"', "a (black images)"])
+def test_a_run_that_is_named_like_another_row_is_refused(prepared, tmp_path, name):
+    runs = [small_run(tmp_path / "a", right, images="black"), small_run(tmp_path / name, right)]
+    with pytest.raises(InputError, match="two rows of vqarad would have this name"):
+        board(runs)
+
+
+def test_tasks_are_named_once_and_no_run_is_left_out_in_silence(prepared, tmp_path, capsys):
+    run = str(small_run(tmp_path / "a", right))
+    assert main(["leaderboard", run, "--tasks", "vqarad,vqarad"]) == 2
+    assert "named twice" in capsys.readouterr().err
+    assert main(["leaderboard", run, "--tasks", "slake"]) == 2
+    assert "it has none of slake" in capsys.readouterr().err
+
+
+def test_options_of_the_page_without_a_page_are_refused(prepared, tmp_path, capsys):
+    assert main(["leaderboard", str(small_run(tmp_path / "a", right)), "--images", "folder"]) == 2
+    assert "Pass --out DIR too" in capsys.readouterr().err

@@ -233,3 +233,17 @@ def test_unanswered_questions_are_shown_as_such(prepared, tmp_path):
 def test_a_long_answer_is_cut(prepared, tmp_path):
     runs = [small_run(tmp_path / "a", always("word " * 1000))]
     assert max(map(len, data_of(page(board(runs)))["strings"])) < 500
+
+
+def test_images_of_an_earlier_page_do_not_stay(runs, tmp_path):
+    write_board(tmp_path / "out", board(runs), "folder")
+    (tmp_path / "out" / "images" / "mine.jpg").write_bytes(b"")
+    write_board(tmp_path / "out", board(runs), "none")
+    assert [file.name for file in (tmp_path / "out" / "images").iterdir()] == ["mine.jpg"]
+
+
+@pytest.mark.parametrize("control", ["kind", "group-0", "metric", "field", "of", "a", "show", "in"])
+def test_a_control_keeps_the_focus_when_it_is_used(shown, control):
+    shown.value(f"document.getElementById({control!r}).focus()")
+    shown.value(f"document.getElementById({control!r}).dispatchEvent(new Event('change'))")
+    assert shown.value("document.activeElement.id") == control

@@ -1,7 +1,9 @@
 import json
 
 import pytest
+from small_runs import right, small_run
 
+from stllava_eval.cli import main
 from stllava_eval.errors import InputError
 from stllava_eval.leaderboard import board, board_text
 from stllava_eval.runs import read_answers, read_run, score_table
@@ -170,8 +172,6 @@ def test_blind_baselines_are_those_of_the_published_scorer(shared, home):
 
 
 def test_answers_of_several_tasks_make_one_run(prepared, tmp_path, capsys):
-    from stllava_eval.cli import main
-
     for task, answer in (("vqarad", "yes"), ("slake_short", "MRI")):
         lines = [{"id": f"test-{image}-0", "answer": answer} for image in range(4)]
         (tmp_path / f"{task}.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -183,11 +183,88 @@ def test_answers_of_several_tasks_make_one_run(prepared, tmp_path, capsys):
     assert {row["task"] for row in shown["scores"]} == {"vqarad", "slake_short"}
     assert {task: len(ids) for task, ids in shown["unanswered"].items()} == {"vqarad": 4, "slake_short": 4}
     run = read_run(out)
+    (row, *_) = [row for row in board([out], ["vqarad"]) if row.system == "run"]
+    assert row.unanswered == 4  # what a file lacks is unanswered, not unasked
     assert {task: (of.prompt, len(of.answers)) for task, of in run.items()} == {
-        "vqarad": ("bare", 4),
-        "slake_short": ("short", 4),
+        "vqarad": ("bare", 8),
+        "slake_short": ("short", 8),
     }
     assert json.loads((out / "run.json").read_text())["checkpoint"]["name"] == "MedVInT"
     assert main(["score", *files, "--out", str(out)]) == 2  # it is not written over
     assert main(["score", *files[:4], "--task", "slake"]) == 2
     assert main(["score", *files[:4], "--system", "a"]) == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param({"id": "test-0-0", "text": "Is there a mass?", "answer": None}, id="null"),
+        pytest.param({"id": "test-0-0", "text": "Is there a mass?", "answer": 3}, id="a number"),
+    ],
+)
+def test_what_was_asked_is_never_taken_for_the_answer(prepared, tmp_path, line):
+    (tmp_path / "answers.jsonl").write_text(json.dumps(line))
+    with pytest.raises(InputError, match=r"answers\.jsonl:1: no answer"):
+        read_answers(tmp_path / "answers.jsonl", "vqarad")
+
+
+@pytest.mark.parametrize("id", [{"a": 1}, 7])
+def test_an_id_of_lmms_evals_samples_is_text_or_the_rows_place_counts(prepared, tmp_path, id):
+    record = {"id": id, "image_id": "a", "score": 1}
+    line = {"doc_id": 0, "filtered_resps": ["yes"], "recall": record}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(line))
+    assert read_answers(tmp_path / "samples.jsonl", "vqarad") == {"test-0-0": "yes"}
+
+
+DAMAGE = {
+    "no checkpoint": {"checkpoint": None},
+    "a checkpoint that is text": {"checkpoint": "a"},
+    "a checkpoint without a name": {"checkpoint": {"sha256": "a"}},
+    "trained on a number": {"checkpoint": {"name": "a", "trained_on": 5}},
+    "no tasks": {"tasks": {}},
+    "answering that is text": {"answering": "fast"},
+    "seconds that are no number": {"answering": {"questions": 1, "seconds": "2"}},
+    "endless seconds": {"answering": {"questions": 1, "seconds": float("inf")}},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("command", ["leaderboard", "compare", "gate", "inspect"])
+def test_a_damaged_manifest_is_one_line_everywhere(prepared, tmp_path, capsys, damage, command):
+    good, bad = (small_run(tmp_path / name, right) for name in ("good", "bad"))
+    manifest = json.loads((bad / "run.json").read_text())
+    (bad / "run.json").write_text(json.dumps(manifest | DAMAGE[damage]))
+    calls = {"gate": ["gate", str(bad), "--baseline", str(good)], "inspect": ["inspect", str(bad)]}
+    assert main(calls.get(command, [command, str(good), str(bad)])) == 2
+    told = capsys.readouterr().err
+    assert "is not a run folder" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("of", [float("inf"), -3, 0.5, 1])
+def test_counts_that_cannot_be_are_refused(prepared, tmp_path, of):
+    run = small_run(tmp_path / "run", right)
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["tasks"]["vqarad"]["of"] = of
+    (run / "run.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="is not a run folder"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("command", ["leaderboard", "compare", "gate", "inspect"])
+def test_answers_to_other_questions_and_runs_of_another_split_are_refused(prepared, tmp_path, capsys, command):
+    for damage in ("id", "split"):
+        runs = [small_run(tmp_path / damage / name, right) for name in ("a", "b")]
+        for run in runs:  # both alike, so that they could be compared
+            if damage == "id":
+                text = (run / "answers.jsonl").read_text()
+                (run / "answers.jsonl").write_text(text.replace('"id": "test-0-0"', '"id": "foreign"'))
+            else:
+                manifest = json.loads((run / "run.json").read_text())
+                manifest["tasks"]["vqarad"]["data"]["sha256_rows"] = "a" * 64
+                (run / "run.json").write_text(json.dumps(manifest))
+        one, other = map(str, runs)
+        calls = {"gate": ["gate", other, "--baseline", one], "inspect": ["inspect", one]}
+        assert main(calls.get(command, [command, one, other])) == 2
+        shown = capsys.readouterr()
+        assert ("foreign" if damage == "id" else "is prepared now") in shown.out + shown.err
