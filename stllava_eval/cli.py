@@ -28,10 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.command(arguments) or 0
     except InputError as error:
-        print(printable(f"stllava-eval: {error}"), file=sys.stderr)
+        _tell(str(error))
         return 2
     except KeyboardInterrupt:
         return 130  # as a shell has it; what a run has answered is kept
+
+
+def _tell(text: str) -> None:
+    """Print a line to stderr, if anybody can read it."""
+    try:
+        print(printable(f"stllava-eval: {text}"), file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _show(text: str) -> None:
@@ -373,14 +381,10 @@ def _score(arguments: argparse.Namespace) -> int:
     scored = {task: score_table(task, of) for task, of in answers.items()}
     for task, of in scored.items():
         if of.unanswered:
-            print(
-                f"stllava-eval: {task}: {len(of.unanswered)} questions have no answer and are in no mean: "
-                + some(of.unanswered),
-                file=sys.stderr,
-            )
+            _tell(f"{task}: {len(of.unanswered)} questions have no answer and are in no mean: {some(of.unanswered)}")
     if arguments.out is not None:
         folder = write_answers(arguments.out, arguments.system or given[0].stem, answers, files)
-        print(f"stllava-eval: run folder: {folder}", file=sys.stderr)
+        _tell(f"run folder: {folder}")
     if arguments.json:
         rows = [asdict(row) for of in scored.values() for row in of.rows]
         unanswered = {task: of.unanswered for task, of in scored.items()}
@@ -446,6 +450,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     found = inspect(rows)
     if not found:
         raise InputError(f"{arguments.runs[0]}: no run here was shown its own images. Pass one that was.")
+    if not any(one.overall for one in found):
+        raise InputError(f"{arguments.runs[0]}: none of its questions is answered. Look at its log, and run again.")
     if arguments.out is not None:
         from stllava_eval.page import write_board
 

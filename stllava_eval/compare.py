@@ -156,7 +156,11 @@ def refuse_unlike(task: str, one: RunTask, other: RunTask, first: Path, second: 
         ("sha256_pixels", "hash of the images"),
         ("prompt", "prompt"),
     ):
-        if getattr(one, what) != getattr(other, what):
+        if what == "prompt" and one.texts and other.texts:
+            alike = all(other.texts.get(id, text) == text for id, text in one.texts.items())
+        else:
+            alike = getattr(one, what) == getattr(other, what)
+        if not alike:
             raise InputError(
                 f"{task}: {name} is {getattr(one, what)[:16]} in {first} and {getattr(other, what)[:16]} in {second}. "
                 "Only runs on the same questions, images and prompt can be compared: run one again."
@@ -224,6 +228,8 @@ def power(folders: Sequence[Path]) -> list[Power]:
     """
     if len(folders) > 1:
         found = compare(folders).differences
+        if all(one.standard_error is None for one in found):
+            raise InputError(f"{folders[0]}: its answers are about one image, which shows nothing. Ask more questions.")
         return [
             _power(one.task, one.metric, one.run, None, one.n, one.images, one.standard_error, len(found))
             for one in found

@@ -25,6 +25,7 @@ from stllava_eval.runs import (
 from stllava_eval.statistics import holm, mean_clustered, noninferior, sign_flips
 
 POLICY_BYTES = 100_000
+LEAST = 1e-4  # of alpha, margins and limits: arithmetic ends somewhere
 POWER = 0.8  # with which the questions that are needed would decide
 GUARDS = ("unparsed", "closed_format", "words")
 Verdict = Literal["held", "lost", "too few"]
@@ -113,7 +114,8 @@ def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
             refuse_other_split(task, of, baseline)
             refuse_other_split(task, runs[1][task], candidate)
         for name in ("images", "decoding"):
-            if manifests[0].get(name) != manifests[1].get(name):
+            told = [manifest.get(name) for manifest in manifests]
+            if None not in told and told[0] != told[1]:  # of answers from elsewhere, nobody tells
                 raise InputError(
                     f"{name} is {manifests[0].get(name)!r} in {baseline} and {manifests[1].get(name)!r} in "
                     f"{candidate}. Only runs that were answered the same way are compared: run one again."
@@ -290,7 +292,7 @@ def _speed(manifests: Sequence[Mapping[str, Any]], policy: Policy) -> tuple[list
 
 def _notes(runs: Sequence[Mapping[str, RunTask]], manifests: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
-    for name in ("image_preprocessing", "prompt", "dtype", "four_bit"):
+    for name in ("image_preprocessing", "decoding", "prompt", "dtype", "four_bit"):
         if manifests[0].get(name) != manifests[1].get(name):
             notes.append(f"{name} differs: {manifests[0].get(name)!r} and {manifests[1].get(name)!r}.")
     if (images := manifests[0].get("images")) not in (None, "own"):
@@ -452,7 +454,7 @@ def read_policy(file: Path | None = None) -> Policy:
             given = _loaded(file.read_text(encoding="utf-8"))
         except InputError:
             raise
-        except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError, RecursionError) as error:
             told = " ".join(str(error).split())[:200]
             raise InputError(f"{file}: cannot be read ({told}). Pass a YAML file.") from error
     if given is None:
@@ -476,7 +478,7 @@ def read_policy(file: Path | None = None) -> Policy:
         guards[name] = None if limit is None else _in(f"{place}: guards.{name}", limit, low, high, "or null")
     alpha = _in(f"{place}: alpha", given.get("alpha", default["alpha"]), 0, 0.5, "a chance")
     unanswered = given.get("unanswered", default["unanswered"])
-    if type(unanswered) is not int or unanswered < 0:
+    if type(unanswered) is not int or not 0 <= unanswered <= 10**9:
         raise InputError(f"{place}: unanswered is {_told(unanswered)}. It is a whole number of questions from 0 on.")
     return Policy(alpha, margins, guards, unanswered)
 
@@ -497,7 +499,9 @@ def _loaded(text: str) -> Any:
 
 def _told(value: Any) -> str:
     """A value for a message: short, and no container, which may be as large as its aliases make it."""
-    return f"a {type(value).__name__}" if isinstance(value, dict | list | set | tuple) else repr(value)[:60]
+    if isinstance(value, dict | list | set | tuple) or (isinstance(value, int) and abs(value) > 10**60):
+        return f"a {type(value).__name__}"
+    return repr(value)[:60]
 
 
 def _mapping(place: str, name: str, value: Any) -> dict[str, Any]:
@@ -512,6 +516,6 @@ def _known(place: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
 
 
 def _in(place: str, value: Any, low: float, high: float, unit: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not max(low, LEAST) < value < high:
         raise InputError(f"{place} is {_told(value)}. It is a number between {low:g} and {high:g}, {unit}.")
     return float(value)

@@ -126,7 +126,7 @@ def board(
         for label, blind in blind_answers(dataset_of(task)).items():
             scored = score_table(task, blind)
             of_task.append(BoardRow(task, label, "blind", "", data, _overall(scored), 0, answers=blind, scored=scored))
-        names = [row.system for row in of_task]
+        names = [row.system for row in of_task if row.kind != "reported"]
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"{twice[0]}: two rows of {task} would have this name. Rename a run folder.")
         rows += sorted(of_task, key=lambda row: GROUPS.index(row.group))

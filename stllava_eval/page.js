@@ -223,7 +223,15 @@ function start(data) {
     }));
   }
 
-  function turn(by) { state.page = Math.min(state.pages - 1, Math.max(0, state.page + by)); keepingFocus(list); byId("pager").scrollIntoView({ block: "nearest" }); }
+  function turn(by) {
+    const fromCard = byId("cards").contains(document.activeElement);
+    const fromPager = byId("pager").contains(document.activeElement);
+    state.page = Math.min(state.pages - 1, Math.max(0, state.page + by));
+    keepingFocus(list);
+    if (fromCard && byId("cards").firstElementChild) byId("cards").firstElementChild.focus();
+    if (fromPager && document.activeElement === document.body) byId(by > 0 ? "previous" : "next").focus();
+    byId("pager").scrollIntoView({ block: "nearest" });
+  }
 
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || ["INPUT", "SELECT", "TEXTAREA"].includes(event.target.tagName) || byId("about").open) return;

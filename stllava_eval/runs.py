@@ -84,6 +84,8 @@ class RunTask:
     """Questions of the split that the run left out (`--limit`)."""
     answers: dict[str, str]
     """By question id."""
+    texts: dict[str, str]
+    """What the model saw, by question id; only of a custom prompt."""
 
 
 _PAPER = ("vqarad", "slake", "pathvqa")  # the order of the paper's tables
@@ -212,9 +214,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, RunTask]]:
                 prompt=of["prompt"] if of["prompt"] != "custom" else _custom(task, rows),
                 not_asked=of["of"] - of["questions"],
                 answers={row["id"]: row["answer"] for row in rows if row["task"] == task},
+                texts={row["id"]: row["text"] for row in rows if row["task"] == task and of["prompt"] == "custom"},
             )
             for task, of in sorted(manifest["tasks"].items(), key=lambda one: _order(one[0]))
         }
+        for task, of in tasks.items():
+            if len(of.answers) != manifest["tasks"][task]["questions"]:
+                raise ValueError(
+                    f"{len(of.answers)} answers of {task}, {manifest['tasks'][task]['questions']} were asked"
+                )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{folder} is not a run folder ({error!r}). Pass one that `stllava-eval run` wrote."
@@ -225,7 +233,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, RunTask]]:
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
     """Raises ValueError, KeyError, TypeError or AttributeError where a run.json is not as `write_run` writes it."""
     checkpoint, learnt = manifest["checkpoint"], manifest["checkpoint"].get("trained_on")
-    if not isinstance(checkpoint["name"], str) or not (learnt is None or isinstance(learnt, list)):
+    if (
+        not isinstance(checkpoint["name"], str)
+        or not checkpoint["name"]
+        or not (learnt is None or isinstance(learnt, list))
+    ):
         raise ValueError("its checkpoint has no name, or trained_on is no list")
     answering = manifest.get("answering")
     if answering is not None and not all(
@@ -254,6 +266,11 @@ def refuse_other_split(task: str, run: RunTask, folder: Path) -> None:
             f"{folder}: its {task} is {run.edition}, but {prepared['edition']} is prepared now, with other rows or "
             "images. Prepare the run's split again, or run again."
         )
+    if run.not_asked + len(run.answers) != len(rows):
+        raise InputError(
+            f"{folder}: its run.json tells of {run.not_asked + len(run.answers)} questions of {task}, the split has "
+            f"{len(rows)}. Run again."
+        )
     if unknown := sorted(run.answers.keys() - {row["id"] for row in rows}):
         raise InputError(
             f"{folder}: {len(unknown)} answers of {task} are to questions that its split does not have "
@@ -262,9 +279,9 @@ def refuse_other_split(task: str, run: RunTask, folder: Path) -> None:
 
 
 def _custom(task: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """`custom` and a hash of what stands around the questions of a task, so that only equal prompts are compared."""
-    around = {row["text"].replace(row["question"], "{question}") for row in rows if row["task"] == task}
-    return f"custom {hashlib.sha256(json.dumps(sorted(around)).encode()).hexdigest()[:12]}"
+    """`custom` and a hash of what the model was asked."""
+    texts = sorted((row["id"], row["text"]) for row in rows if row["task"] == task)
+    return f"custom {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]}"
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
@@ -446,7 +463,7 @@ def _id_and_answer(row: Mapping[str, Any], doc_ids: Sequence[str] | None) -> tup
         records = [value for value in row.values() if isinstance(value, dict) and "image_id" in value and "id" in value]
         ids = [record["id"] for record in records if isinstance(record["id"], str)]
         place = row["doc_id"]
-        fallback = doc_ids[place] if isinstance(place, int) and 0 <= place < len(doc_ids) else None
+        fallback = doc_ids[place] if type(place) is int and 0 <= place < len(doc_ids) else None
         answer = row.get("filtered_resps", row.get("resps"))
         while isinstance(answer, list) and answer:
             answer = answer[0]
@@ -548,4 +565,6 @@ def commit() -> str | None:
 
 def some(ids: Sequence[str]) -> str:
     """The first ten ids, and how many more there are."""
-    return ", ".join(ids[:10]) + (f" and {len(ids) - 10} more" if len(ids) > 10 else "")
+    return ", ".join(id if len(id) <= 80 else f"{id[:77]}..." for id in ids[:10]) + (
+        f" and {len(ids) - 10} more" if len(ids) > 10 else ""
+    )

@@ -77,3 +77,29 @@ def test_the_linked_questions_are_those_of_the_public_file(shared):
 
 def test_other_data_sets_have_no_paraphrases():
     assert paraphrases("slake", [row("1", "Is it?", "yes")]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "theirs", "ours", "of_theirs", "of_ours", "of_both"),
+    [
+        pytest.param("vqarad", "question_type", "SIZE", "size", 46, 52, 43, id="vqarad size"),
+        pytest.param("vqarad", "question_type", "COUNT", "counting", 6, 6, 6, id="vqarad count"),
+        pytest.param("vqarad", "question_type", "MODALITY", "modality", 33, 30, 29, id="vqarad modality"),
+        pytest.param("vqarad", "question_type", "PLANE", "plane", 26, 23, 23, id="vqarad plane"),
+        pytest.param("slake", "content_type", "Size", "size", 65, 67, 65, id="slake size"),
+        pytest.param("slake", "content_type", "Quantity", "counting", 52, 52, 52, id="slake count"),
+        pytest.param("slake", "content_type", "Modality", "modality", 108, 108, 108, id="slake modality"),
+        pytest.param("slake", "content_type", "Plane", "plane", 58, 58, 58, id="slake plane"),
+    ],
+)
+def test_the_rules_agree_with_the_data_sets_own_types(
+    shared, home, name, field, theirs, ours, of_theirs, of_ours, of_both
+):
+    """How many official test questions have the type, have the words, and have both; docs/results.md repeats it."""
+    from stllava_eval.datasets import prepare, read_split
+
+    prepare(name, "test", shared / "data" / name)
+    rows = read_split(name, "test", images=False).to_list()
+    typed = {row["id"] for row in rows if theirs in row[field].split(", ")}
+    worded = {row["id"] for row in rows if ours in asks(row["question"])}
+    assert (len(typed), len(worded), len(typed & worded)) == (of_theirs, of_ours, of_both)

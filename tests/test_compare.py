@@ -180,6 +180,12 @@ def test_prompts_of_ones_own_are_compared_only_if_they_are_the_same(ids, tmp_pat
         manifest["tasks"]["vqarad"]["prompt"] = "custom"
         (run / "run.json").write_text(json.dumps(manifest))
     assert len(compare(runs[:2]).differences) == 3
+    lines = (runs[1] / "answers.jsonl").read_text().splitlines(keepends=True)
+    manifest = json.loads((runs[1] / "run.json").read_text())
+    manifest["tasks"]["vqarad"]["questions"] = 2  # as with --limit 2
+    (runs[1] / "answers.jsonl").write_text("".join(lines[:2]))
+    (runs[1] / "run.json").write_text(json.dumps(manifest))
+    assert compare(runs[:2]).differences[0].n == 1
     with pytest.raises(InputError, match=r"vqarad: prompt is custom .* and custom"):
         compare([runs[0], runs[2]])
 

@@ -257,6 +257,11 @@ def test_the_command_ends_with_its_verdict_and_writes_three_reports(questions, t
         pytest.param("a: [", "cannot be read", id="no YAML"),
         pytest.param("alpha: .nan", "alpha is nan", id="no number"),
         pytest.param("alpha: 0.1\nalpha: 0.2", "alpha comes twice", id="a name twice"),
+        pytest.param("alpha: !!bool maybe", "cannot be read", id="no yes or no"),
+        pytest.param(f"alpha: 0x{'f' * 5000}", "alpha is a int", id="hexadecimal digits"),
+        pytest.param(f"unanswered: 0x{'f' * 5000}", "unanswered is a int", id="too many questions"),
+        pytest.param("margins: {slake: {recall: 1.0e-15}}", "recall is 1e-15", id="hardly a margin"),
+        pytest.param("alpha: 1.0e-17", "alpha is 1e-17", id="hardly a chance"),
         pytest.param("alpha: 2026-99-99", "cannot be read", id="no date"),
         pytest.param("alpha: !!int abc", "cannot be read", id="no whole number"),
         pytest.param("false", "not a mapping", id="false"),
@@ -364,3 +369,23 @@ def test_names_that_no_encoding_has_are_written_as_numbers(questions, tmp_path):
     assert main(["gate", str(runs[1]), "--baseline", str(runs[0]), "--out", str(tmp_path / "out")]) == 0
     assert main(["leaderboard", *map(str, runs), "--out", str(tmp_path / "board")]) == 0
     assert "ud800" in (tmp_path / "board" / "board.md").read_text(encoding="utf-8")
+
+
+def test_answers_from_elsewhere_are_held_against_a_runs(questions, tmp_path):
+    run = small_run(tmp_path / "run", right)
+    lines = (run / "answers.jsonl").read_text()
+    (tmp_path / "answers.jsonl").write_text(lines)
+    out = tmp_path / "elsewhere"
+    assert main(["score", "--task", "vqarad", "--answers", str(tmp_path / "answers.jsonl"), "--out", str(out)]) == 0
+    found = gate(out, run, read_policy())
+    assert found.verdict == "pass"
+    assert "decoding differs: 'greedy' and None." in found.notes
+
+
+def test_a_wrong_call_whose_message_nobody_reads_is_one_all_the_same(questions, tmp_path):
+    run = small_run(tmp_path / "old", right)
+    command = (
+        f'"{sys.executable}" -m stllava_eval.cli gate nowhere --baseline "{run}" 2>&1 | true; exit ${{PIPESTATUS[0]}}'
+    )
+    ran = subprocess.run(["bash", "-c", command], env=os.environ | {"PYTHONUNBUFFERED": "1"}, capture_output=True)
+    assert ran.returncode == 2

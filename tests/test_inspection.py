@@ -129,3 +129,9 @@ def test_answers_without_the_image_are_scored_on_the_questions_of_the_run(contra
     run = small_run(tmp_path / "a", lambda row: "yes" if row["reference"] == "yes" else None, ("slake",))
     (found,) = inspected(run)
     assert (found.blind[0].value, found.blind[0].best, found.blind[0].best_of) == (1.0, 1.0, 'always "yes"')
+
+
+def test_a_run_without_an_answer_is_refused(contrasted, tmp_path, capsys):
+    run = small_run(tmp_path / "a", always("[LMMS_EVAL_REQUEST_FAILED after 5 attempts] refused"), ("slake",))
+    assert main(["inspect", str(run)]) == 2
+    assert "none of its questions is answered" in capsys.readouterr().err

@@ -263,3 +263,8 @@ def test_tasks_are_named_once_and_no_run_is_left_out_in_silence(prepared, tmp_pa
 def test_options_of_the_page_without_a_page_are_refused(prepared, tmp_path, capsys):
     assert main(["leaderboard", str(small_run(tmp_path / "a", right)), "--images", "folder"]) == 2
     assert "Pass --out DIR too" in capsys.readouterr().err
+
+
+def test_a_run_may_be_named_like_a_reported_system(official, tmp_path):
+    rows = board([small_run(tmp_path / "GPT-4o", right)], published=True)
+    assert [row.kind for row in rows if row.system == "GPT-4o"] == ["measured", "reported"]

@@ -220,6 +220,7 @@ DAMAGE = {
     "no checkpoint": {"checkpoint": None},
     "a checkpoint that is text": {"checkpoint": "a"},
     "a checkpoint without a name": {"checkpoint": {"sha256": "a"}},
+    "a checkpoint with an empty name": {"checkpoint": {"name": ""}},
     "trained on a number": {"checkpoint": {"name": "a", "trained_on": 5}},
     "no tasks": {"tasks": {}},
     "answering that is text": {"answering": "fast"},
@@ -241,13 +242,21 @@ def test_a_damaged_manifest_is_one_line_everywhere(prepared, tmp_path, capsys, d
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("of", [float("inf"), -3, 0.5, 1])
+@pytest.mark.parametrize("of", [float("inf"), -3, 0.5, 1, 900])
 def test_counts_that_cannot_be_are_refused(prepared, tmp_path, of):
     run = small_run(tmp_path / "run", right)
     manifest = json.loads((run / "run.json").read_text())
     manifest["tasks"]["vqarad"]["of"] = of
     (run / "run.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match="is not a run folder"):
+    with pytest.raises(InputError, match=r"is not a run folder|tells of 900 questions of vqarad, the split has 8"):
+        board([run])
+
+
+def test_answers_that_were_cut_off_are_no_run(prepared, tmp_path):
+    run = small_run(tmp_path / "run", right)
+    lines = (run / "answers.jsonl").read_text().splitlines(keepends=True)
+    (run / "answers.jsonl").write_text("".join(lines[:5]))
+    with pytest.raises(InputError, match="5 answers of vqarad, 8 were asked"):
         read_run(run)
 
 
