@@ -437,6 +437,19 @@ def test_draws_and_further_rounds_are_refused():
         list(ServerAnswerer(server.url).answer([replace(question("Why?"), history=(("a", "b"),))], progress=False))
 
 
+def test_a_model_that_reasons_gets_no_temperature_and_room_to_think():
+    with FaultServer() as server:
+        answerer = ServerAnswerer(server.url, reasoning=True)
+        ((_, answer),) = answerer.answer([question("Is it?", limit=7)], progress=False)
+        (request,) = server.requests
+        with pytest.raises(InputError, match="reasoning=yes: pass True or False"):
+            ServerAnswerer(server.url, reasoning="yes")  # type: ignore[arg-type]
+    del request["messages"]
+    assert request == {"model": MODEL, "max_completion_tokens": 7 + 8192}
+    assert answer.text.startswith("Is it?")
+    assert answerer.preprocessing["decoding"] == "the server's own (reasoning)"
+
+
 # what a run reads ---------------------------------------------------------------------------------------------------
 
 
