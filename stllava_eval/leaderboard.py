@@ -394,7 +394,7 @@ def _paper_table(
     def shown(row: BoardRow | None, metric: str) -> str:
         if row is None:
             return "-"
-        if row.kind == "reported" and metric == "closed_llavamed" and "closed_llavamed_batch" in row.scores:
+        if metric == "closed_llavamed" and metric not in row.scores and "closed_llavamed_batch" in row.scores:
             return cell(row, "closed_llavamed_batch") + batch
         return cell(row, metric)
 
@@ -483,21 +483,26 @@ def _footnotes(rows: Sequence[BoardRow], metrics: Sequence[str] = RANKED) -> lis
 
 def _systems(rows: Sequence[BoardRow]) -> list[list[str]]:
     """Heads and a line for each system that was run or reported."""
-    made = {}
+    made: dict[tuple[str, str], list[BoardRow]] = defaultdict(list)
     for row in rows:
-        if row.about and row.system not in made:
-            about = row.about
-            made[row.system] = [
-                _plain(row.system),
-                row.group,
-                _plain(about["checkpoint"]) if "checkpoint" in about else f"{about['table']}; {about['source']}"[:48],
-                about.get("sha256", "")[:12],
-                about.get("prompt", ""),
-                about.get("date", "")[:10],
-                about.get("commit", "")[:8],
-            ]
+        if row.about:
+            made[row.kind, row.system].append(row)
+    body = []
+    for (kind, system), of in made.items():
+        about = of[0].about
+        reported = f"{about.get('table')}; {about.get('source')}"[:48]
+        cells = [
+            system,
+            "image-blind" if kind == "blind" else f"{kind}, {' or '.join(dict.fromkeys(row.setting for row in of))}",
+            about.get("checkpoint", reported),
+            about.get("sha256", "")[:12],
+            about.get("prompt", ""),
+            about.get("date", "")[:10],
+            about.get("commit", "")[:8],
+        ]
+        body.append(list(map(_plain, cells)))
     heads = ["system", "", "checkpoint or source", "weights", "prompt", "date", "commit"]
-    return [heads, *made.values()] if made else []
+    return [heads, *body] if body else []
 
 
 def _is_prepared(name: str) -> bool:

@@ -268,3 +268,20 @@ def test_options_of_the_page_without_a_page_are_refused(prepared, tmp_path, caps
 def test_a_run_may_be_named_like_a_reported_system(official, tmp_path):
     rows = board([small_run(tmp_path / "GPT-4o", right)], published=True)
     assert [row.kind for row in rows if row.system == "GPT-4o"] == ["measured", "reported"]
+
+
+def test_a_terminal_takes_nothing_in_a_board_for_a_command(prepared, tmp_path):
+    hostile = {"checkpoint": {"name": HOSTILE, "sha256": HOSTILE, "trained_on": None}}
+    run = small_run(tmp_path / "a\x1b[31m", right, **hostile)
+    manifest = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(manifest | {"date": "\x1b[2J", "commit": "\x07"}))
+    rows = board([run])
+    for text in (board_text(rows), board_markdown(rows), board_csv(rows), board_latex(rows)):
+        assert "\x1b" not in text
+        assert "\x07" not in text
+
+
+def test_a_system_is_told_once_with_all_that_it_is(prepared, tmp_path):
+    tuned = {"checkpoint": {"name": "t", "sha256": "t", "trained_on": ["vqarad"]}}
+    text = board_text(board([small_run(tmp_path / "a", right, ("vqarad", "slake"), **tuned)]))
+    assert "measured, fine-tuned or zero-shot" in text

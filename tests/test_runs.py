@@ -6,7 +6,7 @@ from small_runs import right, small_run
 from stllava_eval.cli import main
 from stllava_eval.errors import InputError
 from stllava_eval.leaderboard import board, board_text
-from stllava_eval.runs import read_answers, read_run, score_table
+from stllava_eval.runs import read_answers, read_run, score_table, trained_on
 
 REFERENCES = {0: "yes", 1: "the left lung"}  # of vqarad's two questions on each image, see conftest.py
 
@@ -277,3 +277,20 @@ def test_answers_to_other_questions_and_runs_of_another_split_are_refused(prepar
         assert main(calls.get(command, [command, one, other])) == 2
         shown = capsys.readouterr()
         assert ("foreign" if damage == "id" else "is prepared now") in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param('{"trained_on": ["slake"]}', ["slake"], id="told"),
+        pytest.param('{"trained_on": []}', [], id="of none"),
+        pytest.param("{}", None, id="not told"),
+        pytest.param('{"trained_on": "slake"}', None, id="no list"),
+        pytest.param("[", None, id="damaged"),
+        pytest.param(None, None, id="no such file: a hub id"),
+    ],
+)
+def test_what_a_checkpoint_has_learnt_from(tmp_path, text, expected):
+    if text is not None:
+        (tmp_path / "run.json").write_text(text)
+    assert trained_on(str(tmp_path)) == expected

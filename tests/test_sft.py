@@ -26,7 +26,7 @@ from stllava_eval.network.checkpoint import open_checkpoint
 from stllava_train.card import draw_curves, write_card
 from stllava_train.conversations import asked, in_epoch
 from stllava_train.recipe import Recipe, read_recipe
-from stllava_train.sft import make_trainer, open_work, report, train
+from stllava_train.sft import SftWork, make_trainer, open_work, report, train
 from stllava_train.training import (
     _save,
     last_whole,
@@ -443,6 +443,7 @@ def test_a_run_leaves_trace_curves_card_and_manifest(unbroken):
     manifest = json.loads((run / "run.json").read_text())
     assert manifest["recipe"] == read_recipe(str(recipe)).as_dict()
     assert manifest["steps"] == 5
+    assert manifest["trained_on"] == []  # its conversations are of no known data set
     assert manifest["data"][0]["conversations"] == 10
     card = (run / "README.md").read_text()
     for part in ("Research only; not for clinical use.", "10 conversations about 8 images, 30 rounds", "sq_r: 0.5"):
@@ -1053,3 +1054,11 @@ def test_a_card_of_a_damaged_run_is_one_line(unbroken, tmp_path, line):
     (run / "run.json").write_text('{"stage": "sft"}')
     with pytest.raises(InputError, match="is no training run"):
         write_card(run)
+
+
+def test_a_run_knows_its_data_sets_by_the_ids_that_data_writes():
+    from types import SimpleNamespace
+
+    ids = ("vqarad-synpic1.jpg", "vqarad-synpic2.jpg", "pathvqa-a-1", "pmc-7", "slake")
+    work = SimpleNamespace(conversations=[SimpleNamespace(id=id) for id in ids])
+    assert SftWork.sets(work) == {"vqarad", "pathvqa", "slake"}
