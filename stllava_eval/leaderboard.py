@@ -137,7 +137,8 @@ def board(
 def _measured(task: str, name: str, data: str, of: RunTask, manifest: Mapping[str, Any], scored: Scored) -> BoardRow:
     checkpoint = manifest["checkpoint"]
     learnt = checkpoint.get("trained_on")
-    setting = SETTINGS[2] if learnt is None else SETTINGS[1] if dataset_of(task) in learnt else SETTINGS[0]
+    own = f"{dataset_of(task)} sample" if data == "sample" else dataset_of(task)
+    setting = SETTINGS[2] if learnt is None else SETTINGS[1] if own in learnt else SETTINGS[0]
     images = str(manifest.get("images") or "own")
     about = {
         "model": manifest.get("model"),

@@ -301,7 +301,8 @@ def labels(folders: Sequence[Path]) -> list[str]:
 
 
 def trained_on(checkpoint: str) -> list[str] | None:
-    """The data sets that a checkpoint of `stllava-train` has learnt from; None for one that does not say."""
+    """The data sets that a checkpoint of `stllava-train` has learnt from (`slake`, `slake sample`); None if it does not
+    say."""
     try:
         found = json.loads((Path(checkpoint) / "run.json").read_text(encoding="utf-8"))["trained_on"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

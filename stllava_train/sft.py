@@ -230,9 +230,16 @@ class SftWork(Work):
     collator: Collator
 
     def sets(self) -> set[str]:
-        """Those whose name is the first word of a conversation's id, as `stllava-train data` writes them."""
-        firsts = {conversation.id.split("-")[0] for conversation in self.conversations}
-        return firsts & set(DATASETS)
+        """Those whose name is the first word of a conversation's id, as `stllava-train data` writes them.
+
+        A sample set is another than the official one: `vqarad sample`.
+        """
+        parts = (conversation.id.partition("-") for conversation in self.conversations)
+        return {
+            f"{name} sample" if rest.startswith(f"{name}-sample-") else name
+            for name, _, rest in parts
+            if name in DATASETS
+        }
 
 
 def open_work(

@@ -57,7 +57,7 @@ def official(home):
 def test_rows_stand_in_groups_by_what_the_system_has_learnt(prepared, tmp_path):
     learnt = {
         name: {"checkpoint": {"name": name, "sha256": name, "trained_on": sets}}
-        for name, sets in {"tuned": ["vqarad"], "elsewhere": ["slake"], "unknown": None}.items()
+        for name, sets in {"tuned": ["vqarad sample"], "elsewhere": ["vqarad"], "unknown": None}.items()
     }
     runs = [small_run(tmp_path / name, right, **decided) for name, decided in learnt.items()]
     runs.append(small_run(tmp_path / "dark", always("yes"), images="black", **learnt["tuned"]))
@@ -282,6 +282,6 @@ def test_a_terminal_takes_nothing_in_a_board_for_a_command(prepared, tmp_path):
 
 
 def test_a_system_is_told_once_with_all_that_it_is(prepared, tmp_path):
-    tuned = {"checkpoint": {"name": "t", "sha256": "t", "trained_on": ["vqarad"]}}
+    tuned = {"checkpoint": {"name": "t", "sha256": "t", "trained_on": ["vqarad sample"]}}
     text = board_text(board([small_run(tmp_path / "a", right, ("vqarad", "slake"), **tuned)]))
     assert "measured, fine-tuned or zero-shot" in text

@@ -1059,6 +1059,6 @@ def test_a_card_of_a_damaged_run_is_one_line(unbroken, tmp_path, line):
 def test_a_run_knows_its_data_sets_by_the_ids_that_data_writes():
     from types import SimpleNamespace
 
-    ids = ("vqarad-synpic1.jpg", "vqarad-synpic2.jpg", "pathvqa-a-1", "pmc-7", "slake")
+    ids = ("vqarad-synpic1.jpg", "vqarad-synpic2.jpg", "pathvqa-pathvqa-sample-train-a-1", "pmc-7", "slake-sample.png")
     work = SimpleNamespace(conversations=[SimpleNamespace(id=id) for id in ids])
-    assert SftWork.sets(work) == {"vqarad", "pathvqa", "slake"}
+    assert SftWork.sets(work) == {"vqarad", "pathvqa sample", "slake"}
