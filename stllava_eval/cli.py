@@ -59,6 +59,11 @@ def _show(text: str) -> None:
         ) from error
 
 
+def _show_json(value: object) -> None:
+    """As `_show`; raises what it raises."""
+    _show(json.dumps(value, indent=1, ensure_ascii=False))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, whose help `docs/cli.md` repeats."""
     top = _command(
@@ -388,7 +393,7 @@ def _score(arguments: argparse.Namespace) -> int:
     if arguments.json:
         rows = [asdict(row) for of in scored.values() for row in of.rows]
         unanswered = {task: of.unanswered for task, of in scored.items()}
-        _show(json.dumps({"format": 1, "scores": rows, "unanswered": unanswered}, indent=1, ensure_ascii=False))
+        _show_json({"format": 1, "scores": rows, "unanswered": unanswered})
     else:
         _show("\n\n".join(score_text(of) for of in scored.values()))
     return 0
@@ -424,7 +429,10 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
         from stllava_eval.page import write_board
 
         write_board(arguments.out, rows, arguments.images or "page", arguments.pathvqa_images)
-    _show(json.dumps(board_json(rows), indent=1, ensure_ascii=False) if arguments.json else board_text(rows))
+    if arguments.json:
+        _show_json(board_json(rows))
+    else:
+        _show(board_text(rows))
     return 0
 
 
@@ -437,7 +445,10 @@ def _compare(arguments: argparse.Namespace) -> int:
     else:
         found = compare(arguments.runs)
         shown, text = {"format": 1, **asdict(found)}, compare_text(found)
-    _show(json.dumps(shown, indent=1, ensure_ascii=False) if arguments.json else text)
+    if arguments.json:
+        _show_json(shown)
+    else:
+        _show(text)
     return 0
 
 
@@ -456,11 +467,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
         from stllava_eval.page import write_board
 
         write_board(arguments.out, rows, arguments.images or "page", arguments.pathvqa_images)
-    _show(
-        json.dumps([asdict(one) for one in found], indent=1, ensure_ascii=False)
-        if arguments.json
-        else inspect_text(found)
-    )
+    if arguments.json:
+        _show_json([asdict(one) for one in found])
+    else:
+        _show(inspect_text(found))
     return 0
 
 

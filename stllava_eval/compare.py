@@ -10,13 +10,13 @@ from pathlib import Path
 from stllava_eval.errors import InputError, printable
 from stllava_eval.runs import (
     QuestionScores,
+    Run,
     RunTask,
     dataset_of,
     labels,
+    open_run,
     question_scores,
-    read_run,
     refuse_other_split,
-    run_manifest,
 )
 from stllava_eval.statistics import (
     Estimate,
@@ -92,54 +92,50 @@ def compare(folders: Sequence[Path]) -> Comparison:
     names = labels(folders)
     if len(folders) < 2:
         raise InputError(f"{', '.join(names) or 'no run'}: a comparison takes two runs or more.")
-    runs = [read_run(folder) for folder in folders]
+    first, *others = runs = [open_run(folder) for folder in folders]
+    for run in others:
+        if not (shared := first.tasks.keys() & run.tasks.keys()):
+            raise InputError(f"{first.folder} and {run.folder}: no task is in both. Run the same tasks with both.")
+        for task in shared:
+            refuse_unlike(task, first.tasks[task], run.tasks[task], first.folder, run.folder)
     scored = [_scores(run) for run in runs]
     found: list[Difference] = []
-    for place in range(1, len(runs)):
-        shared = [task for task in runs[0] if task in runs[place]]
-        if not shared:
-            raise InputError(f"{folders[0]} and {folders[place]}: no task is in both. Run the same tasks with both.")
-        before = len(found)
-        for task in shared:
-            refuse_unlike(task, runs[0][task], runs[place][task], folders[0], folders[place])
-            for of in (0, place):
-                refuse_other_split(task, runs[of][task], folders[of])
-            for metric in METRICS:
-                both = paired(scored[0][task], scored[place][task], metric)
-                if both.images:  # a task may have questions of one kind alone
-                    found.append(_difference(task, metric, names[0], names[place], both))
-        if len(found) == before:
-            raise InputError(
-                f"{folders[0]} and {folders[place]}: no question is answered in both. Run the same questions with both."
-            )
-    adjusted = holm([one.p for one in found])
-    differences = [replace(one, p_holm=p) for one, p in zip(found, adjusted, strict=True)]
-    manifests = [run_manifest(folder) for folder in folders]
-    notes = {
-        names[place]: _partial(runs[0], runs[place], scored[0], scored[place])
-        + [
-            f"{name} differs: {manifests[0].get(name)!r} and {manifests[place].get(name)!r}"
-            for name in SETTINGS
-            if manifests[0].get(name) != manifests[place].get(name)
+    notes = {}
+    for name, run, of_run in zip(names[1:], others, scored[1:], strict=True):
+        made = [
+            _difference(task, metric, names[0], name, both)
+            for task in first.tasks
+            if task in run.tasks
+            for metric in METRICS
+            # a task may have questions of one kind alone
+            if (both := paired(scored[0][task], of_run[task], metric)).images
         ]
-        for place in range(1, len(runs))
-    }
-    return Comparison(names, differences, notes)
+        if not made:
+            raise InputError(
+                f"{first.folder} and {run.folder}: no question is answered in both. Run the same questions with both."
+            )
+        found += made
+        notes[name] = _partial(first, scored[0], of_run) + unlike_settings(first, run)
+    adjusted = holm([one.p for one in found])
+    return Comparison(names, [replace(one, p_holm=p) for one, p in zip(found, adjusted, strict=True)], notes)
 
 
-SETTINGS = ("images", "prompt", "image_preprocessing", "decoding", "dtype", "four_bit")
+def unlike_settings(one: Run, other: Run) -> list[str]:
+    """A line for each setting in which two runs differ."""
+    return [
+        f"{name} differs: {one.manifest.get(name)!r} and {other.manifest.get(name)!r}"
+        for name in ("images", "prompt", "image_preprocessing", "decoding", "dtype", "four_bit")
+        if one.manifest.get(name) != other.manifest.get(name)
+    ]
 
 
 def _partial(
-    one: dict[str, RunTask],
-    other: dict[str, RunTask],
-    of_one: dict[str, dict[str, QuestionScores]],
-    of_other: dict[str, dict[str, QuestionScores]],
+    first: Run, of_first: dict[str, dict[str, QuestionScores]], of_other: dict[str, dict[str, QuestionScores]]
 ) -> list[str]:
     notes = []
-    for task in (task for task in one if task in other):
-        every = len(one[task].answers) + one[task].not_asked
-        if (both := len(of_one[task].keys() & of_other[task].keys())) < every:
+    for task in (task for task in first.tasks if task in of_other):
+        every = len(first.tasks[task].answers) + first.tasks[task].not_asked
+        if (both := len(of_first[task].keys() & of_other[task].keys())) < every:
             notes.append(f"{task}: compared on {both} of {every} questions; the rest are not answered in both.")
     return notes
 
@@ -174,8 +170,11 @@ def paired(one: dict[str, QuestionScores], other: dict[str, QuestionScores], met
     return Paired(first, second, [one[id].image_id for id in both])
 
 
-def _scores(run: dict[str, RunTask]) -> dict[str, dict[str, QuestionScores]]:
-    return {task: question_scores(dataset_of(task), of.answers) for task, of in run.items()}
+def _scores(run: Run) -> dict[str, dict[str, QuestionScores]]:
+    """Of each task; raises InputError where another split is prepared than was asked."""
+    for task, of in run.tasks.items():
+        refuse_other_split(task, of, run.folder)
+    return {task: question_scores(dataset_of(task), of.answers) for task, of in run.tasks.items()}
 
 
 def _difference(task: str, metric: str, baseline: str, run: str, both: Paired) -> Difference:
@@ -235,12 +234,9 @@ def power(folders: Sequence[Path]) -> list[Power]:
             for one in found
             if one.standard_error is not None
         ]
-    run = read_run(folders[0])
-    for task, of in run.items():
-        refuse_other_split(task, of, folders[0])
     cells = [
         (task, metric, estimate)
-        for task, questions in _scores(run).items()
+        for task, questions in _scores(open_run(folders[0])).items()
         for metric in METRICS
         if (estimate := _mean(questions, metric)).standard_error is not None
     ]

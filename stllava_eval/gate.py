@@ -8,17 +8,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from stllava_eval.compare import METRICS, Paired, paired, refuse_unlike
+from stllava_eval.compare import METRICS, Paired, paired, refuse_unlike, unlike_settings
 from stllava_eval.errors import InputError, printable
 from stllava_eval.runs import (
     QuestionScores,
+    Run,
     RunTask,
     dataset_of,
     labels,
+    open_run,
     question_scores,
-    read_run,
     refuse_other_split,
-    run_manifest,
     some,
     split_rows,
 )
@@ -103,27 +103,27 @@ def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
         InputError: A folder is not a run folder, or its data is not prepared.
     """
     names = labels([baseline, candidate])
-    runs = [read_run(folder) for folder in (baseline, candidate)]
-    manifests = [run_manifest(folder) for folder in (baseline, candidate)]
+    runs = [open_run(folder) for folder in (baseline, candidate)]
+    old, new = (run.tasks for run in runs)
     made = Gate("cannot decide", [], names[0], names[1], policy)
     try:
-        for task, of in runs[0].items():
-            if task not in runs[1]:
+        for task, of in old.items():
+            if task not in new:
                 raise InputError(f"{candidate}: its run lacks {task}, which {baseline} has. Run the same tasks.")
-            refuse_unlike(task, of, runs[1][task], baseline, candidate)
+            refuse_unlike(task, of, new[task], baseline, candidate)
             refuse_other_split(task, of, baseline)
-            refuse_other_split(task, runs[1][task], candidate)
+            refuse_other_split(task, new[task], candidate)
         for name in ("images", "decoding"):
-            told = [manifest.get(name) for manifest in manifests]
+            told = [run.manifest.get(name) for run in runs]
             if None not in told and told[0] != told[1]:  # of answers from elsewhere, nobody tells
                 raise InputError(
-                    f"{name} is {manifests[0].get(name)!r} in {baseline} and {manifests[1].get(name)!r} in "
-                    f"{candidate}. Only runs that were answered the same way are compared: run one again."
+                    f"{name} is {told[0]!r} in {baseline} and {told[1]!r} in {candidate}. Only runs that were answered "
+                    "the same way are compared: run one again."
                 )
-        scored = [{task: _scores(task, run[task]) for task in runs[0]} for run in runs]
-        for task in runs[0]:
+        scored = [{task: _scores(task, tasks[task]) for task in old} for tasks in (old, new)]
+        for task in old:
             one, other = (each[task] for each in scored)
-            asked = runs[0][task].answers.keys() | runs[1][task].answers.keys()
+            asked = old[task].answers.keys() | new[task].answers.keys()
             if len(lacking := sorted(asked - (one.keys() & other.keys()))) > policy.unanswered:
                 raise InputError(
                     f"{task}: {len(lacking)} of {len(asked)} questions that were asked are not answered in both runs "
@@ -134,7 +134,7 @@ def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
         checks = decide(
             {
                 (task, score): paired(scored[0][task], scored[1][task], score)
-                for task in runs[0]
+                for task in old
                 for score in (*METRICS, *(name for name in GUARDS if policy.guards.get(name) is not None))
             },
             policy,
@@ -143,7 +143,7 @@ def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
         return replace(made, reasons=[str(error)])
     if not checks:
         return replace(made, reasons=["no question of the two runs has a score. Run the same questions with both."])
-    slow, unclear = _speed(manifests, policy)
+    slow, unclear = _speed([run.manifest for run in runs], policy)
     lost = [_sentence(check) for check in checks if check.verdict == "lost"] + slow
     few = [_sentence(check) for check in checks if check.verdict == "too few"] + unclear
     return replace(
@@ -151,7 +151,7 @@ def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
         verdict="fail" if lost else "cannot decide" if few else "pass",
         reasons=lost or few,
         checks=checks,
-        notes=_notes(runs, manifests),
+        notes=_notes(*runs),
     )
 
 
@@ -290,21 +290,19 @@ def _speed(manifests: Sequence[Mapping[str, Any]], policy: Policy) -> tuple[list
     return [f"{told}; allowed is {share:g} times that, or more."], []
 
 
-def _notes(runs: Sequence[Mapping[str, RunTask]], manifests: Sequence[Mapping[str, Any]]) -> list[str]:
-    notes = []
-    for name in ("image_preprocessing", "decoding", "prompt", "dtype", "four_bit"):
-        if manifests[0].get(name) != manifests[1].get(name):
-            notes.append(f"{name} differs: {manifests[0].get(name)!r} and {manifests[1].get(name)!r}.")
-    if (images := manifests[0].get("images")) not in (None, "own"):
+def _notes(baseline: Run, candidate: Run) -> list[str]:
+    notes = unlike_settings(baseline, candidate)
+    if (images := baseline.manifest.get("images")) not in (None, "own"):
         notes.append(f"Both runs were shown {images} images: this says nothing about what the images are worth.")
-    for task, of in runs[0].items():
+    for task, of in baseline.tasks.items():
         if of.not_asked:
             notes.append(f"{task}: {of.not_asked} questions of its split were not asked.")
-    if more := [task for task in runs[1] if task not in runs[0]]:
+    if more := [task for task in candidate.tasks if task not in baseline.tasks]:
         notes.append(f"Not looked at, since the baseline lacks it: {', '.join(more)}.")
-    if manifests[0]["checkpoint"].get("sha256") == manifests[1]["checkpoint"].get("sha256"):
+    weights = [run.manifest["checkpoint"].get("sha256") for run in (baseline, candidate)]
+    if weights[0] == weights[1]:
         notes.append("Both runs are of the same weights.")
-    if any(manifest["tasks"][task]["data"].get("sample") for manifest in manifests for task in manifest["tasks"]):
+    if any(of["data"].get("sample") for of in baseline.manifest["tasks"].values()):
         notes.append("SAMPLE DATA: this says nothing about the official data sets.")
     return notes
 
@@ -361,7 +359,7 @@ def gate_text(found: Gate) -> str:
         parts.append(tabulate(_rows(found), heads, tablefmt="simple", disable_numparse=True))
     parts += ["\n".join(map(printable, found.notes))] if found.notes else []
     held = f"held: a loss of the allowed size is ruled out at {found.policy.alpha:g}, or a guard's limit is kept"
-    parts.append(f"Points x100; intervals clustered by image; {held}.\n{NOTICE}")
+    parts.append(f"Scores x100, changes in points; intervals clustered by image; {held}.\n{NOTICE}")
     return "\n\n".join(parts)
 
 

@@ -21,9 +21,8 @@ from stllava_eval.runs import (
     ScoreRow,
     dataset_of,
     labels,
-    read_run,
+    open_run,
     refuse_other_split,
-    run_manifest,
     score_table,
 )
 
@@ -92,33 +91,32 @@ def board(
     from stllava_eval.blind import blind_answers
     from stllava_eval.datasets import DATASETS, read_manifest
 
-    read = [
-        (name, folder, read_run(folder), run_manifest(folder)) for name, folder in zip(labels(runs), runs, strict=True)
-    ]
+    read = {name: open_run(folder) for name, folder in zip(labels(runs), runs, strict=True)}
     if tasks and len(set(tasks)) < len(tasks):
         raise InputError(f"{', '.join(tasks)}: a task is named twice. Name each once.")
-    for _, folder, run, _ in read:
-        if tasks and not set(tasks) & run.keys():
-            raise InputError(f"{folder}: it has none of {', '.join(tasks)}. Leave it out, or name its tasks too.")
+    for run in read.values():
+        if tasks and not set(tasks) & run.tasks.keys():
+            raise InputError(f"{run.folder}: it has none of {', '.join(tasks)}. Leave it out, or name its tasks too.")
     if tasks is None:
-        tasks = list(dict.fromkeys(task for *_, run, _ in read for task in run))
+        tasks = list(dict.fromkeys(task for run in read.values() for task in run.tasks))
     if not tasks:
         tasks = [name for name in DATASETS if _is_prepared(name)]
     if not tasks:
         raise InputError("no data is prepared. Run `stllava-eval prepare --sample`, or prepare an official split.")
     rows: list[BoardRow] = []
-    bar = tqdm(total=sum(task in run for task in tasks for *_, run, _ in read), desc="scoring", disable=not progress)
+    asked = sum(task in run.tasks for task in tasks for run in read.values())
+    bar = tqdm(total=asked, desc="scoring", disable=not progress)
     for task in tasks:
         prepared = read_manifest(dataset_of(task), "test")
         data = "sample" if prepared.sample else "official" if prepared.official else prepared.edition
         of_task: list[BoardRow] = []
-        for name, folder, run, manifest in read:
-            if task not in run:
+        for name, run in read.items():
+            if task not in run.tasks:
                 continue
-            of = run[task]
-            refuse_other_split(task, of, folder)
+            of = run.tasks[task]
+            refuse_other_split(task, of, run.folder)
             scored = score_table(task, of.answers, of.prompt)
-            of_task.append(_measured(task, name, data, of, manifest, scored))
+            of_task.append(_measured(task, name, data, of, run.manifest, scored))
             bar.update()
         of_task = _marked(of_task)
         if published and data == "official":

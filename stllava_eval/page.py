@@ -16,7 +16,6 @@ from string import Template
 from typing import Any
 
 from stllava_eval.blind import PRIOR
-from stllava_eval.categories import asks
 from stllava_eval.errors import InputError
 from stllava_eval.home import whole_file, write_json, write_text
 from stllava_eval.inspection import INSPECTED, inspect
@@ -36,7 +35,7 @@ from stllava_eval.leaderboard import (
     remarks,
     title,
 )
-from stllava_eval.runs import FIXED_FIELDS, QuestionScores, dataset_of, split_rows
+from stllava_eval.runs import QuestionScores, categories_of, dataset_of, split_rows
 
 LIMIT = 5_000_000  # bytes of the page; beyond it, the viewer shows fewer questions
 SIDE = 200  # pixels of a thumbnail's longer side; our choice
@@ -165,8 +164,7 @@ def _viewed(task: str, shown: Sequence[BoardRow], pictures: _Pictures | None) ->
                 "question": row["question"],
                 "reference": row["reference"],
                 "kind": row["kind"],
-                "categories": [f"{field}={row[field]}" for field in row if field not in FIXED_FIELDS and row[field]]
-                + [f"asks={what}" for what in asks(row["question"])],
+                "categories": categories_of(row),
             }
             for row in rows
         ],

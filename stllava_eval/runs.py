@@ -96,6 +96,17 @@ def _order(task: str) -> tuple[int, str]:
     return (_PAPER.index(name) if name in _PAPER else len(_PAPER)), task
 
 
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    """Of run.json."""
+    tasks: dict[str, RunTask]
+    """By name, in the order of the paper's tables."""
+
+
 def dataset_of(task: str) -> str:
     """`vqarad_short` -> `vqarad`: the data set that a task asks about."""
     return task.split("_")[0]
@@ -182,24 +193,16 @@ def write_run(
 
 
 def read_run(folder: Path) -> dict[str, RunTask]:
-    """The tasks of a run folder, by name, in the order of the paper's tables.
+    """The tasks of a run folder, by name; see `open_run`."""
+    return open_run(folder).tasks
+
+
+def open_run(folder: Path) -> Run:
+    """What a run folder holds.
 
     Raises:
         InputError: It is not a run folder.
     """
-    return _read(folder)[1]
-
-
-def run_manifest(folder: Path) -> dict[str, Any]:
-    """What `run.json` of a run folder says.
-
-    Raises:
-        InputError: It is not a run folder.
-    """
-    return _read(folder)[0]
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, RunTask]]:
     try:
         manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         text = (folder / "answers.jsonl").read_text(encoding="utf-8")
@@ -227,7 +230,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, RunTask]]:
         raise InputError(
             f"{folder} is not a run folder ({error!r}). Pass one that `stllava-eval run` wrote."
         ) from error
-    return manifest, tasks
+    return Run(folder, manifest, tasks)
 
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
@@ -352,6 +355,14 @@ def score_table(task: str, answers: Mapping[str, str], prompt: str = "bare") -> 
     return _score(task, rows, answers, manifest, prompt)
 
 
+def categories_of(row: Mapping[str, Any]) -> list[str]:
+    """Those that a question is counted in: `field=value` of its data set, and `asks=...`."""
+    from stllava_eval.categories import asks
+
+    fields = [f"{name}={row[name]}" for name in row if name not in FIXED_FIELDS and row[name]]
+    return fields + [f"asks={what}" for what in asks(row["question"])]
+
+
 def question_scores(name: str, answers: Mapping[str, str]) -> dict[str, QuestionScores]:
     """Of each answered question of the prepared test split of data set `name`, by id, in the split's order.
 
@@ -374,7 +385,6 @@ def _question_scores(rows: Iterable[Mapping[str, Any]], answers: Mapping[str, st
 def _score(
     task: str, rows: Sequence[Mapping[str, Any]], answers: Mapping[str, str], manifest: Mapping[str, Any], prompt: str
 ) -> Scored:
-    from stllava_eval.categories import asks
     from stllava_eval.metrics import SCORES
     from stllava_eval.statistics import mean_clustered
 
@@ -383,8 +393,7 @@ def _score(
     for row in rows:
         if row["id"] not in questions:
             continue
-        groups = ["all"] + [f"{name}={row[name]}" for name in row if name not in FIXED_FIELDS and row[name]]
-        groups += [f"asks={what}" for what in asks(row["question"])]
+        groups = ["all", *categories_of(row)]
         for metric, value in questions[row["id"]].scores.items():
             for group in groups:
                 values, images = cells[metric, group]

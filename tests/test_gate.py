@@ -379,7 +379,7 @@ def test_answers_from_elsewhere_are_held_against_a_runs(questions, tmp_path):
     assert main(["score", "--task", "vqarad", "--answers", str(tmp_path / "answers.jsonl"), "--out", str(out)]) == 0
     found = gate(out, run, read_policy())
     assert found.verdict == "pass"
-    assert "decoding differs: 'greedy' and None." in found.notes
+    assert "decoding differs: 'greedy' and None" in found.notes
 
 
 def test_a_wrong_call_whose_message_nobody_reads_is_one_all_the_same(questions, tmp_path):
