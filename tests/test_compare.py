@@ -5,27 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_runs import small_run
 
 from stllava_eval.cli import main
 from stllava_eval.compare import compare, power
 from stllava_eval.errors import InputError
-from stllava_eval.runs import answered, write_run
 from stllava_eval.statistics import holm, sign_flip
 
 
-def run_of(folder: Path, answers: dict[str, str], monkeypatch, task: str = "vqarad", **changes) -> Path:
-    """A run folder with these answers to the prepared test split, by id."""
-    from stllava_eval.datasets import read_split
-
-    rows = read_split("vqarad", "test").to_list()
-    monkeypatch.setenv("STLLAVA_RUN", str(folder))
-    lines = [answered(task, row, row["question"], answers[row["id"]], None) for row in rows if row["id"] in answers]
-    write_run(lines, {"checkpoint": {"name": folder.name, "sha256": folder.name}})
-    if changes:
-        manifest = json.loads((folder / "run.json").read_text())
-        manifest["tasks"][task]["data"] |= changes
-        (folder / "run.json").write_text(json.dumps(manifest))
-    return folder
+def run_of(folder: Path, answers: dict[str, str], **changes) -> Path:
+    """A run folder with these answers to the prepared test split, by id; `changes`: of its data in run.json."""
+    run = small_run(folder, lambda row: answers.get(row["id"]))
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["tasks"]["vqarad"]["data"] |= changes
+    (run / "run.json").write_text(json.dumps(manifest))
+    return run
 
 
 @pytest.fixture
@@ -35,11 +29,11 @@ def ids(prepared):
     return {row.id: row.kind for row in read_rows("vqarad", "test")}
 
 
-def test_differences_are_those_of_the_same_questions(ids, tmp_path, monkeypatch):
+def test_differences_are_those_of_the_same_questions(ids, tmp_path):
     wrong = dict.fromkeys(ids, "nothing")
     right = {id: "the left lung" if kind == "open" else "yes" for id, kind in ids.items()}
-    one = run_of(tmp_path / "one", wrong, monkeypatch)
-    other = run_of(tmp_path / "other", right | {"test-0-1": "left"}, monkeypatch)
+    one = run_of(tmp_path / "one", wrong)
+    other = run_of(tmp_path / "other", right | {"test-0-1": "left"})
     found = {difference.metric: difference for difference in compare([one, other]).differences}
     assert list(found) == ["recall", "f1", "closed_accuracy"]
     recall = found["recall"]
@@ -50,27 +44,27 @@ def test_differences_are_those_of_the_same_questions(ids, tmp_path, monkeypatch)
     assert recall.p_holm >= recall.p
 
 
-def test_runs_of_other_questions_are_refused_and_what_differs_is_named(ids, tmp_path, monkeypatch):
+def test_runs_of_other_questions_are_refused_and_what_differs_is_named(ids, tmp_path):
     answers = dict.fromkeys(ids, "yes")
-    one = run_of(tmp_path / "one", answers, monkeypatch)
-    other = run_of(tmp_path / "other", answers, monkeypatch, sha256_rows="f" * 64)
+    one = run_of(tmp_path / "one", answers)
+    other = run_of(tmp_path / "other", answers, sha256_rows="f" * 64)
     with pytest.raises(InputError, match=r"vqarad: hash of the questions is .* in .*one and ffffffffffffffff in"):
         compare([one, other])
     with pytest.raises(InputError, match="is not a run folder"):
         compare([one, tmp_path])
 
 
-def test_a_question_that_one_run_lacks_counts_for_neither(ids, tmp_path, monkeypatch):
+def test_a_question_that_one_run_lacks_counts_for_neither(ids, tmp_path):
     answers = dict.fromkeys(ids, "yes")
-    one = run_of(tmp_path / "one", answers, monkeypatch)
+    one = run_of(tmp_path / "one", answers)
     less = {id: answer for id, answer in answers.items() if id != "test-0-0"}
-    other = run_of(tmp_path / "other", less, monkeypatch)
+    other = run_of(tmp_path / "other", less)
     (closed,) = [one for one in compare([one, other]).differences if one.metric == "closed_accuracy"]
     assert (closed.n, closed.value, closed.p) == (3, 0.0, 1.0)
 
 
-def test_the_command_prints_a_table_and_json(ids, tmp_path, monkeypatch, capsys):
-    runs = [str(run_of(tmp_path / name, dict.fromkeys(ids, name), monkeypatch)) for name in ("no", "yes")]
+def test_the_command_prints_a_table_and_json(ids, tmp_path, capsys):
+    runs = [str(run_of(tmp_path / name, dict.fromkeys(ids, name))) for name in ("no", "yes")]
     assert main(["compare", *runs]) == 0
     shown = capsys.readouterr().out
     assert "closed_accuracy" in shown
@@ -108,35 +102,35 @@ def test_holm_by_hand():
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_what_a_reader_has_to_know_besides_is_told(ids, tmp_path, monkeypatch, capsys):
+def test_what_a_reader_has_to_know_besides_is_told(ids, tmp_path, capsys):
     answers = dict.fromkeys(ids, "yes")
-    one = run_of(tmp_path / "one", answers, monkeypatch)
-    other = run_of(tmp_path / "other", {"test-0-0": "yes"}, monkeypatch)
+    one = run_of(tmp_path / "one", answers)
+    other = run_of(tmp_path / "other", {"test-0-0": "yes"})
     manifest = json.loads((other / "run.json").read_text())
     (other / "run.json").write_text(json.dumps(manifest | {"images": "black"}))
     assert main(["compare", str(one), str(other)]) == 0
     shown = capsys.readouterr().out
     assert "vqarad: compared on 1 of 8 questions; the rest are not answered in both." in shown
-    assert "images differs: None and 'black'" in shown
+    assert "images differs: 'own' and 'black'" in shown
 
 
-def test_runs_without_a_question_in_common_are_refused(ids, tmp_path, monkeypatch):
-    one = run_of(tmp_path / "one", {"test-0-0": "yes"}, monkeypatch)
-    other = run_of(tmp_path / "other", {"test-1-0": "yes"}, monkeypatch)
+def test_runs_without_a_question_in_common_are_refused(ids, tmp_path):
+    one = run_of(tmp_path / "one", {"test-0-0": "yes"})
+    other = run_of(tmp_path / "other", {"test-1-0": "yes"})
     with pytest.raises(InputError, match="no question is answered in both"):
         compare([one, other])
 
 
-def test_a_damaged_manifest_is_no_run(ids, tmp_path, monkeypatch):
-    one = run_of(tmp_path / "one", dict.fromkeys(ids, "yes"), monkeypatch)
-    other = run_of(tmp_path / "other", dict.fromkeys(ids, "yes"), monkeypatch, sha256_rows=7)
+def test_a_damaged_manifest_is_no_run(ids, tmp_path):
+    one = run_of(tmp_path / "one", dict.fromkeys(ids, "yes"))
+    other = run_of(tmp_path / "other", dict.fromkeys(ids, "yes"), sha256_rows=7)
     with pytest.raises(InputError, match="is not a run folder"):
         compare([one, other])
 
 
-def test_several_runs_are_compared_with_the_first_in_one_family(ids, tmp_path, monkeypatch):
+def test_several_runs_are_compared_with_the_first_in_one_family(ids, tmp_path):
     answers = {"a": "no", "b": "yes", "c": "yes"}
-    runs = [run_of(tmp_path / name, dict.fromkeys(ids, answer), monkeypatch) for name, answer in answers.items()]
+    runs = [run_of(tmp_path / name, dict.fromkeys(ids, answer)) for name, answer in answers.items()]
     found = compare(runs).differences
     assert [(one.baseline, one.run) for one in found] == [("a", "b")] * 3 + [("a", "c")] * 3
     closed = [one for one in found if one.metric == "closed_accuracy"]
@@ -146,16 +140,16 @@ def test_several_runs_are_compared_with_the_first_in_one_family(ids, tmp_path, m
     assert closed[0].p_holm >= next(one for one in two if one.metric == "closed_accuracy").p_holm
 
 
-def test_one_run_is_no_comparison(ids, tmp_path, monkeypatch, capsys):
-    run = run_of(tmp_path / "a", dict.fromkeys(ids, "yes"), monkeypatch)
+def test_one_run_is_no_comparison(ids, tmp_path, capsys):
+    run = run_of(tmp_path / "a", dict.fromkeys(ids, "yes"))
     assert main(["compare", str(run)]) == 2
     assert "takes two runs or more" in capsys.readouterr().err
 
 
-def test_power_is_of_the_differences_or_of_an_assumed_correlation(ids, tmp_path, monkeypatch, capsys):
+def test_power_is_of_the_differences_or_of_an_assumed_correlation(ids, tmp_path, capsys):
     half = {id: "yes" if number % 4 < 2 else "no" for number, id in enumerate(ids)}
-    one = run_of(tmp_path / "one", half, monkeypatch)
-    other = run_of(tmp_path / "other", dict.fromkeys(ids, "yes"), monkeypatch)
+    one = run_of(tmp_path / "one", half)
+    other = run_of(tmp_path / "other", dict.fromkeys(ids, "yes"))
     alone = {(found.metric, found.correlation): found for found in power([one])}
     closed = [alone["closed_accuracy", correlation].alone for correlation in (0.5, 0.8)]
     # the standard error of two of four right, t(0.975, 3) + t(0.8, 3), times the root of 2 (1 - correlation)
@@ -170,8 +164,8 @@ def test_power_is_of_the_differences_or_of_an_assumed_correlation(ids, tmp_path,
     assert json.loads(capsys.readouterr().out)["power"][0]["run"] == "other"
 
 
-def test_prompts_of_ones_own_are_compared_only_if_they_are_the_same(ids, tmp_path, monkeypatch):
-    runs = [run_of(tmp_path / name, dict.fromkeys(ids, "yes"), monkeypatch) for name in ("a", "b", "c")]
+def test_prompts_of_ones_own_are_compared_only_if_they_are_the_same(ids, tmp_path):
+    runs = [run_of(tmp_path / name, dict.fromkeys(ids, "yes")) for name in ("a", "b", "c")]
     for run, prompt in zip(runs, ("Doctor, {}", "Doctor, {}", "{} Be brief."), strict=True):
         lines = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
         lines = [line | {"text": prompt.format(line["question"])} for line in lines]
@@ -190,9 +184,9 @@ def test_prompts_of_ones_own_are_compared_only_if_they_are_the_same(ids, tmp_pat
         compare([runs[0], runs[2]])
 
 
-def test_json_tells_what_differs_too(ids, tmp_path, monkeypatch, capsys):
-    runs = [str(run_of(tmp_path / name, dict.fromkeys(ids, "yes"), monkeypatch)) for name in ("a", "b")]
+def test_json_tells_what_differs_too(ids, tmp_path, capsys):
+    runs = [str(run_of(tmp_path / name, dict.fromkeys(ids, "yes"))) for name in ("a", "b")]
     manifest = json.loads((tmp_path / "b" / "run.json").read_text())
     (tmp_path / "b" / "run.json").write_text(json.dumps(manifest | {"images": "black"}))
     assert main(["compare", *runs, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["notes"] == {"b": ["images differs: None and 'black'"]}
+    assert json.loads(capsys.readouterr().out)["notes"] == {"b": ["images differs: 'own' and 'black'"]}
