@@ -98,7 +98,7 @@ def test_a_request_is_greedy_holds_the_image_before_the_text_and_no_stop_strings
         ),
         pytest.param(
             says("word " * 1_600_000),
-            Failure("its reply has 8000000 characters where 20 tokens were asked for", 1),
+            Failure("its reply has 8000000 characters where 20 tokens were asked for", 1, tokens=1_600_000),
             id="8 MB",
         ),
         pytest.param(refuses(400, "too\nlong"), Failure("HTTP 400: too long", 1), id="a bad request"),
@@ -433,7 +433,7 @@ def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(key, monke
 
 
 def test_draws_and_further_rounds_are_refused():
-    with FaultServer() as server, pytest.raises(InputError, match="a server is asked one round, greedily"):
+    with FaultServer() as server, pytest.raises(InputError, match="a server is asked one question in one round"):
         list(ServerAnswerer(server.url).answer([replace(question("Why?"), history=(("a", "b"),))], progress=False))
 
 
