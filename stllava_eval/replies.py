@@ -92,22 +92,31 @@ def passes(status: int) -> bool:
     return status in (408, 409, 429) or status >= 500
 
 
+class TwiceError(ValueError):
+    """A name of an object that stands twice in it, with two values."""
+
+
 def parsed(text: str) -> Any:
-    """The JSON in `text`.
+    """The JSON in `text`. A whole number of more than 20 digits, which counts nothing, becomes a float.
 
     Raises:
-        ValueError: It is none, it is nested too deep, or it says one name twice with two values.
+        TwiceError: It says a name twice with two values, one of which would be taken for what the server means.
+        ValueError: It is no JSON, or is nested too deep.
     """
     try:
-        return json.loads(text, object_pairs_hook=_named_once)
+        return json.loads(
+            text, object_pairs_hook=_named_once, parse_int=lambda digits: (int if len(digits) <= 20 else float)(digits)
+        )
     except RecursionError:
         raise ValueError("nested too deep") from None
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs) and any(found[name] != value for name, value in pairs):
-        raise ValueError("a name stands twice")
+    if len(found) < len(pairs):
+        for name, value in pairs:
+            if found[name] != value:
+                raise TwiceError(name)
     return found
 
 

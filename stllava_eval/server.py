@@ -26,7 +26,7 @@ from urllib.parse import quote, urlsplit
 
 from stllava_eval.answering import Answer, Question, cut, progress_bar
 from stllava_eval.errors import InputError, printable
-from stllava_eval.replies import Failure, Reply, Trouble, error, parsed, passes, read, whole, words
+from stllava_eval.replies import Failure, Reply, Trouble, TwiceError, error, parsed, passes, read, whole, words
 
 if TYPE_CHECKING:
     import openai
@@ -77,7 +77,7 @@ class Endpoint:
         for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
             if type(value) is not int or value < least:
                 raise InputError(f"{name}={value}: pass a whole number from {least} on.")
-        if type(timeout) not in (int, float) or not 0 < timeout < float("inf"):
+        if type(timeout) not in (int, float) or not 0 < timeout < 10**9:
             raise InputError(f"timeout={timeout}: pass a number of seconds above 0.")
         if model is not None and (not isinstance(model, str) or not model or model != whole(model)):
             raise InputError(f"model={model!r}: pass the model's name as the server lists it.")
@@ -192,8 +192,8 @@ class Endpoint:
             ends = f"{self.base_url}: the key's quota is used up ({reason}). Raise it or set another OPENAI_API_KEY."
         elif trouble.sent_on:
             ends = (
-                f"{self.base_url}: the server sends the requests on to {self.line(trouble.sent_on)} ({reason}); "
-                "questions and images go to base_url only. Pass that address as base_url if you trust it."
+                f"{self.base_url}: the server sends requests on to {self.line(trouble.sent_on)} ({reason}), "
+                "and questions and images go to base_url only. If the model is there, pass that address, to /v1."
             )
         return replace(trouble, ends_the_run=ends)
 
@@ -286,6 +286,8 @@ class Endpoint:
             return body
         try:
             return parsed(body.removeprefix("\ufeff"))
+        except TwiceError as twice:
+            return Trouble(f"its reply says {self.line(str(twice), 60)!r} twice, with two values", again=True)
         except ValueError:
             return Trouble(f"its reply is no JSON: {self.line(body, 60)!r}", again=True)
 
@@ -320,7 +322,7 @@ class Endpoint:
         again = passes(status)
         if again and wait > LONGEST_WAIT:
             again, reason = False, f"{reason} (it asks us to wait {wait:.0f} s, more than {LONGEST_WAIT:g} s)"
-        sent_on = refusal.response.headers.get("location", "") if 300 <= status < 400 else ""
+        sent_on = refusal.response.headers.get("location", "").split("?")[0] if 300 <= status < 400 else ""
         if sent_on:
             reason = f"HTTP {status}"
         if "insufficient_quota" in text:
@@ -531,15 +533,18 @@ def _answer(reply: Reply, question: Question) -> Answer:
 def _base_url(given: str) -> str:
     if "@" in str(given):
         raise InputError("base_url: it holds a user name. Pass the address alone, and a key in OPENAI_API_KEY.")
+    import httpx2
+
     try:
         parts = urlsplit(given)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         usable = usable and not parts.query and not parts.fragment and not any(sign.isspace() for sign in given)
-    except (ValueError, TypeError, AttributeError):
+        httpx2.URL(given)
+    except (ValueError, TypeError, AttributeError, httpx2.InvalidURL):
         usable = False
     if not usable:
         raise InputError(
-            f"base_url {str(given).split('?')[0]!r}: not the address of a server. Pass one such as "
+            f"base_url {str(given).split('?')[0][:300]!r}: not the address of a server. Pass one such as "
             "http://127.0.0.1:8000/v1, with nothing behind a ? or #."
         )
     return given.rstrip("/")

@@ -12,7 +12,7 @@ import openai
 
 PIECE = 1 << 20  # bytes unpacked at a time; between two pieces the time limit is looked at (our choice)
 WORDS = 1 << 16  # bytes that are read of an error, whose status says the most (our choice)
-KEPT = ("location", "retry-after")  # headers that are read; the charset is not: JSON is UTF-8 (RFC 8259, section 8.1)
+KEPT = (b"location", b"retry-after")  # headers that are read; no charset: JSON is UTF-8 (RFC 8259, section 8.1)
 
 
 class UnreadError(Exception):
@@ -54,8 +54,7 @@ class Client(openai.DefaultAsyncHttpxClient):
                 del content[WORDS:]
         finally:
             await response.aclose()
-        headers = {name: response.headers[name] for name in KEPT if name in response.headers}
-        headers["content-type"] = "application/json"
+        headers = [(name, response.headers.get(name.decode(), "").encode()) for name in KEPT]
         return httpx2.Response(response.status_code, headers=headers, content=bytes(content), request=request)
 
 

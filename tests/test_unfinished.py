@@ -119,6 +119,32 @@ def test_a_line_that_a_kill_has_cut_is_not_read_and_not_continued(home):
     assert [json.loads(line)["key"] for line in kept.file.read_text("utf-8").split("\n")[:-1]] == ["a", "b", "c"]
 
 
+def test_any_text_can_be_kept_and_comes_back_as_it_was(home):
+    texts = ["Yes \ud83d", "\udc00\ud800", "a\0b", "\\ud83d", 'a "quoted"\nline\u2028', "\U0001f600", "\ufffd\uffff"]
+    kept = Unfinished("f" * 64, 0)
+    kept.add([(f"key {number} {text}", Answer(text, 1, True)) for number, text in enumerate(texts)])
+    assert [answer.text for answer in Unfinished("f" * 64, 0).answers.values()] == texts
+    assert len(kept.file.read_text("utf-8").split("\n")) == len(texts) + 1
+
+
+def test_lines_that_are_not_ours_are_not_read(home):
+    kept = Unfinished("f" * 64, 0)
+    kept.add([("a", Answer("yes", 1, True))])
+    tokens = ("1e999", "NaN", "9" * 5000, "[]", '"many"', "null")
+    lines = [
+        b'{"key": "%d", "text": "x", "tokens": %s, "ended": true}' % one for one in enumerate(map(str.encode, tokens))
+    ]
+    lines += [
+        b'{"key": "b", "text": null, "tokens": 1, "ended": true}',
+        b'{"key": [], "text": "x"}',
+        b"[" * 9999,
+        b"\xff",
+    ]
+    with kept.file.open("ab") as file:
+        file.write(b"\n".join(lines) + b"\n")
+    assert Unfinished("f" * 64, 0).answers == {"a": Answer("yes", 1, True)}
+
+
 def test_every_process_reads_all_and_a_written_run_leaves_none(home):
     first, second = Unfinished("a" * 64, 0), Unfinished("a" * 64, 1)
     first.add([("a", Answer("yes", 1, True))])
