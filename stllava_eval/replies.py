@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 LONGEST_TOKEN = 100  # characters; a reply with more of them per token asked did not keep to `max_tokens` (our choice)
+LONGEST_NAME = 1000  # characters of a model's name; a longer one is none (our choice)
 
 # Why a reply ended. OpenAI's own are stop, length, content_filter and tool_calls; the others are those of vLLM (abort),
 # text-generation-inference (eos_token, stop_sequence), Mistral (model_length, error), Anthropic (end_turn, max_tokens,
@@ -203,7 +204,7 @@ def _read(body: Any, max_tokens: int) -> Reply | Trouble:
     usage = usage if isinstance(usage, Mapping) else {}
     tokens, prompt_tokens = (_tokens(usage.get(f"{of}_tokens")) for of in ("completion", "prompt"))
     name = body.get("model")
-    came = Reply("", tokens, None, name if isinstance(name, str) else None, prompt_tokens)
+    came = Reply("", tokens, None, name if isinstance(name, str) and len(name) <= LONGEST_NAME else None, prompt_tokens)
     choices = body.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     choice = choice if isinstance(choice, Mapping) else {}

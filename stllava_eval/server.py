@@ -243,12 +243,25 @@ class Endpoint:
         Args:
             limit: Bytes of a reply.
         """
+        from httpx2 import InvalidURL
         from openai import AsyncOpenAI
 
         from stllava_eval.wire import Client
 
         key = self._key or "none"
-        return AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=None, http_client=Client(limit))
+        try:
+            http = Client(limit)
+        except (
+            ImportError,
+            ValueError,
+            OSError,
+            InvalidURL,
+        ) as error:  # SOCKS without socksio, a file that is not there
+            raise InputError(
+                "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE: one of them cannot be used "
+                f"({printable(str(error))}). Mend or unset it."
+            ) from error
+        return AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=None, http_client=http)
 
     def call(self, send: Callable[[openai.AsyncOpenAI], Awaitable[Any]], what: str) -> str:
         """The body of a reply to any other request, tried as often as `replies` tries.
@@ -306,6 +319,8 @@ class Endpoint:
                 return str((await send()).http_response.text)
         except TimeoutError:
             return Trouble(f"no reply within {self.timeout:g} s", again=True)
+        except UnicodeEncodeError:
+            return Trouble("the request holds half a character, which no server can be sent")
         except UnreadError as unread:
             return Trouble(self.line(str(unread)), unread.again)
         except openai.APIStatusError as refusal:

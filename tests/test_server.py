@@ -667,6 +667,28 @@ def test_a_server_that_is_no_such_server_is_refused_at_the_start(fault, message)
         ServerAnswerer(server.url, timeout=0.3 if fault is silence else 60)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("HTTP_PROXY", "ftp://127.0.0.1:1", "Unknown scheme for proxy URL"),
+        ("ALL_PROXY", "http://127.0.0.1:port", "Invalid port"),
+        ("SSL_CERT_FILE", "/not/there", "No such file"),
+    ],
+)
+def test_a_proxy_or_certificates_that_cannot_be_used_are_refused(name, value, reason, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"HTTP_PROXY, .* cannot be used .*{reason}.* Mend or unset it") as raised:
+        ServerAnswerer("http://127.0.0.1:1/v1")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_request_that_cannot_be_sent_is_a_failure():
+    request = {"messages": [{"role": "user", "content": "Why \ud83d?"}], "max_tokens": 5}
+    with FaultServer() as server:
+        ((_, failure),) = Endpoint(server.url).replies([lambda: request])
+    assert failure == Failure("the request holds half a character, which no server can be sent", 1)
+
+
 def test_an_address_without_v1_is_refused():
     with FaultServer() as server, pytest.raises(InputError, match="has no /models"):
         ServerAnswerer(server.url.removesuffix("/v1"))
