@@ -392,6 +392,16 @@ FAULTS = [
         "its reply says 'content' twice, with two values",
         id="two answers",
     ),
+    pytest.param(
+        sends(b'{"choices": [{"message": {"content": "x", "refusal": ' + b"[" * 940 + b"1" + b"]" * 940 + b"}}]}"),
+        "its reply is ",
+        id="a refusal nested deep",
+    ),
+    pytest.param(
+        sends(b'{"error": ' + b"[" * 900 + b"1" + b"]" * 900 + b"}"),
+        "HTTP 200 with an error: ",
+        id="an error nested deep",
+    ),
     pytest.param(head_alone, "no reply within 0.4 s", id="a head and no body"),
     pytest.param(raw(b"hello"), "the connection failed: illegal status line", id="no HTTP"),
     pytest.param(
