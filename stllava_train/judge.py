@@ -453,7 +453,7 @@ class EndpointJudge:
 
     def _adapts(self, reason: str) -> bool:
         """Whether a refusal names something that can be left out, which then is."""
-        if not re.match(r"HTTP (?:400|404|415|422|501)", reason):
+        if not re.match(r"HTTP (?:200 with error )?(?:400|404|415|422|501)", reason):
             return False
         if self._form and re.search(r"response_format|json_schema|structured|guided|grammar", reason):
             self._form = False
@@ -473,7 +473,7 @@ class EndpointJudge:
         if isinstance(reply, Failure):
             outcome, why = ("refused" if reply.refused else "failed"), reply.reason
         else:
-            text = _whole(self.endpoint.without_key(reply.text))
+            text = reply.text
             scores = (read_scores_authors if self.preset.strict else read_scores)(text)
             if scores is None:
                 outcome, why = ("refused", "a refusal") if is_refusal(text) else ("unparsable", "no two scores")
@@ -490,17 +490,12 @@ class EndpointJudge:
             scores=scores,
             reply=text,
             why=why,
-            model=reply.model and _whole(self.endpoint.without_key(reply.model)),
+            model=reply.model,
             date=now(),
             prompt_sha256=hashlib.sha256(prompt(*asked.texts(), self.preset.guarded).encode()).hexdigest(),
             tokens=tokens if any(tokens) else None,
             cost=None if self.price is None else self.price.of(*tokens),
         )
-
-
-def _whole(text: str) -> str:
-    """`text` with a question mark for half a character, which no file of UTF-8 holds."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _custom_id(key: tuple[Any, ...]) -> str:
@@ -540,22 +535,23 @@ class _Batches:
 
     def replies(self, batch: str, max_tokens: int) -> Iterator[tuple[str, Reply | Failure]]:
         """(custom id, what came) of a batch that has ended. What is in neither of its files was not asked."""
-        from stllava_eval.server import Failure, read_reply
+        from stllava_eval.server import Failure
 
         for kind in ("output_file_id", "error_file_id"):
             if not (file := self._known[batch].get(kind)):
                 continue
             text = self.endpoint.call(partial(_content, file), batch)
-            for line in text.splitlines():
+            for line in text.split("\n"):  # no other sign ends a line of JSON
                 try:
                     row = json.loads(line)
                     name, response = str(row["custom_id"]), row.get("response") or {}
                     if response.get("status_code") == 200:
-                        yield name, read_reply(response["body"], max_tokens)
+                        yield name, self.endpoint.read_reply(response["body"], max_tokens)
                     else:
                         said = row.get("error") or (response.get("body") or {}).get("error") or {}
-                        yield name, Failure(f"HTTP {response.get('status_code')}: {said.get('message')}", 1)
-                except (ValueError, KeyError, TypeError, AttributeError):
+                        reason = f"HTTP {response.get('status_code')}: {said.get('message')}"
+                        yield name, Failure(self.endpoint.line(reason), 1)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     continue  # half a line; its question is asked again
 
     def hand_in(self, requests: Iterable[tuple[str, Request]]) -> None:
@@ -612,7 +608,7 @@ class _Batches:
         try:
             made = json.loads(self.endpoint.call(send, what))
             return dict(made)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{self.endpoint.base_url}: {what}: its reply is no object. Call again.") from error
 
     def _write(self) -> None:
