@@ -171,8 +171,8 @@ class OtherAnswerer(Answerer):
         takes = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})
         if "max_pixels" not in takes or not {"shortest_edge", "longest_edge"} <= size.keys():
             raise InputError(
-                f"{self.name}: its processor ({type(images).__name__}) scales every image to fixed sizes of its own. "
-                f"Leave {' and '.join(given)} out."
+                f"{self.name}: its processor ({type(images).__name__}) takes no bounds of pixels, it scales images to "
+                f"fixed sizes of its own. Leave {' and '.join(given)} out."
             )
         # both names are of a side's length elsewhere; these processors hold numbers of pixels in them
         least, most = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
@@ -182,7 +182,7 @@ class OtherAnswerer(Answerer):
                 f"{self.name}: min_pixels {least} and max_pixels {most} leave no size. Pass a max_pixels of "
                 f"{max(least, side * side)} or more, or another min_pixels."
             )
-        images.size = {**size, "shortest_edge": least, "longest_edge": most}
+        images.size = type(images.size)(**{**size, "shortest_edge": least, "longest_edge": most})
         return {name: images.size["shortest_edge" if name == "min_pixels" else "longest_edge"] for name in given}
 
     def _bare(self, settings: Any) -> Any:
