@@ -529,23 +529,6 @@ def test_thought_marks_that_are_special_tokens_stay_in_the_text(qwen):
     assert (stopped.text, stopped.ended) == ("<think>a mass", True)
 
 
-def test_a_token_that_ends_a_thought_does_not_end_the_answer():
-    """gpt-oss ends every message with <|end|>, its thought too, and the answer with <|return|>."""
-    from stllava_eval.decoding import decoding
-
-    tokenizer = Words("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
-    assert decoding({"eos_token_id": [4, 3]}, tokenizer, 99, turn_end=3).ends == {4}
-    assert decoding({"eos_token_id": [1, 0]}, Words("<|end|>", "</s>"), 99).ends == {0, 1}  # Phi's ends its answer
-
-
-class Words:
-    """As much of a tokenizer as its special tokens."""
-
-    def __init__(self, *special: str) -> None:
-        self.all_special_tokens, self.all_special_ids = list(special), list(range(len(special)))
-        self.eos_token_id = None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Models and images that misbehave
 
