@@ -147,11 +147,11 @@ class Answerer:
         checkpoint = open_checkpoint(name, **parts)
         self.processor = checkpoint.processor()
         self.tokenizer = self.processor.tokenizer
-        self.model: Any = checkpoint.model(self.device, self.dtype, four_bit) if model is None else model
         self.image_tokens = checkpoint.config.image_seq_length
         self.image_token = checkpoint.config.image_token_id
+        self._set_template(system, enable_thinking)  # before the minutes that large weights take
+        self.model: Any = checkpoint.model(self.device, self.dtype, four_bit) if model is None else model
         self.sha256 = checkpoint.sha256
-        self._set_template(system, enable_thinking)
         self._set_decoding({**checkpoint.generation_settings(), **set_in(self.model.generation_config)})
 
     def _set_template(self, system: str | None, enable_thinking: bool | None) -> None:
@@ -182,8 +182,9 @@ class Answerer:
         if enable_thinking is not None:
             if not isinstance(enable_thinking, bool):
                 raise InputError(f"enable_thinking={enable_thinking!r}: pass True or False.")
-            both = {self._tried(self._messages([user(PROBE)]), enable_thinking=value) for value in (True, False)}
-            if len(both) == 1:
+            named = "enable_thinking" in str(self.processor.chat_template)
+            messages = self._messages([user(PROBE)])
+            if not named or len({self._tried(messages, enable_thinking=value) for value in (True, False)}) == 1:
                 raise InputError(f"{self.name}: its chat template has no enable_thinking. Leave it out.")
             self._template_options = {"enable_thinking": enable_thinking}
             self._given["enable_thinking"] = enable_thinking

@@ -730,7 +730,7 @@ class Engine:
 
 def misfit_at_once(model: Any) -> str:
     """Why the engine would not give a model's own answers, where the model alone tells; empty if it does not."""
-    if model.config.is_encoder_decoder:
+    if getattr(model.config, "is_encoder_decoder", False):
         return "it has an encoder"
     if hasattr(getattr(model, "model", None), "get_rope_index"):
         return "its image tokens have positions in three dimensions"

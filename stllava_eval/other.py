@@ -125,32 +125,34 @@ class OtherAnswerer(Answerer):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
         self.name, self.rows, self.batch_tokens = name, rows, batch_tokens
         self.device = torch_device(device)
         self.dtype = torch_dtype(dtype, self.device)
         folder = local_folder(name)
         with _loading(name):  # asked about code of their own, transformers would wait for a word from the keyboard
+            self._config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-            pixels = self._set_pixels(min_pixels, max_pixels)
-            load: Any = AutoModelForImageTextToText.from_pretrained
-            model, told = load(folder, dtype=self.dtype, output_loading_info=True, trust_remote_code=False)
-        if missing := sorted(told["missing_keys"]):
-            raise InputError(f"{name}: {len(missing)} of its weights are missing ({some(missing)}). Copy it again.")
         if not getattr(self.processor, "chat_template", None):
             raise InputError(f"{name}: its processor has no chat template. Add chat_template.jinja to the folder.")
-        self.model = model.to(self.device).eval()
         self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        pixels = self._set_pixels(min_pixels, max_pixels)
+        self._set_template(system, enable_thinking)  # before the minutes that large weights take
+        self._given |= pixels
+        with _loading(name):
+            load: Any = AutoModelForImageTextToText.from_pretrained
+            model, told = load(folder, dtype=self.dtype, output_loading_info=True, trust_remote_code=False)
+        if missing := sorted(told["missing_keys"]):
+            raise InputError(f"{name}: {len(missing)} of its weights are missing ({some(missing)}). Copy it again.")
+        self.model = model.to(self.device).eval()
         self.sha256 = _hash(folder)
         self._prefixes: dict[Any, tuple[list[int], list[int]] | Refused] = {}
         self._pixels: dict[Any, bytes] = {}
         self._misfit, self._told = "", False
-        self._set_template(system, enable_thinking)
-        self._given |= pixels
         self._set_decoding(set_in(model.generation_config))
         self.model.generation_config = self._bare(model.generation_config)
 
@@ -235,7 +237,7 @@ class OtherAnswerer(Answerer):
                 "Put the model's own chat_template.jinja and processor files into the folder."
             ) from error
         names = ("image_token_id", "image_token_index")
-        tokens = {number for name in names if (number := getattr(self.model.config, name, None)) is not None}
+        tokens = {number for name in names if (number := getattr(self._config, name, None)) is not None}
         if tokens and tokens.isdisjoint(made["input_ids"][0].tolist()):
             raise InputError(
                 f"{self.name}: its chat template leaves the image out (no image token in a prompt). Put the model's "
@@ -339,7 +341,7 @@ class OtherAnswerer(Answerer):
 
         from stllava_eval.engine import Choice
 
-        start = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        start = 1 if getattr(self.model.config, "is_encoder_decoder", False) else inputs["input_ids"].shape[1]
         choice = Choice([self._drawn(place, question) for place, question in batch], start, self.decoding.never)
         most = max(question.max_new_tokens for _, question in batch)
         with torch.inference_mode():
@@ -449,7 +451,7 @@ class OtherAnswerer(Answerer):
     @property
     def _image_ids(self) -> set[int]:
         """The ids that stand for an image."""
-        config = self.model.config
+        config = self._config
         names = ("image_token_id", "image_token_index", "vision_end_token_id", "vision_start_token_id")
         return {number for name in names if (number := getattr(config, name, None)) is not None}
 

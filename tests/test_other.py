@@ -668,3 +668,26 @@ def test_a_missing_package_is_named(qwen, error, says, monkeypatch):
     monkeypatch.setattr(AutoProcessor, "from_pretrained", missing)
     with pytest.raises(InputError, match=rf"a package that it needs is not installed .* Run `pip install {says}`\.$"):
         open_answerer(str(qwen))
+
+
+def test_a_run_counts_the_questions_about_a_refused_image_and_scores_the_others(llava_next, prepared, monkeypatch):
+    from test_adapter import answers_of, evaluate, run_folders
+
+    from stllava_eval.adapter import StllavaMed
+    from stllava_eval.metrics import is_failed_request
+
+    lm = StllavaMed(str(llava_next))
+    original = type(lm.answerer.processor.image_processor).preprocess
+
+    def preprocess(self, images, *others, **named):
+        if images[0].getpixel((0, 0)) == (60, 195, 90):  # the second image
+            raise ValueError("absolute aspect ratio must be smaller than 200, got 250.0")
+        return original(self, images, *others, **named)
+
+    monkeypatch.setattr(type(lm.answerer.processor.image_processor), "preprocess", preprocess)
+    results = evaluate(lm, ["vqarad"])
+    (folder,) = run_folders(prepared)
+    failed = {name for (_, name), answer in answers_of(folder).items() if is_failed_request(answer)}
+    assert failed == {"test-1-0", "test-1-1"}
+    assert len(answers_of(folder)) == 8
+    assert "recall,none" in results["results"]["vqarad"]
