@@ -350,14 +350,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         os.environ["STLLAVA_RUN"] = str(arguments.out)
     from stllava_eval.answering import default_checkpoint
-    from stllava_eval.datasets import prepare_on_first_use
-    from stllava_eval.network.checkpoint import open_checkpoint
-    from stllava_eval.other import is_other
+    from stllava_eval.hub import local_folder, refuse_no_checkpoint
     from stllava_eval.runs import dataset_of, refuse_old_folder
 
     refuse_old_folder()
-
     checkpoint = arguments.checkpoint or default_checkpoint()
+    refuse_no_checkpoint(local_folder(checkpoint), checkpoint)  # before the seconds that torch and transformers take
+
+    from stllava_eval.datasets import prepare_on_first_use
+    from stllava_eval.network.checkpoint import open_checkpoint
+    from stllava_eval.other import is_other
+
     if not is_other(checkpoint):
         open_checkpoint(checkpoint).processor()
     os.environ["STLLAVA_CHECKPOINT"] = checkpoint  # not in --model_args, which splits a path at its commas
