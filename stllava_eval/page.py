@@ -31,6 +31,7 @@ from stllava_eval.leaderboard import (
     board_latex,
     board_markdown,
     by_task,
+    mean_text,
     questions,
     remarks,
     title,
@@ -110,7 +111,11 @@ def page(rows: Sequence[BoardRow], images: str = "none", pathvqa_images: bool = 
 def _metrics() -> list[dict[str, str]]:
     from stllava_eval.metrics import SCORES
 
-    titles = {"words": "mean words of an answer", "unparsed": "closed answers without a verdict, x100"}
+    titles = {
+        "words": "mean words of an answer",
+        "unparsed": "closed answers without a verdict, x100",
+        "cut": "replies that stopped inside their thought, x100",
+    }
     return [
         {
             "name": name,
@@ -118,7 +123,7 @@ def _metrics() -> list[dict[str, str]]:
             "title": titles.get(name)
             or ("as the published script counts" if SCORES[name].published else "our definition"),
         }
-        for name in (*RANKED, "words", "unparsed")
+        for name in (*RANKED, "words", "unparsed", "cut")
     ]
 
 
@@ -132,14 +137,14 @@ def _row(row: BoardRow) -> dict[str, Any]:
                 _short(one.high),
                 one.n,
             ]
-    wanted = (*RANKED, "words", "unparsed")
+    wanted = (*RANKED, "words", "unparsed", "cut")
     return {
         **{
             name: getattr(row, name)
             for name in ("task", "system", "kind", "group", "marks", "about", "notes", "unanswered")
         },
         "scores": {
-            name: [_short(of.value), _short(of.low), _short(of.high), of.n]
+            name: [_short(of.value), _short(of.low), _short(of.high), of.n, mean_text(of)]
             for name, of in row.scores.items()
             if name in wanted and of.value is not None
         },

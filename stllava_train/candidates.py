@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from stllava_eval.answering import Answer, Question
+from stllava_eval.answering import Answer, Question, only_answers
 from stllava_eval.errors import InputError
 from stllava_eval.images import decode
 from stllava_eval.metrics import folded_words
@@ -266,7 +266,7 @@ def blind_answers(answerer: Answerer, candidates: Sequence[Candidate], tokens: i
 
     black = partial(PIL.Image.new, "RGB", (64, 64))
     questions = [Question(one.question, black, tokens, image_key="black") for one in candidates]
-    return {candidates[place].id: answer.text for place, answer in answerer.answer(questions)}
+    return {candidates[place].id: answer.text for place, answer in only_answers(answerer.answer(questions))}
 
 
 def read_candidates(path: Path) -> list[Candidate]:
@@ -435,7 +435,8 @@ def rows_of(answerer: Answerer, images: Images, settings: Settings) -> Iterator[
             done.append(work)
         return [question for *_, question in further]
 
-    for _ in answerer.answer([work.describe() for work in works], progress=False, follow=follow):
+    described = [work.describe() for work in works]
+    for _ in only_answers(answerer.answer(described, progress=False, follow=follow)):
         while done:
             yield done.pop().row()
 

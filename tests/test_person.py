@@ -230,7 +230,7 @@ def test_a_killed_server_loses_nothing(folder):
         assert state(server.url)["number"] == 3
 
 
-def test_ctrl_c_ends_it_and_says_how_many_are_judged(folder, capsys):
+def test_ctrl_c_ends_it_and_says_how_many_are_judged(folder, capsys, signals):
     def person() -> None:
         while not (found := re.findall(r"judge at (\S+) ", capsys.readouterr().err)):
             time.sleep(0.02)

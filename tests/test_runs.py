@@ -50,7 +50,7 @@ def test_a_signature_names_metric_data_and_prompt(prepared):
         for row in score_table("vqarad", answers(closed="no", opened="x"), "short").rows
         if (row.metric, row.category) == ("recall", "all")
     ]
-    assert row.signature == "recall|v1|vqarad test for tests|prompt short"
+    assert row.signature == "recall|v1|vqarad test for tests|prompt short|extract final-v1"
 
 
 def test_a_question_without_an_answer_is_listed_and_in_no_mean(prepared):
@@ -81,12 +81,12 @@ def test_ids_that_the_split_does_not_have_are_refused_by_name(prepared):
     ],
 )
 def test_answers_are_read_from_every_form(prepared, tmp_path, row, of):
-    assert read_answers(write(tmp_path / "a.jsonl", [row]), "vqarad") == {of: "yes"}
+    assert read_answers(write(tmp_path / "a.jsonl", [row]), "vqarad").answers == {of: "yes"}
 
 
 def test_an_empty_answer_is_an_answer(prepared, tmp_path):
     file = write(tmp_path / "a.jsonl", [{"doc_id": 0, "filtered_resps": ""}, {"id": "test-1-0", "answer": ""}])
-    assert read_answers(file, "vqarad") == {"test-0-0": "", "test-1-0": ""}
+    assert read_answers(file, "vqarad").answers == {"test-0-0": "", "test-1-0": ""}
 
 
 @pytest.mark.parametrize("run", ["[]", "{}", '{"tasks": 3}', '{"tasks": {"vqarad": {}}}'])
@@ -99,7 +99,7 @@ def test_a_folder_with_a_broken_manifest_is_no_run(prepared, tmp_path, run):
 
 def test_line_separators_inside_an_answer_do_not_end_its_line(prepared, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": "test-0-0", "answer": "yes\u2028or\u0085no"}\n', encoding="utf-8")
-    assert read_answers(tmp_path / "a.jsonl", "vqarad") == {"test-0-0": "yes\u2028or\u0085no"}
+    assert read_answers(tmp_path / "a.jsonl", "vqarad").answers == {"test-0-0": "yes\u2028or\u0085no"}
 
 
 def test_an_edited_run_is_no_run(prepared, tmp_path):
@@ -110,13 +110,15 @@ def test_an_edited_run_is_no_run(prepared, tmp_path):
         write(
             tmp_path / "answers.jsonl", [{"task": "vqarad", "id": "1", "answer": "yes"}, {"task": "vqarad", **second}]
         )
-        with pytest.raises(InputError, match=r"an id of answers.jsonl comes twice, or an id or answer is not text"):
+        with pytest.raises(
+            InputError, match=r"an id of answers.jsonl comes twice, or an id, answer or reply is not text"
+        ):
             board([tmp_path])
 
 
 def test_lines_of_other_tasks_are_left_out(prepared, tmp_path):
     rows = [{"task": "slake", "id": "1", "answer": "a"}, {"task": "vqarad", "id": "2", "answer": "b"}]
-    assert read_answers(write(tmp_path / "a.jsonl", rows), "vqarad") == {"2": "b"}
+    assert read_answers(write(tmp_path / "a.jsonl", rows), "vqarad").answers == {"2": "b"}
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_an_id_of_lmms_evals_samples_is_text_or_the_rows_place_counts(prepared, 
     record = {"id": id, "image_id": "a", "score": 1}
     line = {"doc_id": 0, "filtered_resps": ["yes"], "recall": record}
     (tmp_path / "samples.jsonl").write_text(json.dumps(line))
-    assert read_answers(tmp_path / "samples.jsonl", "vqarad") == {"test-0-0": "yes"}
+    assert read_answers(tmp_path / "samples.jsonl", "vqarad").answers == {"test-0-0": "yes"}
 
 
 DAMAGE = {

@@ -1039,8 +1039,8 @@ def transformers_serve(checkpoint, tmp_path_factory):
                 time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1", str(folder)
     finally:
-        process.terminate()
-        process.wait(30)
+        process.kill()  # a polite end may be refused, and nobody needs it
+        process.wait()
 
 
 def test_a_real_server_gives_the_answers_of_the_checkpoint(transformers_serve, checkpoint):

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from stllava_eval.errors import InputError
 from stllava_eval.home import write_json
+from stllava_eval.hub import one_line
 from stllava_eval.network.checkpoint import VOCABULARY_ROWS, Checkpoint
-from stllava_eval.network.files import one_line, refused
+from stllava_eval.network.files import refused
 
 SHARD_BYTES = 5 * 10**8  # of a written file: what is held in memory (our choice)
 
