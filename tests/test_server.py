@@ -393,11 +393,6 @@ FAULTS = [
         id="two answers",
     ),
     pytest.param(
-        sends(b'{"choices": [{"message": {"content": "x", "refusal": ' + b"[" * 940 + b"1" + b"]" * 940 + b"}}]}"),
-        "its reply is ",
-        id="a refusal nested deep",
-    ),
-    pytest.param(
         sends(b'{"error": ' + b"[" * 900 + b"1" + b"]" * 900 + b"}"),
         "HTTP 200 with an error: ",
         id="an error nested deep",
