@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError
-from stllava_eval.home import home, write_json
+from stllava_eval.home import home, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +70,7 @@ def default_checkpoint() -> str:
     if not record.exists():
         return PUBLISHED
     try:
-        checkpoint = json.loads(record.read_text(encoding="utf-8"))["checkpoint"]
+        checkpoint = read_json(record)["checkpoint"]
         if not isinstance(checkpoint, str):
             raise TypeError(f"{checkpoint!r} is no folder")
         return checkpoint

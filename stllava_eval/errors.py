@@ -10,6 +10,23 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 
 
+LONGEST_REASON = 300  # characters of another library's words in one of our lines. Our choice: three lines of a terminal
+
+
+def one_line(error: object) -> str:
+    """What an error says, on one line and without its last full stop; a long one ends at a sentence, else at a word.
+
+    >>> one_line(ValueError("404 Client Error.\\n\\nRepository not found."))
+    '404 Client Error. Repository not found'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > LONGEST_REASON:
+        text = text[:LONGEST_REASON]
+        sentence = text.rfind(". ")
+        text = text[:sentence] if sentence > LONGEST_REASON // 2 else f"{text.rpartition(' ')[0] or text} ..."
+    return text if text.endswith("...") else text.rstrip(".")
+
+
 class InputError(ValueError):
     """What the user gave cannot be used.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError
 from stllava_eval.home import home, whole_file, write_json
-from stllava_eval.images import decode, pixel_hash
+from stllava_eval.images import decode, pixel_hash, read_image
 from stllava_eval.metrics import choices, closed_accuracy, exact_match, folded_words, words
 from stllava_eval.statistics import Estimate, bootstrap_clustered, mean_clustered
 from stllava_train.candidates import WHYS, Candidate, count
@@ -811,7 +811,7 @@ def examples(
 
 def _opened(file: Path) -> Any:
     try:
-        return decode(file.read_bytes())
+        return decode(read_image(file))
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}). Pass the folder of the images.") from error
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stllava_eval.answering import Answer, Question
 from stllava_eval.errors import InputError
-from stllava_eval.images import decode
+from stllava_eval.images import decode, read_image
 from stllava_eval.metrics import folded_words
 from stllava_train.conversations import ROLE, Conversation
 from stllava_train.ledger import Ledger, Row, read_rows
@@ -479,7 +479,7 @@ def _sampling(*how: Any) -> Sampling:
 
 def _open(file: Path) -> Any:
     try:
-        return decode(file.read_bytes())
+        return decode(read_image(file))
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}). Put it back; the same call goes on.") from error
 

@@ -862,16 +862,9 @@ def test_an_image_cut_short_anywhere_is_refused(format, monkeypatch):
             decode(whole[:cut])
 
 
-def test_a_decompression_bomb_is_one_line(monkeypatch):
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(InputError, match="decompression bomb") as refused:
-        decode(encoded(PIL.Image.new("L", (100, 100))))
-    assert "\n" not in str(refused.value)
-
-
 def test_something_else_than_an_image_is_refused_without_an_address_of_memory():
-    with pytest.raises(InputError, match=r"^7 bytes are no image that Pillow knows\. Download it again\.$"):
-        decode(b"<html/>")
+    with pytest.raises(InputError, match=r"^7 bytes are no JPEG, PNG, BMP, GIF, TIFF or WebP image\. Download it again\.$"):
+        decode(b"nothing")
 
 
 def test_equal_pictures_in_two_encodings_have_one_hash_and_other_shapes_another():

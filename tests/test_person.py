@@ -458,7 +458,7 @@ def test_keys_and_mouse_judge_what_is_on_the_screen(folder, browser):
         at("4 of 6, 1 skipped")
         browser.click("[data-choice='2']")
         at("5 of 6, 1 skipped")
-        browser.wait("broken.textContent.includes('no image that Pillow knows')")
+        browser.wait("broken.textContent.includes('no JPEG, PNG, BMP')")
         browser.press("1")
         browser.wait("said.textContent.includes('Not saved')")
         browser.press("s")

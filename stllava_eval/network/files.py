@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -17,7 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.home import loads, read_text
 
 
 class WeightFile:
@@ -135,7 +135,7 @@ def read_json(file: Path) -> dict[str, Any]:
         InputError: There is none.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = loads(read_text(file))
         if not isinstance(value, dict):
             raise TypeError(f"a {type(value).__name__}")
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -201,11 +201,6 @@ def _download(name: str) -> Path:
             f"{missing}, and not to be had from the hub ({type(error).__name__}: {one_line(error)}). Pass a folder "
             "that is there, or make the demo's checkpoint with `stllava-train tiny`."
         ) from error
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line of bearable length."""
-    return " ".join((str(error) or type(error).__name__).split())[:180].rstrip(".")
 
 
 @contextmanager
