@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError, one_line
-from stllava_eval.home import home, loads, read_json, whole_file, write_json
+from stllava_eval.home import home, loads, local, read_json, whole_file, write_json
 from stllava_eval.images import IMAGE_BYTES, decode, pixel_hash
 
 if TYPE_CHECKING:
@@ -616,18 +616,9 @@ def _without_litter(names: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def _local(given: str) -> Path | None:
-    """What is there by this name on this machine."""
-    try:
-        path = Path(given).expanduser()
-        return path if path.exists() else None
-    except (OSError, RuntimeError):  # the name is too long, or there is no such user
-        return None
-
-
 def _fetch(name: str, split: str, given: str) -> tuple[Path, str]:
     """Where the source lies on this disk, downloaded if it is a hub id, and its full name."""
-    if (path := _local(given)) is not None:
+    if (path := local(given)) is not None:
         return path, str(path.resolve())
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
         raise InputError(
@@ -1243,7 +1234,7 @@ def _done(name: str, split: str, given: str, home_folder: Path | None) -> Manife
             pass
     except InputError:
         return None
-    path = _local(given)
+    path = local(given)
     same = manifest.resolved == str(path.resolve()) if path is not None else manifest.source == given
     return manifest if same else None
 

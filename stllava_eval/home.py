@@ -1,5 +1,6 @@
 """Where data, checkpoints and runs live, how files appear there (whole or not at all), and how others' are read."""
 
+import atexit
 import errno
 import fcntl
 import hashlib
@@ -8,7 +9,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,8 +20,24 @@ TEXT_BYTES = 2**31  # of a text or JSON file that is read whole. Our choice: twi
 
 
 def home() -> Path:
-    """`$STLLAVA_HOME`, by default `~/.cache/stllava-med`. Not created here."""
-    return Path(os.environ.get("STLLAVA_HOME") or Path.home() / ".cache" / "stllava-med").expanduser()
+    """`$STLLAVA_HOME`, by default `~/.cache/stllava-med`. Not created here.
+
+    Raises:
+        InputError: It begins with the name of a user that there is not.
+    """
+    return expanded("STLLAVA_HOME", os.environ.get("STLLAVA_HOME") or Path.home() / ".cache" / "stllava-med")
+
+
+def expanded(named: str, path: str | Path) -> Path:
+    """The path with its `~` or `~user` as a folder; `named` is who gave it, for the message.
+
+    Raises:
+        InputError: There is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{named}={path}: no such user. Write the whole path.") from error
 
 
 @contextmanager
@@ -129,20 +146,58 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         InputError: It cannot be made, or another process holds it.
     """
+    opened = _locked(folder)
+    while opened is None:
+        opened = _locked(folder)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds something, as a rule
+            folder.rmdir()
+        os.close(opened)
+
+
+def _locked(folder: Path) -> int | None:
+    """The opened and locked folder; None where it was removed in between."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        opened = os.open(folder, os.O_RDONLY)
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made or read ({error.strerror}). Choose another folder.") from error
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        if folder.exists() and folder.stat().st_ino == os.fstat(opened).st_ino:
+            return opened
     except BlockingIOError as error:
-        raise InputError(f"{folder}: another process is writing it. Wait for it, or choose another folder.") from error
-    finally:
         os.close(opened)
-        with suppress(OSError):  # it holds something, as a rule
-            folder.rmdir()
+        raise InputError(f"{folder}: another process is writing it. Wait for it, or choose another folder.") from error
+    os.close(opened)
+    return None
+
+
+def local(given: str) -> Path | None:
+    """What lies on this machine by the name that somebody gave; it may be a hub's instead."""
+    try:
+        path = Path(given).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # the name is too long, we may not look there, or there is no such user
+        return None
+
+
+_held: dict[Path, AbstractContextManager[None]] = {}
+
+
+def hold(folder: Path) -> None:
+    """As `alone`, until this process ends. It may ask again: it has the folder already.
+
+    Raises:
+        InputError: See `alone`.
+    """
+    if (place := folder.absolute()) not in _held:
+        held = alone(place)
+        held.__enter__()
+        _held[place] = held
+        atexit.register(held.__exit__, None, None, None)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -161,7 +216,31 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         InputError: See `whole_file`.
     """
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented JSON with sorted keys."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def refuse_file(folder: Path, named: str) -> None:
+    """Called before any work: a file must not stand where `folder` is to be written, and its name must be possible.
+
+    Args:
+        folder: It need not be there.
+        named: The option that names it, for the message.
+
+    Raises:
+        InputError: See above.
+    """
+    try:
+        if file := next((one for one in (folder, *folder.parents) if one.exists() and not one.is_dir()), None):
+            raise InputError(f"{named} {folder}: {file} is a file. Pass a folder.")
+    except OSError as error:
+        raise InputError(
+            f"{named} {folder}: no folder can be made there ({error.strerror}). Choose another."
+        ) from error
 
 
 def read_bytes(file: Path, most: int = TEXT_BYTES) -> bytes:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError
-from stllava_eval.home import read_bytes, read_json, write_json
+from stllava_eval.home import read_bytes, read_json, read_text, write_json
 from stllava_eval.images import IMAGE_BYTES, decode, opened, pixel_hash
 from stllava_train.candidates import Candidate
 from stllava_train.ledger import Ledger
+from stllava_train.recipe import read_yaml
 from stllava_train.verdicts import Verdict, row_of, verdict_of
 
 if TYPE_CHECKING:
@@ -213,18 +214,16 @@ def read_price(model: str, file: Path | None = None) -> Price | None:
     Raises:
         InputError: The file cannot be read, or an entry is no price.
     """
-    import yaml
-
     file = file or Path(__file__).parent / "prices.yaml"
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+        entries = read_yaml(read_text(file), str(file))
         prices = {
             str(name): Price(**{key: float(value) for key, value in entry.items()}) for name, entry in entries.items()
         }
         for name, one in prices.items():
             if not all(0 <= number < 1e6 for number in (one.prompt, one.reply, one.batch)):
                 raise ValueError(f"{name} has a price that is none, or below 0")
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         what = " ".join(str(error).split())
         raise InputError(
             f"{file}: no list of prices ({what}). Write a line a model: `NAME: {{prompt: 2.5, reply: 10, batch: 0.5}}`."

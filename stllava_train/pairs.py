@@ -18,7 +18,7 @@ from stllava_eval.home import loads, whole_file
 from stllava_eval.images import decode, opened
 from stllava_eval.metrics import folded_words
 from stllava_train.candidates import Candidate
-from stllava_train.conversations import ROLE, SPECIAL, Conversation, records, uniform
+from stllava_train.conversations import ROLE, SPECIAL, Conversation, image_file, records, uniform
 from stllava_train.data import SUFFIXES, safe_names
 from stllava_train.ledger import Ledger, Row, line, read_rows
 from stllava_train.verdicts import Rule, Verdict, preferences
@@ -439,7 +439,7 @@ def _image_path(pair: Pair, format: str, images: Path | None) -> str:
         return pair.image
     if images is None:
         raise InputError(f"--format {format}: its rows hold the images' paths. Pass their folder with --images.")
-    if not (file := images.resolve() / pair.image).is_file():
+    if (file := image_file(images.resolve(), pair.image)) is None:
         raise InputError(f"{pair.id}: its image {pair.image} is not in {images}. Pass the folder of the images.")
     return str(file)
 

@@ -863,7 +863,9 @@ def test_an_image_cut_short_anywhere_is_refused(format, monkeypatch):
 
 
 def test_something_else_than_an_image_is_refused_without_an_address_of_memory():
-    with pytest.raises(InputError, match=r"^7 bytes are no JPEG, PNG, BMP, GIF, TIFF or WebP image\. Download it again\.$"):
+    with pytest.raises(
+        InputError, match=r"^7 bytes are no JPEG, PNG, BMP, GIF, TIFF or WebP image\. Download it again\.$"
+    ):
         decode(b"nothing")
 
 

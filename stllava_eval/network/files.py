@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stllava_eval.errors import InputError, one_line
-from stllava_eval.home import loads, read_text
+from stllava_eval.home import loads, local, read_text
 
 
 class WeightFile:
@@ -182,7 +182,7 @@ def local_folder(name: str) -> Path:
 
 def _download(name: str) -> Path:
     """The hub's copy of `name`: safetensors if it has them, else pickles."""
-    if Path(name).is_file():
+    if (path := local(name)) is not None and path.is_file():
         raise InputError(f"{name} is a file. Pass the folder that it lies in.")
     missing = f"{name[:200] or 'an empty name'}: no such folder"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
