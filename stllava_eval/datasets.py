@@ -496,7 +496,8 @@ def open_files(path: Path) -> Iterator[Files]:
         for archive in [name for name in outer.names if name.lower().endswith(".zip")]:
             place = f"{path}: {archive}"
             if path.is_dir():
-                inner = _zip(place, stack.enter_context((path / archive).open("rb")))
+                outer.size(archive)  # refuses a pipe, at which opening it would wait
+                inner = _zip(place, stack.enter_context(outer.open(archive)))
             else:  # a member of an archive is slow to seek in
                 inner = _zip(place, io.BytesIO(outer.read(archive, left)))
                 left -= outer.size(archive)
@@ -518,14 +519,18 @@ def _folder(path: Path) -> Files:
             continue
         seen.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
-        names += [
-            (Path(folder) / name).relative_to(path).as_posix()
-            for name in sorted(found)
-            if name[0] != "." and (Path(folder) / name).is_file()
-        ]  # not a pipe, which would never end
-    return Files(
-        str(path), tuple(names), lambda name: (path / name).open("rb"), lambda name: (path / name).stat().st_size
-    )
+        names += [(Path(folder) / name).relative_to(path).as_posix() for name in sorted(found) if name[0] != "."]
+
+    def size(name: str) -> int:
+        try:
+            found = (path / name).stat()
+        except OSError as error:  # a link to nowhere
+            raise InputError(f"{path}: {name} cannot be read ({error.strerror}). {REMEDY}.") from error
+        if not stat.S_ISREG(found.st_mode):  # a device or a pipe would never end
+            raise InputError(f"{path}: {name} is no regular file. Pass a folder that holds the files themselves.")
+        return found.st_size
+
+    return Files(str(path), tuple(names), lambda name: (path / name).open("rb"), size)
 
 
 def _zip(place: str, file: IO[bytes]) -> Files:
@@ -582,8 +587,11 @@ def _tar(path: Path, stack: ExitStack) -> Files:
         members, size = [], 0
         for member in archive:
             size += member.size
-            if size > UNPACKED_BYTES:  # before the next header is looked for behind it
-                raise InputError(f"{path}: it unpacks to more than {UNPACKED_BYTES:,} bytes. {REMEDY}.")
+            if member.size > PARQUET_BYTES or size > UNPACKED_BYTES:  # before the next one is looked for behind it
+                raise InputError(
+                    f"{path}: {member.name} has {member.size:,} bytes, and at most {PARQUET_BYTES:,} are read of a "
+                    f"file, {UNPACKED_BYTES:,} in all. {REMEDY}."
+                )
             if not member.isdir():
                 members.append(member)
     except DAMAGES as error:

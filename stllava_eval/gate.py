@@ -448,6 +448,8 @@ def read_policy(file: Path | None = None) -> Policy:
     given: Any = None
     if file is not None:
         try:
+            if file.is_file() and file.stat().st_size > POLICY_BYTES:
+                raise InputError(f"{file}: {file.stat().st_size} bytes. A policy is a few lines of YAML.")
             given = _loaded(read_text(file, POLICY_BYTES))
         except InputError:
             raise

@@ -303,7 +303,7 @@ def test_an_image_is_shown_as_the_model_saw_it(folder, mode):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param(b"no image", "a.png: 8 bytes are no image", id="broken"),
+        pytest.param(b"no image", "a.png: 8 bytes are no JPEG", id="broken"),
         pytest.param(None, "a.png: cannot be read (No such file or directory)", id="gone"),
         pytest.param("b.png", "a.png: not the picture that the model was asked about", id="another"),
     ],
