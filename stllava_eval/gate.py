@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from stllava_eval.compare import METRICS, Paired, differing, paired, refuse_unlike, unlike_settings
 from stllava_eval.errors import InputError, printable
+from stllava_eval.home import read_text
 from stllava_eval.runs import (
     QuestionScores,
     Run,
@@ -451,9 +452,9 @@ def read_policy(file: Path | None = None) -> Policy:
     given: Any = None
     if file is not None:
         try:
-            if file.stat().st_size > POLICY_BYTES:
+            if file.is_file() and file.stat().st_size > POLICY_BYTES:
                 raise InputError(f"{file}: {file.stat().st_size} bytes. A policy is a few lines of YAML.")
-            given = _loaded(file.read_text(encoding="utf-8"))
+            given = _loaded(read_text(file, POLICY_BYTES))
         except InputError:
             raise
         except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError, RecursionError) as error:

@@ -37,7 +37,7 @@ from stllava_eval.extract import (
     unsealed,
     with_opened_thoughts,
 )
-from stllava_eval.home import home, whole_file, write_json
+from stllava_eval.home import expanded, hold, home, loads, read_json, whole_file, write_json
 
 if TYPE_CHECKING:
     from stllava_eval.answering import Answer
@@ -299,9 +299,9 @@ def open_run(folder: Path) -> Run:
         InputError: It is not a run folder.
     """
     try:
-        manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        manifest = read_json(folder / "run.json")
         text = (folder / "answers.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.split("\n") if line]  # an answer may hold other line separators
+        rows = [loads(line) for line in text.split("\n") if line]  # an answer may hold other line separators
         keys = [(row["task"], row["id"], row.get("draw", 0)) for row in rows]
         texts = [row[key] for row in rows for key in ("id", "answer", *(["reply"] if "reply" in row else []))]
         if len(set(keys)) < len(keys) or not all(isinstance(text, str) for text in texts):
@@ -417,7 +417,7 @@ def trained_on(checkpoint: str) -> list[str] | None:
     """The data sets that a checkpoint of `stllava-train` has learnt from (`slake`, `slake sample`); None if it does not
     say."""
     try:
-        found = json.loads((Path(checkpoint) / "run.json").read_text(encoding="utf-8"))["trained_on"]
+        found = read_json(Path(checkpoint) / "run.json")["trained_on"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return [str(name) for name in found] if isinstance(found, list) else None
@@ -630,7 +630,7 @@ def read_answers(file: Path, task: str, extract: str | None = None) -> AnswerFil
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{file}:{number}: not JSON ({error}). Each line is one object with id and answer."
@@ -800,14 +800,36 @@ def refuse_old_folder(folder: Path | None = None) -> None:
 
 
 def _new_folder(checkpoint: str) -> Path:
+    """A folder for one run, held until this process ends: `$STLLAVA_RUN`, else one that nobody else has made.
+
+    Raises:
+        InputError: It holds a run already, another process is writing it, or it cannot be made.
+    """
     if chosen := os.environ.get("STLLAVA_RUN"):
-        return Path(chosen).expanduser()
+        folder = expanded("STLLAVA_RUN", chosen)
+        hold(folder)
+        if (folder / "run.json").exists():  # when this run began, there was none
+            raise InputError(
+                f"{folder}: another run has been written there meanwhile. Choose another folder, and run again: the "
+                "answers are kept."
+            )
+        return folder
+    runs = home() / "runs"
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    stem = f"{stamp}-{Path(checkpoint).name}"
-    folder, number = home() / "runs" / stem, 1
-    while folder.exists():
-        number += 1
-        folder = home() / "runs" / f"{stem}-{number}"
+    stem, number = f"{stamp}-{Path(checkpoint).name.encode()[:100].decode(errors='ignore')}", 1
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = runs / (stem if number == 1 else f"{stem}-{number}")
+            with suppress(FileExistsError):
+                folder.mkdir()
+                break
+            number += 1
+    except OSError as error:
+        raise InputError(
+            f"{runs}: cannot be written ({error.strerror}). Set STLLAVA_HOME to another folder."
+        ) from error
+    hold(folder)
     return folder
 
 
