@@ -1,4 +1,5 @@
 # `make demo` does the main job on the sample data, `make test` passes the tests; each starts from nothing.
+# `make newest` passes tests with the newest release of everything; `make install-check` does what a user does first.
 PYTHON ?= python3
 BIN := .venv/bin
 export STLLAVA_HOME ?= $(HOME)/.cache/stllava-med
@@ -9,7 +10,7 @@ TRAINING := $(STLLAVA_HOME)/conversations
 export KMP_BLOCKTIME := 0
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test newest install-check lint bench clean
 
 .venv/installed: pyproject.toml constraints.txt setup.py stllava_med.pth
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -29,6 +30,20 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest
 
+# whether a release has broken us: no pins, no upper bounds of ours, and none that the machine gives pip
+newest:
+	$(PYTHON) -m venv .venv-newest
+	$(PYTHON) tests/newest.py > .venv-newest/requirements.txt
+	PIP_CONSTRAINT=/dev/null .venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+		--upgrade-strategy eager -r .venv-newest/requirements.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	PYTHONPATH=tests .venv-newest/bin/python -m pytest -W default -p newest \
+		$(patsubst %,tests/test_%.py,network engine adapter server sft dpo)
+
+# builds the wheel, installs it as `pip install` does, and runs the bare command on the sample data, elsewhere
+install-check:
+	PYTHON=$(PYTHON) tests/install_check.sh
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,4 +53,4 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/scoring.py --json -
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-newest build dist *.egg-info

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import textwrap
@@ -17,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 from stllava_eval.decoding import Decoding, decoding, mark_ids, special_ids
-from stllava_eval.errors import InputError
-from stllava_eval.home import home, write_json
-from stllava_eval.hub import one_line
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.home import home, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +78,7 @@ def default_checkpoint() -> str:
     if not record.exists():
         return PUBLISHED
     try:
-        checkpoint = json.loads(record.read_text(encoding="utf-8"))["checkpoint"]
+        checkpoint = read_json(record)["checkpoint"]
         if not isinstance(checkpoint, str):
             raise TypeError(f"{checkpoint!r} is no folder")
         return checkpoint

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import inspect
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -365,6 +366,8 @@ class Engine:
     ) -> None:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, shared_prefix_attention)
         self.model, self.ends = model, ends
+        decoder = inspect.signature(model.model.language_model.forward)  # `past_key_values` until transformers 5.23
+        self.cache_name = "cache" if "cache" in decoder.parameters else "past_key_values"
         self.suppressed = torch.tensor(sorted(suppressed), dtype=torch.long, device=model.device)
         self.most_rows = rows
         self.batch_tokens = batch_tokens
@@ -538,7 +541,7 @@ class Engine:
         moved = {name: x.to(device, dtype) if x.is_floating_point() else x.to(device) for name, x in inputs.items()}
         ids = torch.tensor([prompt.prefix], device=device)
         with suppress(_Filled):
-            self.model.model(input_ids=ids, past_key_values=cache, use_cache=True, **moved)
+            self.model.model(input_ids=ids, use_cache=True, **{self.cache_name: cache}, **moved)
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         if self.batch_tokens is None:
             self.batch_tokens = _free_tokens(layers, device)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.home import loads, local, read_text
 
 PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors")
 
@@ -21,7 +21,7 @@ def read_json(file: Path) -> dict[str, Any]:
         InputError: There is none.
     """
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = loads(read_text(file))
         if not isinstance(value, dict):
             raise TypeError(f"a {type(value).__name__}")
     except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -50,7 +50,7 @@ def local_folder(name: str) -> Path:
 
 def _download(name: str) -> Path:
     """The hub's copy of `name`: safetensors if it has them, else pickles."""
-    if Path(name).is_file():
+    if (path := local(name)) is not None and path.is_file():
         raise InputError(f"{name} is a file. Pass the folder that it lies in.")
     missing = f"{name[:200] or 'an empty name'}: no such folder"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
@@ -70,20 +70,6 @@ def _download(name: str) -> Path:
             f"{missing}, and not to be had from the hub ({type(error).__name__}: {one_line(error)}). Pass a folder "
             "that is there, or make the demo's checkpoint with `stllava-train tiny`."
         ) from error
-
-
-def one_line(error: Exception, longest: int = 300) -> str:
-    """All that an error says, on one line; beyond `longest` characters it ends with a sentence, or else a word.
-
-    >>> one_line(ValueError("It is gone.\\nLook  elsewhere."))
-    'It is gone. Look elsewhere'
-    """
-    words = " ".join((str(error) or type(error).__name__).split())
-    if len(words) > longest:
-        begun = words[: longest + 1]
-        sentence = begun.rfind(". ")
-        words = begun[:sentence] if sentence > longest // 3 else begun[: longest - 3].rpartition(" ")[0] + " ..."
-    return words if words.endswith("...") else words.rstrip(".")
 
 
 def refuse_no_checkpoint(folder: Path, name: str) -> None:

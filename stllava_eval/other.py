@@ -23,8 +23,8 @@ from stllava_eval.answering import (
     torch_dtype,
     user,
 )
-from stllava_eval.errors import InputError
-from stllava_eval.hub import local_folder, one_line, read_json
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.hub import local_folder, read_json
 from stllava_eval.network.files import refused, some
 
 if TYPE_CHECKING:

@@ -17,11 +17,10 @@ from transformers import TrainerCallback
 
 from stllava_eval.answering import Answerer, Question, only_answers
 from stllava_eval.datasets import Row, read_rows
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import whole_file
 from stllava_eval.images import decode
 from stllava_eval.metrics import score
-from stllava_eval.network.files import one_line
 from stllava_train.recipe import DpoRecipe
 from stllava_train.training import first_process, read_trace
 

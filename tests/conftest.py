@@ -1,10 +1,16 @@
-"""What several tests share: a home folder, a small random LLaVA, a few rows of each data set."""
+"""What several tests share: a home folder, a small random LLaVA, a few rows of each data set; and that none hangs."""
 
+import faulthandler
 import io
 import os
+import signal
+import sys
 from pathlib import Path
+from threading import Timer
 
+import psutil
 import pytest
+import pytest_timeout
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
@@ -15,6 +21,72 @@ QUESTIONS = {
     "slake": [("Is this a CT or an MRI?", "MRI", "closed"), ("Where is the liver?", "upper left", "open")],
     "pathvqa": [("Are nuclei seen?", "no", "closed"), ("What stain is used?", "hematoxylin and eosin", "open")],
 }
+
+
+# --- no test hangs --------------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_timeout_set_timer(item, settings):
+    """A test that has reached its limit loses its child processes first: it may be waiting for one as it unwinds."""
+    done = yield
+    fail = signal.getsignal(signal.SIGALRM)
+    if callable(fail):  # not where somebody asks for pytest-timeout's other method
+
+        def end(number, frame):
+            end_children()
+            fail(number, frame)
+
+        signal.signal(signal.SIGALRM, end)
+    return done
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test that has not ended at one and a half times its limit, its fixtures included, ends the whole run."""
+    settings = pytest_timeout._get_item_settings(item)
+    if not settings.timeout:
+        return (yield)
+
+    def give_up() -> None:
+        end_children()
+        pytest_timeout.timeout_timer(item, settings)  # the stacks of all threads, exit code 1
+
+    timer = Timer(1.5 * settings.timeout, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        return (yield)
+    finally:
+        timer.cancel()
+
+
+def pytest_unconfigure():
+    """A thread that a test has left behind does not keep the run alive for more than a minute."""
+    faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
+
+
+def end_children() -> None:
+    """Kill every process that this one has started, and theirs."""
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+
+
+@pytest.fixture
+def signals():
+    """What Ctrl-C and a closed terminal send, at work as in a terminal, here and in child processes.
+
+    `nohup make test &` starts the tests with both ignored, and children inherit that: what a test sends would never
+    arrive.
+    """
+    wanted = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL, signal.SIGQUIT: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+# --- what they share ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

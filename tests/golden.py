@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 from PIL import Image
+from rounding import apart
 from safetensors.torch import load_file
 
 from stllava_eval.network import StllavaMedImageProcessor
@@ -32,7 +33,7 @@ def our_name(part: str) -> str:
 
 
 def projector(file: Path) -> dict[str, float]:
-    """Worst absolute differences of output and gradients for one file of a_projector."""
+    """Worst differences of output and gradients for one file of a_projector; see `apart`."""
     values, facts = load_file(file), json.loads(file.with_suffix(".json").read_text())
     config = SimpleNamespace(
         vision_config=SimpleNamespace(hidden_size=facts["channels"]),
@@ -52,12 +53,12 @@ def projector(file: Path) -> dict[str, float]:
     y = ours(x)
     (y * values["grad.upstream"]).sum().backward()
     gradients = {"x": x.grad} | {name: one.grad for name, one in ours.named_parameters()}
-    worst = max(
-        _worst(gradients["x" if name == "grad.x" else our_name(name.removeprefix("grad."))], value)
+    pairs = [
+        (gradients["x" if name == "grad.x" else our_name(name.removeprefix("grad."))], value)
         for name, value in values.items()
         if name.startswith("grad.") and name != "grad.upstream"
-    )
-    return {"output": _worst(y, values["output.y"]), "gradients": worst}
+    ]
+    return {"output": apart((y, values["output.y"])), "gradients": apart(*pairs)}
 
 
 def spliced(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -126,11 +127,11 @@ def tiny_model(golden: Path, variant: str, folder: Path) -> dict[str, float]:
             eos_token_id=None,
         )[:, prompt.shape[1] :]
     return {
-        "tower": _worst(tower, values["tower_features"]),
-        "projector": _worst(torch.stack(list(encoded.pooler_output)), values["projector_output"]),
-        "logits": _worst(result.logits[mask.bool()], values["batch.logits"][mask.bool()]),
-        "loss": _worst(result.loss, values["batch.loss"][0]),
-        "gradients": max((_worst(_gradient(names, name), value) for name, value in gradients.items()), default=0.0),
+        "tower": apart((tower, values["tower_features"])),
+        "projector": apart((torch.stack(list(encoded.pooler_output)), values["projector_output"])),
+        "logits": apart((result.logits[mask.bool()], values["batch.logits"][mask.bool()])),
+        "loss": apart((result.loss, values["batch.loss"][0])),
+        "gradients": apart(*((_gradient(names, name), value) for name, value in gradients.items())),
         "compared gradients": float(len(gradients)),
         "greedy ids that differ": float((new != wanted).sum()),
     }
@@ -165,12 +166,12 @@ def checkpoint_layouts(golden: Path) -> dict[str, float]:
         with torch.inference_mode():
             ours = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=labels)
             encoded = model.get_image_features(pixel_values=values["pixel_values"], return_dict=True)
-        worst[name] = _worst(ours.logits[mask.bool()], logits[mask.bool()])
+        worst[name] = apart((ours.logits[mask.bool()], logits[mask.bool()]))
         if name != "base_llm":  # both have the tower with its LoRA merged
             tower = encoded.hidden_states[-2][:, 1:]
-            worst[f"{name}, tower"] = _worst(tower, expected["tower_features_merged"])
+            worst[f"{name}, tower"] = apart((tower, expected["tower_features_merged"]))
         if name == "lora_stage":
-            worst[f"{name}, loss"] = _worst(ours.loss, expected["batch.loss_with_adapters"][0])
+            worst[f"{name}, loss"] = apart((ours.loss, expected["batch.loss_with_adapters"][0]))
     return worst
 
 
@@ -185,16 +186,12 @@ def preprocessing(golden: Path) -> dict[str, float]:
         ours = StllavaMedImageProcessor(size={"shortest_edge": side}, crop_size=size, do_pad=mode.startswith("pad"))
         with Image.open(folder / f"{stem}.png") as image:
             pixels = ours(image, return_tensors="pt")["pixel_values"]
-        worst[name] = _worst(pixels.reshape(value.shape).to(value.dtype), value)
+        worst[name] = apart((pixels.reshape(value.shape).to(value.dtype), value))
     return worst
 
 
-def _worst(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return (ours.detach().double().reshape(-1) - theirs.double().reshape(-1)).abs().max().item()
-
-
 def table(golden: Path, work: Path) -> list[tuple[str, str, float]]:
-    """(golden file, quantity, worst absolute difference)."""
+    """(golden file, quantity, worst difference as a share of the largest value)."""
     rows = []
     for file in sorted((golden / "a_projector").glob("*.safetensors")):
         rows += [(f"a_projector/{file.stem}", what, worst) for what, worst in projector(file).items()]

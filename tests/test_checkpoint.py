@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import write_llama_tokenizer
 from PIL import Image
+from rounding import FLOAT32, assert_same
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig
@@ -76,16 +77,16 @@ def logits(model, rows: int = ROWS) -> Tensor:
         return model(input_ids=ids, pixel_values=pixels).logits[..., :rows]
 
 
-def assert_same(source, model, **options) -> None:
+def assert_same_network(source, model, **options) -> None:
     """The network at `source` has the logits of `model`, read on the fly and converted."""
     checkpoint = open_checkpoint(str(source), **options)
-    torch.testing.assert_close(logits(checkpoint.model()), logits(model), atol=1e-5, rtol=0)
+    assert_same(logits(checkpoint.model()), logits(model))
     out = Path(source).with_name(f"{Path(source).name}-converted")
     convert(checkpoint, out, progress=False)
     again = open_checkpoint(str(out))
     assert again.layout == "stllava-med"
     assert again.config.num_prototypes == checkpoint.config.num_prototypes
-    torch.testing.assert_close(logits(again.model()), logits(checkpoint.model()), atol=1e-6, rtol=0)
+    assert_same(logits(again.model()), logits(checkpoint.model()))
     theirs, loading = StllavaMedForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert logits(theirs.eval()).equal(logits(again.model()))
@@ -200,12 +201,12 @@ def full(tmp_path) -> tuple[Path, StllavaMedForConditionalGeneration]:
 def test_every_golden_layout_has_the_authors_logits(shared):
     worst = golden.checkpoint_layouts(shared / "golden")
     assert {"full_merged", "lora_stage", "base_llm", "lora_stage, loss", "lora_stage, tower"} <= set(worst)
-    assert max(worst.values()) <= 1e-5, worst
+    assert max(worst.values()) <= FLOAT32, worst
 
 
 def test_the_authors_full_model(full):
     folder, model = full
-    assert_same(folder, model, prototypes=3)
+    assert_same_network(folder, model, prototypes=3)
     assert open_checkpoint(str(folder)).config.num_prototypes == 256  # what their code has
 
 
@@ -215,14 +216,14 @@ def test_shards(tmp_path, suffix):
     write_flat_config(tmp_path / "sharded", model)
     write_tower(tmp_path / "sharded" / "vit", model)
     write_shards(tmp_path / "sharded", original_names(model), suffix)
-    assert_same(tmp_path / "sharded", model, prototypes=3)
+    assert_same_network(tmp_path / "sharded", model, prototypes=3)
 
 
 def test_safetensors_win_over_pickles(full):
     folder, model = full
     save_file({name: one.contiguous() for name, one in original_names(model).items()}, folder / "model.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"not read")
-    assert_same(folder, model, prototypes=3)
+    assert_same_network(folder, model, prototypes=3)
 
 
 @pytest.mark.parametrize("prefix", ["vision_model.", ""])
@@ -235,7 +236,7 @@ def test_three_parts(tmp_path, prefix):
     torch.save(only(original_names(model), "mm_projector"), tmp_path / "mm_projector.bin")
     write_tower(tmp_path / "vit", model, prefix)
     parts = {"vision_tower": str(tmp_path / "vit"), "projector": str(tmp_path / "mm_projector.bin")}
-    assert_same(tmp_path / "llm", model, prototypes=3, **parts)
+    assert_same_network(tmp_path / "llm", model, prototypes=3, **parts)
 
 
 def test_a_tower_of_its_own_wins_and_a_whole_clip_is_one(full, tmp_path):
@@ -247,7 +248,7 @@ def test_a_tower_of_its_own_wins_and_a_whole_clip_is_one(full, tmp_path):
     extra = {"text_model.final_layer_norm.bias": torch.ones(2), "logit_scale": torch.ones(())}
     write_tower(tmp_path / "clip", other, **extra)
     (tmp_path / "clip" / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": CLIP}))
-    assert_same(folder, other, prototypes=3, vision_tower=str(tmp_path / "clip"))
+    assert_same_network(folder, other, prototypes=3, vision_tower=str(tmp_path / "clip"))
     dropped = open_checkpoint(str(folder), prototypes=3, vision_tower=str(tmp_path / "clip")).audit.dropped
     assert len(dropped["CLIP's text side"]) == 2
     assert len(dropped["replaced by pytorch_model.bin"]) == len(model.model.vision_tower.state_dict())
@@ -261,19 +262,19 @@ def test_a_projector_folder_on_its_base(full, tmp_path):
     stage = tmp_path / "pretrained"
     write_flat_config(stage, other, _name_or_path="./full")
     torch.save(only(original_names(other), "mm_projector"), stage / "mm_projector.bin")
-    assert_same(stage, other, prototypes=3)
+    assert_same_network(stage, other, prototypes=3)
 
 
 def test_a_projector_file_beside_whole_weights_fills_in_and_does_not_win(full):
     folder, model = full
     other = {name: 2 * value for name, value in only(original_names(model), "mm_projector").items()}
     torch.save(other, folder / "mm_projector.bin")
-    assert_same(folder, model, prototypes=3)
+    assert_same_network(folder, model, prototypes=3)
     change(folder, lambda tensors: [tensors.pop(name) for name in other])
     with torch.no_grad():
         for weight in model.model.multi_modal_projector.parameters():
             weight.mul_(2)
-    assert_same(folder, model, prototypes=3)
+    assert_same_network(folder, model, prototypes=3)
 
 
 @pytest.mark.parametrize("strays", [True, False])
@@ -308,7 +309,7 @@ def test_the_authors_lora_stage(full, tmp_path, strays):
                 own = name.replace("model.layers", "model.language_model.layers")
                 own = own.replace("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.")
                 ours[own] += scale * b @ a
-    assert_same(stage, merged, prototypes=3)
+    assert_same_network(stage, merged, prototypes=3)
     audit = open_checkpoint(str(stage), prototypes=3).audit
     assert len(audit.dropped.get("copies of the vision tower's own LoRA", [])) == (2 * len(vision) if strays else 0)
 
@@ -329,7 +330,7 @@ def test_a_lora_of_the_tower_alone(full, tmp_path):
     merged = make()
     with torch.no_grad():
         merged.model.vision_tower.encoder.layers[0].mlp.fc1.weight += 2 * b @ a
-    assert_same(folder, merged, prototypes=3, vision_lora=str(tmp_path / "Vit-lora"))
+    assert_same_network(folder, merged, prototypes=3, vision_lora=str(tmp_path / "Vit-lora"))
 
 
 def test_llava_of_the_original_kind_and_a_share4v_base(tmp_path):
@@ -339,7 +340,7 @@ def test_llava_of_the_original_kind_and_a_share4v_base(tmp_path):
         write_flat_config(folder, model, architectures=[architecture], model_type=kind)
         write_tower(folder / "vit", model)
         torch.save(original_names(model), folder / "pytorch_model.bin")
-        assert_same(folder, model)
+        assert_same_network(folder, model)
 
 
 def test_llava_med_v15_is_a_mistral(tmp_path):
@@ -353,7 +354,7 @@ def test_llava_med_v15_is_a_mistral(tmp_path):
     assert checkpoint.config.text_config.model_type == "mistral"
     assert checkpoint.config.text_config.sliding_window is None
     assert checkpoint.config.text_config.rope_parameters["rope_theta"] == 5e5
-    assert_same(folder, model)
+    assert_same_network(folder, model)
 
 
 def test_a_mistral_is_asked_as_llava_med_asks_it(tmp_path):
@@ -413,13 +414,13 @@ def test_llava_hf_and_its_padded_rows(tmp_path, new_keys):
     ours = checkpoint.model()
     assert ours.lm_head.out_features == 32000  # the padded rows cannot be generated: they are not there
     assert ours.config.text_config.pad_token_id == 0
-    torch.testing.assert_close(logits(ours, 32000), logits(model, 32000), atol=1e-5, rtol=0)
+    assert_same(logits(ours, 32000), logits(model, 32000))
     assert checkpoint.tokenizer.legacy is False
 
     from transformers import LlavaForConditionalGeneration
 
     theirs = LlavaForConditionalGeneration.from_pretrained(folder).eval()
-    torch.testing.assert_close(logits(theirs, 32000), logits(ours, 32000), atol=1e-5, rtol=0)
+    assert_same(logits(theirs, 32000), logits(ours, 32000))
 
 
 def test_a_small_llava_hf_keeps_its_rows_and_never_generates_its_image_token(checkpoint):
@@ -491,17 +492,13 @@ def test_our_adapter_folder_on_any_base(full, tmp_path, rslora):
         wanted = logits(adapter.eval())
         checkpoint = open_checkpoint(str(stage))
         assert checkpoint.layout == "adapter on stllava-med"
-        torch.testing.assert_close(logits(checkpoint.model()), wanted, atol=1e-5, rtol=0)
+        assert_same(logits(checkpoint.model()), wanted)
         merged = adapter.merge_and_unload()
-        assert_same(stage, merged)
+        assert_same_network(stage, merged)
         merged.save_pretrained(tmp_path / f"merged-{rslora}")
-        torch.testing.assert_close(
-            logits(open_checkpoint(str(tmp_path / f"merged-{rslora}")).model()), wanted, atol=1e-5, rtol=0
-        )
+        assert_same(logits(open_checkpoint(str(tmp_path / f"merged-{rslora}")).model()), wanted)
         # an adapter on the authors' files, named by hand
-        torch.testing.assert_close(
-            logits(open_checkpoint(str(stage), base=str(folder), prototypes=3).model()), wanted, atol=1e-5, rtol=0
-        )
+        assert_same(logits(open_checkpoint(str(stage), base=str(folder), prototypes=3).model()), wanted)
 
 
 @pytest.mark.parametrize(("name", "value"), [("use_dora", True), ("bias", "all"), ("peft_type", "IA3")])
@@ -736,7 +733,7 @@ def test_a_loaded_network_does_not_look_through_to_its_file(full, tmp_path):
     loaded = open_checkpoint(str(folder), prototypes=3).model()
     with (folder / "pytorch_model.bin").open("r+b") as file:
         file.write(bytes(len((folder / "pytorch_model.bin").read_bytes())))
-    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=0)
+    assert_same(logits(loaded), logits(model))
 
 
 def test_four_bits_hold_the_language_model_only(tmp_path):
@@ -794,7 +791,7 @@ def test_convert_writes_shards_and_their_index(full, tmp_path, monkeypatch):
     for file in files:
         sizes = [4 * one.numel() for one in load_file(tmp_path / "out" / file).values()]
         assert sum(sizes) <= 40_000 or len(sizes) == 1
-    torch.testing.assert_close(logits(open_checkpoint(str(tmp_path / "out")).model()), logits(model), atol=1e-6, rtol=0)
+    assert_same(logits(open_checkpoint(str(tmp_path / "out")).model()), logits(model))
 
 
 def test_convert_refuses_and_lists_every_tensor(full, tmp_path, capsys):
@@ -846,7 +843,7 @@ def test_to_llava_hf_is_a_model_that_servers_know(tmp_path, capsys):
     theirs, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.config.text_config.vocab_size == 32064
-    torch.testing.assert_close(logits(theirs.eval(), 32000), logits(model, 32000), atol=1e-5, rtol=0)
+    assert_same(logits(theirs.eval(), 32000), logits(model, 32000))
     head = theirs.lm_head.weight
     assert all(row.equal(head[0]) for row in head[32000:])  # they tie with <unk> and never win
     names = set(load_file(tmp_path / "hf" / "model.safetensors"))
@@ -873,9 +870,7 @@ def test_to_llava_hf_is_a_model_that_servers_know(tmp_path, capsys):
     ]
     assert answers[0] == answers[1]
     # and it comes back as it was
-    torch.testing.assert_close(
-        logits(open_checkpoint(str(tmp_path / "hf")).model(), 32000), logits(model, 32000), atol=1e-5, rtol=0
-    )
+    assert_same(logits(open_checkpoint(str(tmp_path / "hf")).model(), 32000), logits(model, 32000))
 
 
 def test_the_harness_answers_with_a_checkpoint_of_the_authors(prepared, tmp_path):
@@ -1084,7 +1079,7 @@ def test_to_llava_hf_keeps_the_projectors_shape(tmp_path):
     convert(open_checkpoint(str(folder)), tmp_path / "out", to="llava-hf", progress=False)
     theirs, loading = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not loading["missing_keys"]
-    torch.testing.assert_close(logits(theirs.eval(), 32000), logits(model, 32000), atol=1e-5, rtol=0)
+    assert_same(logits(theirs.eval(), 32000), logits(model, 32000))
 
 
 @pytest.mark.parametrize(

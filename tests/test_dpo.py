@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ import torch
 import yaml
 from conftest import png
 from PIL import Image
+from rounding import FLOAT32, apart
 
 from stllava_eval.errors import InputError
 from stllava_eval.network.checkpoint import open_checkpoint
@@ -57,6 +59,8 @@ SMALL = {
     "projector": {"train": "full", "learning_rate": 5e-4},
 }
 FULL = {name: {"train": "full", "learning_rate": 1e-3} for name in ("language_model", "vision_tower", "projector")}
+# our choice: of losses after some steps, whose rounding AdamW has amplified; twenty times the worst of three processors
+TRAINED = 1e-4
 WORDS = ("left", "lung", "a mass", "is normal", "in the upper lobe", "CT", "no sign of", "effusion", "the liver")
 
 
@@ -147,7 +151,7 @@ def test_an_answer_weighs_what_it_weighs_alone(small, data, tmp_path):
         for number, place in enumerate(places):
             pixels = work.collator.pixels(data / work.pairs[place].image)
             for found, answered in zip((chosen, rejected), work.collator.encoded(place), strict=True):
-                assert found[number].item() == pytest.approx(alone(model, pixels, answered).item(), rel=1e-6)
+                assert found[number].item() == pytest.approx(alone(model, pixels, answered).item(), rel=FLOAT32)
 
 
 # --- equality with trl ----------------------------------------------------------------------------------------------
@@ -241,7 +245,7 @@ def test_losses_and_weights_are_those_of_trl(small, data, tmp_path, case):
     lines = read_trace(tmp_path / "run" / "losses.jsonl")
     assert len(lines) == len(losses) == work.steps == 10
     for line, loss in zip(lines, losses, strict=True):
-        assert line["loss"] == pytest.approx(loss, abs=1e-5)
+        assert line["loss"] == pytest.approx(loss, rel=TRAINED)
     assert abs(losses[-1] - losses[0]) > 1e-3
     ours, start = (open_checkpoint(name).model().state_dict() for name in (str(tmp_path / "run"), work.recipe.start))
     apart, moved = 0.0, 0.0
@@ -294,13 +298,14 @@ def test_log_probabilities_and_losses_are_the_authors_with_a_reference_of_its_ow
         ("reference_chosen", "reference_chosen_logps.corrected"),
         ("reference_rejected", "reference_rejected_logps.corrected"),
     ):
-        assert found[name].tolist() == pytest.approx(written[key], abs=1.5e-5), name
+        assert found[name].tolist() == pytest.approx(written[key], rel=FLOAT32), name
     ratios = (found["policy_chosen"] - found["policy_rejected"]) - (
         found["reference_chosen"] - found["reference_rejected"]
     )
     losses = -torch.nn.functional.logsigmoid(0.1 * ratios)
-    assert losses.tolist() == pytest.approx(written["losses.corrected"], abs=8e-6)
-    assert losses.mean().item() == pytest.approx(written["loss.corrected"][0], abs=8e-6)
+    # small differences of those sums, of which they have the rounding
+    assert losses.tolist() == pytest.approx(written["losses.corrected"], rel=1e-4)
+    assert losses.mean().item() == pytest.approx(written["loss.corrected"][0], rel=1e-4)
     assert losses.mean().item() != pytest.approx(written["loss.original_bug"][0], abs=1e-3)
 
 
@@ -332,12 +337,14 @@ def test_a_run_leaves_trace_curves_card_and_manifest(small, data, tmp_path):
     lines = read_trace(out / "losses.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     first = lines[0]
-    assert first["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert first["loss"] == pytest.approx(math.log(2), rel=FLOAT32)
     assert first["chosen_reward"] == first["kl"] == 0
     assert first["chosen_logps"] < 0
-    assert lines[-1]["margin"] == pytest.approx(lines[-1]["chosen_reward"] - lines[-1]["rejected_reward"], abs=1e-6)
+    chosen, rejected = lines[-1]["chosen_reward"], lines[-1]["rejected_reward"]
+    rounding = FLOAT32 * max(abs(chosen), abs(rejected))  # of the parts, which may be larger than what is left of them
+    assert lines[-1]["margin"] == pytest.approx(chosen - rejected, abs=rounding)
     assert lines[-1]["kl"] == pytest.approx(
-        -(lines[-1]["chosen_reward"] + lines[-1]["rejected_reward"]) / 2 / work.recipe.beta, abs=1e-5
+        -(chosen + rejected) / 2 / work.recipe.beta, abs=rounding / work.recipe.beta
     )
     manifest = json.loads((out / "run.json").read_text())
     assert manifest["stage"] == "dpo"
@@ -378,7 +385,7 @@ def test_the_cache_serves_runs_of_other_settings_and_gives_the_same_bytes(small,
 def test_all_weights_can_be_trained(small, data, tmp_path, reference):
     train(work_of(small(reference=reference, **FULL), data), tmp_path / "run", progress=False)
     lines = read_trace(tmp_path / "run" / "losses.jsonl")
-    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), rel=FLOAT32)
     assert lines[-1]["loss"] < 0.69
     assert "stllava_tree" not in (tmp_path / "run" / "config.json").read_text()
 
@@ -425,7 +432,8 @@ def test_a_run_killed_at_a_random_step_goes_on_exactly(recipe_file, data, tmp_pa
         assert one == other
         assert weights(whole) == weights(broken)
     else:  # means over processes are added in another order
-        assert torch.allclose(torch.tensor(one), torch.tensor(other), atol=1e-5)
+        for key, mine, theirs in zip(keys, zip(*one, strict=True), zip(*other, strict=True), strict=True):
+            assert apart((torch.tensor(mine), torch.tensor(theirs))) <= TRAINED, key
 
 
 def test_fsdp_at_the_level_of_torch_gives_the_same_gradients(checkpoint, data, tmp_path, recipe_file):
@@ -435,6 +443,7 @@ def test_fsdp_at_the_level_of_torch_gives_the_same_gradients(checkpoint, data, t
 
     arguments = [str(recipe_file(micro_batch=4)), str(data), str(tmp_path / "home")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "STLLAVA_HOME": str(tmp_path / "home")}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     done = subprocess.run(
         [sys.executable, *launcher, str(program), *arguments], env=environment, capture_output=True, text=True
@@ -449,6 +458,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from rounding import FLOAT32, apart
 from torch.distributed.fsdp import fully_shard
 from trl.trainer.utils import add_fused_lm_head
 
@@ -488,8 +498,7 @@ from accelerate import PartialState
 PartialState(cpu=True)
 sharded, whole = gradients(True), gradients(False)
 assert sharded.keys() == whole.keys(), sharded.keys() ^ whole.keys()
-for name, gradient in whole.items():
-    assert torch.allclose(gradient, sharded[name], atol=1e-6, rtol=1e-4), name
+assert apart(*((sharded[name], gradient) for name, gradient in whole.items())) <= FLOAT32
 if dist.get_rank() == 0:
     print("equal gradients of", len(whole))
 dist.destroy_process_group()

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from small_runs import always, right, small_run
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "ci"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples" / "ci"
 
 
 def environment(**more: object) -> dict[str, str]:
@@ -101,3 +102,19 @@ def test_the_workflow_runs_step_by_step(runs, checkpoint, tmp_path, changed, cod
     assert codes["Hold it against the baseline"] == code
     assert summary.exists() is (tmp_path / "gate" / "gate.md").exists() is (not changed)
     assert codes["Draw the page"] == (2 if changed else 0)
+
+
+def test_the_weekly_workflow_calls_what_the_makefile_has():
+    workflow = yaml.safe_load((EXAMPLES / "newest.yml").read_text())
+    assert workflow[True]["schedule"]
+    (job,) = workflow["jobs"].values()
+    assert job["strategy"]["matrix"]["target"] == ["newest", "install-check"]
+    for target in job["strategy"]["matrix"]["target"]:
+        (step,) = [step for step in job["steps"] if "run" in step]
+        assert step["env"] == {"TARGET": "${{ matrix.target }}"}
+        dry = ["bash", "-e", "-c", step["run"].replace("make ", "make --dry-run ")]
+        ran = subprocess.run(dry, cwd=ROOT, env=environment(TARGET=target), capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        named = re.findall(r"tests/\w+\.(?:py|sh)", ran.stdout)
+        assert named
+        assert [name for name in named if not (ROOT / name).is_file()] == []

@@ -1,11 +1,18 @@
 import ast
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
+import warnings
 import zipfile
 from pathlib import Path
 
+import newest
 import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,7 +83,9 @@ def test_training_imports_evaluation_and_never_the_other_way_round():
 def test_one_module_alone_talks_to_a_server():
     clients = {"openai", "requests", "httpx", "httpx2"}
     files = [*(ROOT / "stllava_eval").rglob("*.py"), *(ROOT / "stllava_train").rglob("*.py")]
-    assert [file.name for file in files if clients & {name.split(".")[0] for name in imported(file)}] == ["server.py"]
+    users = {file.name for file in files if clients & {name.split(".")[0] for name in imported(file)}}
+    assert users == {"server.py", "wire.py"}
+    assert [file.name for file in files if "stllava_eval.wire" in imported(file)] == ["server.py"]
 
 
 def test_the_template_of_the_tasks_lists_every_score():
@@ -85,3 +94,103 @@ def test_the_template_of_the_tasks_lists_every_score():
     lines = (ROOT / "tasks" / "_template").read_text().splitlines()
     listed = [line.split("metric: ")[1].split(",")[0] for line in lines if "metric: " in line]
     assert listed == list(SCORES)
+
+
+def requirements() -> dict[str, Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return {one.name: one for one in map(Requirement, project["dependencies"])}
+
+
+def test_the_readme_shows_which_releases_are_installed_and_which_were_tested():
+    rows = re.findall(r"^\| ([\w-]+) \| ([<>=.,\d]+) \| ([\d., ]+) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert {name for name, _, _ in rows} >= {"lmms-eval", "transformers", "trl", "peft"}
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    for name, installed, tested in rows:
+        specifier = requirements()[name].specifier
+        versions = [Version(one) for one in tested.split(", ")]
+        assert {str(one) for one in specifier} == set(installed.split(",")), name
+        assert all(version in specifier for version in versions), name
+        assert versions[0] == Version(pinned.get(name) or pinned[name.replace("-", "_")]), name
+
+
+@pytest.mark.parametrize("name", ["lmms-eval", "transformers", "trl", "peft"])
+def test_a_library_whose_inside_is_used_is_bounded_behind_the_last_release_that_was_tested(name):
+    (upper,) = [one.version for one in requirements()[name].specifier if one.operator == "<"]
+    (tested,) = re.findall(rf"^\| {name} \| \S+ \| ([\d., ]+) \|$", (ROOT / "README.md").read_text(), re.M)
+    last = Version(tested.split(", ")[-1]).release
+    kept = last[
+        : upper.count(".") + 1
+    ]  # 5.24.0 before 5.25: the next minor release; 0.7.3 before 0.7.4: the next of all
+    assert Version(upper).release == (*kept[:-1], kept[-1] + 1)
+
+
+def test_make_newest_takes_every_dependency_without_an_upper_bound():
+    found = {one.name: one for one in map(Requirement, newest.requirements())}
+    assert found.keys() > requirements().keys()
+    assert str(found["transformers"]) == "transformers>=5.23"
+    assert not [name for name, one in found.items() if "<" in str(one)]
+
+
+LIBRARY = """
+import warnings
+from torch import nn
+
+def at_level_1():
+    warnings.warn("old", FutureWarning)
+
+def at_level_2():
+    warnings.warn("old", DeprecationWarning, stacklevel=2)
+
+def no_deprecation():
+    warnings.warn("slow", UserWarning, stacklevel=2)
+
+class Network(nn.Module):
+    def forward(self):
+        at_level_2()
+
+def calls_itself():
+    at_level_2()
+    at_level_1()
+
+def calls_its_network():
+    Network()()
+"""
+
+
+@pytest.mark.parametrize(
+    ("called", "raises"),
+    [
+        pytest.param("at_level_1()", True, id="a function that blames itself"),
+        pytest.param("at_level_2()", True, id="a function that blames its caller"),
+        pytest.param("no_deprecation()", False, id="another warning"),
+        pytest.param("calls_itself()", False, id="a library that calls itself"),
+        pytest.param("calls_its_network()", False, id="a library that calls its own network"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_make_newest_fails_for_a_deprecation_of_our_own_calls_alone(monkeypatch, called, raises):
+    monkeypatch.setattr(warnings, "warn", warnings.warn)  # put back afterwards
+    newest.pytest_configure()
+    library: dict = {}
+    exec(compile(LIBRARY, "site-packages/library.py", "exec"), library)
+    for folder, ours in (("stllava_eval/new.py", True), ("stllava_train/new.py", True), ("tests/new.py", False)):
+        program = compile(called, str(ROOT / folder), "exec")
+        if raises and ours:
+            with pytest.raises((DeprecationWarning, FutureWarning), match=r"old \(called from .*new\.py\)"):
+                exec(program, library)
+        else:
+            exec(program, library)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_make_newest_sees_through_the_call_of_a_network(monkeypatch):
+    monkeypatch.setattr(warnings, "warn", warnings.warn)
+
+    class Network(torch.nn.Module):
+        @torch.no_grad()
+        def forward(self):
+            warnings.warn("old", FutureWarning, stacklevel=2)
+
+    newest.pytest_configure()
+    with pytest.raises(FutureWarning, match=r"old \(called from .*engine\.py\)"):
+        exec(compile("network()", str(ROOT / "stllava_eval" / "engine.py"), "exec"), {"network": Network()})

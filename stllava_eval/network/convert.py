@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import write_json
-from stllava_eval.hub import one_line
 from stllava_eval.network.checkpoint import VOCABULARY_ROWS, Checkpoint
 from stllava_eval.network.files import refused
 

@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stllava_eval.errors import InputError
-from stllava_eval.hub import beside, local_folder, one_line, read_json
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.hub import beside, local_folder, read_json
 
 
 class WeightFile:

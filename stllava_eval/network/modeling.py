@@ -166,14 +166,16 @@ class StllavaMedModel(StllavaMedPreTrainedModel, LlavaModel):
                 vision_feature_select_strategy=others.pop("vision_feature_select_strategy", None),
                 return_dict=True,
             )
-        features = None
         if encoded is not None:
             features = torch.cat(list(encoded.pooler_output)).to(embeddings.device, embeddings.dtype)
             mask = self.get_placeholder_mask(input_ids, embeddings, features)  # type: ignore[arg-type]
             embeddings = embeddings.masked_scatter(mask, features)
         outputs = super().forward(inputs_embeds=embeddings, **others)
-        if features is not None and isinstance(outputs, LlavaModelOutputWithPast):
-            outputs.image_hidden_states = features
+        if encoded is not None and isinstance(outputs, LlavaModelOutputWithPast):
+            if hasattr(outputs, "image_outputs"):  # from transformers 5.24 on; image_hidden_states is read from it
+                outputs.image_outputs = encoded
+            else:
+                outputs.image_hidden_states = features
         return outputs
 
 
