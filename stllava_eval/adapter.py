@@ -63,6 +63,7 @@ BACKENDS = ("transformers", "openai_server")
 SERVER = ("base_url", "model", "concurrency", "retries", "timeout", "reasoning")
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "draws")
 ASKING = ("extract", "max_new_tokens", "system", "enable_thinking", "min_pixels", "max_pixels", *SAMPLING)
+ANSWERING = 2  # raised where equal settings give other answers than before: 2 leaves out a model's own penalties
 LONGEST_SYSTEM = 100_000  # bytes of a system prompt's file (our choice)
 CHECKPOINT = (
     *("pretrained", "device", "dtype", "four_bit", "batch_tokens"),
@@ -459,6 +460,7 @@ class StllavaMed(lmms):
     def fingerprint(self) -> str:
         """Hash of weights, images and prompt, and of what is done with them: the identity of a cached answer."""
         deciding = {
+            "answering": ANSWERING,
             "checkpoint": self.answerer.sha256,
             "dtype": str(self.answerer.dtype),
             "images": self.images,

@@ -39,7 +39,7 @@ class Difference:
 
     `value`, `low`, `high` are shares in [-1, 1]; the 95 % interval is of 10,000 draws of images. `p` is that of a test
     that flips the sign of images' differences, `p_holm` the same adjusted for all the tests of one comparison. Of
-    closed questions `p_mcnemar` is the exact test that takes questions as independent.
+    closed questions with one reply each, `p_mcnemar` is the exact test that takes questions as independent.
     """
 
     task: str
@@ -203,6 +203,11 @@ def _scores(run: Run) -> dict[str, dict[str, QuestionScores]]:
     return {task: question_scores(dataset_of(task), of.replies) for task, of in run.tasks.items()}
 
 
+def _right_or_wrong(both: Paired) -> bool:
+    """Whether every score is 0 or 1, as of one reply per question; a mean over sampled replies lies between."""
+    return set(both.first) | set(both.second) <= {0, 1}
+
+
 def _difference(task: str, metric: str, baseline: str, run: str, both: Paired) -> Difference:
     estimate = bootstrap_clustered(both.changes, both.images)
     return Difference(
@@ -219,7 +224,7 @@ def _difference(task: str, metric: str, baseline: str, run: str, both: Paired) -
         images=estimate.clusters,
         p=sign_flip(both.changes, both.images),
         p_holm=1.0,
-        p_mcnemar=mcnemar(both.first, both.second) if metric == "closed_accuracy" else None,
+        p_mcnemar=mcnemar(both.first, both.second) if metric == "closed_accuracy" and _right_or_wrong(both) else None,
         standard_error=mean_clustered(both.changes, both.images).standard_error,
     )
 

@@ -116,13 +116,13 @@ _OPENING = (
     rf"<\s*(?:{_TAGS})\s*>"
     r"|◁\s*think\s*▷"  # Kimi-VL-Thinking
     r"|\[THINK\]"  # Magistral
-    r"|<\|begin_of_thought\|>|<\|START_THINKING\|>"  # OpenThinker and its like; Command A Reasoning
+    r"|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|think\|>"  # OpenThinker and its like; Command A Reasoning
     r"|<unused94>(?:\s*thought\b)?"  # MedGemma 1.5
     r"|<\|channel>(?:\s*thought\b)?"  # Gemma 4
 )
 _CLOSING = (
     rf"<\s*/\s*(?:{_TAGS})\s*>"
-    r"|◁\s*/\s*think\s*▷|\[/THINK\]|<\|end_of_thought\|>|<\|END_THINKING\|>|<unused95>|<channel\|>"
+    r"|◁\s*/\s*think\s*▷|\[/THINK\]|<\|end_of_thought\|>|<\|END_THINKING\|>|<\|/think\|>|<unused95>|<channel\|>"
 )
 _MARK = re.compile(rf"(?P<opening>{_OPENING})|(?P<closing>{_CLOSING})", re.IGNORECASE)
 _CHANNEL = "<|channel|>"  # gpt-oss and its relatives: a channel is named, then its message follows
@@ -193,6 +193,7 @@ _OPENING_OF = {
     "<channel|>": "<|channel>",
     "<|end_of_thought|>": "<|begin_of_thought|>",
     "<|end_thinking|>": "<|START_THINKING|>",
+    "<|/think|>": "<|think|>",
 }
 
 

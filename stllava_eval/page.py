@@ -198,12 +198,13 @@ def _viewed(task: str, shown: Sequence[BoardRow], pictures: _Pictures | None) ->
 
 
 def _sign(row: Mapping[str, Any], scored: Mapping[str, QuestionScores]) -> str:
-    """R right, W wrong, U no verdict; of open questions X all words of the reference, else tenths; - unanswered."""
+    """R right, W wrong, U no verdict, by most of the sampled replies; open: X all words of the reference, else tenths;
+    - unanswered."""
     if row["id"] not in scored:
         return "-"
     scores = scored[row["id"]].scores
     if row["kind"] == "closed":
-        return "R" if scores.get("closed_accuracy") else "U" if scores.get("unparsed") else "W"
+        return "R" if scores.get("closed_accuracy", 0) >= 0.5 else "U" if scores.get("unparsed", 0) >= 0.5 else "W"
     recall = scores.get("recall", 0.0)
     return "X" if recall == 1 else str(int(10 * recall))
 

@@ -9,8 +9,14 @@ from stllava_eval.runs import answered, dataset_of, split_rows, write_run
 Say = Callable[[Mapping[str, str]], str | None]
 
 
-def small_run(folder: Path, say: Say, tasks: tuple[str, ...] = ("vqarad",), **decided: object) -> Path:
-    """`say` gives the answer to a row of the test split, or None for a question that was not asked."""
+def small_run(
+    folder: Path,
+    say: Say,
+    tasks: tuple[str, ...] = ("vqarad",),
+    asked: dict[str, object] | None = None,
+    **decided: object,
+) -> Path:
+    """`say` gives the reply to a row of the test split, or None for a question that was not asked."""
     rows = [
         answered(task, row, row["question"], final)
         for task in tasks
@@ -21,7 +27,8 @@ def small_run(folder: Path, say: Say, tasks: tuple[str, ...] = ("vqarad",), **de
     checkpoint = {"name": f"checkpoints/{folder.name}", "sha256": folder.name * 4, "trained_on": None}
     decided = {"model": "stllava_med", "checkpoint": checkpoint, "images": "own", "decoding": "greedy", **decided}
     answering = {"questions": len(rows), "seconds": 2.0}
-    return write_run(rows, decided, answering=answering, folder=folder)
+    asked_with = {task: asked or {} for task in tasks}
+    return write_run(rows, decided, answering=answering, folder=folder, asked_with=asked_with)
 
 
 def right(row: Mapping[str, str]) -> str:

@@ -16,11 +16,11 @@ from stllava_eval.engine import Engine
 TASKS = ["vqarad", "slake", "pathvqa"]
 
 
-def evaluate(lm, tasks=TASKS, **options):
+def evaluate(lm, tasks=TASKS, include_path=None, **options):
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
-    manager = TaskManager(include_defaults=False, model_name="stllava_med")
+    manager = TaskManager(include_path=include_path, include_defaults=False, model_name="stllava_med")
     return simple_evaluate(lm, tasks=list(tasks), task_manager=manager, **options)
 
 
@@ -224,6 +224,126 @@ def test_a_checkpoint_without_some_of_its_weights_is_refused(prepared, checkpoin
         StllavaMed(str(broken))
     assert exit_.value.code == 2
     assert "1 missing (model.vision_tower.embeddings.class_embedding)" in capsys.readouterr().err
+
+
+FOREIGN = """
+task: foreign
+dataset_path: parquet
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function foreign.image
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 8}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+
+
+def test_a_foreign_task_with_a_column_image_id_is_asked_and_its_images_are_opened_as_ours(
+    prepared, tmp_path, monkeypatch
+):
+    import io
+
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    deep = io.BytesIO()
+    Image.fromarray(np.linspace(0, 4000, 64, dtype=np.uint16).reshape(8, 8)).save(deep, "PNG")  # 12 of 16 bits
+    rows = {"question": ["What?"], "answer": ["x"], "image_id": ["1"], "picture": [{"bytes": deep.getvalue()}]}
+    table = datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image())
+    table.to_parquet(tmp_path / "foreign.parquet")
+    (tmp_path / "foreign.yaml").write_text(FOREIGN.replace("FILE", str(tmp_path / "foreign.parquet")))
+    (tmp_path / "foreign.py").write_text("def image(doc):\n    return [doc['picture']]\n")
+    with FaultServer(reply=lambda request: "x") as server:
+        lm = StllavaMed(backend="openai_server", base_url=server.url)
+        results = evaluate(lm, ["foreign"], include_path=str(tmp_path))
+    (request,) = server.requests
+    url = request["messages"][-1]["content"][0]["image_url"]["url"]
+    import base64
+
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))))
+    assert shown.shape == (8, 8, 3)
+    assert (shown.min(), shown.max()) == (0, 255)
+    assert 100 < shown.mean() < 155  # white all over, where 16 bits are cut to 8
+    assert results["results"]["foreign"]["exact_match,none"] == 1
+    assert not (prepared / "runs").exists()
+
+
+LETTERED = """
+include: TEMPLATE
+task: vqarad_lettered
+process_docs: !function stllava_eval.questions.vqarad_test
+doc_to_text: !function lettered.text
+"""
+
+
+def test_letters_name_the_options_of_the_text_that_was_asked_in_both_tables(prepared, tmp_path):
+    template = Path(__file__).parents[1] / "tasks" / "_template"
+    (tmp_path / "_base").write_text(template.read_text().replace("stub.json", str(template.parent / "stub.json")))
+    (tmp_path / "vqarad_lettered.yaml").write_text(LETTERED.replace("TEMPLATE", "_base"))
+    (tmp_path / "lettered.py").write_text(
+        "def text(doc, kwargs=None):\n    return doc['question'] + '\\nA. no\\nB. yes\\nC. the left lung'\n"
+    )
+    with FaultServer(reply=lambda request: "<think>A?</think>B") as server:
+        lm = StllavaMed(backend="openai_server", base_url=server.url)
+        results = evaluate(lm, ["vqarad_lettered"], include_path=str(tmp_path))["results"]["vqarad_lettered"]
+    (folder,) = run_folders(prepared)
+    rows = json.loads((folder / "scores.json").read_text())["scores"]
+    values = {row["metric"]: row["value"] for row in rows if row["category"] == "all"}
+    assert values["closed_accuracy"] == results["closed_accuracy,none"] == 1
+    assert values["recall"] == results["recall,none"] == 0
+
+
+@pytest.mark.parametrize("words", [["--num_fewshot", "2"], ["--num_fewshot=2"]])
+def test_examples_are_refused_since_no_chat_model_sees_them(prepared, checkpoint, capsys, monkeypatch, words):
+    monkeypatch.setattr(sys, "argv", ["lmms-eval", *words])
+    with pytest.raises(SystemExit) as exit_:
+        StllavaMed(str(checkpoint))
+    assert exit_.value.code == 2
+    assert "--num_fewshot 2: stllava_med is asked without examples" in capsys.readouterr().err
+
+
+def test_examples_asked_for_from_python_are_no_traceback(prepared, checkpoint):
+    results = evaluate(StllavaMed(str(checkpoint)), ["vqarad"], num_fewshot=2)
+    assert results["n-shot"]["vqarad"] == 0
+
+
+def test_repeats_of_lmms_eval_are_refused_since_they_would_be_alike(prepared, checkpoint, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(StllavaMed(str(checkpoint)), ["vqarad"], repeats=3)
+    assert exit_.value.code == 2
+    assert "repeats are not read. Pass --model_args temperature=...,draws=3" in capsys.readouterr().err
+
+
+def test_a_run_says_how_it_was_asked(prepared, tmp_path):
+    (tmp_path / "system.txt").write_text("You are a radiologist, and careful.\n")
+    with FaultServer() as server:
+        arguments = {"system": f"@{tmp_path / 'system.txt'}", "max_new_tokens": 8, "enable_thinking": False}
+        ask_server(server, **arguments, max_pixels=100)
+    (request, *_) = server.requests
+    assert request["messages"][0] == {"role": "system", "content": "You are a radiologist, and careful.\n"}
+    assert (request["max_tokens"], request["chat_template_kwargs"]) == (8, {"enable_thinking": False})
+    run = json.loads((run_folders(prepared)[0] / "run.json").read_text())
+    of_task = run["tasks"]["vqarad"]
+    assert (run["system"], run["enable_thinking"], run["max_pixels"], run["min_pixels"]) == (
+        "You are a radiologist, and careful.\n",
+        False,
+        100,
+        None,
+    )
+    assert (of_task["max_new_tokens"], of_task["until"], of_task["extract"]) == (8, ["</s>"], "final-v1")
+
+
+def test_half_of_the_replies_empty_is_one_warning_at_the_end_and_on_the_board(prepared, caplog):
+    from stllava_eval.leaderboard import board, board_text
+
+    with FaultServer(reply=lambda request: "" if "mass" in str(request["messages"]) else "lung") as server:
+        ask_server(server)
+    warned = [record.getMessage() for record in caplog.records if "of 8 replies 4 empty" in record.getMessage()]
+    assert len(warned) == 1
+    assert "of 8 replies 4 empty: these scores may say little" in board_text(board(run_folders(prepared)))
 
 
 def ask_server(server: FaultServer, tasks=("vqarad",), **options):

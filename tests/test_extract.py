@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from stllava_eval.decoding import THOUGHT_MARKS
 from stllava_eval.extract import (
     FINAL,
     NONE,
@@ -203,6 +204,14 @@ def test_half_of_the_replies_that_were_not_cut_are_enough():
 )
 def test_a_prompt_that_ends_in_an_opened_thought_is_known(prompt, mark):
     assert opens_thought(prompt) == mark
+
+
+@pytest.mark.parametrize("mark", THOUGHT_MARKS)
+def test_every_mark_that_decoding_keeps_is_a_mark_here(mark):
+    assert final_answer(f"{mark}yes").forms
+    closes = "/" in mark or "end" in mark.lower() or mark in ("<unused95>", "<channel|>")
+    is_answer = any(word in mark for word in ("answer", "conclusion", "solution", "box"))
+    assert final_answer(f"no{mark}yes").cut is (not closes and not is_answer)
 
 
 def test_several_replies_travel_through_lmms_eval_as_one_text():

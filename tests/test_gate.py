@@ -389,3 +389,53 @@ def test_a_wrong_call_whose_message_nobody_reads_is_one_all_the_same(questions, 
     )
     ran = subprocess.run(["bash", "-c", command], env=os.environ | {"PYTHONUNBUFFERED": "1"}, capture_output=True)
     assert ran.returncode == 2
+
+
+UNLIKE = [
+    pytest.param({"asked": {"max_new_tokens": 8}}, {"asked": {"max_new_tokens": 1024}}, "max_new_tokens", id="limit"),
+    pytest.param({"asked": {"until": ["</s>"]}}, {"asked": {"until": ["\n"]}}, "until", id="stop texts"),
+    pytest.param({"decoding": "greedy"}, {"decoding": "sampled: temperature 1"}, "decoding", id="decoding"),
+    pytest.param({"system": None}, {"system": "Think."}, "system", id="system prompt"),
+    pytest.param({"enable_thinking": True}, {"enable_thinking": False}, "enable_thinking", id="thinking"),
+    pytest.param({"max_pixels": None}, {"max_pixels": 100}, "max_pixels", id="pixels"),
+    pytest.param({"images": "own"}, {"images": "black"}, "images", id="images"),
+    pytest.param({"asked": {"extract": "final-v1"}}, {"asked": {"extract": "none"}}, "extract", id="rule"),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "name"), UNLIKE)
+def test_runs_that_were_asked_otherwise_are_not_decided_and_compared_with_a_note(questions, tmp_path, one, other, name):
+    from stllava_eval.compare import compare
+
+    runs = small_run(tmp_path / "a", right, **one), small_run(tmp_path / "b", right, **other)
+    found = gate(runs[1], runs[0], read_policy())
+    assert found.verdict == "cannot decide"
+    assert found.reasons[0].startswith(f"{name} is ")
+    assert [note for note in compare(list(runs)).notes["b"] if f"{name} differs" in note]
+
+
+def test_runs_that_were_asked_alike_have_no_note(questions, tmp_path):
+    from stllava_eval.compare import compare
+
+    how = {"system": None, "asked": {"max_new_tokens": 8, "until": ["</s>"]}}
+    runs = small_run(tmp_path / "a", right, **how), small_run(tmp_path / "b", right, **how)
+    assert gate(runs[1], runs[0], read_policy()).verdict == "pass"
+    assert compare(list(runs)).notes["b"] == []
+
+
+def test_replies_at_their_limit_are_told_on_the_board_and_by_inspect(questions, tmp_path):
+    from stllava_eval.answering import Answer
+    from stllava_eval.extract import final_answer
+    from stllava_eval.inspection import inspect, inspect_text
+    from stllava_eval.leaderboard import board, board_text
+    from stllava_eval.runs import answered, split_rows, write_run
+
+    rows = [
+        answered("vqarad", row, row["question"], final_answer("yes, the"), Answer("yes, the", 8, number >= 6))
+        for number, row in enumerate(split_rows("vqarad"))
+    ]
+    run = {"model": "stllava_med", "checkpoint": {"name": "x", "sha256": "x"}, "images": "own"}
+    write_run(rows, run, folder=tmp_path / "a", asked_with={"vqarad": {"max_new_tokens": 8}})
+    shown = board([tmp_path / "a"])
+    for text in (board_text(shown), inspect_text(inspect(shown))):
+        assert "6 replies were stopped at the limit of 8 new tokens." in text
