@@ -45,11 +45,13 @@ ROW_GROUP_BYTES = 2**28
 # All our choice.
 LISTING_BYTES = 2**26  # of what an archive says of its members; PathVQA's 4,998 images make 8 MB in a tar archive
 TABLE_BYTES = 2**26  # of a JSON or pickle file; the largest that we know, SLAKE's train.json, has 3 MB
-TEXTS_BYTES = 2**28  # of all but the images in a parquet file; PathVQA's, which is the longest, has 2 MB
+TEXTS_BYTES = 2**28  # of all but the images in a parquet file; PathVQA's, which is the longest, has about 2 MB
 NESTED_BYTES = 2**30  # of the zip archives in an archive, which are held in memory; SLAKE's imgs.zip has 0.2 GB
-PARQUET_BYTES = 2**31  # of a parquet file, held in memory; a hub copy's have up to 0.5 GB
-IMAGES_BYTES = 2**32  # of a split's image files, held in memory; PathVQA's have 0.8 GB in all
-UNPACKED_BYTES = 2**33  # of what a tar or parquet file unpacks to; PathVQA's train split, an image a row, has 3.2 GB
+PARQUET_BYTES = 2**31  # of a parquet file, held in memory; a hub copy's have up to about 0.5 GB
+IMAGES_BYTES = 2**32  # of a split's image files, held in memory; PathVQA's have about 1 GB in all
+UNPACKED_BYTES = (
+    2**33
+)  # of what a tar or parquet file unpacks to; PathVQA's train split, an image a row, has about 3 GB
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
