@@ -34,9 +34,9 @@ test: .venv/installed
 newest:
 	$(PYTHON) -m venv .venv-newest
 	$(PYTHON) tests/newest.py > .venv-newest/requirements.txt
-	PIP_CONSTRAINT=/dev/null .venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	PIP_CONSTRAINT=/dev/null .venv-newest/bin/python -m pip install -qq --disable-pip-version-check --upgrade \
 		--upgrade-strategy eager -r .venv-newest/requirements.txt
-	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	.venv-newest/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	PYTHONPATH=tests .venv-newest/bin/python -m pytest -W default -p newest \
 		$(patsubst %,tests/test_%.py,network engine adapter server sft dpo)
 

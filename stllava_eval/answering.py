@@ -195,7 +195,7 @@ class Answerer:
         """
         if not isinstance(system, str):
             raise InputError(f"system={system!r}: pass text.")
-        self._refuse_special_tokens([system])
+        self._refuse_special_tokens([system], "system prompt")
         for content in ([{"type": "text", "text": system}], system):
             rendered = self._tried([{"role": "system", "content": content}, user(PROBE)])
             as_users = self._tried([{"role": "user", "content": content}, user(PROBE)])
@@ -395,12 +395,12 @@ class Answerer:
         except Refused as why:
             return why
 
-    def _refuse_special_tokens(self, texts: Sequence[str]) -> None:
+    def _refuse_special_tokens(self, texts: Sequence[str], what: str = "question") -> None:
         for text in texts:
             if any("\ud800" <= sign <= "\udfff" for sign in text):
-                raise InputError(f"question {text!r}: it holds half a character. Mend its encoding.")
+                raise InputError(f"{what} {text!r}: it holds half a character. Mend its encoding.")
             if named := [token for token in self.tokenizer.all_special_tokens if token in text]:
-                raise InputError(f"question {text!r}: it holds the special token {named[0]}. Reword it.")
+                raise InputError(f"{what} {text!r}: it holds the special token {named[0]}. Reword it.")
 
     def _prompt(self, place: int, question: Question) -> Prompt:
         """The question as the engine takes it."""

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor
+from transformers import DynamicCache, LlamaModel, LogitsProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stllava_eval.errors import InputError
@@ -35,6 +35,8 @@ AHEAD = 2  # images that are read and preprocessed while the model is at work
 RECOVERED = 100  # our choice: steps after which twice as much is tried again
 GROWTH = 64  # tokens by which an answer is expected to grow at most, where its limit is further off
 ATTENTION = "stllava_shared_prefix"
+# the argument that takes a cache: transformers 5.24 renamed it in all its models at once
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 class Refused(Exception):  # noqa: N818  of an image, not of the program
@@ -366,8 +368,6 @@ class Engine:
     ) -> None:
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION, shared_prefix_attention)
         self.model, self.ends = model, ends
-        decoder = inspect.signature(model.model.language_model.forward)  # `past_key_values` until transformers 5.23
-        self.cache_name = "cache" if "cache" in decoder.parameters else "past_key_values"
         self.suppressed = torch.tensor(sorted(suppressed), dtype=torch.long, device=model.device)
         self.most_rows = rows
         self.batch_tokens = batch_tokens
@@ -541,7 +541,7 @@ class Engine:
         moved = {name: x.to(device, dtype) if x.is_floating_point() else x.to(device) for name, x in inputs.items()}
         ids = torch.tensor([prompt.prefix], device=device)
         with suppress(_Filled):
-            self.model.model(input_ids=ids, use_cache=True, **{self.cache_name: cache}, **moved)
+            self.model.model(input_ids=ids, use_cache=True, **{CACHE: cache}, **moved)
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         if self.batch_tokens is None:
             self.batch_tokens = _free_tokens(layers, device)

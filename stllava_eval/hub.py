@@ -59,6 +59,7 @@ def _download(name: str) -> Path:
 
     try:
         allowed = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.bin", "Vit-lora/*"]
+        allowed += ["vocab.txt", "merges.txt"]  # of tokenizers without a tokenizer.json
         if not os.environ.get("HF_HUB_OFFLINE"):
             files = HfApi().model_info(name, timeout=10).siblings or []  # says at once that there is no hub
             if any(re.fullmatch(r"model.*\.safetensors", file.rfilename) for file in files):

@@ -148,6 +148,10 @@ class OtherAnswerer(Answerer):
             model, told = load(folder, dtype=self.dtype, output_loading_info=True, trust_remote_code=False)
         if missing := sorted(told["missing_keys"]):
             raise InputError(f"{name}: {len(missing)} of its weights are missing ({some(missing)}). Copy it again.")
+        if unused := sorted(told["unexpected_keys"]):
+            logger.warning(
+                "{}: {} of its tensors are not this model's and are not used ({})", name, len(unused), some(unused)
+            )
         self.model = model.to(self.device).eval()
         self.sha256 = _hash(folder)
         self._prefixes: dict[Any, tuple[list[int], list[int]] | Refused] = {}

@@ -59,6 +59,7 @@ def add_tasks(tasks: ModuleType) -> None:
 
     Ours win over a built-in of the same name; the built-in `slake` becomes `slake_builtin`.
     """
+    _give_filelock_its_api()
     original = tasks.TaskManager.initialize_tasks
     if getattr(original, "adds_stllava_med", False):
         return
@@ -78,6 +79,21 @@ def add_tasks(tasks: ModuleType) -> None:
 
     initialize_tasks.adds_stllava_med = True  # type: ignore[attr-defined]
     tasks.TaskManager.initialize_tasks = initialize_tasks
+
+
+def _give_filelock_its_api() -> None:
+    """Let lmms-eval 0.7.3 start: it imports `filelock._api`, which filelock has had until 4.2.
+
+    It wants the class of lock classes, to make two locks of one file the same object, and finds it here.
+    """
+    try:
+        import filelock._api
+    except ModuleNotFoundError:
+        import filelock
+
+        api: Any = ModuleType("filelock._api")
+        api.BaseFileLock, api.FileLockMeta = filelock.BaseFileLock, type(filelock.BaseFileLock)
+        sys.modules[api.__name__] = api
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

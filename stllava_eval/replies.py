@@ -177,7 +177,10 @@ def read(body: Any, max_tokens: int) -> Reply | Trouble:
         body: The completion, as `parsed` gives it.
         max_tokens: That it was asked for.
     """
-    outcome = _read(body, max_tokens)
+    try:
+        outcome = _read(body, max_tokens)
+    except RecursionError:  # where a part of it is shown
+        outcome = Trouble("its reply is nested too deep", again=True)
     if isinstance(outcome, Reply):
         return replace(_whole_reply(outcome), text=whole(outcome.text))
     return replace(outcome, reason=whole(outcome.reason), came=outcome.came and _whole_reply(outcome.came))
@@ -263,7 +266,7 @@ def _parts(content: Any) -> tuple[str | None, str, str]:
         if isinstance(part, str):
             texts.append(part)
         elif not isinstance(part, Mapping):
-            raise TypeError(f"{part!r} is no part")
+            raise TypeError("no part")
         elif (kind := part.get("type", "text")) in ("text", "output_text") and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind in ("thinking", "reasoning"):

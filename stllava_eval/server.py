@@ -56,8 +56,9 @@ class Endpoint:
         base_url: Where the server is, to `/v1`.
         model: As the server names it; None takes the only one that it serves.
         concurrency: Requests under way at once, at most.
-        retries: Further attempts after one that failed and may succeed when repeated: HTTP 408, 409, 429 and 5xx, a
-            time-out, a connection that breaks off, a reply that is no chat completion.
+        retries: Further attempts after one that failed and may succeed when repeated: HTTP 408, 409, 429 and 5xx, or
+            such a code in a reply, a time-out, a connection or answer that breaks off, a reply that is no chat
+            completion.
         timeout: Seconds that one attempt may take in all, however slowly its bytes come.
         per_minute: Attempts begun in a minute, at most; None sets no limit.
 
@@ -95,8 +96,9 @@ class Endpoint:
         """(place in `requests`, reply or failure) as they come. A request is made when its turn has come, not before.
 
         Raises:
-            InputError: No further request can succeed: the server refuses the key, the key's quota is used up, or
-                nothing listens any more. What came before has been yielded; what is under way is given up.
+            InputError: No further request can succeed: the server refuses the key, the key's quota is used up, it sends
+                requests on to another address, or nothing listens any more. What came before has been yielded; what is
+                under way is given up.
         """
         with closing(_in_background(partial(self._reply_to_all, requests))) as replies:
             yield from replies
@@ -251,12 +253,8 @@ class Endpoint:
         key = self._key or "none"
         try:
             http = Client(limit)
-        except (
-            ImportError,
-            ValueError,
-            OSError,
-            InvalidURL,
-        ) as error:  # SOCKS without socksio, a file that is not there
+        # SOCKS without the package for it, no address, no file
+        except (ImportError, ValueError, OSError, InvalidURL) as error:
             raise InputError(
                 "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE: one of them cannot be used "
                 f"({printable(str(error))}). Mend or unset it."
@@ -370,9 +368,8 @@ class _Secret:
             forms = {key, key.replace("/", "\\/"), quote(key, safe=""), html.escape(key), key.encode().hex()}
             for before in range(3):  # how many bytes of a group of three stand before it
                 coded = base64.b64encode(bytes(before) + key.encode()).decode()
-                own = coded[
-                    -(-before * 8 // 6) : (before + len(key)) * 8 // 6
-                ]  # what the bytes around it do not change
+                # what the bytes around the key do not change
+                own = coded[-(-before * 8 // 6) : (before + len(key)) * 8 // 6]
                 forms |= {own, own.translate(str.maketrans("+/", "-_"))}
         elif key is not None:
             forms = {f"Bearer {key}"}

@@ -10,7 +10,7 @@ began=$SECONDS
 said() { echo "install-check: $1 ($((SECONDS - began)) s)"; }
 
 "${PYTHON:-python3}" -m venv "$fresh/env"
-export PATH="$fresh/env/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=1
+export PATH="$fresh/env/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_QUIET=2
 export PIP_CONSTRAINT=/dev/null  # a machine's own, which a user has not
 git -C "$tree" ls-files -z | (cd "$tree" && xargs -0 cp --parents -t "$fresh/elsewhere")  # what git tracks, and no build of before
 pip wheel --no-deps --wheel-dir "$fresh" "$fresh/elsewhere"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from test_checkpoint import make, original_names, write_flat_config, write_tower
 
-from stllava_eval.hub import one_line
+from stllava_eval.errors import one_line
 
 SHA = "0" * 40
 
@@ -109,13 +109,15 @@ def test_an_id_that_the_hub_does_not_have_is_one_line(hub, tmp_path):
         ("It is gone.\nLook elsewhere.", "It is gone. Look elsewhere"),
         ("a " * 99 + "b.", "a " * 99 + "b"),
         ("One sentence is said. " * 20, "One sentence is said. " * 12 + "One sentence is said"),
-        ("word " * 100, "word " * 58 + "word ..."),
+        ("four words of some length ", "four words of some length"),
+        ("words " * 100, "words " * 50 + "..."),
+        ("wording " * 100, "wording " * 37 + "..."),
         ("", "ValueError"),
     ],
 )
 def test_what_a_library_says_is_one_line_that_ends_with_a_sentence_or_a_word(said, line):
     assert one_line(ValueError(said)) == line
-    assert len(one_line(ValueError(said))) <= 300
+    assert len(line) <= 304
 
 
 WITHOUT_TORCH = """

@@ -287,6 +287,27 @@ def test_missing_weights_are_refused(llava_next, tmp_path):
         OtherAnswerer(str(folder))
 
 
+def test_tensors_that_are_not_the_models_are_named_in_the_log(llava_next, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(llava_next, tmp_path / "more")
+    weights = load_file(tmp_path / "more" / "model.safetensors")
+    weights["model.adapter.weight"] = torch.ones(2, 2)
+    save_file(weights, tmp_path / "more" / "model.safetensors", metadata={"format": "pt"})
+    _, told = told_by(lambda: OtherAnswerer(str(tmp_path / "more")))
+    assert "1 of its tensors are not this model's and are not used (model.adapter.weight)" in told
+    assert "tensors" not in told_by(lambda: OtherAnswerer(str(llava_next)))[1]
+
+
+@pytest.mark.parametrize("wrong", [{"system": "You read scans."}, {"enable_thinking": True}, {"max_pixels": 10}])
+def test_arguments_are_refused_before_the_weights_are_read(llava_next, wrong, monkeypatch):
+    from transformers import AutoModelForImageTextToText
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(InputError):
+        OtherAnswerer(str(llava_next), **wrong)
+
+
 def test_the_harness_answers_with_another_model(llava_next, prepared):
     from test_adapter import answers_of, evaluate, run_folders
 
@@ -433,7 +454,7 @@ def test_a_system_prompt_stands_in_the_prompt(qwen, llava_next):
     assert answers(answerer, questions()[:4]) != answers(open_answerer(str(qwen)), questions()[:4])
     with pytest.raises(InputError, match=r"leaves the system prompt out, or has fixed words .* Leave system out"):
         open_answerer(str(llava_next), system="You read scans.")  # its template would say it in the user's name
-    with pytest.raises(InputError, match="it holds the special token <image>"):
+    with pytest.raises(InputError, match="system prompt 'an <image>': it holds the special token <image>"):
         open_answerer(str(qwen), system="an <image>")
 
 

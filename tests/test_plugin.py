@@ -56,3 +56,20 @@ def test_the_plugin_imports_nothing_heavy():
     program = "import sys, stllava_eval.plugin as p; p.watch(); print(*{'torch', 'lmms_eval'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+LOCKS = """
+import sys
+import filelock
+sys.modules["filelock._api"] = None  # as from filelock 4.3 on: its import raises
+vars(filelock).pop("_api", None)
+import lmms_eval.tasks
+from lmms_eval.evaluator import _enable_reentrant_filelocks
+_enable_reentrant_filelocks()
+from datasets.utils._filelock import FileLock
+assert FileLock(sys.argv[1]) is filelock.FileLock(sys.argv[1])
+"""
+
+
+def test_lmms_eval_starts_with_a_filelock_that_has_no_api(tmp_path):
+    subprocess.run([sys.executable, "-c", LOCKS, tmp_path / "lock"], check=True)

@@ -392,6 +392,11 @@ FAULTS = [
         "its reply says 'content' twice, with two values",
         id="two answers",
     ),
+    pytest.param(
+        sends(b'{"error": ' + b"[" * 900 + b"1" + b"]" * 900 + b"}"),
+        "HTTP 200 with an error: ",
+        id="an error nested deep",
+    ),
     pytest.param(head_alone, "no reply within 0.4 s", id="a head and no body"),
     pytest.param(raw(b"hello"), "the connection failed: illegal status line", id="no HTTP"),
     pytest.param(
