@@ -171,6 +171,8 @@ def _locked(folder: Path) -> int | None:
     except BlockingIOError as error:
         os.close(opened)
         raise InputError(f"{folder}: another process is writing it. Wait for it, or choose another folder.") from error
+    except OSError:  # of a network's disk that knows no locks: nobody can be kept out there
+        return opened
     os.close(opened)
     return None
 
