@@ -238,7 +238,7 @@ def refuse_file(folder: Path, named: str) -> None:
     """
     try:
         if file := next((one for one in (folder, *folder.parents) if one.exists() and not one.is_dir()), None):
-            raise InputError(f"{named} {folder}: {file} is a file. Pass a folder.")
+            raise InputError(f"{named} {folder}: {file} is a file. Choose another folder.")
     except OSError as error:
         raise InputError(
             f"{named} {folder}: no folder can be made there ({error.strerror}). Choose another."

@@ -123,7 +123,7 @@ def test_a_longer_name_is_one_line(tmp_path, name):
 def test_a_file_where_a_folder_is_to_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
-        with pytest.raises(InputError, match=rf"^--out {out}: {tmp_path}/file is a file. Pass a folder.$"):
+        with pytest.raises(InputError, match=rf"^--out {out}: {tmp_path}/file is a file. Choose another folder.$"):
             refuse_file(out, "--out")
     refuse_file(tmp_path / "new" / "folder", "--out")
     assert not (tmp_path / "new").exists()
