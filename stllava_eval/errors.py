@@ -24,7 +24,7 @@ def one_line(error: object) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     if len(text) > LONGEST_REASON:
         sentence = text.rfind(". ", 0, LONGEST_REASON)
-        begun = text[: LONGEST_REASON - 4]
+        begun = text[:LONGEST_REASON]
         text = text[:sentence] if sentence > LONGEST_REASON // 2 else f"{begun.rpartition(' ')[0] or begun} ..."
     return text if text.endswith("...") else text.rstrip(".")
 
