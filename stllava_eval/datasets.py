@@ -45,11 +45,11 @@ ROW_GROUP_BYTES = 2**28
 # All our choice.
 LISTING_BYTES = 2**26  # of what an archive says of its members; PathVQA's 4,998 images make 8 MB in a tar archive
 TABLE_BYTES = 2**26  # of a JSON or pickle file; the largest that we know, SLAKE's train.json, has 3 MB
-TEXTS_BYTES = 2**28  # of all but the images in a parquet file; PathVQA's, which is the longest, has 2 MB
+TEXTS_BYTES = 2**28  # of all but the images in a parquet file; PathVQA's, which is the longest, has about 2 MB
 NESTED_BYTES = 2**30  # of the zip archives in an archive, which are held in memory; SLAKE's imgs.zip has 0.2 GB
-PARQUET_BYTES = 2**31  # of a parquet file, held in memory; a hub copy's have up to 0.5 GB
-IMAGES_BYTES = 2**32  # of a split's image files, held in memory; PathVQA's have 0.8 GB in all
-UNPACKED_BYTES = 2**33  # of what a tar or parquet file unpacks to; PathVQA's train split, an image a row, has 3.2 GB
+PARQUET_BYTES = 2**31  # of a parquet file, held in memory; a hub copy's have up to about 0.5 GB
+IMAGES_BYTES = 2**32  # of a split's image files, held in memory; PathVQA's have about 1 GB in all
+UNPACKED_BYTES = 2**33  # of what a tar or parquet file unpacks to; PathVQA's train split, an image a row, is about 3 GB
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
@@ -445,14 +445,14 @@ REMEDY = "Download it again"
 DAMAGES = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
 
 
-class _Bounded:
+class Bounded:
     """A file of which at most `left` more bytes can be read: sizes in an archive need not be true.
 
     Raises:
         InputError: On reading more, or on going beyond `UNPACKED_BYTES`.
     """
 
-    def __init__(self, file: IO[bytes], place: str) -> None:
+    def __init__(self, file: Any, place: str) -> None:
         self.file, self.place, self.left = file, place, LISTING_BYTES
 
     def read(self, size: int | None = -1) -> bytes:
@@ -534,7 +534,7 @@ def _folder(path: Path) -> Files:
 
 
 def _zip(place: str, file: IO[bytes]) -> Files:
-    bounded = _Bounded(file, place)
+    bounded = Bounded(file, place)
     try:
         archive = zipfile.ZipFile(bounded)  # type: ignore[arg-type]
     except (zipfile.BadZipFile, NotImplementedError, OSError, OverflowError) as error:
@@ -559,7 +559,7 @@ def _zip(place: str, file: IO[bytes]) -> Files:
 
 def _is_tar(path: Path) -> bool:
     try:
-        with _unpacked(path) as file, _tar_file(_Bounded(file, str(path))):
+        with _unpacked(path) as file, _tar_file(Bounded(file, str(path))):
             return True
     except DAMAGES:  # it begins like a compressed file and is none
         return False
@@ -576,13 +576,13 @@ def _unpacked(path: Path) -> Any:
     return lzma.open(path) if begin == b"\xfd7zXZ\0" else path.open("rb")
 
 
-def _tar_file(file: _Bounded) -> tarfile.TarFile:
+def _tar_file(file: Bounded) -> tarfile.TarFile:
     return tarfile.open(fileobj=file, mode="r:")  # type: ignore[call-overload]
 
 
 def _tar(path: Path, stack: ExitStack) -> Files:
     try:
-        bounded = _Bounded(stack.enter_context(_unpacked(path)), str(path))
+        bounded = Bounded(stack.enter_context(_unpacked(path)), str(path))
         archive = stack.enter_context(_tar_file(bounded))
         members, size = [], 0
         for member in archive:

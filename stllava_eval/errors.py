@@ -23,9 +23,9 @@ def one_line(error: object) -> str:
     """
     text = " ".join(str(error).split()) or type(error).__name__
     if len(text) > LONGEST_REASON:
-        text = text[:LONGEST_REASON]
-        sentence = text.rfind(". ")
-        text = text[:sentence] if sentence > LONGEST_REASON // 2 else f"{text.rpartition(' ')[0] or text} ..."
+        sentence = text.rfind(". ", 0, LONGEST_REASON)
+        begun = text[:LONGEST_REASON]
+        text = text[:sentence] if sentence > LONGEST_REASON // 2 else f"{begun.rpartition(' ')[0] or begun} ..."
     return text if text.endswith("...") else text.rstrip(".")
 
 

@@ -171,6 +171,8 @@ def _locked(folder: Path) -> int | None:
     except BlockingIOError as error:
         os.close(opened)
         raise InputError(f"{folder}: another process is writing it. Wait for it, or choose another folder.") from error
+    except OSError:  # of a network's disk that knows no locks: nobody can be kept out there
+        return opened
     os.close(opened)
     return None
 
@@ -236,7 +238,7 @@ def refuse_file(folder: Path, named: str) -> None:
     """
     try:
         if file := next((one for one in (folder, *folder.parents) if one.exists() and not one.is_dir()), None):
-            raise InputError(f"{named} {folder}: {file} is a file. Pass a folder.")
+            raise InputError(f"{named} {folder}: {file} is a file. Choose another folder.")
     except OSError as error:
         raise InputError(
             f"{named} {folder}: no folder can be made there ({error.strerror}). Choose another."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import gzip
 import hashlib
 import http.client
 import io
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from stllava_eval import __version__
+from stllava_eval.datasets import Bounded
 from stllava_eval.errors import InputError
 from stllava_eval.home import loads, read_bytes, whole_file
 from stllava_eval.images import decode, read_image
@@ -298,25 +300,28 @@ def _read_members(archive: IO[bytes], wanted: set[str]) -> dict[str, bytes | str
     members: dict[str, bytes | str] = {}
     unpacked = 0
     try:
-        with tarfile.open(fileobj=archive, mode="r|gz") as opened:
-            for member in opened:
-                unpacked += member.size
-                if unpacked > PACKAGE_BYTES:
-                    raise _MissingError("package too large")
-                name = posixpath.normpath(member.name)
-                if name not in wanted or name in members:
-                    continue
-                if not member.isreg():
-                    members[name] = "a link, not a file, in the package"
-                elif member.size > FIGURE_BYTES:
-                    members[name] = "image too large"
-                else:
-                    file = opened.extractfile(member)
-                    assert file is not None  # of a regular member it never is
-                    members[name] = file.read()
-                if len(members) == len(wanted):
-                    break
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+        with gzip.open(archive) as content:
+            bounded = Bounded(content, "the package")
+            with tarfile.open(fileobj=bounded, mode="r:") as opened:  # type: ignore[call-overload]
+                for member in opened:
+                    unpacked += member.size
+                    if unpacked > PACKAGE_BYTES:
+                        raise _MissingError("package too large")
+                    name = posixpath.normpath(member.name)
+                    if name not in wanted or name in members:
+                        continue
+                    if not member.isreg():
+                        members[name] = "a link, not a file, in the package"
+                    elif member.size > FIGURE_BYTES:
+                        members[name] = "image too large"
+                    else:
+                        bounded.left += member.size
+                        file = opened.extractfile(member)
+                        assert file is not None  # of a regular member it never is
+                        members[name] = file.read()
+                    if len(members) == len(wanted):
+                        break
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, InputError) as error:
         raise _MissingError("broken package") from error
     return members
 

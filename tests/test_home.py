@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stllava_eval import home as homes
-from stllava_eval.errors import InputError, one_line
+from stllava_eval.errors import InputError, of_the_disk, one_line
 from stllava_eval.home import alone, expanded, hold, loads, local, read_bytes, read_text, refuse_file, write_text
 from stllava_eval.home import write_together as together
 
@@ -123,7 +123,7 @@ def test_a_longer_name_is_one_line(tmp_path, name):
 def test_a_file_where_a_folder_is_to_be_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "a" / "b"):
-        with pytest.raises(InputError, match=rf"^--out {out}: {tmp_path}/file is a file. Pass a folder.$"):
+        with pytest.raises(InputError, match=rf"^--out {out}: {tmp_path}/file is a file. Choose another folder.$"):
             refuse_file(out, "--out")
     refuse_file(tmp_path / "new" / "folder", "--out")
     assert not (tmp_path / "new").exists()
@@ -135,6 +135,53 @@ def test_a_user_that_there_is_not_is_one_line(monkeypatch):
         homes.home()
     assert expanded("STLLAVA_HOME", "~") == Path.home()
     assert local("~no-such-user/x") is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "{file}", "--images", "{long}"],
+        ["check", "{long}"],
+        ["check", "{file}", "--write", "{long}"],
+        ["sft", "--recipe", "tiny", "--data", "{long}", "--out", "{out}", "start={long}"],
+        ["sft", "--recipe", "tiny", "--data", "{file}", "--out", "{long}", "start=none"],
+        ["sft", "--recipe", "{long}", "--data", "{file}", "--out", "{out}"],
+        ["candidates", "--checkpoint", "none", "--images", "{long}", "--out", "{out}.jsonl"],
+        ["judge", "{long}", "--judge", "exact", "--out", "{out}.jsonl"],
+        ["pairs", "{long}", "{long}", "--out", "{out}"],
+        ["dpo", "--recipe", "tiny", "--pairs", "{long}", "--images", "{folder}", "--out", "{out}"],
+        ["audit", "{long}", "{long}", "--out", "{out}"],
+        ["card", "{long}"],
+        ["data", "med-im", "--from", "{long}", "--out", "{out}"],
+        ["all", "--recipe", "tiny", "--data", "{long}", "--images", "{folder}", "--out", "{out}"],
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_a_name_that_is_too_long_is_one_line_of_every_command_of_training(home, tmp_path, capsys, arguments):
+    from stllava_train.cli import main
+
+    (tmp_path / "file.json").write_text('[{"id": "a"}]')
+    places = {"file": tmp_path / "file.json", "long": tmp_path / ("x" * 256), "out": tmp_path / "out"}
+    assert main([one.format(**places, folder=tmp_path) for one in arguments]) == 2
+    *_, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith("stllava-train: ")
+    assert "Traceback" not in last
+
+
+def test_an_error_that_names_no_file_of_the_users_keeps_its_traceback():
+    assert of_the_disk(FileNotFoundError(errno.ENOENT, "No such file", "ours.json")) is None
+    assert of_the_disk(OSError(errno.ENOSPC, "No space left on device")) is None
+    told = of_the_disk(PermissionError(errno.EACCES, "Permission denied", "a/b.json"))
+    assert told == "a/b.json: Permission denied. Choose another file or folder."
+
+
+def test_a_disk_without_locks_can_be_written(board, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    together(board, NEW)
+    assert everything(board)["index.html"] == "new"
 
 
 # --- one process at a time --------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 import email.utils
+import gzip
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -115,6 +117,16 @@ def test_a_package_that_is_no_archive_or_unpacks_to_too_much_is_missing(server, 
     assert fetch(server, tmp_path / "3", "a.jpg").missing == {"a": "package too large"}
     server.files[ARTICLE] = package({"PMC1/film.mp4": os.urandom(2 * 10**5)})
     assert fetch(server, tmp_path / "4", "a.jpg").missing == {"a": "too large"}
+
+
+def test_a_package_that_says_too_much_of_a_member_is_missing(server, tmp_path, monkeypatch):
+    monkeypatch.setattr("stllava_eval.datasets.LISTING_BYTES", 2**17)
+    header = tarfile.TarInfo("header")
+    header.type, header.size = tarfile.XHDTYPE, 2**20  # it is held in memory, and 1 MB of it is packed to 1 kB
+    server.files[ARTICLE] = gzip.compress(header.tobuf(tarfile.USTAR_FORMAT) + b" " * 2**20)
+    assert fetch(server, tmp_path / "1", "a.jpg").missing == {"a": "broken package"}
+    server.files[ARTICLE] = package({"PMC1/a.jpg": jpeg(1), "PMC1/film.mp4": bytes(10**6), "PMC1/b.jpg": jpeg(2)})
+    assert set(fetch(server, tmp_path / "2", "a.jpg", "b.jpg").found) == {"a", "b"}
 
 
 @pytest.mark.parametrize(
