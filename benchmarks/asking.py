@@ -42,7 +42,7 @@ from typing import Any, Protocol
 
 from figures import write
 
-from stllava_eval.answering import Answer, Question
+from stllava_eval.answering import Answer, Question, only_answers
 from stllava_eval.datasets import Row, read_rows
 from stllava_eval.engine import Sampling
 from stllava_eval.errors import InputError, printable
@@ -222,7 +222,7 @@ def answer(answerer: Answers, pictures: Sequence[Picture], texts: Sequence[tuple
 
 
 def _answers(answerer: Answers, questions: Sequence[Question]) -> list[Answer | None]:
-    found = dict(answerer.answer(questions, progress=sys.stderr.isatty())) if questions else {}
+    found = dict(only_answers(answerer.answer(questions, progress=sys.stderr.isatty()))) if questions else {}
     return [found.get(place) for place in range(len(questions))]
 
 

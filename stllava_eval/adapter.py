@@ -14,8 +14,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts, unwrap_generation_output
@@ -23,20 +24,46 @@ from lmms_eval.api.model import lmms
 from loguru import logger
 
 from stllava_eval.answering import Answer, Answerer, Question, default_checkpoint, open_answerer
+from stllava_eval.datasets import DATASETS
 from stllava_eval.errors import InputError, printable
-from stllava_eval.images import decode
+from stllava_eval.extract import (
+    FINAL,
+    SIGNATURES,
+    check_rule,
+    finals,
+    opened,
+    opens_thought,
+    sealed,
+    unsealed,
+    with_opened_thoughts,
+)
+from stllava_eval.images import decode, rgb
 from stllava_eval.metrics import is_failed_request
 from stllava_eval.plugin import MODEL
-from stllava_eval.runs import answered, data_hashes, dataset_of, refuse_old_folder, trained_on, write_run
+from stllava_eval.runs import (
+    DECIDING,
+    FIXED_FIELDS,
+    answered,
+    data_hashes,
+    dataset_of,
+    refuse_old_folder,
+    trained_on,
+    write_run,
+)
 from stllava_eval.server import Failure, ServerAnswerer
 from stllava_eval.unfinished import Unfinished, question_key
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from stllava_eval.engine import Sampling
+
 IMAGES = ("own", "other", "black")
 BACKENDS = ("transformers", "openai_server")
 SERVER = ("base_url", "model", "concurrency", "retries", "timeout", "reasoning")
+SAMPLING = ("temperature", "top_p", "top_k", "seed", "draws")
+ASKING = ("extract", "max_new_tokens", "system", "enable_thinking", "min_pixels", "max_pixels", *SAMPLING)
+LONGEST_SYSTEM = 100_000  # bytes of a system prompt's file (our choice)
 CHECKPOINT = (
     *("pretrained", "device", "dtype", "four_bit", "batch_tokens"),
     *("base", "vision_tower", "projector", "vision_lora", "prototypes", "iterations"),
@@ -56,6 +83,7 @@ class _Asked:
     max_new_tokens: int
     until: tuple[str, ...]
     ours: bool
+    draw: int = 0
 
 
 @contextmanager
@@ -83,9 +111,17 @@ class StllavaMed(lmms):
             itself; see `network.checkpoint.open_checkpoint`.
         four_bit: True holds the language model in 4 bits (needs bitsandbytes and a folder of our own layout).
         batch_tokens: Tokens whose keys and values are held at a time (default: what the free memory holds).
+        extract: The rule that takes the final answer out of a reply: `final`, or `none` for the raw reply, as the
+            papers' scripts score it (see `extract.final_answer`).
+        max_new_tokens: Of every reply, thought included (default: what the task says).
+        system: A system prompt before every question, or `@FILE` that holds it.
+        enable_thinking: True or False for a chat template that knows the switch.
+        min_pixels, max_pixels: Of an image, as the model's processor, or what is sent to a server, is to have it.
+        temperature, top_p, top_k, seed: How replies are sampled (default: the likeliest token, always).
+        draws: How many replies to sample for each question; its score is their mean.
         backend: `transformers`; `openai_server` asks a server at `base_url` for the model `model` and takes
             `concurrency`, `retries`, `timeout`, `reasoning` (see `server.ServerAnswerer`), and of the arguments above
-            `images` only.
+            `images` and those from `extract` on.
 
     `--batch_size N` keeps at most N questions at work at a time; untyped or `auto`, the memory and the engine decide.
     From Python, 1 is the same as untyped; pass "1".
@@ -110,18 +146,25 @@ class StllavaMed(lmms):
         with ends_the_process():
             if backend not in BACKENDS:
                 raise InputError(f"--model_args backend={backend}: unknown. Pass one of {', '.join(BACKENDS)}.")
+            refuse_fewshot(sys.argv)
             named: dict[str, object] = {"pretrained": pretrained, "device": device, "dtype": dtype}
             named |= {"four_bit": four_bit or None, "batch_tokens": batch_tokens}
             takes = SERVER if backend == "openai_server" else CHECKPOINT
-            if unknown := sorted({*parts, *(name for name in named if named[name] is not None)} - set(takes)):
+            given = {*parts, *(name for name in named if named[name] is not None)}
+            if unknown := sorted(given - {*takes, *ASKING}):
                 raise InputError(
                     f"--model_args {', '.join(unknown)}: unknown with backend={backend}. "
-                    f"It takes images, {', '.join(takes)}."
+                    f"It takes images, {', '.join((*takes, *ASKING))}."
                 )
             if images not in IMAGES:
                 raise InputError(f"--model_args images={images}: unknown. Pass one of {', '.join(IMAGES)}.")
             if not isinstance(four_bit, bool):
                 raise InputError(f"--model_args four_bit={four_bit}: pass True or False.")
+            asking = {name: parts.pop(name) for name in ASKING if name in parts}
+            self.rule = check_rule(asking.pop("extract", FINAL), "--model_args extract")
+            self.limit: int | None = _whole_number(asking, "max_new_tokens", 1)
+            self.sampling, self.draws = _sampling(asking)
+            parts |= _how_to_ask(asking)
             self.images = images
             if batch_tokens is not None and (type(batch_tokens) is not int or batch_tokens < 1):
                 raise InputError(f"--model_args batch_tokens={batch_tokens}: pass a whole number of tokens from 1 on.")
@@ -147,7 +190,7 @@ class StllavaMed(lmms):
                     batch_tokens=batch_tokens,
                     **parts,
                 )
-            self._answers: dict[tuple[str, int], Answer | Failure] = {}
+            self._answers: dict[tuple[str, int], list[Answer | Failure]] = {}
             self._rows_of_images: dict[tuple[str, str], dict[str, int]] = {}
             self._cached = False
             self._answering = {"questions": 0, "seconds": 0.0}
@@ -162,26 +205,39 @@ class StllavaMed(lmms):
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answer every request; under a response cache, those that it does not hold."""
         with ends_the_process():
-            answers = self._answered(requests)
-            self._answers.update({_place(request): answer for request, answer in zip(requests, answers, strict=True)})
-            results = [
-                GenerationResult(f"[LMMS_EVAL_REQUEST_FAILED after {one.attempts} attempts] {one.reason}")
-                if isinstance(one, Failure)
-                else GenerationResult(one.text, TokenCounts(output_tokens=one.tokens))
-                for one in answers
-            ]
+            replies = self._answered(requests)
+            self._answers.update({_place(request): of for request, of in zip(requests, replies, strict=True)})
+            results = [self._result(request, of) for request, of in zip(requests, replies, strict=True)]
             if not self._cached:
                 self.record(requests, results)
             return results
 
-    def _answered(self, requests: Sequence[Instance]) -> list[Answer | Failure]:
-        """The answers, those of a run of the same fingerprint that did not end among them.
+    def _result(self, request: Instance, replies: Sequence[Answer | Failure]) -> GenerationResult:
+        """The replies to a request as the one text that lmms-eval passes on: plain, where that is all a task needs."""
+        texts = [
+            f"[LMMS_EVAL_REQUEST_FAILED after {one.attempts} attempts] {one.reason}"
+            if isinstance(one, Failure)
+            else one.text
+            for one in replies
+        ]
+        told = texts[0]
+        doc_id, task, split = request.args[-3:]
+        if self._is_ours(task, split):
+            question = self.task_dict[task][split]["question"][doc_id]
+            if opened(told, question) != finals(texts, request.args[0], self.rule):
+                told = sealed(texts, request.args[0], self.rule)
+        tokens = [one.tokens for one in replies if isinstance(one, Answer)]
+        return GenerationResult(told, TokenCounts(output_tokens=sum(tokens)) if tokens else None)
+
+    def _answered(self, requests: Sequence[Instance]) -> list[list[Answer | Failure]]:
+        """The replies to each request, those of a run of the same fingerprint that did not end among them.
 
         lmms-eval deals questions to processes one by one, which would let each of them encode nearly every image. So
         the processes tell each other what they were asked, and deal it out anew, whole images at a time.
         """
         self._unfinished = Unfinished(self.fingerprint(), self._rank)
-        asked = [self._ask(request) for request in requests]
+        draws = [self._ask(request) for request in requests]
+        asked = [one for of_request in draws for one in of_request]
         everyones = self._gathered(({one.key: one for one in asked if one.ours}, self._unfinished.answers))
         answers = {key: answer for _, known in everyones for key, answer in known.items()}
         ours = {key: one for theirs, _ in everyones for key, one in theirs.items()}
@@ -191,7 +247,8 @@ class StllavaMed(lmms):
         mine = {key: self._question(ours[key]) for key in _dealt(open_, self._world_size)[self._rank]}
         mine |= {
             one.key: self._foreign_question(one, request)
-            for one, request in zip(asked, requests, strict=True)
+            for of_request, request in zip(draws, requests, strict=True)
+            for one in of_request
             if not one.ours
         }
         fresh = self._answer(mine, {key for key in mine if key in ours})
@@ -203,7 +260,19 @@ class StllavaMed(lmms):
             raise InputError(f"none of {len(failed)} questions was answered: {failed[0].reason}")
         if failed and self._rank == 0:
             logger.warning("{} of {} questions have no answer: {}", len(failed), len(outcomes), failed[0].reason)
-        return [outcomes[one.key] for one in asked]
+        outcomes |= self._with_opened_thoughts({key: outcomes[key] for key in sorted(ours.keys() & outcomes.keys())})
+        return [[outcomes[one.key] for one in of_request] for of_request in draws]
+
+    def _with_opened_thoughts(self, outcomes: dict[str, Answer | Failure]) -> dict[str, Answer | Failure]:
+        """The replies with the thought mark in front that the chat template wrote, where it wrote one.
+
+        A local model's prompt shows it; behind a server, the replies do.
+        """
+        replies = {key: one for key, one in outcomes.items() if isinstance(one, Answer)}
+        if mark := opens_thought(self.answerer.preprocessing["prompt"]):
+            return {key: replace(one, text=f"{mark}{one.text}") for key, one in replies.items()}
+        texts = with_opened_thoughts([one.text for one in replies.values()], [one.ended for one in replies.values()])
+        return {key: replace(one, text=text) for (key, one), text in zip(replies.items(), texts, strict=True)}
 
     def _answer(self, questions: dict[str, Question], kept: set[str]) -> dict[str, Answer | Failure]:
         """Outcomes by key; answers to the keys in `kept` are written down about every second."""
@@ -235,19 +304,40 @@ class StllavaMed(lmms):
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def _ask(self, request: Instance) -> _Asked:
+    def _is_ours(self, task: str, split: str) -> bool:
+        """Whether a task asks about one of our prepared splits; of another task, nothing is kept or written down."""
+        return dataset_of(task) in DATASETS and set(FIXED_FIELDS) <= set(self.task_dict[task][split].column_names)
+
+    def _ask(self, request: Instance) -> list[_Asked]:
+        """What is asked for a request: once, or as often as replies are sampled."""
         doc_id, task, split = request.args[-3:]
         settings = self._settings(request)
         if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0 or settings.get("num_beams", 1) > 1:
-            raise InputError(f"{task}: stllava_med answers greedily; leave do_sample, temperature and num_beams alone.")
-        until = settings.get("until") or ()
-        until = (until,) if isinstance(until, str) else tuple(until)
-        limit = int(settings.get("max_new_tokens", 1024))
-        data = self.task_dict[task][split]
-        ours = "image_id" in data.column_names  # another task's data is in no fingerprint, so its answers are not kept
-        text, image_id = (request.args[0], data["image_id"][doc_id]) if ours else ("", "")
+            raise InputError(
+                f"{task}: stllava_med answers greedily; leave do_sample, temperature and num_beams alone, or sample by "
+                "--model_args temperature=...,draws=..."
+            )
+        limit, until = self._limits(request)
+        ours = self._is_ours(task, split)  # another task's data is in no fingerprint, so its answers are not kept
+        if not ours and self.draws > 1:
+            raise InputError(f"{task}: draws={self.draws} is for the tasks of stllava-med. Leave it out.")
+        if ours and (request.repeats or 1) > 1:
+            raise InputError(
+                f"{task}: repeats are not read. Pass --model_args temperature=...,draws={request.repeats}."
+            )
+        text, image_id = (request.args[0], self.task_dict[task][split]["image_id"][doc_id]) if ours else ("", "")
         key = question_key(task, split, doc_id, text, limit, until)
-        return _Asked(key, task, split, doc_id, text, image_id, limit, until, ours)
+        return [
+            _Asked(f"{key}/{draw}" if draw else key, task, split, doc_id, text, image_id, limit, until, ours, draw)
+            for draw in range(self.draws)
+        ]
+
+    def _limits(self, request: Instance) -> tuple[int, tuple[str, ...]]:
+        """New tokens of a reply at most, and the texts before which it ends."""
+        settings = self._settings(request)
+        until = settings.get("until") or ()
+        limit = int(settings.get("max_new_tokens", 1024)) if self.limit is None else self.limit
+        return limit, (until,) if isinstance(until, str) else tuple(until)
 
     def _question(self, asked: _Asked) -> Question:
         """A question of one of our tasks; nothing is decoded before its image is due."""
@@ -258,7 +348,10 @@ class StllavaMed(lmms):
         image: Callable[[], Image] = partial(self._decoded, asked.task, asked.split, row)
         if self.images == "black":
             of, image_id, image = "", "", _black
-        return Question(asked.text, image, asked.max_new_tokens, asked.until, (of, asked.split, image_id))
+        key = (of, asked.split, image_id)
+        return Question(
+            asked.text, image, asked.max_new_tokens, asked.until, key, sampling=self.sampling, draw=asked.draw
+        )
 
     def _foreign_question(self, asked: _Asked, request: Instance) -> Question:
         """A question of a task that is not ours."""
@@ -267,8 +360,8 @@ class StllavaMed(lmms):
             raise InputError(
                 f"{asked.task} question {asked.doc_id}: {len(images)} images. stllava_med answers about one image."
             )
-        image = _black if self.images == "black" else partial(_rgb, images[0])
-        return Question(text, image, asked.max_new_tokens, asked.until)
+        image = _black if self.images == "black" else partial(_upright, images[0])
+        return Question(text, image, asked.max_new_tokens, asked.until, sampling=self.sampling)
 
     def _first_rows(self, task: str, split: str) -> dict[str, int]:
         """The first row of each image."""
@@ -303,16 +396,31 @@ class StllavaMed(lmms):
     def record(self, requests: Sequence[Instance], responses: Sequence[Any]) -> None:
         """Write the run folder, on rank 0, from the requests and responses of all ranks. Every rank must call it."""
         rows = []
+        limits: dict[str, set[tuple[int, tuple[str, ...]]]] = {}
         for request, response in zip(requests, responses, strict=True):
             doc_id, task, split = request.args[-3:]
-            data = self.task_dict[task][split]
-            if "image_id" in data.column_names:
-                doc = data.remove_columns("image")[doc_id]
-                answer = self._answers.get(_place(request))
-                rows.append(answered(task, doc, request.args[0], unwrap_generation_output(response)[0], answer))
-        rows = [row for of_process in self._gathered(rows) for row in of_process]
+            if not self._is_ours(task, split):
+                continue
+            doc = self.task_dict[task][split].remove_columns("image")[doc_id]
+            text = unwrap_generation_output(response)[0]
+            known = dict(enumerate(self._answers.get(_place(request), ())))
+            limits.setdefault(task, set()).add(self._limits(request))
+            rows += [
+                answered(task, doc, request.args[0], final, known.get(draw), SIGNATURES[self.rule], draw)
+                for draw, final in enumerate(opened(text, doc["question"]))
+            ]
+        everyones = self._gathered((rows, limits))
+        rows = [row for of_process, _ in everyones for row in of_process]
+        asked_with = {
+            task: {
+                "max_new_tokens": max(limit for limit, _ in of),
+                "until": sorted({one for _, us in of for one in us}),
+            }
+            for _, of_process in everyones
+            for task, of in of_process.items()
+        }
         if self._rank == 0 and rows:
-            folder = write_run(rows, self.manifest(), answering=self._answering)
+            folder = write_run(rows, self.manifest(), answering=self._answering, asked_with=asked_with)
             logger.info("run folder: {}", folder)
         self._gathered(None)  # until the run is written, every process keeps its answers
         if self._unfinished is not None:
@@ -332,8 +440,21 @@ class StllavaMed(lmms):
             "batch_size": self.rows or "auto",
             "processes": self._world_size,
             "images": self.images,
-            **self.answerer.preprocessing,
+            **{
+                name: None for name in DECIDING if name in ASKING and name not in ("extract", "max_new_tokens", "draws")
+            },
+            **self._preprocessing(),
         }
+
+    def _preprocessing(self) -> dict[str, Any]:
+        """What is done to questions and images, and how replies are decoded."""
+        done = dict(self.answerer.preprocessing)
+        if sampling := self.sampling:
+            done["decoding"] = (
+                f"sampled: temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k {sampling.top_k}, "
+                f"seed {sampling.seed}"
+            )
+        return done
 
     def fingerprint(self) -> str:
         """Hash of weights, images and prompt, and of what is done with them: the identity of a cached answer."""
@@ -342,7 +463,8 @@ class StllavaMed(lmms):
             "dtype": str(self.answerer.dtype),
             "images": self.images,
             "data": data_hashes(),
-            **self.answerer.preprocessing,
+            **({} if self.limit is None else {"max_new_tokens": self.limit}),
+            **self._preprocessing(),
         }
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
@@ -404,8 +526,106 @@ def _rows(given: int | str | None) -> int | None:
     return rows
 
 
-def _rgb(image: Image) -> Image:
-    return image.convert("RGB")
+def _upright(image: Any) -> Image:
+    """An image of another task, through the same opener as ours."""
+    if isinstance(image, bytes):
+        return decode(image)
+    if isinstance(image, str | Path):
+        try:
+            return decode(Path(image).read_bytes())
+        except OSError as error:
+            raise InputError(f"{image}: cannot be read ({error.strerror}). Pass an image file.") from error
+    return rgb(image)
+
+
+def refuse_fewshot(arguments: Sequence[str]) -> None:
+    """Raise where lmms-eval was called with examples: they never reach a chat model.
+
+    Raises:
+        InputError: `--num_fewshot` is there, with another number than 0.
+    """
+    for place, word in enumerate(arguments):
+        name, _, value = word.partition("=")
+        if name == "--num_fewshot" and (value or "".join(arguments[place + 1 : place + 2])) != "0":
+            raise InputError(
+                f"--num_fewshot {value or ''.join(arguments[place + 1 : place + 2])}: stllava_med is asked without "
+                "examples. Leave it out."
+            )
+
+
+def _whole_number(given: dict[str, Any], name: str, least: int) -> int | None:
+    """Take a whole number out of the model's arguments.
+
+    Raises:
+        InputError: It is none, or too small.
+    """
+    value = given.pop(name, None)
+    if value is not None and (type(value) is not int or value < least):
+        raise InputError(f"--model_args {name}={value}: pass a whole number from {least} on.")
+    return value
+
+
+def _sampling(given: dict[str, Any]) -> tuple[Sampling | None, int]:
+    """Take out how replies are sampled, None for the likeliest tokens, and how many replies a question gets.
+
+    Raises:
+        InputError: A number is out of its range, or says how to sample where nothing is sampled.
+    """
+    from stllava_eval.engine import Sampling
+
+    if given.get("top_k") == -1:  # vLLM's word for all tokens
+        given["top_k"] = 0
+    top_k, seed = _whole_number(given, "top_k", 0), _whole_number(given, "seed", 0)
+    draws = _whole_number(given, "draws", 1) or 1
+    temperature, top_p = given.pop("temperature", 0), given.pop("top_p", None)
+    for name, value, low, high in (("temperature", temperature, 0, 100), ("top_p", top_p, 1e-6, 1)):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high
+        ):
+            raise InputError(f"--model_args {name}={value}: pass a number from {low:g} to {high:g}.")
+    if not temperature:
+        if wrong := [name for name, value in (("top_p", top_p), ("top_k", top_k), ("seed", seed)) if value is not None]:
+            raise InputError(f"--model_args {wrong[0]}: nothing is sampled at temperature 0. Pass temperature=... too.")
+        if draws > 1:
+            raise InputError(f"--model_args draws={draws}: greedy replies are all alike. Pass temperature=... too.")
+        return None, 1
+    return Sampling(float(temperature), top_k or 0, 1.0 if top_p is None else float(top_p), seed or 0), draws
+
+
+def _how_to_ask(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that the answerer takes: system, enable_thinking, min_pixels, max_pixels, as far as given.
+
+    Raises:
+        InputError: One is not of its type, or a system prompt's file cannot be read.
+    """
+    made: dict[str, Any] = {name: _whole_number(given, name, 1) for name in ("min_pixels", "max_pixels")}
+    if made["min_pixels"] and made["max_pixels"] and made["min_pixels"] > made["max_pixels"]:
+        raise InputError(f"--model_args min_pixels={made['min_pixels']}: more than max_pixels={made['max_pixels']}.")
+    if (thinking := given.pop("enable_thinking", None)) is not None:
+        if not isinstance(thinking, bool):
+            raise InputError(f"--model_args enable_thinking={thinking}: pass True or False.")
+        made["enable_thinking"] = thinking
+    if (system := given.pop("system", None)) is not None:
+        made["system"] = _system_prompt(str(system))
+    return {name: value for name, value in made.items() if value is not None}
+
+
+def _system_prompt(given: str) -> str:
+    """The text, without the quotes that lmms-eval leaves around a value with commas; `@FILE` is what the file holds."""
+    if given[:1] == given[-1:] and given[:1] in ("'", '"') and len(given) > 1:
+        given = given[1:-1]
+    if given.startswith("@"):
+        file = Path(given[1:]).expanduser()
+        try:
+            with file.open("rb") as opened_file:
+                given = opened_file.read(LONGEST_SYSTEM + 1).decode("utf-8-sig")
+        except (OSError, ValueError) as error:
+            raise InputError(f"--model_args system=@{file}: cannot be read ({error}). Pass a text file.") from error
+        if len(given) > LONGEST_SYSTEM:
+            raise InputError(f"--model_args system=@{file}: more than {LONGEST_SYSTEM} bytes. Pass a system prompt.")
+    if not given.strip():
+        raise InputError("--model_args system: it is empty. Leave it out.")
+    return given
 
 
 def _black() -> Image:
@@ -428,7 +648,7 @@ def _key_the_cache(model: StllavaMed) -> None:
 
     def create_keyed(cache_root: str, *, model: Any = "", model_args: Any = "", **others: Any) -> ResponseCache:
         if model == MODEL or isinstance(model, StllavaMed):
-            model_args = f"{model_args}|{current.fingerprint()}"
+            model_args = f"{model_args}|{current.fingerprint()}|{SIGNATURES[current.rule]}|{current.draws}"
         return create(cache_root, model=model, model_args=model_args, **others)
 
     def execute_and_record(self: ResponseCache, lm: Any, reqtype: str, requests: list[Instance]) -> list[Any]:
@@ -446,7 +666,8 @@ def _key_the_cache(model: StllavaMed) -> None:
     current = model
 
     def valid(response: Any, request_type: str) -> bool:
-        return is_valid(response, request_type) and not is_failed_request(str(unwrap_generation_output(response)[0]))
+        replies = unsealed(str(unwrap_generation_output(response)[0]))
+        return is_valid(response, request_type) and not any(map(is_failed_request, replies))
 
     valid.original = is_valid  # type: ignore[attr-defined]
     create_keyed.original = create  # type: ignore[attr-defined]

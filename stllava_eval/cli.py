@@ -152,6 +152,12 @@ def parser() -> argparse.ArgumentParser:
         "--answers", required=True, action="append", type=Path, metavar="FILE", help="JSONL file of answers"
     )
     score.add_argument(
+        "--extract",
+        choices=("final", "none"),
+        help="take the final answer out of each reply (thoughts, tags, boxes, ...; docs/answers.md), or score replies "
+        "as they are (default: final; of a run folder's answers, what the run did)",
+    )
+    score.add_argument(
         "--out", type=Path, metavar="RUN", help="write a run folder too, for leaderboard, compare, inspect and gate"
     )
     score.add_argument(
@@ -344,14 +350,17 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         os.environ["STLLAVA_RUN"] = str(arguments.out)
     from stllava_eval.answering import default_checkpoint
-    from stllava_eval.datasets import prepare_on_first_use
-    from stllava_eval.network.checkpoint import open_checkpoint
-    from stllava_eval.other import is_other
+    from stllava_eval.hub import local_folder, refuse_no_checkpoint
     from stllava_eval.runs import dataset_of, refuse_old_folder
 
     refuse_old_folder()
-
     checkpoint = arguments.checkpoint or default_checkpoint()
+    refuse_no_checkpoint(local_folder(checkpoint), checkpoint)  # before the seconds that torch and transformers take
+
+    from stllava_eval.datasets import prepare_on_first_use
+    from stllava_eval.network.checkpoint import open_checkpoint
+    from stllava_eval.other import is_other
+
     if not is_other(checkpoint):
         open_checkpoint(checkpoint).processor()
     os.environ["STLLAVA_CHECKPOINT"] = checkpoint  # not in --model_args, which splits a path at its commas
@@ -382,11 +391,13 @@ def _score(arguments: argparse.Namespace) -> int:
     if arguments.system and arguments.out is None:
         raise InputError("--system names a run folder's system. Pass --out too, or leave it out.")
     files = dict(zip(tasks, given, strict=True))
-    answers = {task: read_answers(file, task) for task, file in files.items()}
-    scored = {task: score_table(task, of) for task, of in answers.items()}
+    answers = {task: read_answers(file, task, arguments.extract) for task, file in files.items()}
+    scored = {task: score_table(task, of.replies, of.prompt, of.settings) for task, of in answers.items()}
     for task, of in scored.items():
         if of.unanswered:
             _tell(f"{task}: {len(of.unanswered)} questions have no answer and are in no mean: {some(of.unanswered)}")
+        if of.doubts and arguments.out is None:  # a run folder that is written says so by itself
+            _tell(f"{task}: {of.doubts}")
     if arguments.out is not None:
         folder = write_answers(arguments.out, arguments.system or given[0].stem, answers, files)
         _tell(f"run folder: {folder}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from stllava_eval.errors import InputError, printable
 from stllava_eval.runs import (
+    DECIDING,
     QuestionScores,
     Run,
     RunTask,
@@ -121,12 +123,36 @@ def compare(folders: Sequence[Path]) -> Comparison:
 
 
 def unlike_settings(one: Run, other: Run) -> list[str]:
-    """A line for each setting in which two runs differ."""
+    """Return a line for each setting in which two runs differ."""
     return [
         f"{name} differs: {one.manifest.get(name)!r} and {other.manifest.get(name)!r}"
         for name in ("images", "prompt", "image_preprocessing", "decoding", "dtype", "four_bit")
         if one.manifest.get(name) != other.manifest.get(name)
+    ] + [
+        f"{task}: {name} differs: {values[0]} and {values[1]}"
+        for task in one.tasks
+        if task in other.tasks
+        for name in DECIDING
+        if name not in ("images", "decoding")
+        for values in [[_told(of.settings, name) for of in (one.tasks[task], other.tasks[task])]]
+        if values[0] != values[1]
     ]
+
+
+def _told(settings: Mapping[str, Any], name: str) -> str:
+    return repr(settings[name]) if name in settings else "not recorded"
+
+
+def differing(task: str, one: Run, other: Run) -> tuple[str, Any, Any] | None:
+    """Return the first setting that decides the answers to a task and differs, with both values; None if none does.
+
+    What one of the runs does not say, of answers from elsewhere or of an older run, nobody can compare.
+    """
+    first, second = (run.tasks[task].settings for run in (one, other))
+    for name in DECIDING:
+        if name in first and name in second and name != "draws" and first[name] != second[name]:
+            return name, first[name], second[name]
+    return None
 
 
 def _partial(
@@ -134,7 +160,7 @@ def _partial(
 ) -> list[str]:
     notes = []
     for task in (task for task in first.tasks if task in of_other):
-        every = len(first.tasks[task].answers) + first.tasks[task].not_asked
+        every = len(first.tasks[task].replies) + first.tasks[task].not_asked
         if (both := len(of_first[task].keys() & of_other[task].keys())) < every:
             notes.append(f"{task}: compared on {both} of {every} questions; the rest are not answered in both.")
     return notes
@@ -174,7 +200,7 @@ def _scores(run: Run) -> dict[str, dict[str, QuestionScores]]:
     """Of each task; raises InputError where another split is prepared than was asked."""
     for task, of in run.tasks.items():
         refuse_other_split(task, of, run.folder)
-    return {task: question_scores(dataset_of(task), of.answers) for task, of in run.tasks.items()}
+    return {task: question_scores(dataset_of(task), of.replies) for task, of in run.tasks.items()}
 
 
 def _difference(task: str, metric: str, baseline: str, run: str, both: Paired) -> Difference:
@@ -184,8 +210,8 @@ def _difference(task: str, metric: str, baseline: str, run: str, both: Paired) -
         metric,
         baseline,
         run,
-        first=sum(both.first) / estimate.n,
-        second=sum(both.second) / estimate.n,
+        first=math.fsum(both.first) / estimate.n,
+        second=math.fsum(both.second) / estimate.n,
         value=sum(both.changes) / estimate.n,
         low=estimate.low,
         high=estimate.high,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import hashlib
 import io
 import json
 import logging
+import lzma
 import os
 import pickle
 import re
@@ -24,9 +27,9 @@ from importlib.resources import files as package_files
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
-from stllava_eval.errors import InputError
-from stllava_eval.home import home, whole_file, write_json
-from stllava_eval.images import decode, pixel_hash, truncated_refused
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.home import home, loads, local, read_json, whole_file, write_json
+from stllava_eval.images import IMAGE_BYTES, decode, pixel_hash
 
 if TYPE_CHECKING:
     import datasets
@@ -38,6 +41,15 @@ FORMAT = 1  # of the manifest
 LISTED = 20  # rows named in one message
 # pyarrow handles a row group's images in one piece, which must stay below 2 GiB; writing takes about three times this
 ROW_GROUP_BYTES = 2**28
+# What a source may hold, at most: sizes are known before anything is read, and a few megabytes can unpack to terabytes.
+# All our choice.
+LISTING_BYTES = 2**26  # of what an archive says of its members; PathVQA's 4,998 images make 8 MB in a tar archive
+TABLE_BYTES = 2**26  # of a JSON or pickle file; the largest that we know, SLAKE's train.json, has 3 MB
+TEXTS_BYTES = 2**28  # of all but the images in a parquet file; PathVQA's, which is the longest, has 2 MB
+NESTED_BYTES = 2**30  # of the zip archives in an archive, which are held in memory; SLAKE's imgs.zip has 0.2 GB
+PARQUET_BYTES = 2**31  # of a parquet file, held in memory; a hub copy's have up to 0.5 GB
+IMAGES_BYTES = 2**32  # of a split's image files, held in memory; PathVQA's have 0.8 GB in all
+UNPACKED_BYTES = 2**33  # of what a tar or parquet file unpacks to; PathVQA's train split, an image a row, has 3.2 GB
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
@@ -296,7 +308,7 @@ def read_manifest(name: str, split: str, home_folder: Path | None = None) -> Man
     _known(name, split)
     path = _manifest(name, split, home_folder)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except FileNotFoundError:
         raise InputError(
             f"{name} {split} is not prepared: there is no {path}. Run {_what_to_run(name, split)}."
@@ -386,7 +398,7 @@ def _decoded(title: str, images: Iterable[tuple[str, bytes]], missing: Sequence[
         except InputError as error:
             return error
 
-    with truncated_refused(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = tqdm(pool.map(attempt, users), f"{title}: images", len(users), disable=None)
         outcomes = dict(zip(users, progress, strict=True))
     broken = [*missing]
@@ -408,18 +420,57 @@ class Files:
     place: str
     names: tuple[str, ...]
     open: Callable[[str], IO[bytes]]
+    size: Callable[[str], int]
+    """Bytes of a file, as the folder or archive says before anything of it is read."""
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: int) -> bytes:
         """The whole file.
 
         Raises:
-            InputError: It cannot be read, or the archive is damaged.
+            InputError: It has more than `most` bytes or than it says, cannot be read, or the archive is damaged.
         """
         try:
+            if (size := self.size(name)) > most:
+                raise InputError(f"{self.place}: {name} has {size:,} bytes, and at most {most:,} are read. {REMEDY}.")
             with self.open(name) as file:
-                return file.read()
-        except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
-            raise InputError(f"{self.place}: {name} cannot be read ({_one_line(error)}). Download it again.") from error
+                content = file.read(size + 1)
+        except DAMAGES as error:
+            raise InputError(f"{self.place}: {name} cannot be read ({one_line(error)}). {REMEDY}.") from error
+        if len(content) > size:
+            raise InputError(f"{self.place}: {name} holds more than the {size:,} bytes that it says. {REMEDY}.")
+        return content
+
+
+REMEDY = "Download it again"
+DAMAGES = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
+
+
+class _Bounded:
+    """A file of which at most `left` more bytes can be read: sizes in an archive need not be true.
+
+    Raises:
+        InputError: On reading more, or on going beyond `UNPACKED_BYTES`.
+    """
+
+    def __init__(self, file: IO[bytes], place: str) -> None:
+        self.file, self.place, self.left = file, place, LISTING_BYTES
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As a file's."""
+        content = self.file.read(self.left + 1 if size is None or size < 0 else min(size, self.left + 1))
+        self.left -= len(content)
+        if self.left < 0:
+            raise InputError(f"{self.place}: more stands in it than the files of a data set take. {REMEDY}.")
+        return content
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As a file's; in a compressed one, everything up to there is unpacked."""
+        if whence == os.SEEK_SET and offset > UNPACKED_BYTES and not isinstance(self.file, io.BufferedReader):
+            raise InputError(f"{self.place}: it unpacks to more than {UNPACKED_BYTES:,} bytes. {REMEDY}.")
+        return self.file.seek(offset, whence)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 @contextmanager
@@ -430,6 +481,8 @@ def open_files(path: Path) -> Iterator[Files]:
         InputError: Neither a folder nor an archive, or an archive with a member that would leave its folder.
     """
     with ExitStack() as stack:
+        if not path.is_dir() and not path.is_file():
+            raise InputError(f"{path} is neither a folder nor a regular file. Pass what holds the set's files.")
         if path.is_dir():
             outer = _folder(path)
         elif _is_tar(path):  # before zip: a tar that ends with a zip passes for one
@@ -439,12 +492,22 @@ def open_files(path: Path) -> Iterator[Files]:
         else:
             raise InputError(f"{path} is neither a folder nor a zip or tar archive. Pass what holds the set's files.")
         owners: dict[str, tuple[Files, str]] = {name: (outer, name) for name in outer.names}
+        left = NESTED_BYTES
         for archive in [name for name in outer.names if name.lower().endswith(".zip")]:
-            # a member of an archive is slow to seek in
-            file = stack.enter_context(outer.open(archive) if path.is_dir() else io.BytesIO(outer.read(archive)))
-            inner = _zip(f"{path}: {archive}", file)
+            place = f"{path}: {archive}"
+            if path.is_dir():
+                outer.size(archive)  # refuses a pipe, at which opening it would wait
+                inner = _zip(place, stack.enter_context(outer.open(archive)))
+            else:  # a member of an archive is slow to seek in
+                inner = _zip(place, io.BytesIO(outer.read(archive, left)))
+                left -= outer.size(archive)
             owners |= {f"{archive}/{name}": (inner, name) for name in inner.names}
-        yield Files(str(path), tuple(owners), lambda name: owners[name][0].open(owners[name][1]))
+        yield Files(
+            str(path),
+            tuple(owners),
+            lambda name: owners[name][0].open(owners[name][1]),
+            lambda name: owners[name][0].size(owners[name][1]),
+        )
 
 
 def _folder(path: Path) -> Files:
@@ -456,42 +519,93 @@ def _folder(path: Path) -> Files:
             continue
         seen.add(real)
         below[:] = sorted(name for name in below if not name.startswith("."))
-        names += [
-            (Path(folder) / name).relative_to(path).as_posix()
-            for name in sorted(found)
-            if name[0] != "." and (Path(folder) / name).is_file()
-        ]  # not a pipe, which would never end
-    return Files(str(path), tuple(names), lambda name: (path / name).open("rb"))
+        names += [(Path(folder) / name).relative_to(path).as_posix() for name in sorted(found) if name[0] != "."]
+
+    def size(name: str) -> int:
+        try:
+            found = (path / name).stat()
+        except OSError as error:  # a link to nowhere
+            raise InputError(f"{path}: {name} cannot be read ({error.strerror}). {REMEDY}.") from error
+        if not stat.S_ISREG(found.st_mode):  # a device or a pipe would never end
+            raise InputError(f"{path}: {name} is no regular file. Pass a folder that holds the files themselves.")
+        return found.st_size
+
+    return Files(str(path), tuple(names), lambda name: (path / name).open("rb"), size)
 
 
 def _zip(place: str, file: IO[bytes]) -> Files:
+    bounded = _Bounded(file, place)
     try:
-        archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{place} is not a whole zip archive ({error}). Download it again.") from error
+        archive = zipfile.ZipFile(bounded)  # type: ignore[arg-type]
+    except (zipfile.BadZipFile, NotImplementedError, OSError, OverflowError) as error:
+        raise InputError(f"{place} is not a whole zip archive ({one_line(error)}). {REMEDY}.") from error
+    bounded.left = UNPACKED_BYTES
     members = [member for member in archive.infolist() if not member.is_dir()]
     for member in members:
         _refuse_escape(place, member.filename, stat.S_ISLNK(member.external_attr >> 16))
-    return Files(place, _without_litter(member.filename for member in members), archive.open)
+        # of the others, Python unpacks all that a few bytes stand for before it looks at the size
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError(
+                f"{place}: {member.filename!r} is compressed in a way (number {member.compress_type}) that is not read "
+                "here. Pack it with zip, or unpack it and pass the folder."
+            )
+    return Files(
+        place,
+        _without_litter(member.filename for member in members),
+        archive.open,
+        lambda name: archive.getinfo(name).file_size,
+    )
 
 
 def _is_tar(path: Path) -> bool:
     try:
-        return path.is_file() and tarfile.is_tarfile(path)
-    except (OSError, EOFError, zlib.error):  # it begins like a compressed file and is none
+        with _unpacked(path) as file, _tar_file(_Bounded(file, str(path))):
+            return True
+    except DAMAGES:  # it begins like a compressed file and is none
         return False
+
+
+def _unpacked(path: Path) -> Any:
+    """The opened file, seen without its compression: gzip, bzip2 or xz."""
+    with path.open("rb") as file:
+        begin = file.read(6)
+    if begin.startswith(b"\x1f\x8b"):
+        return gzip.open(path)
+    if begin.startswith(b"BZh"):
+        return bz2.open(path)
+    return lzma.open(path) if begin == b"\xfd7zXZ\0" else path.open("rb")
+
+
+def _tar_file(file: _Bounded) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode="r:")  # type: ignore[call-overload]
 
 
 def _tar(path: Path, stack: ExitStack) -> Files:
     try:
-        archive = stack.enter_context(tarfile.open(path))  # noqa: SIM115 -- the stack closes it
-        members = [member for member in archive if not member.isdir()]
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is not a whole tar archive ({error}). Download it again.") from error
+        bounded = _Bounded(stack.enter_context(_unpacked(path)), str(path))
+        archive = stack.enter_context(_tar_file(bounded))
+        members, size = [], 0
+        for member in archive:
+            size += member.size
+            if member.size > PARQUET_BYTES or size > UNPACKED_BYTES:  # before the next one is looked for behind it
+                raise InputError(
+                    f"{path}: {member.name} has {member.size:,} bytes, and at most {PARQUET_BYTES:,} are read of a "
+                    f"file, {UNPACKED_BYTES:,} in all. {REMEDY}."
+                )
+            if not member.isdir():
+                members.append(member)
+    except DAMAGES as error:
+        raise InputError(f"{path} is not a whole tar archive ({one_line(error)}). {REMEDY}.") from error
+    bounded.left = UNPACKED_BYTES
     for member in members:
         _refuse_escape(str(path), member.name, not member.isfile())
     by_name = {member.name: member for member in members}
-    return Files(str(path), _without_litter(by_name), lambda name: archive.extractfile(by_name[name]))  # type: ignore
+    return Files(
+        str(path),
+        _without_litter(by_name),
+        lambda name: archive.extractfile(by_name[name]),  # type: ignore
+        lambda name: by_name[name].size,
+    )
 
 
 def _refuse_escape(place: str, member: str, no_file: bool) -> None:
@@ -512,8 +626,7 @@ def _without_litter(names: Iterable[str]) -> tuple[str, ...]:
 
 def _fetch(name: str, split: str, given: str) -> tuple[Path, str]:
     """Where the source lies on this disk, downloaded if it is a hub id, and its full name."""
-    path = Path(given).expanduser()
-    if path.exists():
+    if (path := local(given)) is not None:
         return path, str(path.resolve())
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", given):
         raise InputError(
@@ -529,7 +642,7 @@ def _fetch(name: str, split: str, given: str) -> tuple[Path, str]:
         )
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{given} cannot be fetched from the hub ({_one_line(error)}). Download the files of {name} elsewhere and "
+            f"{given} cannot be fetched from the hub ({one_line(error)}). Download the files of {name} elsewhere and "
             f"run {_what_to_run(name, split)}."
         ) from error
     return folder, f"{given}@{folder.name}"
@@ -642,34 +755,45 @@ def _from_pickle(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "question": record["sent"], "answer": answer, "image_name": record.get("img_id")}
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Lists, dicts, texts and numbers only: any other pickle can run a program of its author's."""
+class _PlainUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Lists, dicts, texts and numbers only: any other pickle can run a program of its author's.
+
+    Python's unpickler that is written in Python: the one in C makes room for as many objects as the pickle numbers.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         raise InputError(f"it holds {module}.{name}, and only lists, dicts, texts and numbers are read")
 
 
 def _pickled(files: Files, name: str) -> list[dict[str, Any]]:
-    content = files.read(name)
+    content = files.read(name, TABLE_BYTES)
     try:
         records = _PlainUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # a damaged pickle raises nearly everything
         raise InputError(
-            f"{files.place}: {name} is refused: {_one_line(error)}. Download it from its authors."
+            f"{files.place}: {name} is refused: {one_line(error)}. Download it from its authors."
         ) from error
     return _checked(records, files, name)
 
 
 def _json_records(files: Files, name: str) -> list[dict[str, Any]]:
     """The records of a JSON or JSON-lines file; none where it holds something else."""
-    content = files.read(name)
+    content = files.read(name, TABLE_BYTES)
     try:
         if name.endswith(".jsonl"):
-            return _checked([json.loads(line) for line in content.splitlines() if line.strip()], files, name)
-        records = json.loads(content)
+            lines = enumerate(content.splitlines(), 1)
+            return _checked([_json_line(line, number) for number, line in lines if line.strip()], files, name)
+        records = loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{files.place}: {name} is no JSON ({error}). Download it again.") from error
     return records if isinstance(records, list) and all(isinstance(record, dict) for record in records) else []
+
+
+def _json_line(line: bytes, number: int) -> Any:
+    try:
+        return loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
 
 
 def _checked(records: Any, files: Files, name: str) -> list[dict[str, Any]]:
@@ -693,7 +817,6 @@ def _parquet_records(files: Files, part: str, otherwise: str) -> tuple[list[dict
         otherwise: What could have been there instead, for the message.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     names = _parquet_names(files, part)
     if not names:
@@ -703,19 +826,49 @@ def _parquet_records(files: Files, part: str, otherwise: str) -> tuple[list[dict
         )
     records: list[dict[str, Any]] = []
     shared: dict[bytes, bytes] = {}
+    left = IMAGES_BYTES
     for name in names:
+        content = files.read(name, PARQUET_BYTES)
         try:
-            for batch in pq.ParquetFile(pa.BufferReader(files.read(name))).iter_batches(batch_size=64):
-                for record in batch.to_pylist():
-                    image = (record.get("image") or {}).get("bytes")
-                    if image is not None:
-                        record["image"]["bytes"] = shared.setdefault(image, image)
-                    records.append(record)
+            for record in parquet_rows(pa.BufferReader(content), f"{files.place}: {name}"):
+                image = (record.get("image") or {}).get("bytes")
+                if image is not None:
+                    left -= len(image) if image not in shared else 0
+                    if left < 0:
+                        raise InputError(f"{files.place}: {part} images of more than {IMAGES_BYTES:,} bytes. {REMEDY}.")
+                    record["image"]["bytes"] = shared.setdefault(image, image)
+                records.append(record)
         except (pa.ArrowException, OSError, AttributeError) as error:
             raise InputError(
-                f"{files.place}: {name} is not a hub copy's parquet file ({_one_line(error)}). Download it again."
+                f"{files.place}: {name} is not a hub copy's parquet file ({one_line(error)}). {REMEDY}."
             ) from error
     return records, names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def parquet_rows(source: Any, place: str) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, some at a time.
+
+    Args:
+        source: A file, by path or as pyarrow opened it.
+        place: For messages.
+
+    Raises:
+        InputError: It unpacks to more than `UNPACKED_BYTES`, or to more than `TEXTS_BYTES` beside its column `image`.
+        pyarrow.ArrowException, OSError: It is no parquet file.
+    """
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(source) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        if (size := sum(group.total_byte_size for group in groups)) > UNPACKED_BYTES:
+            raise InputError(f"{place} unpacks to {size:,} bytes, and at most {UNPACKED_BYTES:,} are read. {REMEDY}.")
+        left = TEXTS_BYTES
+        for batch in file.iter_batches(batch_size=16):  # a value that the file holds once may stand in every row
+            columns = zip(batch.schema.names, batch, strict=True)
+            left -= sum(column.nbytes for name, column in columns if name != "image")
+            if left < 0:
+                raise InputError(f"{place} holds more than {TEXTS_BYTES:,} bytes beside its images. {REMEDY}.")
+            yield from batch.to_pylist()
 
 
 def _found(name: str, record: Mapping[str, Any], number: int, file: str) -> _Found:
@@ -784,7 +937,10 @@ def _find_images(found: Sequence[_Found], files: Files) -> tuple[list[bytes], li
                 candidates[key].append(name)
     named = {image: _last_two(image) for image in (row.image for row in found) if isinstance(image, str)}
     wanted = {name for key in named.values() for name in candidates[key]}
-    content = {name: files.read(name) for name in files.names if name in wanted}  # in order: a tar.gz has no index
+    if (size := sum(files.size(name) for name in wanted)) > IMAGES_BYTES:
+        raise InputError(f"{files.place}: images of {size:,} bytes, and at most {IMAGES_BYTES:,} are read. {REMEDY}.")
+    # in order: a tar.gz has no index
+    content = {name: files.read(name, IMAGE_BYTES) for name in files.names if name in wanted}
     for image, key in named.items():
         if len({content[name] for name in candidates[key]}) > 1:
             raise InputError(
@@ -1086,8 +1242,8 @@ def _done(name: str, split: str, given: str, home_folder: Path | None) -> Manife
             pass
     except InputError:
         return None
-    path = Path(given).expanduser()
-    same = manifest.resolved == str(path.resolve()) if path.exists() else manifest.source == given
+    path = local(given)
+    same = manifest.resolved == str(path.resolve()) if path is not None else manifest.source == given
     return manifest if same else None
 
 
@@ -1122,8 +1278,3 @@ def _what_to_run(name: str, split: str) -> str:
 def _listed(items: Sequence[str]) -> str:
     more = f" ... and {len(items) - LISTED} more" if len(items) > LISTED else ""
     return "; ".join(items[:LISTED]) + more
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from loguru import logger
 from torch import Tensor
-from transformers import DynamicCache, LlamaModel
+from transformers import DynamicCache, LlamaModel, LogitsProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stllava_eval.errors import InputError
@@ -37,6 +37,10 @@ GROWTH = 64  # tokens by which an answer is expected to grow at most, where its 
 ATTENTION = "stllava_shared_prefix"
 # the argument that takes a cache: transformers 5.24 renamed it in all its models at once
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+class Refused(Exception):  # noqa: N818  of an image, not of the program
+    """The image of a prompt cannot become what the model takes; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Prompt:
     Args:
         key: Equal for prompts about the same image.
         prefix: Token ids up to the image's last.
-        inputs: Makes what the model's forward takes beside these ids, (1, 3, side, side) `pixel_values` for one.
+        inputs: Makes what the model's forward takes beside these ids, (1, 3, side, side) `pixel_values` for one. May
+            raise `Refused`.
         suffix: Token ids behind the prefix, at least one.
         max_new_tokens: At least 1.
         sampling: None takes the likeliest token.
@@ -373,6 +378,7 @@ class Engine:
         self._same: dict[Hashable, _Row] = {}
         self._images: dict[Hashable, Future[dict[str, Tensor]]] = {}
         self._parent: _Row | None = None
+        self._refused: list[tuple[_Row, Refused]] = []
         self._forget_all()
 
     def _forget_all(self) -> None:
@@ -408,19 +414,25 @@ class Engine:
                 kept = self._own.read(self._rows.index(parent), parent.cached)
                 parent.left = [(key.clone(), value.clone()) for key, value in kept]
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
         if shared and parent.left is not None:
             row.inherited, row.cached = parent.left, shared
         queue.append(row)
         self._waiting.move_to_end(prompt.group, last=False)  # while its prefix is held
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        """(place, token ids of the answer, its end token included), as answers end."""
+    def __iter__(self) -> Iterator[tuple[int, list[int] | Refused]]:
+        """(place, token ids of the answer, its end token included), as answers end; for a refused image, why."""
         with ThreadPoolExecutor(1) as self._reader:
             try:
                 while self._waiting or self._rows:
-                    for row in self._next():
+                    ended = self._next()
+                    while self._refused:
+                        row, why = self._refused.pop(0)
+                        del self._same[row.same]
+                        for place in row.places:
+                            yield place, why
+                    for row in ended:
                         self._parent = row
                         del self._same[row.same]
                         for place in row.places:
@@ -438,13 +450,15 @@ class Engine:
             try:
                 with torch.inference_mode():
                     self._admit()
+                    if not self._rows:  # the images of all that waited were refused
+                        return []
                     ended = self._step()
                     self._steps += 1
                     if self._steps == RECOVERED and self._whole:
                         self._double(*self._whole)
                     return ended
             except RuntimeError as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0]
             self._halve(reason)
@@ -501,7 +515,12 @@ class Engine:
                 if self._held(len(self._rows) + 1, max(widest, row.width), new) > self.batch_tokens:
                     break
             if prefix is None:
-                prefix = self._fill(row.prompt)
+                try:
+                    prefix = self._fill(row.prompt)
+                except Refused as why:
+                    del self._waiting[group]
+                    self._refused += [(row, why) for row in queue]
+                    continue
             queue.popleft()
             if not queue:
                 del self._waiting[group]
@@ -517,9 +536,6 @@ class Engine:
     def _fill(self, prompt: Prompt) -> _Prefix:
         """Encode an image and compute its prefix's keys and values."""
         inputs = self._inputs(prompt)
-        digest = hashlib.sha256()
-        for name in sorted(inputs):
-            digest.update(inputs[name].contiguous().view(torch.uint8).numpy().tobytes())
         cache: Any = _Filling(self.model.config.get_text_config().num_hidden_layers - 1)
         device, dtype = self.model.device, self.model.dtype
         moved = {name: x.to(device, dtype) if x.is_floating_point() else x.to(device) for name, x in inputs.items()}
@@ -529,7 +545,7 @@ class Engine:
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         if self.batch_tokens is None:
             self.batch_tokens = _free_tokens(layers, device)
-        prefix = _Prefix(prompt.group, len(self._prefixes), len(prompt.prefix), digest.digest())
+        prefix = _Prefix(prompt.group, len(self._prefixes), len(prompt.prefix), pixels_sha256(inputs))
         longest = max([prefix.tokens, *(one.tokens for one in self._prefixes)])
         self._shared.reserve(prefix.slot + 1, longest, layers)
         self._shared.write(prefix.slot, layers, prefix.tokens)
@@ -715,6 +731,15 @@ class Engine:
                 self._prefixes[prefix.slot] = tail_prefix
 
 
+def misfit_at_once(model: Any) -> str:
+    """Why the engine would not give a model's own answers, where the model alone tells; empty if it does not."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "it has an encoder"
+    if hasattr(getattr(model, "model", None), "get_rope_index"):
+        return "its image tokens have positions in three dimensions"
+    return ""
+
+
 def misfit(model: Any, prompt: Prompt, inputs: dict[str, Tensor]) -> str:
     """Why the engine would not give this model's own answers; empty if it does.
 
@@ -726,8 +751,8 @@ def misfit(model: Any, prompt: Prompt, inputs: dict[str, Tensor]) -> str:
         prompt: Any.
         inputs: What the model's forward takes beside the ids of the whole prompt, on its device.
     """
-    if hasattr(model.model, "get_rope_index"):
-        return "its image tokens have positions in three dimensions"
+    if why := misfit_at_once(model):
+        return why
     ids = [*prompt.prefix, *prompt.suffix]
     most = 0.001 if model.dtype == torch.float32 else 0.05
     try:
@@ -746,7 +771,7 @@ def misfit(model: Any, prompt: Prompt, inputs: dict[str, Tensor]) -> str:
                 ids.append(token)
                 engine._rows[0].ids.append(token)
     except Exception as error:  # whatever a model that is built otherwise raises
-        if _out_of_memory(error):
+        if out_of_memory(error):
             raise
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return ""
@@ -768,12 +793,43 @@ def _runs(row: _Row) -> bool:
     return row.cached == len(row.ids) - 1 and row.inherited is None and bool(row.answer)
 
 
-def _seed(prompt: Prompt, pixels_sha256: bytes) -> bytes:
+def pixels_sha256(inputs: dict[str, Tensor]) -> bytes:
+    """Of what an image became."""
+    digest = hashlib.sha256()
+    for name in sorted(inputs):
+        digest.update(inputs[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+def _seed(prompt: Prompt, of_pixels: bytes) -> bytes:
     """What depends on the seed, the image, the prompt and the number of the draw, and on nothing else."""
     if prompt.sampling is None:
         return b""
     told = f"{prompt.sampling.seed} {prompt.draw} {prompt.prefix} {prompt.suffix}".encode()
-    return hashlib.sha256(told + pixels_sha256).digest()
+    return hashlib.sha256(told + of_pixels).digest()
+
+
+class Choice(LogitsProcessor):
+    """The engine's choice of tokens, for transformers' `generate`: every other token of a row becomes impossible.
+
+    Args:
+        rows: For each row of the batch its prompt and, where it is drawn, the `pixels_sha256` of its image.
+        start: Tokens of the padded prompts.
+        suppressed: Token ids that are never generated.
+    """
+
+    def __init__(self, rows: Sequence[tuple[Prompt, bytes]], start: int, suppressed: Sequence[int]) -> None:
+        self.start, self.suppressed = start, list(suppressed)
+        self.rows = [_Row(prompt, [], [], seed=_seed(prompt, of_pixels)) for prompt, of_pixels in rows]
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """(rows, vocab) scores, of which one in each row is not minus infinity."""
+        for row, generated in zip(self.rows, input_ids[:, self.start :].tolist(), strict=True):
+            row.ids = [*row.prompt.suffix, *generated]
+        if self.suppressed:
+            scores[:, self.suppressed] = float("-inf")
+        tokens = torch.tensor(_choose(scores, range(len(self.rows)), self.rows), device=scores.device)
+        return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
 
 
 def _choose(logits: Tensor, which: Sequence[int], rows: Sequence[_Row]) -> list[int]:
@@ -816,7 +872,8 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: 
     return ids.gather(-1, torch.searchsorted(cumulated, wanted, right=True).clamp_max(ids.shape[1] - 1))[:, 0].tolist()
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is the device's memory, or torch's on a CPU, that an error is about."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

@@ -1,5 +1,7 @@
 """A wrong input -> one line for the person who gave it."""
 
+import errno
+
 
 def printable(text: str) -> str:
     """`text` on one line that no terminal takes for commands: control characters, newlines too, stand as `\\x1b`.
@@ -8,6 +10,38 @@ def printable(text: str) -> str:
     'red \\\\x1b[31m'
     """
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+LONGEST_REASON = 300  # characters of another library's words in one of our lines. Our choice: three lines of a terminal
+
+
+def one_line(error: object) -> str:
+    """What an error says, on one line and without its last full stop; a long one ends at a sentence, else at a word.
+
+    >>> one_line(ValueError("404 Client Error.\\n\\nRepository not found."))
+    '404 Client Error. Repository not found'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > LONGEST_REASON:
+        text = text[:LONGEST_REASON]
+        sentence = text.rfind(". ")
+        text = text[:sentence] if sentence > LONGEST_REASON // 2 else f"{text.rpartition(' ')[0] or text} ..."
+    return text if text.endswith("...") else text.rstrip(".")
+
+
+# What no code can prevent: the name is too long, we may not, the disk is full or read-only, a file stands above it
+_DISK = {
+    getattr(errno, name)
+    for name in ["ENAMETOOLONG", "EACCES", "EPERM", "ENOSPC", "EDQUOT", "EROFS", "EIO", "ELOOP", "ENOTDIR"]
+}
+
+
+def of_the_disk(error: OSError) -> str | None:
+    """The one line for an error about a file or folder that is no bug; None for other errors."""
+    if error.errno not in _DISK or error.filename is None:
+        return None
+    name = str(error.filename)
+    return f"{name if len(name) <= 500 else name[:500] + '...'}: {error.strerror}. Choose another file or folder."
 
 
 class InputError(ValueError):

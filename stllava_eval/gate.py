@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from stllava_eval.compare import METRICS, Paired, paired, refuse_unlike, unlike_settings
+from stllava_eval.compare import METRICS, Paired, differing, paired, refuse_unlike, unlike_settings
 from stllava_eval.errors import InputError, printable
+from stllava_eval.home import read_text
 from stllava_eval.runs import (
     QuestionScores,
     Run,
@@ -113,17 +114,17 @@ def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
             refuse_unlike(task, of, new[task], baseline, candidate)
             refuse_other_split(task, of, baseline)
             refuse_other_split(task, new[task], candidate)
-        for name in ("images", "decoding"):
-            told = [run.manifest.get(name) for run in runs]
-            if None not in told and told[0] != told[1]:  # of answers from elsewhere, nobody tells
+        for task in old:
+            if unlike := differing(task, *runs):
+                name, before, after = unlike
                 raise InputError(
-                    f"{name} is {told[0]!r} in {baseline} and {told[1]!r} in {candidate}. Only runs that were answered "
+                    f"{name} is {before!r} in {baseline} and {after!r} in {candidate}. Only runs that were answered "
                     "the same way are compared: run one again."
                 )
         scored = [{task: _scores(task, tasks[task]) for task in old} for tasks in (old, new)]
         for task in old:
             one, other = (each[task] for each in scored)
-            asked = old[task].answers.keys() | new[task].answers.keys()
+            asked = old[task].replies.keys() | new[task].replies.keys()
             if len(lacking := sorted(asked - (one.keys() & other.keys()))) > policy.unanswered:
                 raise InputError(
                     f"{task}: {len(lacking)} of {len(asked)} questions that were asked are not answered in both runs "
@@ -186,7 +187,7 @@ def _check(task: str, score: str, both: Paired, p_loss: float, checks: int, poli
     from scipy.special import stdtrit
 
     n = len(both.images)
-    before, after = sum(both.first) / n, sum(both.second) / n
+    before, after = math.fsum(both.first) / n, math.fsum(both.second) / n
     change = sum(both.changes) / n
     images = len(set(both.images))
     error = mean_clustered(both.changes, both.images).standard_error
@@ -259,13 +260,17 @@ def _needed(
 
 def _scores(task: str, run: RunTask) -> dict[str, QuestionScores]:
     """The scores of each answered question, `closed_format` among them: 1 where exactly one option is named."""
-    from stllava_eval.metrics import options_named
+    from stllava_eval.metrics import is_failed_request, options_named
 
-    scored = question_scores(dataset_of(task), run.answers)
+    scored = question_scores(dataset_of(task), run.replies)
     for row in split_rows(dataset_of(task)):
         if row["kind"] == "closed" and row["id"] in scored and "closed_accuracy" in scored[row["id"]].scores:
-            named = options_named(run.answers[row["id"]], row["reference"], row["question"])
-            scored[row["id"]].scores["closed_format"] = float(len(named) == 1)
+            each = [
+                float(len(options_named(final.answer, row["reference"], row["question"])) == 1)
+                for final in run.replies[row["id"]]
+                if not is_failed_request(final.answer)
+            ]
+            scored[row["id"]].scores["closed_format"] = math.fsum(each) / len(each)
     return scored
 
 
@@ -447,9 +452,9 @@ def read_policy(file: Path | None = None) -> Policy:
     given: Any = None
     if file is not None:
         try:
-            if file.stat().st_size > POLICY_BYTES:
+            if file.is_file() and file.stat().st_size > POLICY_BYTES:
                 raise InputError(f"{file}: {file.stat().st_size} bytes. A policy is a few lines of YAML.")
-            given = _loaded(file.read_text(encoding="utf-8"))
+            given = _loaded(read_text(file, POLICY_BYTES))
         except InputError:
             raise
         except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError, RecursionError) as error:

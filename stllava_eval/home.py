@@ -1,19 +1,43 @@
-"""Where data, checkpoints and runs live, and how a file appears there: whole or not at all."""
+"""Where data, checkpoints and runs live, how files appear there (whole or not at all), and how others' are read."""
 
+import atexit
+import errno
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import shutil
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from stllava_eval.errors import InputError
 
+LONGEST_NAME = 255  # bytes of a file's name, on the disks of Linux and macOS
+TEXT_BYTES = 2**31  # of a text or JSON file that is read whole. Our choice: twice LLaVA's largest mix (665k, 1.0 GB)
+
 
 def home() -> Path:
-    """`$STLLAVA_HOME`, by default `~/.cache/stllava-med`. Not created here."""
-    return Path(os.environ.get("STLLAVA_HOME") or Path.home() / ".cache" / "stllava-med").expanduser()
+    """`$STLLAVA_HOME`, by default `~/.cache/stllava-med`. Not created here.
+
+    Raises:
+        InputError: It begins with the name of a user that there is not.
+    """
+    return expanded("STLLAVA_HOME", os.environ.get("STLLAVA_HOME") or Path.home() / ".cache" / "stllava-med")
+
+
+def expanded(named: str, path: str | Path) -> Path:
+    """The path with its `~` or `~user` as a folder; `named` is who gave it, for the message.
+
+    Raises:
+        InputError: There is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{named}={path}: no such user. Write the whole path.") from error
 
 
 @contextmanager
@@ -25,7 +49,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         InputError: The disk is full, or the folder cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    if len(path.name.encode(errors="surrogateescape")) > LONGEST_NAME:
+        _refuse(path, OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG)))
+    unfinished = path.with_name(f".{_short(path.name)}.{os.getpid()}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
@@ -33,12 +59,84 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         unfinished.replace(path)
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or error}). Free some space or choose another folder."
-        ) from error
+        _refuse(path, error)
     finally:
         with suppress(OSError):  # it was never made, or its folder is a file: the error above says so
             unfinished.unlink()
+
+
+def _short(name: str) -> str:
+    """`name` where it leaves room for what a temporary name adds; else its beginning, and a hash that tells it apart.
+
+    >>> _short("board.md")
+    'board.md'
+    """
+    encoded = name.encode(errors="surrogateescape")
+    if len(encoded) <= LONGEST_NAME - 40:
+        return name
+    return f"{encoded[:100].decode(errors='ignore')}-{hashlib.sha256(encoded).hexdigest()[:16]}"
+
+
+def _refuse(path: Path, error: OSError) -> NoReturn:
+    what = "Choose a shorter name" if error.errno == errno.ENAMETOOLONG else "Free some space or choose another folder"
+    shown = path if len(str(path)) <= 500 else f"{str(path)[:500]}..."
+    raise InputError(f"{shown}: cannot be written ({error.strerror or error}). {what}.") from error
+
+
+def write_together(folder: Path, files: Mapping[str, str | bytes], stale: Iterable[Path] = ()) -> None:
+    """Write several files that belong together: all of them appear, or what was in the folder before stays.
+
+    All are written beside their places first; then they are renamed, which needs next to no room. If that fails too,
+    the old files are put back. Only a kill between two renames can leave old files beside new ones.
+
+    Args:
+        folder: Made if it is not there.
+        files: Content by name relative to the folder. Texts are written in UTF-8, as by `write_text`.
+        stale: Files in the folder that go when the others appear, unless they are among them.
+
+    Raises:
+        InputError: The disk is full, the folder cannot be written, or a folder stands in a file's place.
+    """
+    unfinished = folder / f".{os.getpid()}.unfinished"
+    moved: list[tuple[Path, Path]] = []
+    made: list[Path] = []
+    with alone(folder):
+        for leftover in folder.glob(".*.unfinished"):  # of a killed process; nobody else is at work here
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            for name, content in files.items():
+                new = unfinished / "new" / name
+                new.parent.mkdir(parents=True, exist_ok=True)
+                with new.open("wb") as file:
+                    file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if (folder / name).is_dir():
+                    raise IsADirectoryError(errno.EISDIR, f"{name} in it is a folder")
+            for path in dict.fromkeys([*(folder / name for name in files), *stale]):
+                if os.path.lexists(path):
+                    old = unfinished / "old" / path.relative_to(folder)
+                    old.parent.mkdir(parents=True, exist_ok=True)
+                    path.rename(old)
+                    moved.append((old, path))
+            for name in files:
+                if not (parent := (folder / name).parent).exists():
+                    parent.mkdir(parents=True)
+                    made.append(parent)
+                new = unfinished / "new" / name
+                new.rename(folder / name)
+                moved.append((folder / name, new))
+            moved, made = [], []
+        except OSError as error:
+            _refuse(folder, error)
+        finally:
+            for now, before in reversed(moved):
+                with suppress(OSError):
+                    now.rename(before)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            for parent in made:
+                with suppress(OSError):  # somebody else's file is in it by now
+                    parent.rmdir()
 
 
 @contextmanager
@@ -48,20 +146,58 @@ def alone(folder: Path) -> Iterator[None]:
     Raises:
         InputError: It cannot be made, or another process holds it.
     """
+    opened = _locked(folder)
+    while opened is None:
+        opened = _locked(folder)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds something, as a rule
+            folder.rmdir()
+        os.close(opened)
+
+
+def _locked(folder: Path) -> int | None:
+    """The opened and locked folder; None where it was removed in between."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        opened = os.open(folder, os.O_RDONLY)
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise InputError(f"{folder}: cannot be made or read ({error.strerror}). Choose another folder.") from error
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        if folder.exists() and folder.stat().st_ino == os.fstat(opened).st_ino:
+            return opened
     except BlockingIOError as error:
-        raise InputError(f"{folder}: another process is writing it. Wait for it, or choose another folder.") from error
-    finally:
         os.close(opened)
-        with suppress(OSError):  # it holds something, as a rule
-            folder.rmdir()
+        raise InputError(f"{folder}: another process is writing it. Wait for it, or choose another folder.") from error
+    os.close(opened)
+    return None
+
+
+def local(given: str) -> Path | None:
+    """What lies on this machine by the name that somebody gave; it may be a hub's instead."""
+    try:
+        path = Path(given).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError):  # the name is too long, we may not look there, or there is no such user
+        return None
+
+
+_held: dict[Path, AbstractContextManager[None]] = {}
+
+
+def hold(folder: Path) -> None:
+    """As `alone`, until this process ends. It may ask again: it has the folder already.
+
+    Raises:
+        InputError: See `alone`.
+    """
+    if (place := folder.absolute()) not in _held:
+        held = alone(place)
+        held.__enter__()
+        _held[place] = held
+        atexit.register(held.__exit__, None, None, None)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -80,4 +216,126 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         InputError: See `whole_file`.
     """
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented JSON with sorted keys."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def refuse_file(folder: Path, named: str) -> None:
+    """Called before any work: a file must not stand where `folder` is to be written, and its name must be possible.
+
+    Args:
+        folder: It need not be there.
+        named: The option that names it, for the message.
+
+    Raises:
+        InputError: See above.
+    """
+    try:
+        if file := next((one for one in (folder, *folder.parents) if one.exists() and not one.is_dir()), None):
+            raise InputError(f"{named} {folder}: {file} is a file. Pass a folder.")
+    except OSError as error:
+        raise InputError(
+            f"{named} {folder}: no folder can be made there ({error.strerror}). Choose another."
+        ) from error
+
+
+def read_bytes(file: Path, most: int = TEXT_BYTES) -> bytes:
+    """What a file of somebody else's holds.
+
+    Raises:
+        InputError: It is a device, a pipe or a socket, which need not end, or it holds more than `most` bytes.
+        OSError: It cannot be read.
+    """
+    try:
+        found = file.stat()
+    except ValueError:  # a zero byte in its name
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from None
+    if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # opening a folder says what it is
+        raise InputError(f"{file}: no regular file, and a device or a pipe need not end. Write it to a file first.")
+    if found.st_size > most:
+        raise InputError(f"{file}: {found.st_size:,} bytes, and at most {most:,} are read. Pass another file.")
+    with file.open("rb") as opened:
+        content = opened.read(most + 1)  # it may grow, and files of /proc say that they are empty
+    if len(content) > most:
+        raise InputError(f"{file}: more than {most:,} bytes, which are the most that are read. Pass another file.")
+    return content
+
+
+def read_text(file: Path, most: int = TEXT_BYTES) -> str:
+    """The text of a file of somebody else's: UTF-8, with or without a byte order mark.
+
+    Raises:
+        InputError, OSError: See `read_bytes`.
+        UnicodeDecodeError: It is not UTF-8.
+    """
+    return read_bytes(file, most).decode("utf-8-sig")
+
+
+def read_json(file: Path, most: int = TEXT_BYTES) -> Any:
+    """The value in a JSON file of somebody else's.
+
+    Raises:
+        InputError, OSError, UnicodeDecodeError: See `read_text`.
+        ValueError, RecursionError: See `loads`.
+    """
+    return loads(read_text(file, most))
+
+
+def loads(text: str | bytes) -> Any:
+    """The JSON value in `text`. Every file of somebody else's is read with this; a server's reply need not be.
+
+    Python's own reader takes the last value of a key that stands twice and says nothing.
+
+    Raises:
+        ValueError: It is no JSON, or an object has a key twice; the message ends with line and column.
+        RecursionError: It is nested too deeply.
+
+    >>> loads('{"id": 1, "answer": "yes", "answer": "no"}')
+    Traceback (most recent call last):
+    json.decoder.JSONDecodeError: key 'answer' stands twice: line 1 column 1 (char 0)
+    """
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except KeyTwiceError as error:
+        if isinstance(text, bytes):
+            text = text.decode(json.detect_encoding(text), "surrogatepass")
+        with suppress(RecursionError):  # Python's own scanner, which knows the place, nests less deeply than C's
+            _Placing().decode(text)
+        raise ValueError(str(error)) from error
+
+
+class KeyTwiceError(ValueError):
+    """An object of JSON has a key twice."""
+
+
+def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for `json`'s `object_pairs_hook`.
+
+    Raises:
+        KeyTwiceError: Two share a key.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise KeyTwiceError(f"key {twice[:60]!r} stands twice")
+    return made
+
+
+class _Placing(json.JSONDecoder):
+    """As json's own decoder, slower, but an object with a key twice is told with its place."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=once)
+        self.parse_object = self._object
+        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+
+    def _object(self, begun: tuple[str, int], *how: Any) -> Any:
+        try:
+            return json.decoder.JSONObject(begun, *how)  # type: ignore[attr-defined]
+        except KeyTwiceError as error:
+            raise json.JSONDecodeError(str(error), begun[0], begun[1] - 1) from error

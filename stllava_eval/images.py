@@ -4,48 +4,149 @@ from __future__ import annotations
 
 import hashlib
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.home import read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+# What the data sets and PubMed Central hold, and no more: Pillow would hand PostScript to Ghostscript, another program.
+# "JPEG" takes MPO in too, a JPEG with a second picture behind the first, as many telephones write it
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
+# Our choice: what a camera of 50 megapixels takes, some 0.2 GB as RGB. Mammograms have up to 30 million pixels, and the
+# largest image of SLAKE, VQA-RAD and the figures of PubMed Central that we saw far fewer
+PIXELS = 50_000_000
+IMAGE_BYTES = 2**28  # of one file. Our choice: as many pixels with four channels, not compressed, fill 0.75 of it
 
-def decode(image: bytes) -> Image:
-    """The picture in an encoded file: RGB, 8 bit, upright by its EXIF orientation. Everyone opens images with this.
+# How files begin that carry an image's name and are none of these
+_OTHER_FORMATS = (
+    (b"%!PS", "PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "PostScript"),
+    (b"%PDF", "PDF"),
+    (b"8BPS", "Photoshop"),
+    (b"\0\0\1\0", "an icon"),
+    (b"\0\0\0\x0cjP", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+)
+_NO_IMAGES = (
+    (b"PK\3\4", "a zip archive"),
+    (b"\x1f\x8b", "gzip"),
+    (b"version https://git-lfs", "a pointer of Git LFS"),
+)
+
+
+@contextmanager
+def opened(image: bytes) -> Iterator[Image]:
+    """Pillow's view of an encoded file: format, mode, size and metadata, no pixel decoded yet. All is opened with this.
 
     Raises:
-        InputError: The file is no image, is larger than Pillow's limit against decompression bombs, or is truncated.
-            In a process of lmms-eval, whose api/task.py asks for that, Pillow fills truncated images with grey instead;
-            what is prepared has been checked without it.
+        InputError: The file is of none of the `FORMATS`, or has more than `PIXELS` pixels; or Pillow raises something
+            in the block, as it does where pixels are broken or missing.
     """
     import PIL.Image
 
     try:
-        with PIL.Image.open(io.BytesIO(image)) as opened:
-            opened.load()
-            return rgb(opened)
+        with truncated_refused(), _size_unjudged():
+            header = PIL.Image.open(io.BytesIO(image), formats=FORMATS)
+        with header, truncated_refused():
+            if header.width * header.height > PIXELS:
+                raise InputError(
+                    f"an image of {header.width} x {header.height} pixels, and at most {PIXELS:,} are read. Scale it "
+                    "down."
+                )
+            yield header
+    except InputError:
+        raise
     except PIL.UnidentifiedImageError as error:
-        raise InputError(f"{len(image)} bytes are no image that Pillow knows. Download it again.") from error
+        raise InputError(
+            f"{len(image)} bytes are no JPEG, PNG, BMP, GIF, TIFF or WebP image{_what_to_do(image)}"
+        ) from error
     except Exception as error:  # Pillow's readers raise nearly everything on a broken file, SyntaxError included
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"an image of {len(image)} bytes cannot be decoded ({reason}). Download it again.") from error
+        raise InputError(
+            f"an image of {len(image)} bytes cannot be decoded ({one_line(error)}). Download it again."
+        ) from error
+
+
+def decode(image: bytes) -> Image:
+    """The picture in an encoded file: RGB, 8 bit, upright by its EXIF orientation.
+
+    Raises:
+        InputError: See `opened`.
+    """
+    with opened(image) as header:
+        header.load()
+        return rgb(header)
+
+
+def read_image(file: Path) -> bytes:
+    """The encoded image in a file, for `decode`.
+
+    Raises:
+        InputError: It is no regular file, or larger than `IMAGE_BYTES`.
+        OSError: It cannot be read.
+    """
+    return read_bytes(file, IMAGE_BYTES)
+
+
+def _what_to_do(file: bytes) -> str:
+    """The end of a sentence: what the file is, as far as its first bytes tell, and what that calls for."""
+    text = file[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    kind = next((kind for begin, kind in _OTHER_FORMATS if file.startswith(begin)), None)
+    if file[128:132] == b"DICM":
+        kind = "DICOM"
+    elif file[4:8] == b"ftyp":
+        kind = "HEIF or AVIF"
+    elif text.startswith(b"<") and b"<svg" in text:
+        kind = "SVG"
+    if kind:
+        return f" but {kind}. Convert it to one of these."
+    kind = next((kind for begin, kind in _NO_IMAGES if file.startswith(begin)), None)
+    if text.startswith(b"<") and b"<html" in text:
+        kind = "a web page"
+    return f" but {kind}. Download it again." if kind else ". Download it again."
+
+
+_lock = threading.Lock()  # of Pillow's two switches, which are the process'
+_strict: list[bool] = []  # what LOAD_TRUNCATED_IMAGES was, once for everybody inside `truncated_refused`
 
 
 @contextmanager
 def truncated_refused() -> Iterator[None]:
-    """Pillow as it is by default: packages such as lmms-eval let it fill truncated images, for the whole process."""
+    """Pillow as it is by default: packages such as lmms-eval let it fill truncated images with grey, process-wide.
+
+    Several threads may be inside; the last one to leave puts the switch back.
+    """
     import PIL.ImageFile
 
-    before = PIL.ImageFile.LOAD_TRUNCATED_IMAGES
-    PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
+    with _lock:
+        _strict.append(_strict[0] if _strict else PIL.ImageFile.LOAD_TRUNCATED_IMAGES)
+        PIL.ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         yield
     finally:
-        PIL.ImageFile.LOAD_TRUNCATED_IMAGES = before
+        with _lock:
+            before = _strict.pop()
+            if not _strict:
+                PIL.ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+@contextmanager
+def _size_unjudged() -> Iterator[None]:
+    """Without Pillow's own limits on size: it warns of what we refuse, and ours is the lower one."""
+    import PIL.Image
+
+    with _lock:
+        before, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            PIL.Image.MAX_IMAGE_PIXELS = before
 
 
 def pixel_hash(picture: Image) -> str:
@@ -58,25 +159,45 @@ def rgb(image: Image) -> Image:
 
     CMYK is converted as Pillow does, Adobe's inverted JPEGs included; transparency lies on black; 16-bit, 32-bit and
     float grey is stretched from its own minimum to its maximum, since scans use few of the values that the type allows.
+
+    Raises:
+        InputError: It has more than `PIXELS` pixels, or Pillow cannot load or convert it.
     """
     import PIL.Image
     import PIL.ImageOps
 
-    upright = PIL.ImageOps.exif_transpose(image)
-    if upright.mode == "F" or upright.mode.startswith("I"):
-        return _stretched(upright).convert("RGB")
-    if upright.has_transparency_data:
-        seen = upright.convert("RGBA")
-        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "black"), seen).convert("RGB")
-    return upright.convert("RGB")
+    if image.width * image.height > PIXELS:  # one that somebody else has opened
+        raise InputError(
+            f"an image of {image.width} x {image.height} pixels, and at most {PIXELS:,} are read. Scale it down."
+        )
+    try:
+        with truncated_refused():
+            upright = PIL.ImageOps.exif_transpose(image)
+        if upright.mode == "F" or upright.mode.startswith("I"):
+            return _stretched(upright).convert("RGB")
+        if upright.mode == "La":
+            upright = upright.convert("LA")
+        if upright.has_transparency_data:
+            seen = upright.convert("RGBA")
+            return PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "black"), seen).convert("RGB")
+        return upright.convert("RGB")
+    except Exception as error:  # Pillow's readers raise nearly everything on a broken file
+        raise InputError(f"an image of mode {image.mode} cannot be converted ({one_line(error)}). Mend it.") from error
 
 
 def _stretched(grey: Image) -> Image:
+    """In bands of rows: what numpy needs for each pixel on the way is many times the pixel."""
     import numpy as np
     import PIL.Image
 
-    values = np.asarray(grey, dtype=np.float64)
-    finite = np.isfinite(values)
-    low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0.0, 0.0)
-    scaled = (np.where(finite, values, low) - low) / ((high - low) or 1.0)
-    return PIL.Image.fromarray(np.rint(255 * scaled).astype(np.uint8))
+    values = np.asarray(grey)
+    step = max(1, 2**20 // max(1, grey.width))
+    bands = [values[first : first + step] for first in range(0, len(values), step)]
+    finite = [band[np.isfinite(band)] for band in bands]
+    ends = [(float(band.min()), float(band.max())) for band in finite if band.size]
+    low, high = min((end[0] for end in ends), default=0.0), max((end[1] for end in ends), default=0.0)
+    scaled = np.empty(values.shape, np.uint8)
+    for number, band in enumerate(bands):
+        shares = (np.where(np.isfinite(band), band.astype(np.float64), low) - low) / ((high - low) or 1.0)
+        scaled[number * step : number * step + len(band)] = np.rint(255 * shares)
+    return PIL.Image.fromarray(scaled)

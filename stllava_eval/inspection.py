@@ -9,11 +9,11 @@ from typing import Any
 from stllava_eval.blind import PRIOR
 from stllava_eval.categories import opposites, paraphrases
 from stllava_eval.errors import printable
-from stllava_eval.leaderboard import NOTICE, SAMPLE, BoardRow, questions
-from stllava_eval.runs import ScoreRow, dataset_of, split_rows
+from stllava_eval.leaderboard import NOTICE, SAMPLE, BoardRow, questions, stopped
+from stllava_eval.runs import QuestionScores, ScoreRow, dataset_of, split_rows
 from stllava_eval.statistics import bootstrap_clustered
 
-INSPECTED = ("recall", "f1", "closed_accuracy", "unparsed")
+INSPECTED = ("recall", "f1", "closed_accuracy", "unparsed", "cut")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Inspection:
     categories: list[ScoreRow]
     consistency: list[Consistency]
     blind: list[BlindShare]
+    stopped: str
+    """How many replies were stopped at their limit of new tokens, and what makes the means doubtful; empty if none."""
 
 
 def inspect(rows: Sequence[BoardRow]) -> list[Inspection]:
@@ -80,11 +82,18 @@ def inspect(rows: Sequence[BoardRow]) -> list[Inspection]:
                 row.data,
                 {metric: row.scores[metric] for metric in INSPECTED if metric in row.scores},
                 [one for one in row.scored.rows if one.category != "all" and one.metric in INSPECTED],
-                _consistency(row.task, row.answers),
+                _consistency(
+                    row.task, {id: said for id, said in row.answers.items() if not _is_cut(questions(row).get(id))}
+                ),
                 [_share(row, metric, blind) for metric in INSPECTED[:3] if metric in row.scores],
+                " ".join(stopped(row)),
             )
         )
     return made
+
+
+def _is_cut(of: QuestionScores | None) -> bool:
+    return of is not None and of.scores["cut"] > 0
 
 
 def _share(row: BoardRow, metric: str, blind: Sequence[BoardRow]) -> BlindShare:
@@ -151,7 +160,7 @@ def below(row: ScoreRow, overall: Mapping[str, ScoreRow]) -> bool:
     whole = overall[row.metric].value
     if whole is None or row.low is None or row.high is None:
         return False
-    return row.low > whole if row.metric == "unparsed" else row.high < whole
+    return row.low > whole if row.metric in ("unparsed", "cut") else row.high < whole
 
 
 def inspect_text(found: Sequence[Inspection]) -> str:
@@ -166,6 +175,7 @@ def inspect_text(found: Sequence[Inspection]) -> str:
         parts.append(
             f"{printable(one.task)} ({one.data}): {printable(one.run)}"
             + (f"\n{SAMPLE}" if one.data == "sample" else "")
+            + (f"\n{printable(one.stopped)}" if one.stopped else "")
         )
         cells: dict[str, dict[str, ScoreRow]] = {}
         for row in one.categories:

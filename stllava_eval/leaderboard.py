@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from stllava_eval.errors import InputError, printable
 from stllava_eval.runs import (
+    DECIDING,
     QuestionScores,
     RunTask,
     Scored,
@@ -62,6 +63,8 @@ class BoardRow:
     """By question id; none of a reported row."""
     scored: Scored | None = None
     """Everything that the scores are made of; None of a reported row."""
+    at_limit: int = 0
+    """Replies that were stopped at their limit of new tokens."""
 
     @property
     def group(self) -> str:
@@ -115,7 +118,7 @@ def board(
                 continue
             of = run.tasks[task]
             refuse_other_split(task, of, run.folder)
-            scored = score_table(task, of.answers, of.prompt)
+            scored = score_table(task, of.replies, of.prompt, of.settings)
             of_task.append(_measured(task, name, data, of, run.manifest, scored))
             bar.update()
         of_task = _marked(of_task)
@@ -146,6 +149,7 @@ def _measured(task: str, name: str, data: str, of: RunTask, manifest: Mapping[st
         "images": images,
         "preprocessing": manifest.get("image_preprocessing"),
         "decoding": manifest.get("decoding"),
+        **{name: of.settings[name] for name in DECIDING if name in of.settings and name not in ("images", "decoding")},
         "dtype": manifest.get("dtype"),
         "date": manifest.get("date"),
         "commit": manifest.get("commit"),
@@ -161,6 +165,7 @@ def _measured(task: str, name: str, data: str, of: RunTask, manifest: Mapping[st
         about={key: str(value) for key, value in about.items() if value},
         answers=of.answers,
         scored=scored,
+        at_limit=of.at_limit or 0,
     )
 
 
@@ -241,11 +246,12 @@ def _published(task: str) -> list[BoardRow]:
 
 # --- the board as text ------------------------------------------------------------------------------------------------
 
-COLUMNS = (*OPEN, "words", *CLOSED, "unparsed")
+COLUMNS = (*OPEN, "words", *CLOSED, "unparsed", "cut")
 SIGNS = {BEST: "*", EQUAL: "~"}
 EXPLAINED = (
     "Scores x100 with 95 % intervals clustered by image; words: mean per answer; unparsed: % of closed answers without "
-    f"a verdict. * {BEST} of the measured rows of one group, prompt and set of questions; ~ {EQUAL} (paired test "
+    "a verdict; cut: % of replies that stopped inside their thought, which are never right. "
+    f"* {BEST} of the measured rows of one group, prompt and set of questions; ~ {EQUAL} (paired test "
     "by image, Holm over the column)."
 )
 Cell = Callable[[BoardRow, str], str]
@@ -451,6 +457,7 @@ def remarks(rows: Sequence[BoardRow]) -> list[str]:
         for row in rows
         if row.kind != "reported" and (_n(row) < every or row.unanswered)
     ]
+    made += [f"{row.system}: {line}" for row in rows for line in stopped(row)]
     shown = {(row.about.get("sha256"), row.about.get("images")) for row in rows}
     for images in ("other", "black"):
         lacking = [
@@ -469,6 +476,16 @@ def remarks(rows: Sequence[BoardRow]) -> list[str]:
     if any(row.about.get("prompt", "").startswith("custom") for row in rows):
         made.append("custom: a prompt that is none of ours, by its hash.")
     return made + _footnotes(rows)
+
+
+def stopped(row: BoardRow) -> list[str]:
+    """Return what a reader has to know of a run's replies that were stopped, empty or refused."""
+    if not row.about or row.scored is None:
+        return []
+    limit = row.about.get("max_new_tokens")
+    where = f"the limit of {limit} new tokens." if limit else "their limit of new tokens."
+    made = [f"{row.at_limit} replies were stopped at {where}"] if row.at_limit else []
+    return made + ([row.scored.doubts] if row.scored.doubts else [])
 
 
 def _footnotes(rows: Sequence[BoardRow], metrics: Sequence[str] = RANKED) -> list[str]:
@@ -529,20 +546,23 @@ def _cell(row: BoardRow, metric: str) -> str:
 
 
 def _score(score: ScoreRow) -> str:
+    if score.low is None or score.high is None or score.metric in ("words", "unparsed", "cut"):
+        return mean_text(score)
+    return f"{mean_text(score)} [{100 * score.low:.0f}, {100 * score.high:.0f}]"
+
+
+def mean_text(score: ScoreRow) -> str:
+    """Return a mean as every board, file and page shows it: x100 with two decimals, words with one."""
     if score.value is None:
         return "-"
-    if score.metric == "words":
-        return f"{score.value:.1f}"
-    if score.low is None or score.high is None or score.metric == "unparsed":
-        return f"{100 * score.value:.2f}"
-    return f"{100 * score.value:.2f} [{100 * score.low:.0f}, {100 * score.high:.0f}]"
+    return f"{score.value:.1f}" if score.metric == "words" else f"{100 * score.value:.2f}"
 
 
 def _latex_cell(row: BoardRow, metric: str) -> str:
     score = row.scores.get(metric)
     if score is None or score.value is None:
         return "-"
-    value = f"{100 * score.value:.2f}"
+    value = mean_text(score)
     if row.marks.get(metric) == BEST:
         value = rf"\textbf{{{value}}}"
     if row.marks.get(metric) == EQUAL:

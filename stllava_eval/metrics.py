@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Literal
 
 from stllava_eval.errors import InputError
+from stllava_eval.extract import Final
 
 # The scores of one question share its words, and questions share references; remembering more would only cost memory.
 _remembered = lru_cache(maxsize=2048)
@@ -576,21 +577,25 @@ SCORES: dict[str, Score] = {
         Score("unparsed", "closed", "unparsed|v1", False, unparsed),
         Score("words", "both", "words|v1", False, lambda answer, reference, question: float(words(answer))),
         Score("refused", "both", "refused|v1", False, lambda answer, reference, question: float(is_refusal(answer))),
+        # an answer that is there was not cut; `score` says where there is none
+        Score("cut", "both", "cut|v1", False, lambda answer, reference, question: 0.0),
     )
 }
-"""Every score by its name; `unparsed`, `words` and `refused` describe answers rather than rank them."""
+"""Every score by its name; `unparsed`, `words`, `refused` and `cut` describe answers rather than rank them."""
 
 
-def score(answer: str, reference: str, kind: str, question: str) -> dict[str, float]:
-    """Every score of a question, by name.
+def score(answer: str, reference: str, kind: str, question: str, cut: bool = False) -> dict[str, float]:
+    """Compute every score of a question, by name.
 
     Against a reference without words, such as "-", only the published scores exist: a share of no words means nothing.
 
     Args:
-        answer: What the model said. A failed request is no answer: see `is_failed_request`.
+        answer: The final answer. A failed request is no answer: see `is_failed_request`.
         reference: The gold.
         kind: "open" or "closed".
         question: What was asked: a closed question offers the options that `verdict` looks for.
+        cut: The reply stopped inside its thought, so there is no answer: every score is 0, but `cut` is 1, and
+            `unparsed` too. (The published scores would credit an empty answer where the reference has no words.)
 
     Raises:
         InputError: `kind` is neither.
@@ -599,10 +604,30 @@ def score(answer: str, reference: str, kind: str, question: str) -> dict[str, fl
         raise InputError(f"kind {kind!r}: a question is 'open' or 'closed'. Correct the data set's kinds.")
     has_words = bool(folded_words(reference))
     return {
-        s.name: s.function(answer, reference, question)
+        s.name: float(s.name in ("cut", "unparsed")) if cut else s.function(answer, reference, question)
         for s in SCORES.values()
         if s.kind == "both" or (s.kind == kind and (s.published or has_words))
     }
+
+
+def score_replies(finals: Sequence[Final], reference: str, kind: str, question: str) -> dict[str, float]:
+    """Compute every score of a question as its mean over the replies; empty where every request failed.
+
+    Args:
+        finals: The final answer of each reply: one where the model answers greedily, several where it is sampled.
+        reference: See `score`.
+        kind: See `score`.
+        question: See `score`.
+
+    Raises:
+        InputError: See `score`.
+    """
+    each = [
+        score(final.answer, reference, kind, question, final.cut)
+        for final in finals
+        if not is_failed_request(final.answer)
+    ]
+    return {name: math.fsum(of[name] for of in each) / len(each) for name in each[0]} if each else {}
 
 
 def _harmonic_mean(precision: float, recall: float) -> float:

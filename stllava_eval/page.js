@@ -90,12 +90,12 @@ function start(data) {
 
   function cell(row, metric) {
     if (!(metric in row.scores)) return element("td", { textContent: "-" });
-    const [value, low, high, n] = row.scores[metric];
+    const [, low, high, n, text] = row.scores[metric];
     const mark = row.marks[metric] === data.best ? "best" : row.marks[metric] ? "equal" : "";
     const note = row.notes[metric] ? " †" : "";
     return element("td", { title: row.notes[metric] || (n ? `n ${n}` : "as reported") },
-      element("span", { className: mark, textContent: number(value, metric, 2) + note }),
-      metric === "words" || metric === "unparsed" ? null : element("small", { textContent: interval(low, high) }));
+      element("span", { className: mark, textContent: text + note }),
+      ["words", "unparsed", "cut"].includes(metric) ? null : element("small", { textContent: interval(low, high) }));
   }
 
   function tell(row) {
@@ -126,7 +126,7 @@ function start(data) {
     }), element("div", { className: "row" }, element("span"), element("span", { className: "ends" }, element("span", { textContent: "0" }), element("span", { textContent: "50" }), element("span", { textContent: "100" })), element("span")));
   }
 
-  const worse = (metric, low, high, whole) => metric === "unparsed" ? low !== null && low > whole : high !== null && high < whole;
+  const worse = (metric, low, high, whole) => metric === "unparsed" || metric === "cut" ? low !== null && low > whole : high !== null && high < whole;
 
   function drawBreakdown() {
     const rows = rowsOf(state.task).filter((row) => row.kind !== "reported" && (row.kind === "measured" || Object.keys(row.about).length || row.system === "commonest answer"));

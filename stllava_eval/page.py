@@ -16,8 +16,7 @@ from string import Template
 from typing import Any
 
 from stllava_eval.blind import PRIOR
-from stllava_eval.errors import InputError
-from stllava_eval.home import whole_file, write_json, write_text
+from stllava_eval.home import json_text, refuse_file, write_together
 from stllava_eval.inspection import INSPECTED, inspect
 from stllava_eval.leaderboard import (
     BEST,
@@ -31,6 +30,7 @@ from stllava_eval.leaderboard import (
     board_latex,
     board_markdown,
     by_task,
+    mean_text,
     questions,
     remarks,
     title,
@@ -52,32 +52,45 @@ def write_board(out: Path, rows: Sequence[BoardRow], images: str = "page", pathv
         pathvqa_images: Show PathVQA's images too, unless it is the sample anyway. They belong to publishers.
 
     Raises:
-        InputError: The folder cannot be written.
+        InputError: The folder cannot be written; what was in it stays as it was.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file. Pass a folder.")
-    write_text(out / "board.md", board_markdown(rows))
-    write_text(out / "board.csv", board_csv(rows))
-    write_json(out / "board.json", board_json(rows))
-    write_text(out / "board.tex", board_latex(rows))
-    for old in (out / "images").glob("*.jpg"):  # of an earlier board: a picture that was withdrawn must not stay
-        if re.fullmatch(r"(?:vqarad|slake|pathvqa)-[0-9a-f]{16}\.jpg", old.name):
-            old.unlink()
-    write_text(out / "index.html", page(rows, images, pathvqa_images, out))
+    refuse_file(out, "--out")
+    pictures = _Pictures(images)
+    text = _page(rows, pictures, pathvqa_images)
+    write_together(
+        out,
+        {
+            "board.md": board_markdown(rows),
+            "board.csv": board_csv(rows),
+            "board.json": json_text(board_json(rows)),
+            "board.tex": board_latex(rows),
+            **pictures.files,
+            "index.html": text,
+        },
+        # of an earlier board: a picture that was withdrawn must not stay
+        stale=[
+            old
+            for old in (out / "images").glob("*.jpg")
+            if re.fullmatch(r"(?:vqarad|slake|pathvqa)-[0-9a-f]{16}\.jpg", old.name)
+        ],
+    )
 
 
-def page(rows: Sequence[BoardRow], images: str = "none", pathvqa_images: bool = False, out: Path = Path()) -> str:
+def page(rows: Sequence[BoardRow], images: str = "none", pathvqa_images: bool = False) -> str:
     """The page: one HTML file with its data gzipped inside, under `LIMIT` bytes; with fewer questions where it must.
 
     The arguments are those of `write_board`.
     """
-    pictures = _Pictures(images, out)
+    return _page(rows, _Pictures(images), pathvqa_images)
+
+
+def _page(rows: Sequence[BoardRow], pictures: _Pictures, pathvqa_images: bool) -> str:
     viewer = {}
     for task, of_task in by_task(rows).items():
         if shown := [row for row in of_task if row.about and row.answers]:
             shown += [row for row in of_task if row.system == PRIOR and not row.about]
             hidden = dataset_of(task) == "pathvqa" and of_task[0].data != "sample" and not pathvqa_images
-            viewer[task] = _viewed(task, shown, None if hidden or images == "none" else pictures)
+            viewer[task] = _viewed(task, shown, None if hidden or pictures.images == "none" else pictures)
     base = {
         "notice": NOTICE,
         "explained": EXPLAINED,
@@ -110,7 +123,11 @@ def page(rows: Sequence[BoardRow], images: str = "none", pathvqa_images: bool = 
 def _metrics() -> list[dict[str, str]]:
     from stllava_eval.metrics import SCORES
 
-    titles = {"words": "mean words of an answer", "unparsed": "closed answers without a verdict, x100"}
+    titles = {
+        "words": "mean words of an answer",
+        "unparsed": "closed answers without a verdict, x100",
+        "cut": "replies that stopped inside their thought, x100",
+    }
     return [
         {
             "name": name,
@@ -118,7 +135,7 @@ def _metrics() -> list[dict[str, str]]:
             "title": titles.get(name)
             or ("as the published script counts" if SCORES[name].published else "our definition"),
         }
-        for name in (*RANKED, "words", "unparsed")
+        for name in (*RANKED, "words", "unparsed", "cut")
     ]
 
 
@@ -132,14 +149,14 @@ def _row(row: BoardRow) -> dict[str, Any]:
                 _short(one.high),
                 one.n,
             ]
-    wanted = (*RANKED, "words", "unparsed")
+    wanted = (*RANKED, "words", "unparsed", "cut")
     return {
         **{
             name: getattr(row, name)
             for name in ("task", "system", "kind", "group", "marks", "about", "notes", "unanswered")
         },
         "scores": {
-            name: [_short(of.value), _short(of.low), _short(of.high), of.n]
+            name: [_short(of.value), _short(of.low), _short(of.high), of.n, mean_text(of)]
             for name, of in row.scores.items()
             if name in wanted and of.value is not None
         },
@@ -196,11 +213,12 @@ def _cut(answer: str) -> str:
 
 
 class _Pictures:
-    """Thumbnails by image, each made once: as data, or as files beside the page."""
+    """Thumbnails by image, each made once: as data, or as files beside the page, by their names there."""
 
-    def __init__(self, images: str, out: Path) -> None:
-        self.in_folder, self.out = images == "folder", out
+    def __init__(self, images: str) -> None:
+        self.images = images
         self.made: list[str] = []
+        self.files: dict[str, bytes] = {}
 
     def of(self, name: str) -> dict[str, int]:
         """Image id -> its place in `made`, for a data set's test split."""
@@ -216,10 +234,9 @@ class _Pictures:
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=70)
             places[row["image_id"]] = len(self.made)
-            if self.in_folder:
+            if self.images == "folder":
                 file = f"images/{name}-{row['image_sha256'][:16]}.jpg"
-                with whole_file(self.out / file) as unfinished:
-                    unfinished.write_bytes(buffer.getvalue())
+                self.files[file] = buffer.getvalue()
                 self.made.append(file)
             else:
                 self.made.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())

@@ -6,6 +6,7 @@ lmms-eval swallows exceptions and exits 0, so a wrong input here prints its line
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -79,20 +80,19 @@ def text(row: Mapping[str, Any], kwargs: Mapping[str, str] | None = None) -> str
 
 
 def score_records(row: Mapping[str, Any], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """One record `{score, id, image_id}` per score of the row's kind; none for a request that failed.
+    """Return one record `{score, id, image_id}` per score of the row's kind; none for a request that failed.
 
-    The scores of the other kind are absent, not zero, so that each mean is over its own questions; `image_id` is the
+    What is scored is the final answer in the reply (`extract.final_answer`); of several sampled replies, the mean. The
+    scores of the other kind are absent, not zero, so that each mean is over its own questions; `image_id` is the
     cluster of lmms-eval's standard error, `id` lets `stllava-eval score` find the question again.
     """
-    from stllava_eval.metrics import is_failed_request, score
+    from stllava_eval.extract import opened
+    from stllava_eval.metrics import score_replies
 
-    answer = answers[0]
-    if is_failed_request(answer):
-        return {}
-    scores = score(answer, row["reference"], row["kind"], row["question"])
+    scores = score_replies(opened(answers[0], row["question"]), row["reference"], row["kind"], row["question"])
     return {name: {"score": value, "id": row["id"], "image_id": row["image_id"]} for name, value in scores.items()}
 
 
 def mean(records: Sequence[Mapping[str, Any]]) -> float:
-    """The records' mean score."""
-    return sum(record["score"] for record in records) / len(records)
+    """Return the records' mean score, exact in every order, as `statistics.mean_clustered` has it."""
+    return math.fsum(record["score"] for record in records) / len(records)

@@ -1,7 +1,8 @@
 """A run folder: what was asked and answered, by what, and how it scored; written, read and re-scored.
 
-`run.json` says what decided the answers, `answers.jsonl` holds one line per question, `scores.json` the means with
-their intervals. Scores never depend on the run: `score_table` makes them from answers and the prepared split alone.
+`run.json` says what decided the answers, `answers.jsonl` holds one line per reply (of sampled runs several per
+question) with the raw reply and the final answer in it, `scores.json` the means with their intervals. Scores never
+depend on the run: `score_table` makes them from final answers and the prepared split alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import logging
 import math
 import os
 import shlex
@@ -16,17 +18,32 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError
-from stllava_eval.home import home, whole_file, write_json
+from stllava_eval.extract import (
+    FINAL,
+    NONE,
+    SIGNATURES,
+    Final,
+    final_answer,
+    finals,
+    opened,
+    unsealed,
+    with_opened_thoughts,
+)
+from stllava_eval.home import expanded, hold, home, loads, read_json, whole_file, write_json
 
 if TYPE_CHECKING:
     from stllava_eval.answering import Answer
     from stllava_eval.server import Failure
+
+log = logging.getLogger("stllava_eval")
 
 FORMAT = 1
 PACKAGES = ("stllava-med", "lmms-eval", "torch", "transformers", "tokenizers", "pillow", "nltk", "numpy")
@@ -70,6 +87,12 @@ class Scored:
     """Ids of questions without an answer: they are in no mean."""
     questions: dict[str, QuestionScores]
     """Of the answered ones by id, in the split's order."""
+    doubts: str = ""
+    """Why the means may say little about the model: half of its replies or more are empty, cut or refusals."""
+
+
+Replies = Mapping[str, str | Sequence[Final]]
+"""By question id: the final answer of each reply, or one plain answer."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +105,27 @@ class RunTask:
     prompt: str
     not_asked: int
     """Questions of the split that the run left out (`--limit`)."""
-    answers: dict[str, str]
-    """By question id."""
+    replies: dict[str, tuple[Final, ...]]
+    """By question id, the final answer of each reply: one, or as many as were sampled."""
     texts: dict[str, str]
     """What the model saw, by question id; only of a custom prompt."""
+    settings: dict[str, Any]
+    """What else decides the final answers, by the names of `DECIDING`; of an older run, what it says."""
+    at_limit: int | None
+    """Replies that were stopped at their limit of new tokens; None where nobody says."""
+
+    @property
+    def answers(self) -> dict[str, str]:
+        """By question id, the final answer of the first reply, for people to read."""
+        return {name: of[0].answer for name, of in self.replies.items()}
+
+
+DECIDING = (
+    *("extract", "images", "decoding", "draws", "max_new_tokens", "until"),
+    *("system", "enable_thinking", "min_pixels", "max_pixels"),
+)
+"""What decides the answers of given weights to given questions; in every score's signature, compared by `compare` and
+`gate`."""
 
 
 _PAPER = ("vqarad", "slake", "pathvqa")  # the order of the paper's tables
@@ -113,14 +153,35 @@ def dataset_of(task: str) -> str:
 
 
 def answered(
-    task: str, doc: Mapping[str, Any], text: str, answer: str, generated: Answer | Failure | None
+    task: str,
+    doc: Mapping[str, Any],
+    text: str,
+    final: Final,
+    generated: Answer | Failure | None = None,
+    extract: str = SIGNATURES[FINAL],
+    draw: int = 0,
 ) -> dict[str, Any]:
-    """One line of `answers.jsonl`: the question's row, the text that the model saw, and its answer."""
+    """Return one line of `answers.jsonl`: the question's row, the text that the model saw, its reply and its answer.
+
+    Args:
+        task: Which was asked.
+        doc: The question's row.
+        text: What the model saw.
+        final: The final answer in its reply, or the failure text of a request.
+        generated: The reply's tokens, and whether it ended by itself, where that is known.
+        extract: The signature of the rule that took the answer out of the reply.
+        draw: The number of the sample, where several replies are sampled.
+    """
     return {
         "task": task,
         **{name: value for name, value in doc.items() if name != "image"},
+        "draw": draw,
         "text": text,
-        "answer": answer,
+        "reply": final.reply,
+        "answer": final.answer,
+        "extract": extract,
+        "forms": list(final.forms),
+        "cut": final.cut,
         "tokens": getattr(generated, "tokens", None),
         "ended": getattr(generated, "ended", None),
     }
@@ -131,12 +192,14 @@ def write_run(
     decided_by: Mapping[str, Any],
     answering: Mapping[str, float] | None = None,
     folder: Path | None = None,
+    asked_with: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write a run folder.
 
     Args:
         rows: Of `answered`, of several tasks, in any order, padding repeats included.
         decided_by: What decided the answers.
+        asked_with: By task, `max_new_tokens` and `until` of its questions, where they are known.
         answering: `questions` that the first process answered, not counting what a stopped run had left, and the
             `seconds` it took.
         folder: Default: `$STLLAVA_RUN`, else a new one under `$STLLAVA_HOME/runs`.
@@ -146,18 +209,20 @@ def write_run(
     """
     from stllava_eval.metrics import is_failed_request
 
-    by_task: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    by_task: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        by_task[row["task"]][row["id"]] = row
+        by_task[row["task"]][row["id"]][row["draw"]] = row
     folder = folder or _new_folder(str(decided_by["checkpoint"]["name"]))
     tasks = {}
+    doubts: list[str] = []
     scores: list[ScoreRow] = []
     ordered: list[Mapping[str, Any]] = []
     for task in sorted(by_task):
         manifest, split_rows = _prepared(dataset_of(task))
-        answers = by_task[task]
-        asked = [row for row in split_rows if row["id"] in answers]
-        preset = prompt_preset(list(answers.values()))
+        of_task = by_task[task]
+        asked = [row for row in split_rows if row["id"] in of_task]
+        lines = [of_task[row["id"]][draw] for row in asked for draw in sorted(of_task[row["id"]])]
+        preset = prompt_preset(lines)
         tasks[task] = {
             "data": {
                 name: manifest[name] for name in ("edition", "official", "sample", "sha256_rows", "sha256_pixels")
@@ -165,16 +230,27 @@ def write_run(
             "prompt": preset,
             "questions": len(asked),
             "of": len(split_rows),
-            "cut": sum(row["ended"] is False for row in answers.values()),
-            "unanswered": [row["id"] for row in asked if is_failed_request(answers[row["id"]]["answer"])],
+            "draws": max(map(len, of_task.values())),
+            "extract": lines[0]["extract"],
+            **(asked_with or {}).get(task, {}),
+            "cut": sum(line["ended"] is False for line in lines),
+            "cut_thoughts": sum(line["cut"] for line in lines),
+            "unanswered": [
+                row["id"] for row in asked if all(is_failed_request(of["answer"]) for of in of_task[row["id"]].values())
+            ],
+            "failed_requests": sum(is_failed_request(line["answer"]) for line in lines),
         }
-        scores += _score(task, asked, {name: row["answer"] for name, row in answers.items()}, manifest, preset).rows
-        ordered += [answers[row["id"]] for row in asked]
+        replies = {name: tuple(map(_final, _in_order(of))) for name, of in of_task.items()}
+        settings = _settings(decided_by, tasks[task])
+        scored = _score(task, asked, replies, manifest, preset, settings)
+        doubts += [f"{task}: {scored.doubts}"] if scored.doubts else []
+        scores += scored.rows
+        ordered += lines
     deciding = {**decided_by, "tasks": tasks}
     fingerprint = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
     with whole_file(folder / "answers.jsonl") as unfinished:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
-        unfinished.write_text(lines, encoding="utf-8", errors="backslashreplace")  # an escape that JSON reads
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # an escape that JSON reads
     write_json(folder / "scores.json", {"format": FORMAT, "scores": [asdict(row) for row in scores]})
     write_json(  # last: a folder with run.json is whole
         folder / "run.json",
@@ -189,7 +265,26 @@ def write_run(
             **deciding,
         },
     )
+    if doubts:
+        log.warning("%s: %s", folder, " ".join(doubts))
     return folder
+
+
+def _in_order(of_question: Mapping[int, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [of_question[draw] for draw in sorted(of_question)]
+
+
+def _final(line: Mapping[str, Any]) -> Final:
+    """The final answer in a line of `answers.jsonl`. An older line holds the raw reply as its answer."""
+    if "reply" not in line:
+        return finals([line["answer"]], str(line.get("text") or ""), FINAL)[0]
+    return Final(line["answer"], line["cut"], tuple(line["forms"]), line["reply"])
+
+
+def _settings(manifest: Mapping[str, Any], of_task: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `DECIDING` that a run.json holds, for one of its tasks; an older run was read by today's rule."""
+    held = {"extract": SIGNATURES[FINAL], **manifest, **of_task}
+    return {name: held[name] for name in DECIDING if name in held}
 
 
 def read_run(folder: Path) -> dict[str, RunTask]:
@@ -204,33 +299,48 @@ def open_run(folder: Path) -> Run:
         InputError: It is not a run folder.
     """
     try:
-        manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        manifest = read_json(folder / "run.json")
         text = (folder / "answers.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.split("\n") if line]  # an answer may hold other line separators
-        keys = [(row["task"], row["id"]) for row in rows]
-        if len(set(keys)) < len(keys) or not all(isinstance(row[key], str) for row in rows for key in ("id", "answer")):
-            raise ValueError("an id of answers.jsonl comes twice, or an id or answer is not text")
+        rows = [loads(line) for line in text.split("\n") if line]  # an answer may hold other line separators
+        keys = [(row["task"], row["id"], row.get("draw", 0)) for row in rows]
+        texts = [row[key] for row in rows for key in ("id", "answer", *(["reply"] if "reply" in row else []))]
+        if len(set(keys)) < len(keys) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("an id of answers.jsonl comes twice, or an id, answer or reply is not text")
         _check_manifest(manifest)
+        replies = _by_task_and_id(rows)
         tasks = {
             task: RunTask(
                 **{name: of["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels")},
                 prompt=of["prompt"] if of["prompt"] != "custom" else _custom(task, rows),
                 not_asked=of["of"] - of["questions"],
-                answers={row["id"]: row["answer"] for row in rows if row["task"] == task},
+                replies=replies.get(task, {}),
                 texts={row["id"]: row["text"] for row in rows if row["task"] == task and of["prompt"] == "custom"},
+                settings=_settings(manifest, of),
+                at_limit=of.get("cut"),
             )
             for task, of in sorted(manifest["tasks"].items(), key=lambda one: _order(one[0]))
         }
         for task, of in tasks.items():
-            if len(of.answers) != manifest["tasks"][task]["questions"]:
+            if len(of.replies) != manifest["tasks"][task]["questions"]:
                 raise ValueError(
-                    f"{len(of.answers)} answers of {task}, {manifest['tasks'][task]['questions']} were asked"
+                    f"{len(of.replies)} answers of {task}, {manifest['tasks'][task]['questions']} were asked"
                 )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{folder} is not a run folder ({error!r}). Pass one that `stllava-eval run` wrote."
         ) from error
     return Run(folder, manifest, tasks)
+
+
+def _by_task_and_id(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, tuple[Final, ...]]]:
+    """The final answers in lines of `answers.jsonl`, in the order of their draws."""
+    found: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        found[row["task"]][row["id"]][int(row.get("draw", 0))] = row
+    return {
+        task: {name: tuple(map(_final, _in_order(of))) for name, of in of_task.items()}
+        for task, of_task in found.items()
+    }
 
 
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
@@ -269,12 +379,12 @@ def refuse_other_split(task: str, run: RunTask, folder: Path) -> None:
             f"{folder}: its {task} is {run.edition}, but {prepared['edition']} is prepared now, with other rows or "
             "images. Prepare the run's split again, or run again."
         )
-    if run.not_asked + len(run.answers) != len(rows):
+    if run.not_asked + len(run.replies) != len(rows):
         raise InputError(
-            f"{folder}: its run.json tells of {run.not_asked + len(run.answers)} questions of {task}, the split has "
+            f"{folder}: its run.json tells of {run.not_asked + len(run.replies)} questions of {task}, the split has "
             f"{len(rows)}. Run again."
         )
-    if unknown := sorted(run.answers.keys() - {row["id"] for row in rows}):
+    if unknown := sorted(run.replies.keys() - {row["id"] for row in rows}):
         raise InputError(
             f"{folder}: {len(unknown)} answers of {task} are to questions that its split does not have "
             f"({some(unknown)}). Run again."
@@ -283,7 +393,7 @@ def refuse_other_split(task: str, run: RunTask, folder: Path) -> None:
 
 def _custom(task: str, rows: Iterable[Mapping[str, Any]]) -> str:
     """`custom` and a hash of what the model was asked."""
-    texts = sorted((row["id"], row["text"]) for row in rows if row["task"] == task)
+    texts = sorted({(row["id"], row["text"]) for row in rows if row["task"] == task})
     return f"custom {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]}"
 
 
@@ -307,7 +417,7 @@ def trained_on(checkpoint: str) -> list[str] | None:
     """The data sets that a checkpoint of `stllava-train` has learnt from (`slake`, `slake sample`); None if it does not
     say."""
     try:
-        found = json.loads((Path(checkpoint) / "run.json").read_text(encoding="utf-8"))["trained_on"]
+        found = read_json(Path(checkpoint) / "run.json")["trained_on"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return [str(name) for name in found] if isinstance(found, list) else None
@@ -337,10 +447,21 @@ def data_hashes() -> dict[str, str]:
     return hashes
 
 
-def score_table(task: str, answers: Mapping[str, str], prompt: str = "bare") -> Scored:
-    """Score answers, by question id, against the prepared test split of `task`.
+def score_table(
+    task: str, answers: Replies, prompt: str = "bare", settings: Mapping[str, Any] = MappingProxyType({})
+) -> Scored:
+    """Score final answers, by question id, against the prepared test split of `task`.
 
-    Failed requests of API adapters and missing ids are unanswered: counted and listed, in no mean.
+    Failed requests of API adapters and missing ids are unanswered: counted and listed, in no mean. Of several replies
+    to a question its score is their mean; the interval, over images, then holds both sources of spread, that of the
+    questions and that of sampling (Miller, arXiv:2411.00640, section 3.1). Each draw's own means have the category
+    `draw=N`.
+
+    Args:
+        task: Which was asked.
+        answers: By question id.
+        prompt: The preset that was asked, for the signature.
+        settings: Those of `DECIDING` that are known, for the signature.
 
     Raises:
         InputError: The split is not prepared, or an id is not of it.
@@ -352,7 +473,7 @@ def score_table(task: str, answers: Mapping[str, str], prompt: str = "bare") -> 
             f"{task}: {len(unknown)} unknown ids ({some(unknown)}). Ids are the data set's own, as in "
             f"{manifest['dataset']} {manifest['split']} ({manifest['edition']}), for example {rows[0]['id']}."
         )
-    return _score(task, rows, answers, manifest, prompt)
+    return _score(task, rows, answers, manifest, prompt, settings)
 
 
 def categories_of(row: Mapping[str, Any]) -> list[str]:
@@ -363,7 +484,7 @@ def categories_of(row: Mapping[str, Any]) -> list[str]:
     return fields + [f"asks={what}" for what in asks(row["question"])]
 
 
-def question_scores(name: str, answers: Mapping[str, str]) -> dict[str, QuestionScores]:
+def question_scores(name: str, answers: Replies) -> dict[str, QuestionScores]:
     """Of each answered question of the prepared test split of data set `name`, by id, in the split's order.
 
     Raises:
@@ -372,38 +493,62 @@ def question_scores(name: str, answers: Mapping[str, str]) -> dict[str, Question
     return _question_scores(_prepared(name)[1], answers)
 
 
-def _question_scores(rows: Iterable[Mapping[str, Any]], answers: Mapping[str, str]) -> dict[str, QuestionScores]:
-    from stllava_eval.metrics import is_failed_request, score
+def _finals(given: str | Sequence[Final]) -> Sequence[Final]:
+    return [Final(given)] if isinstance(given, str) else given
 
-    return {
-        row["id"]: QuestionScores(row["image_id"], score(answer, row["reference"], row["kind"], row["question"]))
-        for row in rows
-        if (answer := answers.get(row["id"])) is not None and not is_failed_request(answer)
-    }
+
+def _question_scores(rows: Iterable[Mapping[str, Any]], answers: Replies) -> dict[str, QuestionScores]:
+    from stllava_eval.metrics import score_replies
+
+    found = {}
+    for row in rows:
+        if (given := answers.get(row["id"])) is not None:
+            scores = score_replies(_finals(given), row["reference"], row["kind"], row["question"])
+            if scores:  # else every request failed
+                found[row["id"]] = QuestionScores(row["image_id"], scores)
+    return found
 
 
 def _score(
-    task: str, rows: Sequence[Mapping[str, Any]], answers: Mapping[str, str], manifest: Mapping[str, Any], prompt: str
+    task: str,
+    rows: Sequence[Mapping[str, Any]],
+    answers: Replies,
+    manifest: Mapping[str, Any],
+    prompt: str,
+    settings: Mapping[str, Any],
 ) -> Scored:
     from stllava_eval.metrics import SCORES
     from stllava_eval.statistics import mean_clustered
 
     questions = _question_scores(rows, answers)
     cells: dict[tuple[str, str], tuple[list[float], list[str]]] = defaultdict(lambda: ([], []))
+
+    def count(group: str, of: QuestionScores) -> None:
+        for metric, value in of.scores.items():
+            values, images = cells[metric, group]
+            values.append(value)
+            images.append(of.image_id)
+
     for row in rows:
-        if row["id"] not in questions:
-            continue
-        groups = ["all", *categories_of(row)]
-        for metric, value in questions[row["id"]].scores.items():
-            for group in groups:
-                values, images = cells[metric, group]
-                values.append(value)
-                images.append(row["image_id"])
+        if row["id"] in questions:
+            for group in ["all", *categories_of(row)]:
+                count(group, questions[row["id"]])
+    draws = max((len(_finals(given)) for given in answers.values()), default=1)
+    for draw in range(draws if draws > 1 else 0):
+        alone = {name: _finals(given)[draw : draw + 1] for name, given in answers.items()}
+        for of in _question_scores(rows, alone).values():
+            count(f"draw={draw}", of)
     data = f"{manifest['dataset']} {manifest['split']} {manifest['edition']}"
+    known = {"extract": SIGNATURES[FINAL], **settings}
+    asked = "".join(
+        f"|{name} {json.dumps(known[name]) if name == 'until' else known[name]}"
+        for name in DECIDING
+        if known.get(name) not in (None, []) and (name, known[name]) != ("draws", 1)
+    )
     table = []
     for (metric, group), (values, images) in cells.items():
         estimate = mean_clustered(values, images)
-        signature = f"{SCORES[metric].signature}|{data}|prompt {prompt}"
+        signature = f"{SCORES[metric].signature}|{data}|prompt {prompt}{asked}"
         table.append(
             ScoreRow(
                 task,
@@ -419,30 +564,73 @@ def _score(
         )
     order = list(SCORES)
     table.sort(key=lambda row: (row.category != "all", row.category, order.index(row.metric)))
-    return Scored(table, [row["id"] for row in rows if row["id"] not in questions], questions)
+    unanswered = [row["id"] for row in rows if row["id"] not in questions]
+    return Scored(table, unanswered, questions, _doubts([of for given in answers.values() for of in _finals(given)]))
 
 
-def read_answers(file: Path, task: str) -> dict[str, str]:
-    """The answers in a JSONL file, by question id.
+def _doubts(replies: Sequence[Final]) -> str:
+    """A sentence where half of the replies or more (our choice) are empty, cut in their thought, or refusals."""
+    from stllava_eval.metrics import is_failed_request, is_refusal
 
-    Lines are ours (`id`, `answer`), of the LLaVA family (`question_id`, `text`) or lmms-eval's samples of our tasks.
-    Lines that name another task are left out.
+    asked = [final for final in replies if not is_failed_request(final.answer)]
+    cut = sum(final.cut for final in asked)
+    empty = sum(not final.cut and not final.answer.strip() for final in asked)
+    refused = sum(is_refusal(final.answer) for final in asked)
+    if not asked or 2 * (cut + empty + refused) < len(asked):
+        return ""
+    parts = [(cut, "cut in their thought"), (empty, "empty"), (refused, "refusals")]
+    told = ", ".join(f"{count} {what}" for count, what in parts if count)
+    return (
+        f"of {len(asked)} replies {told}: these scores may say little about the model. Look at `reply` in "
+        "answers.jsonl; a longer max_new_tokens lets a thought end."
+    )
+
+
+@dataclass(frozen=True)
+class AnswerFile:
+    """What a file of answers holds for one task."""
+
+    replies: dict[str, tuple[Final, ...]]
+    """By question id, in the order of their draws."""
+    settings: dict[str, Any]
+    """Those of `DECIDING` that are known: `extract` always, the others of a run folder's answers."""
+    prompt: str = "bare"
+    """Of a run folder's answers, the preset that was asked."""
+
+    @property
+    def answers(self) -> dict[str, str]:
+        """By question id, the final answer of the first reply."""
+        return {name: of[0].answer for name, of in self.replies.items()}
+
+
+def read_answers(file: Path, task: str, extract: str | None = None) -> AnswerFile:
+    """Read the final answers in a JSONL file.
+
+    Lines are ours (`id`, `answer`; of a run folder with `reply` too), of the LLaVA family (`question_id`, `text`) or
+    lmms-eval's samples of our tasks. Lines that name another task are left out.
+
+    Args:
+        file: The file.
+        task: Whose answers are wanted.
+        extract: The rule that takes the final answer out of each reply. None takes the answers of a run folder as they
+            stand there, and `final` for every other line.
 
     Raises:
-        InputError: The file is missing, empty or not JSONL, a line lacks an id or an answer, or an id comes twice.
+        InputError: The file is missing, empty or not JSONL, a line lacks an id or an answer, an id comes twice, or the
+            answers were taken out by different rules.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")  # an answer may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}). Pass a JSONL file of answers.") from error
-    answers: dict[str, str] = {}
+    found: dict[tuple[str, int], _Said] = {}
     repeated = []
-    doc_ids: list[str] | None = None
+    split: list[dict[str, Any]] | None = None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{file}:{number}: not JSON ({error}). Each line is one object with id and answer."
@@ -451,36 +639,105 @@ def read_answers(file: Path, task: str) -> dict[str, str]:
             raise InputError(f"{file}:{number}: not an object. Each line is one object with id and answer.")
         if row.get("task", task) != task:
             continue
-        if "doc_id" in row and doc_ids is None:
-            doc_ids = [doc["id"] for doc in _prepared(dataset_of(task))[1]]
-        name, answer = _id_and_answer(row, doc_ids)
-        if name is None or answer is None:
+        if split is None:
+            split = _prepared(dataset_of(task))[1]
+        name, said = _id_and_reply(row, split)
+        if name is None or said is None:
             raise InputError(f"{file}:{number}: no {'answer' if name else 'id'}. A line has id and answer, both text.")
-        if name in answers:
+        draw = row.get("draw", 0)
+        if type(draw) is not int or draw < 0:
+            raise InputError(f"{file}:{number}: draw {draw!r}. It is the number of a sampled reply, from 0 on.")
+        if (name, draw) in found:
             repeated.append(name)
-        answers[name] = answer
+        found[name, draw] = said
     if repeated:
         raise InputError(
             f"{file}: {len(repeated)} ids come twice ({some(repeated)}). Keep one answer for each question."
         )
-    if not answers:
+    if not found:
         raise InputError(f"{file}: no answers of {task}. Each line is one object with id and answer.")
-    return answers
+    return _answer_file(file, task, found, {row["id"]: row["question"] for row in split or ()}, extract)
 
 
-def _id_and_answer(row: Mapping[str, Any], doc_ids: Sequence[str] | None) -> tuple[str | None, str | None]:
-    if "doc_id" in row and doc_ids is not None:  # lmms-eval's samples: the id is in each score's record
+@dataclass(frozen=True)
+class _Said:
+    """A line of a file of answers: its reply, and what else the line tells of it."""
+
+    reply: str
+    asked: str | None = None
+    """The text that was asked."""
+    ended: bool | None = None
+    final: Final | None = None
+    """The final answer as a run folder holds it, and the signature of its rule."""
+    extract: str = ""
+    ours: bool = False
+    """The line is of a run folder, so opened thoughts are marked already."""
+
+
+def _answer_file(
+    file: Path, task: str, found: Mapping[tuple[str, int], _Said], questions: Mapping[str, str], extract: str | None
+) -> AnswerFile:
+    """The final answer of each line, by the rule that is wanted."""
+    rules = {said.extract or SIGNATURES[FINAL] for said in found.values()}
+    if extract is None and len(rules) > 1:
+        raise InputError(
+            f"{file}: its answers were taken out of the replies by different rules ({', '.join(sorted(rules))}). "
+            "Pass --extract with the one that is wanted."
+        )
+    from stllava_eval.metrics import is_failed_request
+
+    foreign = [key for key, said in found.items() if not said.ours and not is_failed_request(said.reply)]
+    marked = with_opened_thoughts([found[key].reply for key in foreign], [found[key].ended for key in foreign])
+    replies = {key: said.reply for key, said in found.items()} | dict(zip(foreign, marked, strict=True))
+    by_id: dict[str, dict[int, Final]] = defaultdict(dict)
+    for (name, draw), said in found.items():
+        asked = said.asked if said.asked is not None else questions.get(name, "")
+        if extract is None:
+            held = [said.final] if said.final is not None else opened(replies[name, draw], asked)
+        else:
+            held = finals(unsealed(replies[name, draw]), asked, extract)
+        by_id[name].update(enumerate(held, draw))
+    settings: dict[str, Any] = {}
+    prompt = "bare"
+    if file.name == "answers.jsonl" and all(said.ours for said in found.values()):
+        with suppress(InputError):  # a copy that was taken out of its run folder
+            of_task = open_run(file.parent).tasks.get(task)
+            if of_task is not None:
+                settings, prompt = of_task.settings, of_task.prompt
+    settings = {**settings, "extract": SIGNATURES[extract] if extract else rules.pop()}
+    return AnswerFile({name: tuple(of[draw] for draw in sorted(of)) for name, of in by_id.items()}, settings, prompt)
+
+
+def _id_and_reply(row: Mapping[str, Any], split: Sequence[Mapping[str, Any]]) -> tuple[str | None, _Said | None]:
+    if "doc_id" in row:  # lmms-eval's samples: the id is in each score's record
         records = [value for value in row.values() if isinstance(value, dict) and "image_id" in value and "id" in value]
         ids = [record["id"] for record in records if isinstance(record["id"], str)]
         place = row["doc_id"]
-        fallback = doc_ids[place] if type(place) is int and 0 <= place < len(doc_ids) else None
-        answer = row.get("filtered_resps", row.get("resps"))
-        while isinstance(answer, list) and answer:
-            answer = answer[0]
-        return (ids[0] if ids else fallback), (answer if isinstance(answer, str) else None)
+        fallback = split[place]["id"] if type(place) is int and 0 <= place < len(split) else None
+        reply = row.get("filtered_resps", row.get("resps"))
+        while isinstance(reply, list) and reply:
+            reply = reply[0]
+        return (ids[0] if ids else fallback), (_Said(reply, ours=True) if isinstance(reply, str) else None)
     name = next((row[key] for key in ("id", "question_id", "qid") if row.get(key) is not None), None)
-    answer = row["answer"] if "answer" in row else row.get("text")  # in our own lines, `text` is what was asked
-    return (None if name is None else str(name)), (answer if isinstance(answer, str) else None)
+    name = None if name is None else str(name)
+    ended = row.get("ended", None if row.get("finish_reason") is None else row["finish_reason"] not in AT_LIMIT)
+    ended = ended if isinstance(ended, bool) else None
+    if "reply" in row and "extract" in row:  # a run folder's
+        if not all(isinstance(row[key], str) for key in ("reply", "answer", "extract")):
+            return name, None
+        asked = row["text"] if isinstance(row.get("text"), str) else None
+        forms = row.get("forms")
+        final = Final(
+            row["answer"], row.get("cut") is True, tuple(forms) if isinstance(forms, list) else (), row["reply"]
+        )
+        return name, _Said(row["reply"], asked, ended, final, row["extract"], ours=True)
+    reply = row["answer"] if "answer" in row else row.get("text")  # in our own lines, `text` is what was asked
+    asked = row["text"] if "answer" in row and isinstance(row.get("text"), str) else row.get("prompt")
+    return name, (_Said(reply, asked if isinstance(asked, str) else None, ended) if isinstance(reply, str) else None)
+
+
+AT_LIMIT = ("length", "max_tokens")
+"""Why a reply ended, in the words of servers, where it was cut at its limit of tokens."""
 
 
 def _prepared(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -499,15 +756,13 @@ def split_rows(name: str) -> list[dict[str, Any]]:
     return _prepared(name)[1]
 
 
-def write_answers(
-    folder: Path, system: str, answers: Mapping[str, Mapping[str, str]], files: Mapping[str, Path]
-) -> Path:
+def write_answers(folder: Path, system: str, answers: Mapping[str, AnswerFile], files: Mapping[str, Path]) -> Path:
     """Write a run folder of answers that were given elsewhere; its weights are the hash of the files.
 
     Args:
         folder: A new one.
         system: What gave the answers.
-        answers: By task, then question id.
+        answers: By task.
         files: By task; what they were read from.
 
     Raises:
@@ -520,9 +775,13 @@ def write_answers(
     for task, of_task in answers.items():
         name = dataset_of(task)
         prompt = {"prompt": next((preset for preset in PROMPTS if task == f"{name}_{preset}"), "bare")}
-        lacking = f"[LMMS_EVAL_REQUEST_FAILED after 0 attempts] {files[task].name} has no answer"
+        lacking = final_answer(
+            f"[LMMS_EVAL_REQUEST_FAILED after 0 attempts] {files[task].name} has no answer", rule=NONE
+        )
         rows += [
-            answered(task, row, text(row, prompt), of_task.get(row["id"], lacking), None) for row in split_rows(name)
+            answered(task, row, text(row, prompt), final, extract=of_task.settings["extract"], draw=draw)
+            for row in split_rows(name)
+            for draw, final in enumerate(of_task.replies.get(row["id"], (lacking,)))
         ]
     digest = hashlib.sha256(b"".join(files[task].read_bytes() for task in sorted(files))).hexdigest()
     checkpoint = {"name": system, "sha256": digest, "trained_on": None}
@@ -541,14 +800,36 @@ def refuse_old_folder(folder: Path | None = None) -> None:
 
 
 def _new_folder(checkpoint: str) -> Path:
+    """A folder for one run, held until this process ends: `$STLLAVA_RUN`, else one that nobody else has made.
+
+    Raises:
+        InputError: It holds a run already, another process is writing it, or it cannot be made.
+    """
     if chosen := os.environ.get("STLLAVA_RUN"):
-        return Path(chosen).expanduser()
+        folder = expanded("STLLAVA_RUN", chosen)
+        hold(folder)
+        if (folder / "run.json").exists():  # when this run began, there was none
+            raise InputError(
+                f"{folder}: another run has been written there meanwhile. Choose another folder, and run again: the "
+                "answers are kept."
+            )
+        return folder
+    runs = home() / "runs"
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    stem = f"{stamp}-{Path(checkpoint).name}"
-    folder, number = home() / "runs" / stem, 1
-    while folder.exists():
-        number += 1
-        folder = home() / "runs" / f"{stem}-{number}"
+    stem, number = f"{stamp}-{Path(checkpoint).name.encode()[:100].decode(errors='ignore')}", 1
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        while True:
+            folder = runs / (stem if number == 1 else f"{stem}-{number}")
+            with suppress(FileExistsError):
+                folder.mkdir()
+                break
+            number += 1
+    except OSError as error:
+        raise InputError(
+            f"{runs}: cannot be written ({error.strerror}). Set STLLAVA_HOME to another folder."
+        ) from error
+    hold(folder)
     return folder
 
 

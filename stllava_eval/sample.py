@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from stllava_eval.datasets import Row
 from stllava_eval.errors import InputError
+from stllava_eval.images import opened
 
 if TYPE_CHECKING:
     import numpy as np
@@ -920,9 +921,8 @@ def _grey(values: np.ndarray, window: tuple[int, int] | None = None) -> np.ndarr
 def _photograph(package: str, path: str, stretched: bool = False) -> tuple[np.ndarray, Maps]:
     """An image file as grey or RGB, and no maps."""
     import numpy as np
-    from PIL import Image
 
-    with Image.open(_file(package, path)) as image:
+    with opened(_file(package, path).read_bytes()) as image:
         pixels = np.asarray(image)
     return (_grey(pixels) if stretched else pixels[..., :3] if pixels.ndim == 3 else pixels), {}
 

@@ -5,82 +5,48 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import html
 import io
 import json
+import math
 import os
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from stllava_eval.answering import Answer, Question, cut, progress_bar
 from stllava_eval.errors import InputError, printable
+from stllava_eval.replies import Failure, Reply, Trouble, TwiceError, error, parsed, passes, read, whole, words
 
 if TYPE_CHECKING:
     import openai
     import torch
+    from PIL.Image import Image
 
 FIRST_WAIT = 1.0  # seconds before the second attempt, doubled before each further one (our choice)
 LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait; openai's own client stops there too
 THOUGHT = 8192  # tokens in which a reasoning model may think before its answer (our choice)
-LONGEST_TOKEN = 100  # characters; a reply with more of them per token asked did not keep to `max_tokens` (our choice)
+LARGEST = 16 << 20  # bytes of a reply or a list of models; 65,536 tokens of text are below 1 MiB (our choice)
+LARGEST_FILE = 512 << 20  # bytes of any other reply: OpenAI's batches have up to 50,000 replies each (our choice)
+LONGEST = 10_000  # characters of a message that are looked at; 300 of them are shown (our choice)
+FRAGMENT = 12  # characters; so long a part of the key is masked as the key is (our choice)
+MOST_PIXELS = 10**8  # of min_pixels and max_pixels (our choice); Pillow warns of larger images from 89 million on
 
 Request = dict[str, Any]
 """What `chat.completions.create` takes but for the model: messages, max_tokens or max_completion_tokens, and what else
 is wanted."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """The text as it came; the server's count of its tokens, mostly with the end token, 0 if it counts none; why it
-    ended: stop, length, ...; the server's name for the model that spoke, and its count of the prompt's tokens."""
-
-    text: str
-    tokens: int
-    finish: str | None
-    model: str | None = None
-    prompt_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A request without a reply: why, on one line that never holds the key, after how many attempts, and whether the
-    model or a filter declined it. Of one that was declined the server counts tokens too."""
-
-    reason: str
-    attempts: int
-    refused: bool = False
-    model: str | None = None
-    prompt_tokens: int = 0
-    tokens: int = 0
-
-
-@dataclass(frozen=True)
-class _Trouble:
-    """What went wrong with one attempt."""
-
-    reason: str
-    again: bool = False
-    """Another attempt may succeed."""
-    wait: float = 0.0
-    """Seconds that the server asks us to wait before it."""
-    status: int | None = None
-    gone: bool = False
-    """Nothing listens at the address."""
-    ends_the_run: str = ""
-    """Why no other request can succeed either, and what to do."""
-    declined: Reply | None = None
-    """What came instead of an answer, where the model or a filter declined."""
 
 
 class Endpoint:
@@ -90,8 +56,9 @@ class Endpoint:
         base_url: Where the server is, to `/v1`.
         model: As the server names it; None takes the only one that it serves.
         concurrency: Requests under way at once, at most.
-        retries: Further attempts after one that failed and may succeed when repeated: HTTP 408, 409, 429 and 5xx, a
-            time-out, a connection that breaks off, a reply that is no chat completion.
+        retries: Further attempts after one that failed and may succeed when repeated: HTTP 408, 409, 429 and 5xx, or
+            such a code in a reply, a time-out, a connection or answer that breaks off, a reply that is no chat
+            completion.
         timeout: Seconds that one attempt may take in all, however slowly its bytes come.
         per_minute: Attempts begun in a minute, at most; None sets no limit.
 
@@ -109,16 +76,19 @@ class Endpoint:
         per_minute: float | None = None,
     ) -> None:
         for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
-            if not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise InputError(f"{name}={value}: pass a whole number from {least} on.")
-        if not isinstance(timeout, int | float) or not timeout > 0:
+        if type(timeout) not in (int, float) or not 0 < timeout < 10**9:
             raise InputError(f"timeout={timeout}: pass a number of seconds above 0.")
+        if model is not None and (not isinstance(model, str) or not model or model != whole(model)):
+            raise InputError(f"model={model!r}: pass the model's name as the server lists it.")
         if per_minute is not None and not 0 < per_minute < float("inf"):
             raise InputError(f"per_minute={per_minute}: pass a number of requests above 0.")
         self._apart = 60 / per_minute if per_minute else 0.0  # seconds
         self._due = 0.0  # when the next attempt may begin, by `time.monotonic`
         self.base_url = _base_url(base_url)
         self._key = _key(self.base_url)
+        self._secret = _Secret(self._key)
         self.concurrency, self.retries, self.timeout = concurrency, retries, timeout
         (self.model,) = _in_background(partial(self._find_model, model))
 
@@ -126,8 +96,9 @@ class Endpoint:
         """(place in `requests`, reply or failure) as they come. A request is made when its turn has come, not before.
 
         Raises:
-            InputError: No further request can succeed: the server refuses the key, the key's quota is used up, or
-                nothing listens any more. What came before has been yielded; what is under way is given up.
+            InputError: No further request can succeed: the server refuses the key, the key's quota is used up, it sends
+                requests on to another address, or nothing listens any more. What came before has been yielded; what is
+                under way is given up.
         """
         with closing(_in_background(partial(self._reply_to_all, requests))) as replies:
             yield from replies
@@ -159,9 +130,9 @@ class Endpoint:
                 f"{self.base_url}: no server answers there any more ({outcome.reason}, {attempts} attempts). "
                 "Start it again."
             )
-        return _failure(outcome, attempts)
+        return outcome.failure(attempts)
 
-    async def _insist(self, client: openai.AsyncOpenAI, model: str, request: Request) -> tuple[Reply | _Trouble, int]:
+    async def _insist(self, client: openai.AsyncOpenAI, model: str, request: Request) -> tuple[Reply | Trouble, int]:
         """The outcome of the last attempt, and how many there were."""
         attempt = 0
         while True:
@@ -180,18 +151,61 @@ class Endpoint:
             wait = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # requests that met one fault part ways
             await asyncio.sleep(max(wait, outcome.wait))
 
-    async def _attempt(self, client: openai.AsyncOpenAI, model: str, request: Request) -> Reply | _Trouble:
+    async def _attempt(self, client: openai.AsyncOpenAI, model: str, request: Request) -> Reply | Trouble:
         body = await self._json(partial(client.chat.completions.with_raw_response.create, model=model, **request))
-        if isinstance(body, _Trouble):
+        if isinstance(body, Trouble):
             return body
-        outcome = _read(body, request.get("max_tokens") or request["max_completion_tokens"])
-        return replace(outcome, reason=self._clean(outcome.reason)) if isinstance(outcome, _Trouble) else outcome
+        return self._read(body, request.get("max_tokens") or request["max_completion_tokens"])
+
+    def read_reply(self, body: Any, max_tokens: int) -> Reply | Failure:
+        """The reply in a chat completion that came another way, from a batch.
+
+        Args:
+            body: The completion, as JSON holds it.
+            max_tokens: That it was asked for.
+        """
+        outcome = self._read(body, max_tokens)
+        return outcome if isinstance(outcome, Reply) else outcome.failure(1)
+
+    def _read(self, body: Any, max_tokens: int) -> Reply | Trouble:
+        outcome = read(body, max_tokens)
+        if isinstance(outcome, Reply):
+            return self._masked(outcome)
+        came = outcome.came and self._masked(outcome.came)
+        return self._judged(replace(outcome, reason=self.line(outcome.reason), came=came))
+
+    def _masked(self, reply: Reply) -> Reply:
+        """Without the key: what a server says is written down, and published."""
+        hidden = self.without_key
+        return replace(
+            reply,
+            text=hidden(reply.text),
+            finish=reply.finish and hidden(reply.finish),
+            model=reply.model and hidden(reply.model),
+        )
+
+    def _judged(self, trouble: Trouble) -> Trouble:
+        """With what it means for the run."""
+        reason, ends = trouble.reason, ""
+        if trouble.status in (401, 403):
+            given = "the key in OPENAI_API_KEY" if self._key else "a request without a key"
+            ends = f"{self.base_url}: the server refuses {given} ({reason}). Set OPENAI_API_KEY to one that it accepts."
+        elif trouble.status == 402:
+            ends = f"{self.base_url}: the key's quota is used up ({reason}). Raise it or set another OPENAI_API_KEY."
+        elif trouble.sent_on:
+            ends = (
+                f"{self.base_url}: the server sends requests on to {self.line(trouble.sent_on)} ({reason}), "
+                "and questions and images go to base_url only. If the model is there, pass that address, to /v1."
+            )
+        return replace(trouble, ends_the_run=ends)
 
     async def _find_model(self, model: str | None, emit: Callable[[str], None]) -> None:
         """`model`, or the only one that the server lists."""
         async with self._client() as client:
             body = await self._json(client.models.with_raw_response.list)
-            if isinstance(body, _Trouble):
+            if not isinstance(body, Trouble) and (wrong := error(body)):
+                body = self._judged(replace(wrong, reason=self.line(wrong.reason)))
+            if isinstance(body, Trouble):
                 if body.ends_the_run:
                     raise InputError(body.ends_the_run)
                 if body.status is None:
@@ -205,31 +219,47 @@ class Endpoint:
                         "Pass the address that its own log names, usually to /v1."
                     )
             try:
-                served = [str(one["id"]) for one in body["data"]]
+                served = [one["id"] for one in body["data"] if isinstance(one["id"], str)]
             except (TypeError, KeyError):
                 served = []
-            unlisted = f"none that it lists ({body.reason})" if isinstance(body, _Trouble) else "none that it lists"
-            names = self._clean(", ".join(served)) or unlisted
+            unlisted = f"none that it lists ({body.reason})" if isinstance(body, Trouble) else "none that it lists"
+            names = self.line(", ".join(served)) or unlisted
             if model is None:
-                if len(served) != 1:
+                if len(served) != 1 or served[0] != whole(self.without_key(served[0])):
                     raise InputError(f"{self.base_url}: no model is named and it serves {names}. Name one with model=.")
                 model = served[0]
             elif model not in served:  # `transformers serve` lists what is cached, not what it serves: ask
                 hello: Request = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
                 outcome, _ = await self._insist(client, model, hello)
-                if isinstance(outcome, _Trouble) and outcome.status in (400, 404, 422):
+                if isinstance(outcome, Trouble) and outcome.status in (400, 404, 422):
                     raise InputError(
                         f"{self.base_url}: it does not serve {model!r} ({outcome.reason}). "
                         f"It serves {names}; name one with model=."
                     )
             emit(model)
 
-    def _client(self) -> openai.AsyncOpenAI:
+    def _client(self, limit: int = LARGEST) -> openai.AsyncOpenAI:
         """Without the SDK's retries, which count no attempts and do not repeat broken JSON, and without its time-outs,
-        each of which starts anew with every byte."""
+        each of which starts anew with every byte.
+
+        Args:
+            limit: Bytes of a reply.
+        """
+        from httpx2 import InvalidURL
         from openai import AsyncOpenAI
 
-        return AsyncOpenAI(base_url=self.base_url, api_key=self._key or "none", max_retries=0, timeout=None)
+        from stllava_eval.wire import Client
+
+        key = self._key or "none"
+        try:
+            http = Client(limit)
+        # SOCKS without the package for it, no address, no file
+        except (ImportError, ValueError, OSError, InvalidURL) as error:
+            raise InputError(
+                "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE: one of them cannot be used "
+                f"({printable(str(error))}). Mend or unset it."
+            ) from error
+        return AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=None, http_client=http)
 
     def call(self, send: Callable[[openai.AsyncOpenAI], Awaitable[Any]], what: str) -> str:
         """The body of a reply to any other request, tried as often as `replies` tries.
@@ -247,73 +277,120 @@ class Endpoint:
     async def _call(
         self, send: Callable[[openai.AsyncOpenAI], Awaitable[Any]], what: str, emit: Callable[[str], None]
     ) -> None:
-        async with self._client() as client:
-            outcome: str | _Trouble = ""
+        async with self._client(LARGEST_FILE) as client:
+            outcome: str | Trouble = ""
             for attempt in range(self.retries + 1):
                 outcome = await self._text(partial(send, client))
                 if isinstance(outcome, str) or not outcome.again:
                     break
                 await asyncio.sleep(max(FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25), outcome.wait))
-            if isinstance(outcome, _Trouble):
+            if isinstance(outcome, Trouble):
                 raise InputError(
                     outcome.ends_the_run or f"{self.base_url}: {what}: {outcome.reason}. The same call tries again."
                 )
             emit(outcome)
 
     async def _json(self, send: Callable[[], Awaitable[Any]]) -> Any:
-        """The JSON of a reply, or a `_Trouble`."""
+        """The JSON of a reply, or a `Trouble`."""
         body = await self._text(send)
-        if isinstance(body, _Trouble):
+        if isinstance(body, Trouble):
             return body
         try:
-            return json.loads(body)
-        except (ValueError, RecursionError):
-            return _Trouble(f"its reply is no JSON: {self._clean(body, 60)!r}", again=True)
+            return parsed(body.removeprefix("\ufeff"))
+        except TwiceError as twice:
+            return Trouble(f"its reply says {self.line(str(twice), 60)!r} twice, with two values", again=True)
+        except ValueError:
+            return Trouble(f"its reply is no JSON: {self.line(body, 60)!r}", again=True)
 
-    async def _text(self, send: Callable[[], Awaitable[Any]]) -> str | _Trouble:
-        """The body of a reply, or a `_Trouble`.
+    async def _text(self, send: Callable[[], Awaitable[Any]]) -> str | Trouble:
+        """The body of a reply, or a `Trouble`.
 
         None of the SDK's exceptions leaves here: they hold what the server said, which may be the key.
         """
         import httpx2
         import openai
 
+        from stllava_eval.wire import UnreadError
+
         try:
             async with asyncio.timeout(self.timeout):
-                return str((await send()).text)
+                return str((await send()).http_response.text)
         except TimeoutError:
-            return _Trouble(f"no reply within {self.timeout:g} s", again=True)
-        except openai.APIStatusError as error:
-            return self._refused(error)
-        except openai.APIConnectionError as error:
-            cause = error.__cause__
-            reason = self._clean(f"the connection failed: {cause or error}")
-            return _Trouble(reason, again=True, gone=isinstance(cause, httpx2.ConnectError))
+            return Trouble(f"no reply within {self.timeout:g} s", again=True)
+        except UnicodeEncodeError:
+            return Trouble("the request holds half a character, which no server can be sent")
+        except UnreadError as unread:
+            return Trouble(self.line(str(unread)), unread.again)
+        except openai.APIStatusError as refusal:
+            return self._refused(refusal)
+        except openai.APIConnectionError as failed:
+            cause = failed.__cause__
+            reason = self.line(f"the connection failed: {cause or failed}")
+            return Trouble(reason, again=True, gone=isinstance(cause, httpx2.ConnectError))
 
-    def _refused(self, error: openai.APIStatusError) -> _Trouble:
-        status, body = error.status_code, error.body
-        said = body.get("message") or body.get("detail") if isinstance(body, dict) else None
-        reason = f"HTTP {status}: {self._clean(str(said or error.response.text))}"
-        ends = ""
-        if status in (401, 403):
-            given = "the key in OPENAI_API_KEY" if self._key else "a request without a key"
-            ends = f"{self.base_url}: the server refuses {given} ({reason}). Set OPENAI_API_KEY to one that it accepts."
-        elif status == 429 and "insufficient_quota" in error.response.text:
-            ends = f"{self.base_url}: the key's quota is used up ({reason}). Raise it or set another OPENAI_API_KEY."
-        wait = _seconds(error.response.headers.get("retry-after", ""))
-        again = status in (408, 409, 429) or status >= 500
+    def _refused(self, refusal: openai.APIStatusError) -> Trouble:
+        status, text = refusal.status_code, refusal.response.text
+        reason = f"HTTP {status}: {self.line(words(refusal.body) or text)}"
+        wait = _seconds(refusal.response.headers.get("retry-after", ""))
+        again = passes(status)
         if again and wait > LONGEST_WAIT:
             again, reason = False, f"{reason} (it asks us to wait {wait:.0f} s, more than {LONGEST_WAIT:g} s)"
-        return _Trouble(reason, again, wait, status, ends_the_run=ends)
+        sent_on = refusal.response.headers.get("location", "").split("?")[0] if 300 <= status < 400 else ""
+        if sent_on:
+            reason = f"HTTP {status}"
+        if "insufficient_quota" in text:
+            status = 402  # which other servers send
+        return self._judged(Trouble(reason, again, wait, status, sent_on=sent_on))
 
     def without_key(self, text: str) -> str:
         """`text` with stars for the key: a server may say it back."""
-        return text.replace(self._key, "***") if self._key else text
+        return self._secret.masked(text)
 
-    def _clean(self, text: str, longest: int = 300) -> str:
+    def line(self, text: str, longest: int = 300) -> str:
         """One line, without the key."""
-        text = printable(" ".join(self.without_key(text).split()))
+        text = self.without_key(text[:LONGEST])
+        if self._key:
+            text = text.replace(self._key, "***")  # one too short to be masked in an answer, too
+        text = printable(" ".join(text.split()))
         return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+class _Secret:
+    """The forms in which a server may say a key, or a part of it, back.
+
+    A key of fewer than 8 characters that is a word or a number, such as `EMPTY`, is none and may be part of an answer:
+    of such a one only `Bearer EMPTY` is masked.
+    """
+
+    def __init__(self, key: str | None) -> None:
+        forms = set()
+        if key is not None and (len(key) >= 8 or (len(key) >= 4 and re.search("[a-zA-Z]", key) and not key.isalpha())):
+            forms = {key, key.replace("/", "\\/"), quote(key, safe=""), html.escape(key), key.encode().hex()}
+            for before in range(3):  # how many bytes of a group of three stand before it
+                coded = base64.b64encode(bytes(before) + key.encode()).decode()
+                # what the bytes around the key do not change
+                own = coded[-(-before * 8 // 6) : (before + len(key)) * 8 // 6]
+                forms |= {own, own.translate(str.maketrans("+/", "-_"))}
+        elif key is not None:
+            forms = {f"Bearer {key}"}
+        self._short = {form for form in forms if len(form) < FRAGMENT}
+        self._parts = {form[n : n + FRAGMENT] for form in forms for n in range(len(form) - FRAGMENT + 1)}
+
+    def masked(self, text: str) -> str:
+        """`text` with stars for each form, and for each part of one that has `FRAGMENT` characters or more."""
+        for form in self._short:
+            text = text.replace(form, "***")
+        kept, done, place = [], 0, 0
+        while self._parts and place <= len(text) - FRAGMENT:
+            end = place
+            while text[end : end + FRAGMENT] in self._parts:
+                end += 1
+            if end > place:
+                kept += [text[done:place], "***"]
+                done = place = end + FRAGMENT - 1
+            else:
+                place += 1
+        return "".join([*kept, text[done:]])
 
 
 class ServerAnswerer:
@@ -325,6 +402,10 @@ class ServerAnswerer:
     Args and errors are those of `Endpoint`, and:
         reasoning: The model thinks before it answers and takes neither a temperature nor `max_tokens`, as GPT-4o's
             successors: it decodes as it likes, and `THOUGHT` tokens of thinking are allowed on top of the answer's.
+        system: A message that stands before each question, in the system's role; None sends none.
+        enable_thinking: What the server's chat template is told, as vLLM and SGLang take it
+            (`chat_template_kwargs`); None leaves it to the template.
+        min_pixels, max_pixels: An image with fewer or more pixels is scaled before it is sent; see `scaled`.
     """
 
     dtype = "server"
@@ -337,10 +418,24 @@ class ServerAnswerer:
         retries: int = 5,
         timeout: float = 120.0,
         reasoning: bool = False,
+        system: str | None = None,
+        enable_thinking: bool | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> None:
         if not isinstance(reasoning, bool):
             raise InputError(f"reasoning={reasoning}: pass True or False.")
-        self.reasoning = reasoning
+        if not isinstance(enable_thinking, bool | None):
+            raise InputError(f"enable_thinking={enable_thinking}: pass True or False, or leave it out.")
+        if system is not None and (not isinstance(system, str) or not system.strip() or system != whole(system)):
+            raise InputError(f"system={system!r}: pass the text of the system's message, or leave it out.")
+        for name, pixels in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if pixels is not None and (type(pixels) is not int or not 1 <= pixels <= MOST_PIXELS):
+                raise InputError(f"{name}={pixels}: pass a whole number of pixels from 1 to {MOST_PIXELS}.")
+        if min_pixels is not None and max_pixels is not None and min_pixels > max_pixels:
+            raise InputError(f"min_pixels={min_pixels}: more than max_pixels={max_pixels}. Pass at most as many.")
+        self.reasoning, self.system, self.enable_thinking = reasoning, system, enable_thinking
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.endpoint = Endpoint(base_url, model, concurrency, retries, timeout)
         self.name = self.endpoint.model
         self.sha256 = hashlib.sha256(json.dumps([self.endpoint.base_url, self.name]).encode()).hexdigest()
@@ -355,6 +450,7 @@ class ServerAnswerer:
     @property
     def preprocessing(self) -> dict[str, Any]:
         """What is known of what is done to questions and images, for a run's manifest."""
+        given = {name: getattr(self, name) for name in ("system", "enable_thinking", "min_pixels", "max_pixels")}
         return {
             "backend": "openai_server",
             "device": "server",
@@ -362,17 +458,29 @@ class ServerAnswerer:
             "model": self.name,
             "prompt": "the server's chat template",
             "decoding": "the server's own (reasoning)" if self.reasoning else "greedy (temperature 0)",
+            **{name: value for name, value in given.items() if value is not None},
         }
 
     def answer(self, questions: Sequence[Question], progress: bool = True) -> Iterator[tuple[int, Answer | Failure]]:
         """(place in `questions`, answer or failure) as they come.
 
+        An answer has ended by itself unless the server says that its length was limited. Where it gives no reason, or
+        one that nobody knows, an answer as long as was allowed counts as cut.
+
         Raises:
-            InputError: As `Endpoint.replies`.
+            InputError: As `Endpoint.replies`; or a question cannot be asked of a server.
         """
-        if any(one.text is None or one.history or one.sampling or one.template for one in questions):
-            raise InputError(f"{self.name}: a server is asked one round, greedily. Leave history and sampling out.")
-        requests = [partial(_request, question, self.reasoning) for question in questions]
+        for question in questions:
+            if question.text is None or question.history or question.template:
+                raise InputError(
+                    f"{self.name}: a server is asked one question in one round, in its own template. Leave history and "
+                    "template out."
+                )
+            if question.text != whole(question.text):
+                raise InputError(f"question {question.text!r}: it holds half a character. Mend its encoding.")
+            if question.sampling and self.reasoning:
+                raise InputError(f"{self.name}: with reasoning=True it takes no temperature. Leave the sampling out.")
+        requests = [partial(self._request, question) for question in questions]
         with (
             closing(self.endpoint.replies(requests)) as replies,
             progress_bar(len(questions), progress) as bar,
@@ -381,85 +489,74 @@ class ServerAnswerer:
                 bar.update()
                 yield place, reply if isinstance(reply, Failure) else _answer(reply, questions[place])
 
+    def _request(self, question: Question) -> Request:
+        """Greedy, but for a model that reasons and where the question is drawn. Stop strings are cut off afterwards:
+        `transformers serve` fails on them."""
+        png = io.BytesIO()
+        image = scaled(question.image(), self.min_pixels, self.max_pixels)
+        image.save(png, "PNG", compress_level=1)  # our choice: bytes are cheap, the harness's CPU is not
+        url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question.text}]
+        before = [] if self.system is None else [{"role": "system", "content": self.system}]
+        request: Request = {"messages": [*before, {"role": "user", "content": content}]}
+        if self.reasoning:
+            request["max_completion_tokens"] = question.max_new_tokens + THOUGHT
+        else:
+            request |= {"max_tokens": question.max_new_tokens, "temperature": 0}
+        extra: Request = {}  # what OpenAI's own API does not have
+        if sampling := question.sampling:
+            request |= {"temperature": sampling.temperature, "seed": sampling.seed + question.draw}
+            if sampling.top_p != 1:
+                request["top_p"] = sampling.top_p
+            if sampling.top_k:
+                extra["top_k"] = sampling.top_k
+        if self.enable_thinking is not None:
+            extra["chat_template_kwargs"] = {"enable_thinking": self.enable_thinking}
+        return {**request, "extra_body": extra} if extra else request
 
-def _request(question: Question, reasoning: bool) -> Request:
-    """Greedy, but for a model that reasons. Stop strings are cut off afterwards: `transformers serve` fails on them."""
-    png = io.BytesIO()
-    question.image().save(png, "PNG", compress_level=1)  # our choice: bytes are cheap, the harness's CPU is not
-    url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question.text}]
-    messages = [{"role": "user", "content": content}]
-    if reasoning:
-        return {"messages": messages, "max_completion_tokens": question.max_new_tokens + THOUGHT}
-    return {"messages": messages, "max_tokens": question.max_new_tokens, "temperature": 0}
+
+def scaled(image: Image, min_pixels: int | None, max_pixels: int | None) -> Image:
+    """`image` with at most `max_pixels`, else at least `min_pixels`, its aspect kept to the pixel; bicubic (Pillow).
+
+    Source: `smart_resize` of Qwen2-VL's processor (transformers, image_processing_qwen2_vl.py), up to its rounding to
+    whole patches, whose side depends on the model: the server's processor does that.
+    """
+    import PIL.Image
+
+    width, height = image.size
+    if max_pixels is not None and width * height > max_pixels:
+        share = math.sqrt(max_pixels / (width * height))
+        width, height = max(1, math.floor(width * share)), max(1, math.floor(height * share))
+        if width > height:  # a side that should be shorter than a pixel has one
+            width = min(width, max_pixels // height)
+        else:
+            height = min(height, max_pixels // width)
+    elif min_pixels is not None and width * height < min_pixels:
+        share = math.sqrt(min_pixels / (width * height))
+        width, height = math.ceil(width * share), math.ceil(height * share)
+    return image if (width, height) == image.size else image.resize((width, height), PIL.Image.Resampling.BICUBIC)
 
 
 def _answer(reply: Reply, question: Question) -> Answer:
     text, stopped = cut(reply.text, question.until)
-    return Answer(text.strip(), reply.tokens, stopped or reply.finish == "stop")
-
-
-def read_reply(body: Any, max_tokens: int) -> Reply | Failure:
-    """The reply in a chat completion that came another way, from a batch.
-
-    Args:
-        body: The completion, as JSON holds it.
-        max_tokens: That it was asked for.
-    """
-    outcome = _read(body, max_tokens)
-    if isinstance(outcome, Reply):
-        return outcome
-    return _failure(outcome, 1)
-
-
-def _failure(trouble: _Trouble, attempts: int) -> Failure:
-    if (declined := trouble.declined) is None:
-        return Failure(trouble.reason, attempts)
-    return Failure(trouble.reason, attempts, True, declined.model, declined.prompt_tokens, declined.tokens)
-
-
-def _read(body: Any, max_tokens: int) -> Reply | _Trouble:
-    """The reply in a chat completion."""
-    try:
-        choice = body["choices"][0]
-        message, finish = choice["message"], choice.get("finish_reason")
-        text, refusal = message.get("content"), message.get("refusal")
-        usage = body.get("usage") or {}
-        tokens, prompt_tokens = (_tokens(usage.get(f"{of}_tokens")) for of in ("completion", "prompt"))
-        name = body.get("model")
-        reply = Reply("", tokens, finish, name if isinstance(name, str) else None, prompt_tokens)
-    except (TypeError, KeyError, IndexError, AttributeError, ValueError):
-        return _Trouble("its reply is no chat completion", again=True)
-    if refusal or finish == "content_filter":
-        return _Trouble(f"refused: {refusal or 'content filter'}", declined=reply)
-    if text is None:
-        return _Trouble(f"its reply has no text (finish_reason {finish!r})")
-    if not isinstance(text, str):
-        return _Trouble("its reply is no chat completion", again=True)
-    if len(text) > LONGEST_TOKEN * max_tokens:
-        return _Trouble(f"its reply has {len(text)} characters where {max_tokens} tokens were asked for")
-    if not text.strip() and finish != "stop":
-        return _Trouble(f"its reply is empty (finish_reason {finish!r})")
-    return replace(reply, text=text)
-
-
-def _tokens(counted: Any) -> int:
-    """What a server counts; 0 where that is no count."""
-    return counted if isinstance(counted, int) and 0 <= counted < 10**9 else 0
+    return Answer(text.strip(), reply.tokens, stopped or not reply.cut)
 
 
 def _base_url(given: str) -> str:
     if "@" in str(given):
         raise InputError("base_url: it holds a user name. Pass the address alone, and a key in OPENAI_API_KEY.")
+    import httpx2
+
     try:
         parts = urlsplit(given)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         usable = usable and not parts.query and not parts.fragment and not any(sign.isspace() for sign in given)
-    except (ValueError, TypeError, AttributeError):
+        httpx2.URL(given)
+    except (ValueError, TypeError, AttributeError, httpx2.InvalidURL):
         usable = False
     if not usable:
         raise InputError(
-            f"base_url {str(given).split('?')[0]!r}: not the address of a server. Pass one such as "
+            f"base_url {str(given).split('?')[0][:300]!r}: not the address of a server. Pass one such as "
             "http://127.0.0.1:8000/v1, with nothing behind a ? or #."
         )
     return given.rstrip("/")

@@ -64,7 +64,7 @@ def mean_clustered(scores: Sequence[float], clusters: Sequence[str], level: floa
     n, g = int(counts.sum()), len(counts)
     if n == 0:
         return Estimate(None, 0, 0, None, None, None)
-    value = float(sums.sum() / n)
+    value = math.fsum(scores) / n  # exact, so that no order of the questions changes a digit
     if g < 2:
         return Estimate(value, n, g, None, None, None)
     error = _error(sums, counts)

@@ -59,7 +59,7 @@ class Unfinished:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("ab") as file:
-                file.write("".join(lines).encode())
+                file.write("".join(lines).encode(errors="backslashreplace"))  # half a character: an escape of JSON
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -77,7 +77,9 @@ def _read(file: Path) -> dict[str, Answer]:
     for line in file.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
-            answers[row["key"]] = Answer(str(row["text"]), int(row["tokens"]), bool(row["ended"]))
-        except (ValueError, KeyError, TypeError, RecursionError):  # cut by a kill, or not ours
+            if not isinstance(row["text"], str):
+                continue
+            answers[row["key"]] = Answer(row["text"], int(row["tokens"]), bool(row["ended"]))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # cut by a kill, or not ours
             continue
     return answers

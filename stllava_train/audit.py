@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError
-from stllava_eval.home import home, whole_file, write_json
-from stllava_eval.images import decode, pixel_hash
+from stllava_eval.home import home, json_text, write_together
+from stllava_eval.images import decode, pixel_hash, read_image
 from stllava_eval.metrics import choices, closed_accuracy, exact_match, folded_words, words
 from stllava_eval.statistics import Estimate, bootstrap_clustered, mean_clustered
 from stllava_train.candidates import WHYS, Candidate, count
@@ -811,7 +811,7 @@ def examples(
 
 def _opened(file: Path) -> Any:
     try:
-        return decode(file.read_bytes())
+        return decode(read_image(file))
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}). Pass the folder of the images.") from error
 
@@ -830,13 +830,10 @@ def write_page(figures: Mapping[str, Any], examples: Sequence[Example], out: Pat
     The page asks for nothing from elsewhere and runs no script. Whatever a model or a judge wrote is shown as text.
 
     Raises:
-        InputError: The folder cannot be written.
+        InputError: The folder cannot be written; what was in it stays as it was.
     """
-    write_json(out / "audit.json", figures)
-    with whole_file(out / "audit.html") as unfinished:
-        unfinished.write_text(
-            page(figures, examples), encoding="utf-8", errors="replace"
-        )  # half a character has no UTF-8
+    html = page(figures, examples).encode(errors="replace")  # half a character has no UTF-8
+    write_together(out, {"audit.json": json_text(figures), "audit.html": html})
 
 
 def page(figures: Mapping[str, Any], examples: Sequence[Example]) -> str:

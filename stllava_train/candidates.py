@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from stllava_eval.answering import Answer, Question
+from stllava_eval.answering import Answer, Question, only_answers
 from stllava_eval.errors import InputError
-from stllava_eval.images import decode
+from stllava_eval.home import read_text
+from stllava_eval.images import decode, read_image
 from stllava_eval.metrics import folded_words
-from stllava_train.conversations import ROLE, Conversation
+from stllava_train.conversations import ROLE, Conversation, image_file
 from stllava_train.ledger import Ledger, Row, read_rows
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def listed_images(file: Path, folder: Path) -> list[str]:
         InputError: It cannot be read, names none, one twice, or one that is not there.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}). Pass a text file with an image's name a line.") from error
     first: dict[str, int] = {}
@@ -154,7 +155,7 @@ def listed_images(file: Path, folder: Path) -> list[str]:
             raise InputError(
                 f"{file}:{number}: {name.strip()}: not a plain name in {folder}. Write it relative to that."
             )
-        if not (folder / name.strip()).is_file():
+        if image_file(folder, name.strip()) is None:
             raise InputError(f"{file}:{number}: {name.strip()}: not in {folder}. Pass its folder with --images.")
         if (before := first.setdefault(name.strip(), number)) != number:
             raise InputError(f"{file}:{number}: {name.strip()} stands in line {before} too. Name each image once.")
@@ -266,7 +267,7 @@ def blind_answers(answerer: Answerer, candidates: Sequence[Candidate], tokens: i
 
     black = partial(PIL.Image.new, "RGB", (64, 64))
     questions = [Question(one.question, black, tokens, image_key="black") for one in candidates]
-    return {candidates[place].id: answer.text for place, answer in answerer.answer(questions)}
+    return {candidates[place].id: answer.text for place, answer in only_answers(answerer.answer(questions))}
 
 
 def read_candidates(path: Path) -> list[Candidate]:
@@ -435,7 +436,8 @@ def rows_of(answerer: Answerer, images: Images, settings: Settings) -> Iterator[
             done.append(work)
         return [question for *_, question in further]
 
-    for _ in answerer.answer([work.describe() for work in works], progress=False, follow=follow):
+    described = [work.describe() for work in works]
+    for _ in only_answers(answerer.answer(described, progress=False, follow=follow)):
         while done:
             yield done.pop().row()
 
@@ -479,7 +481,7 @@ def _sampling(*how: Any) -> Sampling:
 
 def _open(file: Path) -> Any:
     try:
-        return decode(file.read_bytes())
+        return decode(read_image(file))
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}). Put it back; the same call goes on.") from error
 

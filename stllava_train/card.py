@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stllava_eval.errors import InputError, printable
-from stllava_eval.home import whole_file
+from stllava_eval.home import loads, read_json, read_text, whole_file
 
 CARD = "README.md"
 TRACED = {  # by stage, figures of a step that the card is made of
@@ -208,7 +208,7 @@ def _smooth(values: Sequence[float], parts: int) -> list[float]:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        manifest = read_json(folder / "run.json")
         if manifest["stage"] not in TRACED:
             raise KeyError("stage sft or dpo")
         for key in ("recipe", "data", "start", "counts", "test_images", "steps", "versions", "commit"):
@@ -234,7 +234,7 @@ def fault(error: Exception) -> str:
 def _read(trace: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The lines of a trace, each with a step and these figures, which may be null."""
     try:
-        lines = [json.loads(line) for line in trace.read_text(encoding="utf-8").splitlines()]
+        lines = [loads(line) for line in read_text(trace).splitlines()]
         for line in lines:
             for name in ("step", *names):
                 if not isinstance(line[name], int | float) and (name == "step" or line[name] is not None):
@@ -261,7 +261,7 @@ def _scores(folder: Path, evaluations: Sequence[Path]) -> str:
     own = open_checkpoint(str(folder)).sha256
     for run in evaluations:
         try:
-            of = str(json.loads((run / "run.json").read_text(encoding="utf-8"))["checkpoint"]["sha256"])
+            of = str(read_json(run / "run.json")["checkpoint"]["sha256"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{run} is not a run folder ({fault(error)}). Pass one of an evaluation.") from error
         if of != own:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stllava_eval.errors import InputError
-from stllava_eval.home import home, whole_file
-from stllava_eval.images import decode, pixel_hash, truncated_refused
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.home import TEXT_BYTES, home, loads, read_bytes, whole_file
+from stllava_eval.images import decode, pixel_hash, read_image
 from stllava_train.conversations import Conversation, Encoder, Problem, image_file, read_conversations, records
 from stllava_train.likeness import COPY, Gallery
 from stllava_train.recipe import SETS
@@ -88,8 +88,10 @@ def problems(
 def is_pairs(file: Path) -> bool:
     """Whether it holds preference pairs: its first record has a chosen and a rejected answer."""
     try:
+        if not file.is_file():  # a pipe gives its first line once
+            return False
         with file.open("rb") as opened:
-            first = json.loads(opened.readline())
+            first = json.loads(opened.readline(TEXT_BYTES))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(first, dict) and {"chosen", "rejected"} <= first.keys()
@@ -113,15 +115,16 @@ def pair_problems(
     found: list[Found] = []
     sound: list[tuple[str, Pair]] = []
     first: dict[str, str] = {}
-    *lines, end = file.read_bytes().split(b"\n")
+    *lines, end = read_bytes(file).split(b"\n")
     for line, text in enumerate([*lines, end] if end else lines, 1):
         place = f"{file}:{line}"
         try:
-            row: Any = json.loads(text)
-        except (ValueError, RecursionError):
-            row = None
+            row: Any = loads(text)
+            why = "no row of JSON"
+        except (ValueError, RecursionError) as error:
+            row, why = None, f"no row of JSON ({one_line(error)})"
         if not isinstance(row, dict):
-            found.append(Found(place, "", f"it is {text[:40]!r}, no row of JSON. Delete the line.", "form"))
+            found.append(Found(place, "", f"it is {text[:40]!r}, {why}. Delete the line.", "form"))
             continue
         try:
             pair = pair_of(row)
@@ -260,7 +263,7 @@ def _looked_at(conversations: Iterable[Conversation], progress: bool, tests: _Te
 
 def _look(path: Path, tests: _TestImages) -> _Look:
     try:
-        picture = decode(path.read_bytes())
+        picture = decode(read_image(path))
     except OSError as error:
         return _Look(broken=f"its image {path} cannot be read ({error.strerror or error}).")
     except InputError as error:
@@ -281,7 +284,7 @@ def _mapped(function: Callable[[Given], Made], given: Iterable[Given], title: st
     from tqdm import tqdm
 
     todo = list(given)
-    with truncated_refused(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(tqdm(pool.map(function, todo), title, len(todo), disable=None if progress else True))
 
 

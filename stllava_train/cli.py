@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllava_eval import __version__
-from stllava_eval.errors import InputError, printable
+from stllava_eval.errors import InputError, of_the_disk, printable
+from stllava_eval.home import local, read_bytes
 
 if TYPE_CHECKING:
     from stllava_train.candidates import Candidate, Settings
@@ -32,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.command(arguments) or 0
     except InputError as error:
         print(printable(f"stllava-train: {error}"), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not (line := of_the_disk(error)):
+            raise
+        print(printable(f"stllava-train: {line}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stllava-train: stopped. The same call goes on; those of `sft` and `dpo` with --resume.", file=sys.stderr)
@@ -293,7 +299,8 @@ def _drawn_by_ray(arguments: argparse.Namespace, settings: Settings) -> tuple[An
     if arguments.device:
         raise InputError("--device: with --engine ray every worker takes a GPU where there are some. Leave it out.")
     gpu = workers_have_gpus()
-    name = str(Path(arguments.checkpoint).resolve()) if Path(arguments.checkpoint).exists() else arguments.checkpoint
+    folder = local(arguments.checkpoint)
+    name = arguments.checkpoint if folder is None else str(folder.resolve())
     dtype = str(torch_dtype(arguments.dtype, torch.device("cuda" if gpu else "cpu")))
     checkpoint = {"name": arguments.checkpoint, "sha256": open_checkpoint(name).sha256, "dtype": dtype}
     draw = partial(
@@ -630,7 +637,7 @@ def _sha256_of(file: Path) -> str:
     import hashlib
 
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(file)).hexdigest()
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}). Pass another file.") from error
 

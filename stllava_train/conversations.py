@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stllava_eval.errors import InputError
+from stllava_eval.home import once, read_text
 
 NOTHING, ANSWER, QUESTION = 0, 1, 2  # what a token is learnt as
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>")
@@ -93,14 +93,11 @@ def records(file: Path) -> Iterator[tuple[str, Any]]:
         InputError: See `read_conversations`.
     """
     try:
-        mode = file.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise InputError(f"{file}: no regular file, and data is read more than once. Write it to a file first.")
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
         raise InputError(f"{file}: cannot be read ({why}). Pass a JSON file of conversations.") from error
-    decoder = json.JSONDecoder(object_pairs_hook=_once)
+    decoder = json.JSONDecoder(object_pairs_hook=once)
     space = re.compile(r"\s*")
     at = space.match(text).end()  # type: ignore[union-attr]
     array = text[at : at + 1] == "["
@@ -132,15 +129,6 @@ def records(file: Path) -> Iterator[tuple[str, Any]]:
     if array and (at == len(text) or text[at + 1 :].strip()):
         what = "the closing ] is missing" if at == len(text) else "more stands behind the closing ]"
         raise InputError(f"{file}:{line}: no JSON ({what}). Mend the file or write it again.")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs; Python's reader would take the last of those that share a key."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return made
 
 
 def _conversation(record: Any, place: str, folder: Path, wrong: list[str]) -> Conversation:

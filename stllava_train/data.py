@@ -6,7 +6,6 @@ Every set becomes `<set>.json`, a list with one conversation a line, and `images
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections import defaultdict
@@ -17,7 +16,8 @@ from typing import Any, TypeGuard
 
 from stllava_eval.datasets import Row, read_rows
 from stllava_eval.errors import InputError
-from stllava_eval.home import whole_file
+from stllava_eval.home import loads, read_json, whole_file
+from stllava_eval.images import opened
 from stllava_train.pmc import WORKERS, Fetched, Figure, fetch_figures, fetch_file
 
 # `stage 1` splits a conversation at these: in a text they would end a turn or begin one, or call for a second image
@@ -237,17 +237,15 @@ def _write(path: Path, records: Sequence[Mapping[str, Any]], left_out: Mapping[s
 
 
 def _write_image(path: Path, image: bytes) -> None:
-    if not path.exists() or path.read_bytes() != image:
+    if not path.is_file() or path.stat().st_size != len(image) or path.read_bytes() != image:
         with whole_file(path) as unfinished:
             unfinished.write_bytes(image)
 
 
 def _suffix(image: bytes) -> str:
     """By what the file is, not by what it was called."""
-    import PIL.Image
-
-    with PIL.Image.open(io.BytesIO(image)) as opened:  # what is prepared opens
-        kind = opened.format or ""
+    with opened(image) as header:
+        kind = header.format or ""
     return SUFFIXES.get(kind, f".{kind.lower()}")
 
 
@@ -290,7 +288,7 @@ def _source_files(source: str, downloads: Path) -> tuple[dict[str, Path], list[s
 
 def _instructions(path: Path) -> list[_Instruction]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}). Download it again.") from error
     if not isinstance(records, list) or not records:
@@ -321,7 +319,7 @@ def _addresses(path: Path, wanted: Iterable[str]) -> dict[str, tuple[str, str]]:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    record = json.loads(line)
+                    record = loads(line)
                     id, package, member = record["pair_id"], record["pmc_tar_url"], record["image_file_path"]
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise InputError(

@@ -15,13 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from stllava_eval.answering import Answerer, Question
+from stllava_eval.answering import Answerer, Question, only_answers
 from stllava_eval.datasets import Row, read_rows
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import whole_file
 from stllava_eval.images import decode
 from stllava_eval.metrics import score
-from stllava_eval.network.files import one_line
 from stllava_train.recipe import DpoRecipe
 from stllava_train.training import first_process, read_trace
 
@@ -190,7 +189,7 @@ def _means(answerer: Answerer, rows: Sequence[Row]) -> dict[str, float]:
         Question(row.question, lambda row=row: decode(row.image), MAX_NEW_TOKENS, image_key=row.image_id)  # type: ignore[misc]
         for row in rows
     ]
-    answers = {place: answer.text for place, answer in answerer.answer(asked, progress=False)}
+    answers = {place: answer.text for place, answer in only_answers(answerer.answer(asked, progress=False))}
     sums: dict[str, list[float]] = {}
     for place, row in enumerate(rows):
         values: Mapping[str, float] = score(answers[place], row.reference, row.kind, row.question)

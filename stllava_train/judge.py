@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError
-from stllava_eval.home import write_json
-from stllava_eval.images import decode, pixel_hash
+from stllava_eval.home import read_bytes, read_json, read_text, write_json
+from stllava_eval.images import IMAGE_BYTES, decode, opened, pixel_hash
 from stllava_train.candidates import Candidate
 from stllava_train.ledger import Ledger
+from stllava_train.recipe import read_yaml
 from stllava_train.verdicts import Verdict, row_of, verdict_of
 
 if TYPE_CHECKING:
@@ -117,12 +118,10 @@ def image_url(image: bytes) -> str:
     Raises:
         InputError: It cannot be decoded.
     """
-    import PIL.Image
-
     picture = decode(image)
-    with PIL.Image.open(io.BytesIO(image)) as opened:
-        kind, plain = opened.format, opened.mode in ("RGB", "L") and not opened.has_transparency_data
-        plain = plain and opened.getexif().get(0x0112, 1) == 1  # EXIF's orientation
+    with opened(image) as header:
+        kind, plain = header.format, header.mode in ("RGB", "L") and not header.has_transparency_data
+        plain = plain and header.getexif().get(0x0112, 1) == 1  # EXIF's orientation
     if plain and kind in ("JPEG", "PNG"):
         return f"data:image/{kind.lower()};base64,{base64.b64encode(image).decode()}"
     png = io.BytesIO()
@@ -215,18 +214,16 @@ def read_price(model: str, file: Path | None = None) -> Price | None:
     Raises:
         InputError: The file cannot be read, or an entry is no price.
     """
-    import yaml
-
     file = file or Path(__file__).parent / "prices.yaml"
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+        entries = read_yaml(read_text(file), str(file))
         prices = {
             str(name): Price(**{key: float(value) for key, value in entry.items()}) for name, entry in entries.items()
         }
         for name, one in prices.items():
             if not all(0 <= number < 1e6 for number in (one.prompt, one.reply, one.batch)):
                 raise ValueError(f"{name} has a price that is none, or below 0")
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         what = " ".join(str(error).split())
         raise InputError(
             f"{file}: no list of prices ({what}). Write a line a model: `NAME: {{prompt: 2.5, reply: 10, batch: 0.5}}`."
@@ -294,7 +291,7 @@ def open_verdicts(out: Path, candidates: Path, preset: str) -> Ledger:
     Raises:
         InputError: It holds verdicts on others, or by another preset.
     """
-    sha256 = hashlib.sha256(candidates.read_bytes()).hexdigest()
+    sha256 = hashlib.sha256(read_bytes(candidates)).hexdigest()
     return Ledger(
         out,
         lambda row: verdict_of(row).key,
@@ -453,7 +450,7 @@ class EndpointJudge:
 
     def _adapts(self, reason: str) -> bool:
         """Whether a refusal names something that can be left out, which then is."""
-        if not re.match(r"HTTP (?:400|404|415|422|501)", reason):
+        if not re.match(r"HTTP (?:200 with error )?(?:400|404|415|422|501)", reason):
             return False
         if self._form and re.search(r"response_format|json_schema|structured|guided|grammar", reason):
             self._form = False
@@ -473,7 +470,7 @@ class EndpointJudge:
         if isinstance(reply, Failure):
             outcome, why = ("refused" if reply.refused else "failed"), reply.reason
         else:
-            text = _whole(self.endpoint.without_key(reply.text))
+            text = reply.text
             scores = (read_scores_authors if self.preset.strict else read_scores)(text)
             if scores is None:
                 outcome, why = ("refused", "a refusal") if is_refusal(text) else ("unparsable", "no two scores")
@@ -490,17 +487,12 @@ class EndpointJudge:
             scores=scores,
             reply=text,
             why=why,
-            model=reply.model and _whole(self.endpoint.without_key(reply.model)),
+            model=reply.model,
             date=now(),
             prompt_sha256=hashlib.sha256(prompt(*asked.texts(), self.preset.guarded).encode()).hexdigest(),
             tokens=tokens if any(tokens) else None,
             cost=None if self.price is None else self.price.of(*tokens),
         )
-
-
-def _whole(text: str) -> str:
-    """`text` with a question mark for half a character, which no file of UTF-8 holds."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _custom_id(key: tuple[Any, ...]) -> str:
@@ -519,7 +511,7 @@ class _Batches:
         self._all: dict[str, list[str]] = {}
         if file.exists():
             try:
-                found = json.loads(file.read_text(encoding="utf-8"))["batches"]
+                found = read_json(file)["batches"]
                 self._all = {str(name): list(map(str, ids)) for name, ids in found.items()}
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise InputError(f"{file}: no list of batches ({error!r}). Delete it if none is under way.") from error
@@ -540,22 +532,23 @@ class _Batches:
 
     def replies(self, batch: str, max_tokens: int) -> Iterator[tuple[str, Reply | Failure]]:
         """(custom id, what came) of a batch that has ended. What is in neither of its files was not asked."""
-        from stllava_eval.server import Failure, read_reply
+        from stllava_eval.server import Failure
 
         for kind in ("output_file_id", "error_file_id"):
             if not (file := self._known[batch].get(kind)):
                 continue
             text = self.endpoint.call(partial(_content, file), batch)
-            for line in text.splitlines():
+            for line in text.split("\n"):  # no other sign ends a line of JSON
                 try:
                     row = json.loads(line)
                     name, response = str(row["custom_id"]), row.get("response") or {}
                     if response.get("status_code") == 200:
-                        yield name, read_reply(response["body"], max_tokens)
+                        yield name, self.endpoint.read_reply(response["body"], max_tokens)
                     else:
                         said = row.get("error") or (response.get("body") or {}).get("error") or {}
-                        yield name, Failure(f"HTTP {response.get('status_code')}: {said.get('message')}", 1)
-                except (ValueError, KeyError, TypeError, AttributeError):
+                        reason = f"HTTP {response.get('status_code')}: {said.get('message')}"
+                        yield name, Failure(self.endpoint.line(reason), 1)
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     continue  # half a line; its question is asked again
 
     def hand_in(self, requests: Iterable[tuple[str, Request]]) -> None:
@@ -612,7 +605,7 @@ class _Batches:
         try:
             made = json.loads(self.endpoint.call(send, what))
             return dict(made)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{self.endpoint.base_url}: {what}: its reply is no object. Call again.") from error
 
     def _write(self) -> None:
@@ -634,11 +627,11 @@ def read_image(folder: Path, candidate: Candidate) -> bytes:
     """The image's file.
 
     Raises:
-        InputError: It is not there.
+        InputError: It is not there, or see `images.read_image`.
     """
     file = folder / candidate.image
     try:
-        return file.read_bytes()
+        return read_bytes(file, IMAGE_BYTES)
     except OSError as error:
         raise InputError(
             f"{file}: cannot be read ({error.strerror}). Put it back, or pass the images' folder with --images."
@@ -651,13 +644,12 @@ def estimated_tokens(asked: Asked, folder: Path) -> float:
     Raises:
         InputError: The image is not there, or is none.
     """
-    import PIL.Image
-
+    content = read_image(folder, asked.candidate)
     try:
-        with PIL.Image.open(io.BytesIO(read_image(folder, asked.candidate))) as opened:
-            of_image = image_tokens(*opened.size)
-    except (PIL.UnidentifiedImageError, PIL.Image.DecompressionBombError) as error:
-        raise InputError(f"{folder / asked.candidate.image}: no image that can be read. Put it back.") from error
+        with opened(content) as header:
+            of_image = image_tokens(*header.size)
+    except InputError as error:
+        raise InputError(f"{folder / asked.candidate.image}: {error}") from error
     return len(prompt(*asked.texts())) / CHARACTERS + of_image
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stllava_eval.errors import InputError
-from stllava_eval.home import whole_file, write_json
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.home import loads, read_bytes, read_json, whole_file, write_json
 
 Row = dict[str, Any]
 
@@ -147,17 +147,17 @@ def read_rows(path: Path) -> list[Row]:
         InputError: It cannot be read, or a line is no object.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bytes(path).split(b"\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}). Pass a JSONL file of an earlier step.") from error
     rows = []
     for number, text in enumerate(lines if lines[-1] else lines[:-1], 1):
         try:
-            row = json.loads(text)
-        except (ValueError, RecursionError):
-            row = None
+            row, why = loads(text), repr(text[:60])
+        except (ValueError, RecursionError) as error:
+            row, why = None, f"{one_line(error)}, in {text[:60]!r}"
         if not isinstance(row, dict):
-            raise InputError(f"{path}:{number}: no row ({text[:60]!r}). Delete the line, or write the file again.")
+            raise InputError(f"{path}:{number}: no row ({why}). Delete the line, or write the file again.")
         rows.append(row)
     return rows
 
@@ -170,7 +170,7 @@ def read_manifest(path: Path) -> Row:
     """
     file = path.with_suffix(".json")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = read_json(file)
         if manifest["format"] != 1:
             raise ValueError(f"format {manifest['format']}")
         return dict(manifest)

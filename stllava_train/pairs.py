@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import re
@@ -14,12 +13,12 @@ from itertools import combinations, count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stllava_eval.errors import InputError
-from stllava_eval.home import whole_file
-from stllava_eval.images import decode
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.home import loads, whole_file
+from stllava_eval.images import decode, opened
 from stllava_eval.metrics import folded_words
 from stllava_train.candidates import Candidate
-from stllava_train.conversations import ROLE, SPECIAL, Conversation, records, uniform
+from stllava_train.conversations import ROLE, SPECIAL, Conversation, image_file, records, uniform
 from stllava_train.data import SUFFIXES, safe_names
 from stllava_train.ledger import Ledger, Row, line, read_rows
 from stllava_train.verdicts import Rule, Verdict, preferences
@@ -440,7 +439,7 @@ def _image_path(pair: Pair, format: str, images: Path | None) -> str:
         return pair.image
     if images is None:
         raise InputError(f"--format {format}: its rows hold the images' paths. Pass their folder with --images.")
-    if not (file := images.resolve() / pair.image).is_file():
+    if (file := image_file(images.resolve(), pair.image)) is None:
         raise InputError(f"{pair.id}: its image {pair.image} is not in {images}. Pass the folder of the images.")
     return str(file)
 
@@ -513,15 +512,17 @@ def _published(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix != ".parquet":
         yield from records(path)
         return
-    import pyarrow.parquet
+    import pyarrow
+
+    from stllava_eval.datasets import parquet_rows
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=256) for row in batch.to_pylist())
-            for number, row in enumerate(rows, 1):
-                yield f"{path}: row {number}", row
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: no regular file. Pass a JSON or parquet file of pairs.")
+        for number, row in enumerate(parquet_rows(path, str(path)), 1):
+            yield f"{path}: row {number}", row
     except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({error}). Download it again.") from error
+        raise InputError(f"{path}: cannot be read as parquet ({one_line(error)}). Download it again.") from error
 
 
 def _published_pair(place: str, record: Any) -> tuple[str, tuple[str, str, str], str | tuple[bytes, str]]:
@@ -553,7 +554,7 @@ def _turns(place: str, key: str, turns: Any) -> list[str]:
     read = turns
     if isinstance(turns, str):
         try:
-            read = json.loads(turns)
+            read = loads(turns)
         except (ValueError, RecursionError):
             read = None
     sound = isinstance(read, list) and all(isinstance(one, dict) and isinstance(one.get("value"), str) for one in read)
@@ -567,10 +568,8 @@ def _turns(place: str, key: str, turns: Any) -> list[str]:
 
 def _written(image: bytes, name: str, images: Path) -> str:
     """The name in `images` of the file that holds these bytes now."""
-    import PIL.Image
-
-    with PIL.Image.open(io.BytesIO(image)) as opened:
-        kind = opened.format or ""
+    with opened(image) as header:
+        kind = header.format or ""
     stem = f"{safe_names([name])[name]}-{hashlib.sha256(image).hexdigest()[:12]}"
     path = images / f"{stem}{SUFFIXES.get(kind, f'.{kind.lower()}')}"
     if not path.exists():

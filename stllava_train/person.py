@@ -16,7 +16,7 @@ from threading import Lock
 from typing import Any
 
 from stllava_eval.errors import InputError
-from stllava_eval.images import decode, pixel_hash
+from stllava_eval.images import decode, pixel_hash, read_image
 from stllava_train.candidates import Candidate
 from stllava_train.judge import Asked, now, questions
 from stllava_train.ledger import Ledger, Row
@@ -313,7 +313,7 @@ def _png(file: Path, sha256: str) -> bytes:
         InputError: The file is broken, gone, or another picture by now.
     """
     try:
-        picture = decode(file.read_bytes())
+        picture = decode(read_image(file))
     except OSError as error:
         raise InputError(f"{file.name}: cannot be read ({error.strerror}). Put it back.") from error
     except InputError as error:

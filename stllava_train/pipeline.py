@@ -21,7 +21,7 @@ from typing import Any
 from stllava_eval import __version__
 from stllava_eval.cli import TASKS
 from stllava_eval.errors import InputError, printable
-from stllava_eval.home import alone, write_json
+from stllava_eval.home import alone, read_json, refuse_file, write_json
 from stllava_train.recipe import Training, read_dpo_recipe, read_pipeline, read_recipe
 
 STAGES = "stages.json"  # what each stage was made of, in the run's folder
@@ -78,7 +78,8 @@ class Pipeline:
         self.recipe = read_pipeline(recipe, changes)
         self.data, self.images, self.out, self.call = data, images, out, call
         self._check()
-        if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / STAGES).exists()):
+        refuse_file(out, "--out")
+        if out.is_dir() and any(out.iterdir()) and not (out / STAGES).exists():
             raise InputError(f"--out {out}: there is something that is no such run. Choose another folder.")
         self.done: dict[str, Any] = _read(out / STAGES) or {}
         sound = all(isinstance(of, dict) and isinstance(of.get("inputs"), dict) for of in self.done.values())
@@ -364,7 +365,7 @@ def _check_judge(name: str) -> None:
 
 def _read(manifest: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(manifest.read_text(encoding="utf-8")))
+        return dict(read_json(manifest))
     except (OSError, ValueError, TypeError, RecursionError):
         return None
 

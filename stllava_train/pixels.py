@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from stllava_eval.errors import InputError
-from stllava_eval.images import decode
+from stllava_eval.images import decode, read_image
 
 CACHE_BYTES = 2**30  # of prepared images, in each process that loads them
 
@@ -30,7 +30,7 @@ class Pixels:
         if image in self._known:
             return self._known[image]
         try:
-            picture = decode(image.read_bytes())
+            picture = decode(read_image(image))
         except OSError as error:
             raise InputError(f"{image}: cannot be read ({error.strerror}). Put it back.") from error
         except InputError as error:

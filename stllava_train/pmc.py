@@ -26,8 +26,8 @@ from typing import IO, Any
 
 from stllava_eval import __version__
 from stllava_eval.errors import InputError
-from stllava_eval.home import whole_file
-from stllava_eval.images import decode
+from stllava_eval.home import loads, read_bytes, whole_file
+from stllava_eval.images import decode, read_image
 
 # Since 2026 PMC hands out single files here, one folder for each version of an article:
 # https://pmc.ncbi.nlm.nih.gov/tools/pmcaws
@@ -188,7 +188,7 @@ def _read_manifest(path: Path) -> dict[str, tuple[str, str]]:
     """Figure id -> (sha256, why), one of them empty. A last line cut by a kill is removed from the file."""
     if not path.exists():
         return {}
-    raw = path.read_bytes()
+    raw = read_bytes(path)
     whole = raw[: raw.rfind(b"\n") + 1]
     if whole != raw:
         with path.open("r+b") as file:
@@ -196,7 +196,7 @@ def _read_manifest(path: Path) -> dict[str, tuple[str, str]]:
     known = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            record = json.loads(line)
+            record = loads(line)
             known[record["id"]] = (record["sha256"] or "", record["why"] or "")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
@@ -245,8 +245,8 @@ def _on_disk(file: Path) -> str | None:
     """The hash of an image that lies there already, downloaded by whatever means; None where it is broken."""
     if not file.exists():
         return None
-    image = file.read_bytes()
     try:
+        image = read_image(file)
         decode(image)
     except InputError:
         return None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from stllava_eval.errors import InputError
+from stllava_eval.home import read_text
 
 RECIPES = Path(__file__).parent / "recipes"
 R = TypeVar("R", bound="Training")
@@ -304,7 +305,7 @@ def read_dpo_recipe(name: str, changes: Sequence[str] = ()) -> DpoRecipe:
 def read_pipeline(name: str, changes: Sequence[str] = ()) -> Whole:
     """As `read_recipe`, for the whole. Keys that begin with `sft.`, `candidates.` or `dpo.` change that stage's own."""
     file = _file(name, Whole)
-    raw = _yaml(_text(file), str(file))
+    raw = read_yaml(_text(file), str(file))
     if not isinstance(raw, dict):
         raise InputError(f"{file}: it holds no keys. See stllava_train/recipes for examples.")
     place = " with ".join([str(file), *([" ".join(changes)] if changes else [])])
@@ -329,7 +330,7 @@ def read_pipeline(name: str, changes: Sequence[str] = ()) -> Whole:
 def _read(kind: type[R], name: str, changes: Sequence[str], stage: str | None) -> R:
     file = _file(name, kind)
     place = str(file)
-    raw = _yaml(_text(file), place)
+    raw = read_yaml(_text(file), place)
     if not isinstance(raw, dict):
         raise InputError(f"{place}: it holds no keys. See stllava_train/recipes for examples.")
     if "stages" in raw:
@@ -374,7 +375,7 @@ def _change(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise InputError(f"{text!r}: not key=value, such as epochs=3.")
-    return key.strip(), _yaml(value, text)
+    return key.strip(), read_yaml(value, text)
 
 
 def recipe_names(kind: Any = Recipe) -> list[str]:
@@ -396,13 +397,13 @@ def _file(name: str, kind: Any) -> Path:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
         raise InputError(f"{file}: cannot be read ({why}). Pass a YAML file, such as one of ours.") from error
 
 
-def _yaml(text: str, place: str) -> Any:
+def read_yaml(text: str, place: str) -> Any:
     """Texts, numbers, true, false, null, lists, and dicts by text: the part of YAML 1.2 that recipes need.
 
     PyYAML's own YAML 1.1 takes 2e-4 for a text, `no` for false, 010 for 8 and 1:30 for 90, and of a key that stands

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from stllava_eval import __version__
 from stllava_eval.errors import InputError
-from stllava_eval.home import alone, whole_file, write_json
+from stllava_eval.home import alone, local, read_json, refuse_file, whole_file, write_json
 from stllava_train.card import fault
 from stllava_train.cost import memory, read_layers
 from stllava_train.recipe import Training
@@ -276,7 +276,7 @@ def last_whole(folder: Path) -> Path | None:
     last = max(whole, key=lambda one: _step(one) or 0, default=None)
     if last is not None:
         try:
-            written = json.loads((last / WHOLE).read_text(encoding="utf-8"))["files"]
+            written = read_json(last / WHOLE)["files"]
             found = _sizes(last)
             changed = sorted(name for name, size in written.items() if found.get(name) != size)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -335,7 +335,7 @@ def processes() -> Any:
     """
     from accelerate import PartialState
 
-    from stllava_eval.network.files import one_line
+    from stllava_eval.errors import one_line
 
     try:
         return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
@@ -353,7 +353,7 @@ def _check_wandb() -> None:
     Raises:
         InputError: wandb is not installed, or has no key.
     """
-    from stllava_eval.network.files import one_line
+    from stllava_eval.errors import one_line
 
     try:
         import wandb
@@ -432,7 +432,7 @@ def _disk_told(out: Path) -> Iterator[None]:
     Raises:
         InputError: With the reason.
     """
-    from stllava_eval.network.files import one_line
+    from stllava_eval.errors import one_line
 
     try:
         yield
@@ -622,14 +622,8 @@ def check_folder(out: Path, resume: bool) -> None:
     if resume:
         _run_in(out)
         return
-    try:
-        file = next((one for one in (out, *out.parents) if one.is_file()), None)
-        held = out.is_dir() and any(out.iterdir())
-    except OSError as error:
-        raise InputError(f"--out {out}: no folder can be made there ({error.strerror}). Choose another.") from error
-    if file:
-        raise InputError(f"--out {out}: {file} is a file. Choose another folder.")
-    if held:
+    refuse_file(out, "--out")
+    if out.is_dir() and any(out.iterdir()):
         if (out / "run.json").is_file():
             raise InputError(f"{out}: it is not empty. Pass --resume to go on with the run in it, or another folder.")
         raise InputError(f"{out}: it is not empty and holds no run. Choose another --out.")
@@ -642,7 +636,7 @@ def _run_in(out: Path) -> dict[str, Any]:
         InputError: There is none.
     """
     try:
-        before = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        before = read_json(out / "run.json")
         return {
             "recipe": dict(before["recipe"]),
             "data": [one["sha256"] for one in before["data"]],
@@ -715,7 +709,8 @@ def read_trace(trace: Path) -> list[dict[str, Any]]:
 
 def _placed(source: str) -> str:
     """A folder's full path, so that it is found from wherever; a hub id as it is."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
+    folder = local(source)
+    return source if folder is None else str(folder.resolve())
 
 
 def _save(trainer: PartsTrainer, work: Work, out: Path) -> None:

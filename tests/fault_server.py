@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import threading
+import zlib
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -218,6 +219,46 @@ def refuses(status: int, message: str = "not now", **headers: str) -> Fault:
 def sends(body: bytes, status: int = 200) -> Fault:
     """These bytes, whatever they are."""
     return lambda handler: handler.sends(status, body)
+
+
+def completes(message: Any, finish: Any = "stop", usage: Any = None, **more: Any) -> Fault:
+    """A chat completion of this message; `more` stands beside its choices."""
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    return lambda handler: handler.sends(200, {"choices": [choice], "usage": usage} | more)
+
+
+def packed(body: bytes, status: int = 200, packing: str = "gzip") -> Fault:
+    """These bytes, which are said to be packed."""
+    return lambda handler: handler.sends(status, body, {"Content-Encoding": packing})
+
+
+def bomb(mib: int) -> bytes:
+    """As many MiB of blanks, packed by gzip into a thousandth."""
+    packer = zlib.compressobj(9, wbits=31)
+    return b"".join(packer.compress(b" " * 2**20) for _ in range(mib)) + packer.flush()
+
+
+def sends_on(address: str, status: int = 307) -> Fault:
+    """A redirect."""
+    return lambda handler: handler.sends(status, b"", {"Location": address})
+
+
+def raw(head: bytes, body: bytes = b"") -> Fault:
+    """These bytes instead of HTTP, and the connection is closed."""
+
+    def fault(handler: _Handler) -> None:
+        handler.wfile.write(head + b"\r\n\r\n" + body)
+        handler.close_connection = True
+
+    return fault
+
+
+def head_alone(handler: _Handler) -> None:
+    """The head of a reply, and never its body."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.server.faulty.closing.wait(30)
 
 
 def says(content: str | None, finish: str = "stop", **message: Any) -> Fault:

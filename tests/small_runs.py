@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from stllava_eval.extract import finals
 from stllava_eval.runs import answered, dataset_of, split_rows, write_run
 
 Say = Callable[[Mapping[str, str]], str | None]
@@ -11,10 +12,11 @@ Say = Callable[[Mapping[str, str]], str | None]
 def small_run(folder: Path, say: Say, tasks: tuple[str, ...] = ("vqarad",), **decided: object) -> Path:
     """`say` gives the answer to a row of the test split, or None for a question that was not asked."""
     rows = [
-        answered(task, row, row["question"], answer, None)
+        answered(task, row, row["question"], final)
         for task in tasks
         for row in split_rows(dataset_of(task))
         if (answer := say(row)) is not None
+        for final in finals([answer], row["question"], "final")
     ]
     checkpoint = {"name": f"checkpoints/{folder.name}", "sha256": folder.name * 4, "trained_on": None}
     decided = {"model": "stllava_med", "checkpoint": checkpoint, "images": "own", "decoding": "greedy", **decided}

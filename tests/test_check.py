@@ -60,7 +60,7 @@ def test_an_image_that_cannot_be_decoded_is_reported_for_every_record(folder):
     found = told(file)
     assert [one[:2] for one in found] == ["2:", "4:", "5:"]
     assert re.search(r"a: its image .*cut.png: an image of \d+ bytes cannot be decoded \(.*truncated", found[0])
-    assert "text.jpg: 8 bytes are no image that Pillow knows" in found[2]
+    assert "text.jpg: 8 bytes are no JPEG, PNG, BMP, GIF, TIFF or WebP image" in found[2]
 
 
 def test_the_same_image_and_rounds_under_two_ids_are_a_duplicate(folder):

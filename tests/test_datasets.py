@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import gzip
 import io
 import json
 import os
@@ -688,6 +689,235 @@ def test_a_damaged_member_is_refused_by_name(tmp_path, small_slake):
         prepare("slake", "validation", path)
 
 
+BLANK = b" " * 2**20
+
+
+def zip_of_blanks(path: Path, member: str, megabytes: int, **how) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open(member, "w") as file:
+        for _ in range(megabytes):
+            file.write(BLANK)
+    return path
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """A thousandth of the real ones, about."""
+    for name, most in (
+        ("LISTING_BYTES", 2**17),
+        ("TABLE_BYTES", 2**16),
+        ("TEXTS_BYTES", 2**18),
+        ("NESTED_BYTES", 2**20),
+        ("PARQUET_BYTES", 2**21),
+        ("IMAGES_BYTES", 2**22),
+        ("UNPACKED_BYTES", 2**23),
+        ("IMAGE_BYTES", 2**18),
+    ):
+        monkeypatch.setattr(datasets, name, most)
+
+
+@pytest.mark.parametrize("ending", [".zip", ".tar", ".tar.gz"])
+@pytest.mark.parametrize("zipped", [False, True], ids=["imgs/", "imgs.zip"])
+def test_an_archive_of_a_real_kind_is_within_the_limits(tmp_path, small_slake, small_limits, ending, zipped):
+    assert prepare("slake", "validation", packed(slake_folder(tmp_path, zipped), ending)).counts["rows"] == 3
+
+
+def test_a_zip_of_three_gigabytes_of_blanks_is_refused_by_the_size_that_it_names(tmp_path):
+    path = zip_of_blanks(tmp_path / "a.zip", "validate.json", 1)
+    content = path.read_bytes()
+    named, size = (2**20).to_bytes(4, "little"), (3 * 2**30).to_bytes(4, "little")
+    assert content.count(named) == 2  # before the member, and in the list at the end
+    path.write_bytes(content.replace(named, size))
+    with pytest.raises(InputError) as refused:
+        prepare("slake", "validation", path)
+    assert str(refused.value) == (
+        f"{path}: validate.json has 3,221,225,472 bytes, and at most 67,108,864 are read. Download it again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("member", "megabytes", "told"),
+    [
+        pytest.param("validate.json", 1, "validate.json has 1,048,576 bytes, and at most 65,536", id="JSON"),
+        pytest.param("validation.jsonl", 1, "has 1,048,576 bytes, and at most 65,536", id="JSONL"),
+        pytest.param("imgs.zip", 2, "imgs.zip has 2,097,152 bytes, and at most 1,048,576", id="nested"),
+        pytest.param("data/validation-0.parquet", 3, "has 3,145,728 bytes, and at most 2,097,152", id="parquet"),
+    ],
+)
+@pytest.mark.parametrize("ending", [".zip", ".tar.gz"])
+def test_a_member_that_is_too_large_is_refused_by_name(tmp_path, small_limits, member, megabytes, told, ending):
+    path = tmp_path / f"a{ending}"
+    if ending == ".zip":
+        zip_of_blanks(path, member, megabytes)
+    else:
+        with tarfile.open(path, "w:gz") as archive:
+            info = tarfile.TarInfo(member)
+            info.size = megabytes * 2**20
+            archive.addfile(info, io.BytesIO(BLANK * megabytes))
+    with pytest.raises(InputError, match=told) as refused:
+        prepare("slake", "validation", path)
+    assert "\n" not in str(refused.value)
+
+
+def test_zips_in_a_zip_have_one_limit_together(tmp_path, small_limits):
+    with zipfile.ZipFile(tmp_path / "inner.zip", "w") as archive:
+        archive.writestr("x.bin", bytes(600_000))
+    inner = (tmp_path / "inner.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("one.zip", inner)
+        archive.writestr("two.zip", inner)
+    with pytest.raises(InputError, match=r"two\.zip has 60\d,\d+ bytes, and at most 44\d,\d+ are read"):
+        prepare("slake", "validation", tmp_path / "a.zip")
+
+
+def test_an_image_that_is_too_large_is_refused_and_so_are_too_many(tmp_path, small_slake, small_limits, monkeypatch):
+    folder = slake_folder(tmp_path)
+    (folder / "imgs/xmlab1/source.jpg").write_bytes(picture(1, "JPEG") + bytes(2**18))
+    path = packed(folder, ".zip")
+    with pytest.raises(InputError, match=r"xmlab1/source\.jpg has 26\d,\d+ bytes, and at most 262,144 are read"):
+        prepare("slake", "validation", path)
+    monkeypatch.setattr(datasets, "IMAGES_BYTES", 1000)
+    with pytest.raises(InputError, match=r"images of 26\d,\d+ bytes, and at most 1,000 are read"):
+        prepare("slake", "validation", path)
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+def test_a_zip_whose_sizes_are_not_true_is_refused(tmp_path, kind):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", kind) as archive:
+        archive.writestr("validate.json", b"[" + BLANK + b"]")
+    size = (2**20 + 2).to_bytes(4, "little")
+    path.write_bytes(path.read_bytes().replace(size, (10).to_bytes(4, "little")))
+    with pytest.raises(InputError, match=r"validate\.json cannot be read|not a whole zip archive"):
+        prepare("slake", "validation", path)
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_in_a_compression_that_cannot_be_unpacked_piece_by_piece_is_refused(tmp_path, kind):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", kind) as archive:
+        archive.writestr("validate.json", BLANK)
+    with pytest.raises(InputError, match=rf"'validate.json' is compressed in a way \(number {kind}\)"):
+        prepare("slake", "validation", tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_tar_archives_are_read_in_every_compression_and_up_to_a_size(tmp_path, small_slake, small_limits, mode):
+    folder = slake_folder(tmp_path)
+    with tarfile.open(tmp_path / "a.tar", mode) as archive:
+        archive.add(folder, ".")
+    assert prepare("slake", "validation", tmp_path / "a.tar").counts["rows"] == 3
+    with tarfile.open(tmp_path / "b.tar", mode) as archive:
+        for number in range(5):
+            member = tarfile.TarInfo(f"{number}.bin")
+            member.size = 2**21
+            archive.addfile(member, io.BytesIO(BLANK * 2))
+    with pytest.raises(InputError, match=r"2,097,152 bytes, .* 8,388,608 in all|unpacks to more than 8,388,608"):
+        prepare("slake", "validation", tmp_path / "b.tar")
+
+
+def test_a_tar_that_says_too_much_of_its_members_is_refused(tmp_path, small_limits):
+    member = tarfile.TarInfo("header")
+    member.type, member.size = tarfile.XHDTYPE, 2**21
+    with gzip.open(tmp_path / "long.tar.gz", "wb") as file:
+        file.write(member.tobuf(tarfile.USTAR_FORMAT) + BLANK * 2)
+    with tarfile.open(tmp_path / "many.tar.gz", "w:gz") as archive:
+        for number in range(300):
+            archive.addfile(tarfile.TarInfo(f"{number}.txt"))
+    for name in ("long", "many"):
+        with pytest.raises(InputError, match="more stands in it than the files of a data set take"):
+            prepare("slake", "validation", tmp_path / f"{name}.tar.gz")
+
+
+def test_a_tar_that_promises_a_terabyte_is_refused_at_once(tmp_path):
+    member = tarfile.TarInfo("validate.json")
+    member.size = 2**40
+    (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT))
+    with pytest.raises(InputError, match=r"validate\.json has 1,099,511,627,776 bytes, and at most 2,147,483,648"):
+        prepare("slake", "validation", tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("name", ["validate.json", "imgs.zip", "imgs/xmlab1/source.jpg"])
+@pytest.mark.parametrize("kind", ["device", "pipe", "nowhere", "sparse"])
+def test_a_folder_with_something_else_under_a_files_name_is_refused(tmp_path, small_slake, name, kind):
+    file = slake_folder(tmp_path) / name
+    file.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "sparse":
+        with file.open("wb") as out:
+            out.truncate(2**40)
+    else:
+        file.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    told = {"nowhere": "cannot be read", "sparse": r"1,099,511,62\d,\d+ bytes|not a whole zip"}
+    with pytest.raises(InputError, match=told.get(kind, rf"{name} is no regular file")) as refused:
+        prepare("slake", "validation", tmp_path / "slake")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_a_source_that_need_not_end_is_refused(tmp_path, kind):
+    source = Path("/dev/zero") if kind == "device" else tmp_path / "pipe"
+    if kind == "pipe":
+        os.mkfifo(source)
+    with pytest.raises(InputError, match=rf"^{source} is neither a folder nor a regular file"):
+        prepare("slake", "validation", source)
+
+
+@pytest.mark.parametrize("source", ["x" * 256, "a/" * 3000, "~no-such-user/slake"])
+def test_a_name_that_nothing_can_have_is_refused(source):
+    with pytest.raises(InputError, match="no such folder or archive"):
+        prepare("slake", "validation", source)
+
+
+def test_parquet_files_that_unpack_to_much_are_refused(tmp_path, small_slake, small_limits, monkeypatch):
+    rows = [{**row, "qid": None} for row in english_copy(slake_rows())]
+    parquet(tmp_path / "a/data/validation-0.parquet", [{**row, "question": " " * 10**5} for row in rows])
+    with pytest.raises(InputError, match=r"validation-0\.parquet holds more than 262,144 bytes beside its images"):
+        prepare("slake", "validation", tmp_path / "a")
+    parquet(tmp_path / "b/data/validation-0.parquet", [{**row, "more": "x" * 2**22} for row in rows])
+    monkeypatch.setattr(datasets, "UNPACKED_BYTES", 2**21)
+    with pytest.raises(InputError, match=r"validation-0\.parquet unpacks to 4,\d+,\d+ bytes, and at most 2,097,152"):
+        prepare("slake", "validation", tmp_path / "b")
+    monkeypatch.setattr(datasets, "IMAGES_BYTES", 100)
+    parquet(tmp_path / "c/data/validation-0.parquet", rows)
+    with pytest.raises(InputError, match=r"validation images of more than 100 bytes"):
+        prepare("slake", "validation", tmp_path / "c")
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path, small_slake):
+    folder = slake_folder(tmp_path)
+    text = json.dumps(slake_rows(), indent=0)
+    (folder / "validate.json").write_text(text.replace('"answer": "Yes"', '"answer": "Yes",\n"answer": "No"', 1))
+    with pytest.raises(InputError, match=r"validate\.json is no JSON \(key 'answer' stands twice: line 2 column 1"):
+        prepare("slake", "validation", folder)
+    (folder / "validate.json").unlink()
+    (folder / "validation.jsonl").write_text('{"qid": 1}\n{"qid": 2, "qid": 3}\n')
+    with pytest.raises(InputError, match=r"validation\.jsonl is no JSON \(line 2: key 'qid' stands twice"):
+        prepare("slake", "validation", folder)
+
+
+def test_a_pickle_that_numbers_an_object_high_takes_no_memory_for_it(tmp_path, small_pathvqa):
+    folder = pathvqa_folder(tmp_path, PATHVQA)
+    file = folder / "qas/test_qa.pkl"
+    file.write_bytes(b"]r\xff\xff\xff\x7f.")  # an empty list, kept under number 2147483647
+    with pytest.raises(InputError, match=r"found 0 = 0 closed"):
+        prepare("pathvqa", "test", folder)
+
+
+def test_what_the_hub_says_is_told_to_its_end(monkeypatch):
+    said = (
+        "401 Client Error. (Request ID: Root=1-67)\n\nRepository Not Found for url: https://hub/x.\n"
+        "Please make sure you specified the correct `repo_id` and `repo_type`.\nInvalid username or password."
+    )
+
+    def refuse(*_, **__):
+        raise OSError(said)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(InputError) as refused:
+        prepare("slake", "test", "BoKelvin/SLAKE")
+    assert f"cannot be fetched from the hub ({' '.join(said.split()).rstrip('.')}). Download" in str(refused.value)
+
+
 def test_two_images_of_one_name_are_refused(tmp_path, small_slake):
     folder = slake_folder(tmp_path)
     other = folder / "other/xmlab0/source.jpg"
@@ -858,20 +1088,15 @@ def test_an_image_cut_short_anywhere_is_refused(format, monkeypatch):
     whole = encoded(noise, format)
     assert decode(whole).size == (24, 24)
     for cut in range(0, len(whole) * 9 // 10, 7):
-        with pytest.raises(InputError, match=r"cannot be decoded|no image"):
+        with pytest.raises(InputError, match=r"cannot be decoded|no JPEG"):
             decode(whole[:cut])
 
 
-def test_a_decompression_bomb_is_one_line(monkeypatch):
-    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(InputError, match="decompression bomb") as refused:
-        decode(encoded(PIL.Image.new("L", (100, 100))))
-    assert "\n" not in str(refused.value)
-
-
 def test_something_else_than_an_image_is_refused_without_an_address_of_memory():
-    with pytest.raises(InputError, match=r"^7 bytes are no image that Pillow knows\. Download it again\.$"):
-        decode(b"<html/>")
+    with pytest.raises(
+        InputError, match=r"^7 bytes are no JPEG, PNG, BMP, GIF, TIFF or WebP image\. Download it again\.$"
+    ):
+        decode(b"nothing")
 
 
 def test_equal_pictures_in_two_encodings_have_one_hash_and_other_shapes_another():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stllava_eval.answering import Answerer
-from stllava_eval.engine import Engine, Prompt, Sampling, draw
+from stllava_eval.engine import Choice, Engine, Prompt, Refused, Sampling, draw, pixels_sha256
 from stllava_eval.errors import InputError
 
 IMAGES = 5
@@ -256,6 +256,44 @@ def test_another_error_is_not_taken_for_short_memory(model, monkeypatch):
     monkeypatch.setattr(Engine, "_forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         answers(engine(model), some_prompts(6, 5))
+
+
+@pytest.mark.parametrize("refused", [{0}, {4}, {1, 2}, set(range(IMAGES))])
+def test_prompts_about_a_refused_image_come_back_with_the_reason_and_the_others_are_answered(model, refused):
+    def inputs(image: int):
+        if image in refused:
+            raise Refused(f"no image {image}")
+        return {"pixel_values": pixels(image)}
+
+    prompts = [replace(of, inputs=lambda of=of: inputs(of.key)) for of in some_prompts(12, 30)]
+    for options in ({}, {"rows": 1}, {"batch_tokens": 60}):
+        found = answers(engine(model, **options), prompts)
+        for of, outcome in zip(prompts, found, strict=True):
+            if of.key in refused:
+                assert str(outcome) == f"no image {of.key}"
+            else:
+                assert outcome == generated(model, of)
+
+
+def test_the_choice_for_generate_is_the_engines(model):
+    """Drawn and likeliest tokens side by side, with a token that is never generated."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    prompts = [prompt(0, (40, 50, word), sampling=sampling) for word in (60, 61, 62) for sampling in (None, HOT)]
+    expected = answers(engine(model), prompts)
+    ids = torch.tensor([of.prefix + of.suffix for of in prompts])
+    images = torch.cat([of.inputs()["pixel_values"] for of in prompts])
+    rows = [(of, pixels_sha256(of.inputs())) for of in prompts]
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=images,
+            generation_config=GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=2, pad_token_id=0),
+            logits_processor=LogitsProcessorList([Choice(rows, ids.shape[1], [3])]),
+        )
+    found = [row[: row.index(2) + 1] if 2 in row else row for row in output[:, ids.shape[1] :].tolist()]
+    assert found == expected
 
 
 HOT = Sampling(temperature=1.2, top_k=100, top_p=0.95, seed=7)

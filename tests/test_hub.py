@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from test_checkpoint import make, original_names, write_flat_config, write_tower
 
+from stllava_eval.errors import one_line
+
 SHA = "0" * 40
 
 
@@ -36,7 +38,7 @@ def hub(tmp_path):
                 if not folder.is_dir():
                     return self.send(404, b"{}", body, {"X-Error-Code": "RepoNotFound"})
                 names = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-                if parts[4] == "tree":
+                if parts[4:5] == ["tree"]:
                     rows = [{"type": "file", "path": name, "size": 1, "oid": SHA} for name in names]
                     return self.send(200, json.dumps(rows).encode(), body)
                 info = {"id": "/".join(parts[2:4]), "sha": SHA, "siblings": [{"rfilename": name} for name in names]}
@@ -98,3 +100,54 @@ def test_an_id_that_the_hub_does_not_have_is_one_line(hub, tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "no/body: no such folder, and not to be had from the hub" in done.stderr
+    assert "Please make sure you specified the correct `repo_id`" in done.stderr  # what the hub's library says, whole
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("It is gone.\nLook elsewhere.", "It is gone. Look elsewhere"),
+        ("a " * 99 + "b.", "a " * 99 + "b"),
+        ("One sentence is said. " * 20, "One sentence is said. " * 12 + "One sentence is said"),
+        ("four words of some length ", "four words of some length"),
+        ("words " * 100, "words " * 50 + "..."),
+        ("wording " * 100, "wording " * 37 + "..."),
+        ("", "ValueError"),
+    ],
+)
+def test_what_a_library_says_is_one_line_that_ends_with_a_sentence_or_a_word(said, line):
+    assert one_line(ValueError(said)) == line
+    assert len(line) <= 304
+
+
+WITHOUT_TORCH = """
+import sys
+from stllava_eval.cli import main
+code = main(sys.argv[1:])
+print("loaded", sorted({"torch", "transformers", "lmms_eval"} & set(sys.modules)))
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ("nowhere", "nowhere: no such folder. Pass a folder or a hub id"),
+        ("no/body", "no/body: no such folder, and not to be had from the hub (LocalEntryNotFoundError: Cannot find an"),
+        ("file.txt", "file.txt is a file. Pass the folder that it lies in"),
+        ("empty", "empty is not a checkpoint: it has no config.json"),
+        ("broken", "config.json: not a JSON object"),
+    ],
+)
+def test_a_wrong_checkpoint_is_refused_before_torch_is_loaded(named, says, tmp_path):
+    (tmp_path / "file.txt").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "STLLAVA_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", WITHOUT_TORCH, "run", "--checkpoint", named]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == "loaded []\n"

@@ -283,6 +283,7 @@ def test_what_is_no_score_has_a_class_of_its_own(images, fault, outcome, why):
     assert fates(preferences(candidates(1), found))["not scored"] == 1
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["HTTP 400", "HTTP 200 with error 400"])
 @pytest.mark.parametrize(
     ("named", "message", "left"),
     [
@@ -295,9 +296,14 @@ def test_what_is_no_score_has_a_class_of_its_own(images, fault, outcome, why):
         ),
     ],
 )
-def test_what_a_server_does_not_take_is_left_out(images, named, message, left):
+def test_what_a_server_does_not_take_is_left_out(images, named, message, left, inside):
     def reply(request):
-        return refuses(400, message) if named in request else fair(request)
+        refusal = (
+            sends(json.dumps({"error": {"code": 400, "message": message}}).encode())
+            if inside
+            else refuses(400, message)
+        )
+        return refusal if named in request else fair(request)
 
     with FaultServer(reply=reply) as there:
         found = verdicts(there.url, candidates(4), images)
@@ -664,6 +670,25 @@ def test_the_key_is_in_no_file_and_no_message(images, written, tmp_path, monkeyp
     assert b"HTTP 400: wrong ***" in files
     for told in (files.decode(), str(error.value), repr(error.value.__cause__), *capfd.readouterr()):
         assert key not in told
+
+
+def test_replies_of_a_batch_are_cleaned_as_any_reply_and_split_at_line_ends_only(
+    images, written, tmp_path, monkeypatch
+):
+    key = "sk-secret/0123456789+abc"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    some, out = candidates(1), tmp_path / "judged.jsonl"
+    with FaultServer(reply=lambda request: f"8 7\u2028{key} \ud83d") as there:
+        batched(there.url, some, images, written, out)
+        there.answer_batches(share=0.5, expired="batch_expired")
+        for name, file in there.files.items():
+            file = file.replace(b"\\u2028", "\u2028".encode())  # as a server may send it
+            there.files[name] = file.replace(b"not within a day", f"not with\\n{key}".encode())
+        assert batched(there.url, some, images, written, out) == {"scored": 1, "failed": 1}
+    found = read_verdicts(out)
+    assert "HTTP None: not with ***" in [one.why for one in found]
+    assert [one.reply for one in found if one.reply] == ["8 7\u2028*** \ufffd"]
+    assert key not in out.read_text("utf-8")
 
 
 def test_a_file_of_verdicts_on_other_candidates_is_not_added_to(written, tmp_path):

@@ -154,7 +154,9 @@ def test_the_csv_has_a_line_for_each_score_with_what_it_rests_on(prepared, tmp_p
     lines = list(csv.DictReader(io.StringIO(board_csv(rows))))
     (recall,) = [line for line in lines if line["system"] == "a" and line["metric"] == "recall"]
     assert (recall["value"], recall["n"], recall["sha256"], recall["prompt"]) == ("1.0", "4", "aaaa", "bare")
-    assert recall["signature"] == "recall|v1|vqarad test for tests|prompt bare"
+    assert (
+        recall["signature"] == "recall|v1|vqarad test for tests|prompt bare|extract final-v1|images own|decoding greedy"
+    )
 
 
 def test_a_spreadsheet_takes_no_name_for_a_formula(prepared, tmp_path):

@@ -1,8 +1,10 @@
 """A board and its runs -> one page, as a browser shows it."""
 
 import base64
+import errno
 import gzip
 import json
+import pydoc
 import re
 
 import PIL.Image
@@ -10,6 +12,7 @@ import pytest
 from small_runs import always, right, small_run
 
 from stllava_eval import page as pages
+from stllava_eval.errors import InputError
 from stllava_eval.leaderboard import board
 from stllava_eval.page import page, write_board
 
@@ -240,6 +243,40 @@ def test_images_of_an_earlier_page_do_not_stay(runs, tmp_path):
     (tmp_path / "out" / "images" / "mine.jpg").write_bytes(b"")
     write_board(tmp_path / "out", board(runs), "none")
     assert [file.name for file in (tmp_path / "out" / "images").iterdir()] == ["mine.jpg"]
+
+
+FILES = ("board.md", "board.csv", "board.json", "board.tex", "index.html")
+
+
+@pytest.mark.parametrize("call", [0, 2, 4])
+@pytest.mark.parametrize("what", ["os.fsync", "pathlib.Path.rename"])
+def test_a_full_disk_leaves_the_whole_old_board(runs, tmp_path, monkeypatch, what, call):
+    out = tmp_path / "out"
+    write_board(out, board(runs[:1]), "folder")
+    before = {file: file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+    assert {file.name for file in before} >= {*FILES}
+    calls, real = iter(range(1000)), pydoc.locate(what)
+
+    def full(*arguments):
+        if next(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    monkeypatch.setattr(what, full)
+    with pytest.raises(InputError) as refused:
+        write_board(out, board(runs), "none")
+    assert str(refused.value) == (
+        f"{out}: cannot be written (No space left on device). Free some space or choose another folder."
+    )
+    assert {file: file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()} == before
+
+
+def test_a_board_goes_to_a_folder_and_its_name_can_be_too_long(runs, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--out .*file is a file\. Pass a folder"):
+        write_board(tmp_path / "file", board(runs))
+    with pytest.raises(InputError, match=r"no folder can be made there \(File name too long\)"):
+        write_board(tmp_path / ("x" * 256), board(runs))
 
 
 @pytest.mark.parametrize("control", ["kind", "group-0", "metric", "field", "of", "a", "show", "in"])

@@ -303,7 +303,7 @@ def test_an_image_is_shown_as_the_model_saw_it(folder, mode):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param(b"no image", "a.png: 8 bytes are no image", id="broken"),
+        pytest.param(b"no image", "a.png: 8 bytes are no JPEG", id="broken"),
         pytest.param(None, "a.png: cannot be read (No such file or directory)", id="gone"),
         pytest.param("b.png", "a.png: not the picture that the model was asked about", id="another"),
     ],
@@ -458,7 +458,7 @@ def test_keys_and_mouse_judge_what_is_on_the_screen(folder, browser):
         at("4 of 6, 1 skipped")
         browser.click("[data-choice='2']")
         at("5 of 6, 1 skipped")
-        browser.wait("broken.textContent.includes('no image that Pillow knows')")
+        browser.wait("broken.textContent.includes('no JPEG, PNG, BMP')")
         browser.press("1")
         browser.wait("said.textContent.includes('Not saved')")
         browser.press("s")

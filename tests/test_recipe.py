@@ -383,7 +383,7 @@ def test_a_file_that_may_not_be_read_is_refused(mine, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match=r"mine\.yaml: cannot be read \(Permission denied\)"):
         read_recipe(file)
 

@@ -1,8 +1,12 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from small_runs import right, small_run
 
+from stllava_eval import runs
 from stllava_eval.cli import main
 from stllava_eval.errors import InputError
 from stllava_eval.leaderboard import board, board_text
@@ -50,7 +54,7 @@ def test_a_signature_names_metric_data_and_prompt(prepared):
         for row in score_table("vqarad", answers(closed="no", opened="x"), "short").rows
         if (row.metric, row.category) == ("recall", "all")
     ]
-    assert row.signature == "recall|v1|vqarad test for tests|prompt short"
+    assert row.signature == "recall|v1|vqarad test for tests|prompt short|extract final-v1"
 
 
 def test_a_question_without_an_answer_is_listed_and_in_no_mean(prepared):
@@ -81,12 +85,12 @@ def test_ids_that_the_split_does_not_have_are_refused_by_name(prepared):
     ],
 )
 def test_answers_are_read_from_every_form(prepared, tmp_path, row, of):
-    assert read_answers(write(tmp_path / "a.jsonl", [row]), "vqarad") == {of: "yes"}
+    assert read_answers(write(tmp_path / "a.jsonl", [row]), "vqarad").answers == {of: "yes"}
 
 
 def test_an_empty_answer_is_an_answer(prepared, tmp_path):
     file = write(tmp_path / "a.jsonl", [{"doc_id": 0, "filtered_resps": ""}, {"id": "test-1-0", "answer": ""}])
-    assert read_answers(file, "vqarad") == {"test-0-0": "", "test-1-0": ""}
+    assert read_answers(file, "vqarad").answers == {"test-0-0": "", "test-1-0": ""}
 
 
 @pytest.mark.parametrize("run", ["[]", "{}", '{"tasks": 3}', '{"tasks": {"vqarad": {}}}'])
@@ -99,7 +103,7 @@ def test_a_folder_with_a_broken_manifest_is_no_run(prepared, tmp_path, run):
 
 def test_line_separators_inside_an_answer_do_not_end_its_line(prepared, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": "test-0-0", "answer": "yes\u2028or\u0085no"}\n', encoding="utf-8")
-    assert read_answers(tmp_path / "a.jsonl", "vqarad") == {"test-0-0": "yes\u2028or\u0085no"}
+    assert read_answers(tmp_path / "a.jsonl", "vqarad").answers == {"test-0-0": "yes\u2028or\u0085no"}
 
 
 def test_an_edited_run_is_no_run(prepared, tmp_path):
@@ -110,13 +114,15 @@ def test_an_edited_run_is_no_run(prepared, tmp_path):
         write(
             tmp_path / "answers.jsonl", [{"task": "vqarad", "id": "1", "answer": "yes"}, {"task": "vqarad", **second}]
         )
-        with pytest.raises(InputError, match=r"an id of answers.jsonl comes twice, or an id or answer is not text"):
+        with pytest.raises(
+            InputError, match=r"an id of answers.jsonl comes twice, or an id, answer or reply is not text"
+        ):
             board([tmp_path])
 
 
 def test_lines_of_other_tasks_are_left_out(prepared, tmp_path):
     rows = [{"task": "slake", "id": "1", "answer": "a"}, {"task": "vqarad", "id": "2", "answer": "b"}]
-    assert read_answers(write(tmp_path / "a.jsonl", rows), "vqarad") == {"2": "b"}
+    assert read_answers(write(tmp_path / "a.jsonl", rows), "vqarad").answers == {"2": "b"}
 
 
 @pytest.mark.parametrize(
@@ -129,6 +135,11 @@ def test_lines_of_other_tasks_are_left_out(prepared, tmp_path):
         pytest.param('{"id": "1"}', r"a.jsonl:1: no answer", id="no answer"),
         pytest.param('{"id": "1", "answer": 3}', r"a.jsonl:1: no answer", id="not text"),
         pytest.param('{"id": "1", "answer": "x"}\n' * 2, r"1 ids come twice \(1\)", id="twice"),
+        pytest.param(
+            '{"id": "1", "answer": "x"}\n{"id": "2", "answer": "no", "answer": "yes"}',
+            r"a.jsonl:2: not JSON \(key 'answer' stands twice: line 1 column 1",
+            id="a key twice",
+        ),
     ],
 )
 def test_a_bad_file_of_answers_is_refused_with_its_line(prepared, tmp_path, text, message):
@@ -213,7 +224,7 @@ def test_an_id_of_lmms_evals_samples_is_text_or_the_rows_place_counts(prepared, 
     record = {"id": id, "image_id": "a", "score": 1}
     line = {"doc_id": 0, "filtered_resps": ["yes"], "recall": record}
     (tmp_path / "samples.jsonl").write_text(json.dumps(line))
-    assert read_answers(tmp_path / "samples.jsonl", "vqarad") == {"test-0-0": "yes"}
+    assert read_answers(tmp_path / "samples.jsonl", "vqarad").answers == {"test-0-0": "yes"}
 
 
 DAMAGE = {
@@ -294,3 +305,90 @@ def test_what_a_checkpoint_has_learnt_from(tmp_path, text, expected):
     if text is not None:
         (tmp_path / "run.json").write_text(text)
     assert trained_on(str(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("file", ["run.json", "answers.jsonl"])
+def test_a_run_folder_with_a_key_twice_is_no_run(prepared, tmp_path, file):
+    folder = small_run(tmp_path / "a", right)
+    key = "checkpoint" if file == "run.json" else "answer"
+    text = (folder / file).read_text()
+    (folder / file).write_text(text.replace(f'"{key}": ', f'"{key}": "another", "{key}": ', 1))
+    with pytest.raises(InputError, match=f"a is not a run folder .*key '{key}' stands twice"):
+        read_run(folder)
+
+
+# --- whose folder it is -----------------------------------------------------------------------------------------------
+
+
+RESERVE = """
+import datetime, sys
+from stllava_eval import runs
+from stllava_eval.errors import InputError
+
+class Frozen(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 11, 30, 12, 0, 0, tzinfo=tz)
+
+runs.datetime.datetime = Frozen
+try:
+    folder = runs._new_folder(sys.argv[1])
+except InputError as error:
+    print(error, flush=True)
+else:
+    if "written" in sys.argv:
+        (folder / "run.json").write_text("{}")
+    print(folder, flush=True)
+    sys.stdin.read()  # until the others have theirs
+"""
+
+
+def reserving(*arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", RESERVE, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def test_runs_of_one_second_get_a_folder_each(home):
+    started = [reserving("checkpoints/a") for _ in range(4)]
+    given = sorted(one.stdout.readline().strip() for one in started)
+    stem = f"{home}/runs/20261130-120000-a"
+    assert given == [stem, f"{stem}-2", f"{stem}-3", f"{stem}-4"]
+    assert sorted(map(str, (home / "runs").iterdir())) == given
+    for one in started:
+        one.communicate(timeout=60)
+        assert one.returncode == 0
+    assert not list((home / "runs").iterdir())  # nothing was written in any
+
+
+def test_a_chosen_folder_is_one_runs_alone(home, tmp_path):
+    chosen = {"STLLAVA_RUN": str(tmp_path / "run")}
+    first = reserving("a", "written", **chosen)
+    assert first.stdout.readline().strip() == chosen["STLLAVA_RUN"]
+    second = reserving("a", **chosen)
+    assert second.stdout.readline().strip() == (
+        f"{tmp_path}/run: another process is writing it. Wait for it, or choose another folder."
+    )
+    first.communicate(timeout=60)
+    second.communicate(timeout=60)
+    third = reserving("a", **chosen)
+    assert "run: another run has been written there meanwhile. Choose another folder" in third.stdout.readline()
+    third.communicate(timeout=60)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("checkpoint", ["x" * 255, "ö" * 120, "models/" + "y" * 1000 + "/", "org/model:latest"])
+def test_a_checkpoint_of_any_name_has_a_run_folder(home, checkpoint):
+    folder = runs._new_folder(checkpoint)
+    assert folder.is_dir()
+    assert folder.parent == home / "runs"
+
+
+def test_a_chosen_folder_whose_name_is_too_long_is_one_line(home, monkeypatch, tmp_path):
+    monkeypatch.setenv("STLLAVA_RUN", str(tmp_path / ("x" * 256)))
+    with pytest.raises(InputError, match=r"cannot be made or read \(File name too long\)"):
+        runs._new_folder("a")

@@ -1,5 +1,8 @@
 import asyncio
+import base64
 import datetime
+import gzip
+import io
 import logging
 import os
 import socket
@@ -9,6 +12,7 @@ import threading
 import time
 import traceback
 import urllib.request
+import zlib
 from dataclasses import replace
 from email.utils import format_datetime
 
@@ -17,20 +21,29 @@ from fault_server import (
     KEY_REFUSED,
     MODEL,
     FaultServer,
+    bomb,
+    completes,
     half_a_reply,
     hangs_up,
+    head_alone,
+    packed,
+    raw,
     refuses,
     says,
     sends,
+    sends_on,
     silence,
     slow_bytes,
+    text,
 )
 from PIL import Image
 
 from stllava_eval import server as module
+from stllava_eval import wire
 from stllava_eval.answering import Answer, Answerer, Question
+from stllava_eval.engine import Sampling
 from stllava_eval.errors import InputError
-from stllava_eval.server import Endpoint, Failure, Reply, ServerAnswerer
+from stllava_eval.server import Endpoint, Failure, Reply, ServerAnswerer, scaled
 
 KEY = "sk-secret/0123456789+abc"
 
@@ -98,13 +111,84 @@ def test_a_request_is_greedy_holds_the_image_before_the_text_and_no_stop_strings
         ),
         pytest.param(
             says("word " * 1_600_000),
-            Failure("its reply has 8000000 characters where 20 tokens were asked for", 1),
+            Failure("its reply has 8000000 characters where 20 tokens were asked for", 1, tokens=1_600_000),
             id="8 MB",
         ),
         pytest.param(refuses(400, "too\nlong"), Failure("HTTP 400: too long", 1), id="a bad request"),
         pytest.param(refuses(404, "gone"), Failure("HTTP 404: gone", 1), id="not found"),
         pytest.param(sends(b'{"detail": "no images"}', 422), Failure("HTTP 422: no images", 1), id="FastAPI's error"),
         pytest.param(sends(b"<html>", 413), Failure("HTTP 413: <html>", 1), id="a proxy's error"),
+        pytest.param(sends(b'{"error": "too large"}', 413), Failure("HTTP 413: too large", 1), id="an error of words"),
+        pytest.param(
+            sends(b'{"error": {"code": "400", "message": "too large"}}'),
+            Failure("HTTP 200 with error 400: too large", 1),
+            id="400 inside",
+        ),
+        pytest.param(
+            sends(b'{"object": "error", "type": "BadRequestError", "message": "too large"}'),
+            Failure("HTTP 200 with error 400: too large", 1),
+            id="vLLM's error inside",
+        ),
+        pytest.param(
+            completes({"content": "yes"}, error={"code": None, "message": ""}), Answer("yes", 0, True), id="no error"
+        ),
+        pytest.param(
+            sends(b'{"choices": [{"message": {"content": "Yes \\ud83d"}, "finish_reason": "stop"}]}'),
+            Answer("Yes \ufffd", 0, True),
+            id="half a surrogate pair",
+        ),
+        pytest.param(
+            sends(b'{"choices": [{"message": {"content": "Yes \\ud83d\\ude00"}, "finish_reason": "stop"}]}'),
+            Answer("Yes \U0001f600", 0, True),
+            id="a whole pair",
+        ),
+        pytest.param(
+            sends(b'{"choices": [{"message": {"content": "Yes \xff"}, "finish_reason": "stop"}]}'),
+            Answer("Yes \ufffd", 0, True),
+            id="no UTF-8",
+        ),
+        pytest.param(
+            sends(b'\xef\xbb\xbf{"choices": [{"message": {"content": "\xc3\xa4"}, "finish_reason": "stop"}]}'),
+            Answer("ä", 0, True),
+            id="UTF-8 with its mark",
+        ),
+        pytest.param(completes({"content": "a\0b"}), Answer("a\0b", 0, True), id="a NUL"),
+        pytest.param(
+            completes({"content": None, "refusal": "No \ud83d"}, model="\udc00"),
+            Failure("refused: No \ufffd", 1, refused=True, model="\ufffd"),
+            id="half pairs in a refusal and a name",
+        ),
+        pytest.param(completes({"content": "yes"}, usage=[5]), Answer("yes", 0, True), id="no counts"),
+        pytest.param(
+            completes({"content": "yes"}, usage={"completion_tokens": True}), Answer("yes", 0, True), id="true tokens"
+        ),
+        pytest.param(
+            completes({"content": "yes"}, usage={"completion_tokens": float("nan")}), Answer("yes", 0, True), id="NaN"
+        ),
+        pytest.param(
+            sends(
+                b'{"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": '
+                + b"9" * 5000
+                + b"}}"
+            ),
+            Answer("yes", 0, True),
+            id="a number of 5000 digits",
+        ),
+        pytest.param(
+            packed(b'{"choices": [{"message": {"content": "yes"}}]}', packing="br"),
+            Failure("its reply is packed as 'br', and only gzip was asked for", 1),
+            id="packed as nobody asked",
+        ),
+        pytest.param(
+            packed(gzip.compress(b'{"choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}')),
+            Answer("yes", 0, True),
+            id="packed",
+        ),
+        pytest.param(
+            lambda handler: handler.sends(400, b"no", {"Content-Type": "text/plain; charset=hex"}),
+            Failure("HTTP 400: no", 1),
+            id="a charset that is none",
+        ),
     ],
 )
 def test_one_reply(fault, expected):
@@ -113,6 +197,174 @@ def test_one_reply(fault, expected):
         assert server.asked().count("a question") == 1
     assert other == Answer("another (0, 0, 0)", 4, True)
     assert outcome == expected
+
+
+PARTS = [{"type": "text", "text": "a "}, {"type": "text", "text": "mass"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(PARTS, Answer("a mass", 0, True), id="texts"),
+        pytest.param(["a ", "mass"], Answer("a mass", 0, True), id="strings"),
+        pytest.param(PARTS[1], Answer("mass", 0, True), id="a part alone"),
+        pytest.param([{"type": "thinking", "thinking": "hm"}, *PARTS], Answer("a mass", 0, True), id="after a thought"),
+        pytest.param([{"type": "refusal", "refusal": "no"}], Failure("refused: no", 1, refused=True), id="a refusal"),
+        pytest.param([], Failure("its reply has no text (finish_reason 'stop')", 1), id="no part"),
+        pytest.param(
+            [{"type": "image_url", "image_url": {"url": "x"}}],
+            Failure("its reply has no text (finish_reason 'stop')", 1),
+            id="an image",
+        ),
+        pytest.param(
+            [{"type": "thinking", "thinking": "hm"}],
+            Failure("its reply is all thought (thinking) and has no answer (finish_reason 'stop')", 1),
+            id="a thought alone",
+        ),
+    ],
+)
+def test_content_may_be_a_list_of_parts(content, expected):
+    with FaultServer({"a": [completes({"content": content})]}) as server:
+        assert ask(server, question("a")) == [expected]
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+@pytest.mark.parametrize("content", [None, "", "\n\n"])
+def test_a_reply_that_is_all_thought_is_a_failure_whose_tokens_are_counted(field, content):
+    thinks = {"content": content, field: "Let me look. Is it yes? The"}
+    usage = {"completion_tokens": 20, "prompt_tokens": 300}
+    faults = {"ended": [completes(thinks, usage=usage)], "cut": [completes(thinks, "length", usage)]}
+    with FaultServer(faults) as server:
+        ended, cut = ask(server, question("ended"), question("cut"))
+    reason = f"its reply is all thought ({field}) and has no answer (finish_reason 'stop')"
+    assert ended == Failure(reason, 1, prompt_tokens=300, tokens=20)
+    reason = "its reply was cut in its thought (finish_reason 'length'), before an answer. Raise max_new_tokens."
+    assert cut == Failure(reason, 1, prompt_tokens=300, tokens=20)
+
+
+def test_a_hidden_thought_that_was_cut_is_named_and_a_thought_beside_an_answer_is_none_of_it():
+    usage = {"completion_tokens": 20, "completion_tokens_details": {"reasoning_tokens": 20}}
+    hidden = completes({"content": ""}, "length", usage)
+    faults = {"hidden": [hidden], "both": [completes({"content": "yes", "reasoning_content": "Is it? It is."})]}
+    with FaultServer(faults) as server:
+        hidden, both = ask(server, question("hidden"), question("both"))
+    assert hidden.reason.startswith("its reply was cut in its thought")
+    assert both == Answer("yes", 0, True)
+
+
+@pytest.mark.parametrize(
+    ("finish", "tokens", "ended"),
+    [
+        ("stop", 20, True),
+        ("eos", 20, True),
+        ("end_turn", 5, True),
+        ("length", 5, False),
+        ("MAX_TOKENS", 5, False),
+        ("model_length", 5, False),
+        ("tool_calls", 5, True),
+        ("tool_calls", 20, False),
+        ("a new word", 5, True),
+        (None, 5, True),
+        (None, 0, True),  # not counted
+        (None, 20, False),
+        (["stop"], 5, True),
+    ],
+)
+def test_an_answer_is_cut_where_its_length_was_limited(finish, tokens, ended):
+    fault = completes({"content": "yes"}, finish, {"completion_tokens": tokens})
+    with FaultServer({"a": [fault]}) as server:
+        assert ask(server, question("a", limit=20)) == [Answer("yes", tokens, ended)]
+
+
+# what is read -------------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """`zlib` for `wire`: counts what is unpacked, and takes its time."""
+
+    def __init__(self, pause: float = 0.0) -> None:
+        self.bytes, self.pause, self.error = 0, pause, zlib.error
+
+    def decompressobj(self, wbits: int):
+        counting, real = self, zlib.decompressobj(wbits)
+
+        class Unpacker:
+            eof = property(lambda _: real.eof)
+            unconsumed_tail = property(lambda _: real.unconsumed_tail)
+
+            def decompress(self, packed: bytes, most: int) -> bytes:
+                time.sleep(counting.pause)
+                found = real.decompress(packed, most)
+                counting.bytes += len(found)
+                return found
+
+        return Unpacker()
+
+
+def test_of_a_gzip_bomb_no_more_is_unpacked_than_allowed(monkeypatch):
+    counting = Counting()
+    monkeypatch.setattr(wire, "zlib", counting)
+    with FaultServer({"a": [packed(bomb(200))]}) as server:
+        (outcome,) = ask(server, question("a"))
+    assert outcome == Failure("its reply is larger than 16 MiB", 1)
+    assert module.LARGEST < counting.bytes <= module.LARGEST + wire.PIECE
+
+
+def test_the_time_limit_holds_while_a_reply_is_unpacked(monkeypatch):
+    monkeypatch.setattr(wire, "PIECE", 2**16)
+    monkeypatch.setattr(wire, "zlib", Counting(pause=0.02))  # 2.5 s for the 128 pieces
+    with FaultServer({"a": [packed(bomb(8))]}) as server:
+        assert ask(server, question("a"), timeout=0.5, retries=0) == [Failure("no reply within 0.5 s", 1)]
+
+
+def test_no_more_than_allowed_is_read_of_an_endless_reply_and_of_a_list_of_models():
+    blanks = sends(b" " * (17 << 20))
+    with FaultServer({"a": [blanks]}) as server:
+        assert ask(server, question("a")) == [Failure("its reply is larger than 16 MiB", 1)]
+    with FaultServer(models=packed(bomb(20))) as server, pytest.raises(InputError, match="larger than 16 MiB"):
+        ServerAnswerer(server.url)
+
+
+def test_only_gzip_is_asked_for():
+    asked = []
+
+    def models(handler):
+        asked.append(handler.headers["Accept-Encoding"])
+        handler.sends(200, {"data": [{"id": MODEL}]})
+
+    with FaultServer(models=models) as server:
+        assert ServerAnswerer(server.url).name == MODEL
+    assert asked == ["gzip"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_ends_the_run_and_nothing_is_sent_on(status, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with (
+        FaultServer() as other,
+        FaultServer({"b": [sends_on(f"{other.url}/chat/completions?token={KEY}", status)]}) as server,
+    ):
+        stream, answers = ServerAnswerer(server.url, concurrency=1).answer([question("a"), question("b")], False), []
+        with pytest.raises(InputError) as raised:
+            collect(stream, answers)
+        assert not other.requests
+        assert not other.keys
+        assert str(raised.value) == (
+            f"{server.url}: the server sends requests on to {other.url}/chat/completions (HTTP {status}), "
+            "and questions and images go to base_url only. If the model is there, pass that address, to /v1."
+        )
+    assert [answer.text for _, answer in answers] == ["a (0, 0, 0)"]
+
+
+@pytest.mark.parametrize(
+    "address", ["/elsewhere", "https://[::bad", "http://\x01\xe4/", "javascript:1", "http://a/" + "b" * 9000]
+)
+def test_a_redirect_within_one_origin_or_to_nowhere_is_refused_too(address):
+    with FaultServer(models=sends_on(address)) as server:
+        with pytest.raises(InputError, match=r"the server sends requests on to .* \(HTTP 307\)") as raised:
+            ServerAnswerer(server.url)
+        assert len(str(raised.value)) < 700
+        assert len(str(raised.value).splitlines()) == 1
 
 
 # faults that pass ---------------------------------------------------------------------------------------------------
@@ -131,6 +383,55 @@ FAULTS = [
     pytest.param(sends(b"[" * 100_000), "its reply is no JSON: ", id="nested without end"),
     pytest.param(sends(b"[1]"), "its reply is no chat completion", id="other JSON"),
     pytest.param(sends(b'{"choices": []}'), "its reply is no chat completion", id="no choice"),
+    pytest.param(sends(b'{"choices": null}'), 'its reply is no chat completion: {"choices": null}', id="choices: null"),
+    pytest.param(completes(None), "its reply is no chat completion", id="no message"),
+    pytest.param(completes({"content": 5}), "its reply is no chat completion", id="a number for a text"),
+    pytest.param(completes({"content": "ye"}, "abort"), "its reply broke off (finish_reason 'abort')", id="aborted"),
+    pytest.param(
+        sends(b'{"choices": [{"message": {"content": "yes", "content": "no"}}]}'),
+        "its reply says 'content' twice, with two values",
+        id="two answers",
+    ),
+    pytest.param(
+        sends(b'{"error": ' + b"[" * 900 + b"1" + b"]" * 900 + b"}"),
+        "HTTP 200 with an error: ",
+        id="an error nested deep",
+    ),
+    pytest.param(head_alone, "no reply within 0.4 s", id="a head and no body"),
+    pytest.param(raw(b"hello"), "the connection failed: illegal status line", id="no HTTP"),
+    pytest.param(
+        raw(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999999", b'{"choices"'),
+        "the connection failed: peer closed connection",
+        id="fewer bytes than promised",
+    ),
+    pytest.param(
+        raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked", b"no length\r\n"),
+        "the connection failed: illegal chunk header",
+        id="chunks without lengths",
+    ),
+    pytest.param(
+        sends(b"<html>\n<body>Sign in</body>"),
+        "its reply is no JSON: '<html> <body>Sign in</body>'",
+        id="a proxy's page",
+    ),
+    pytest.param(packed(b"no gzip"), "its reply says that it is gzip and is not", id="no gzip"),
+    pytest.param(packed(gzip.compress(b"{}")[:-5]), "its reply breaks off in the middle of its gzip", id="half a gzip"),
+    pytest.param(packed(bomb(40), 500), "HTTP 500: ", id="a bomb with an error"),
+    pytest.param(
+        sends(b'{"error": {"code": 429, "message": "slow down"}}'),
+        "HTTP 200 with error 429: slow down",
+        id="429 inside",
+    ),
+    pytest.param(
+        sends(b'{"error": {"type": "server_error", "message": "oh"}}'), "HTTP 200 with error 500: oh", id="500 inside"
+    ),
+    pytest.param(sends(b'{"error": "out of memory"}'), "HTTP 200 with an error: out of memory", id="words inside"),
+    pytest.param(sends(b'{"choices": null, "message": "loading"}'), "HTTP 200 with an error: loading", id="a message"),
+    pytest.param(
+        sends(b'{"choices": [{"error": {"code": 502, "message": "no provider"}, "message": {"content": "ye"}}]}'),
+        "HTTP 200 with error 502: no provider",
+        id="an error in the choice",
+    ),
 ]
 
 
@@ -138,7 +439,7 @@ FAULTS = [
 def test_a_fault_that_passes_costs_no_answer_and_one_that_stays_costs_one(fault, reason):
     faults = {"passes": [fault, fault], "stays": [fault] * 3}
     with FaultServer(faults) as server:
-        timeout = 0.4 if fault in (silence, slow_bytes) else 60
+        timeout = 0.4 if fault in (silence, slow_bytes, head_alone) else 60
         passes, stays = ask(server, question("passes"), question("stays"), retries=2, timeout=timeout)
         assert sorted(server.asked()) == ["passes"] * 3 + ["stays"] * 3
     assert passes == Answer("passes (0, 0, 0)", 4, True)
@@ -268,6 +569,32 @@ def test_a_progress_bar_counts_the_questions(capsys):
         pytest.param(refuses(401, KEY_REFUSED), r"/v1: the server refuses the key .*Set OPENAI_API_KEY", id="401"),
         pytest.param(refuses(403, "not you"), r"/v1: the server refuses the key .*HTTP 403: not you", id="403"),
         pytest.param(refuses(429, "insufficient_quota"), r"the key's quota is used up .*Raise it", id="quota"),
+        pytest.param(refuses(402, "pay"), r"the key's quota is used up \(HTTP 402: pay\)\. Raise it", id="402"),
+        pytest.param(
+            sends(b'{"error": {"code": 401, "message": "who?"}}'),
+            r"/v1: the server refuses the key .*HTTP 200 with error 401: who\?",
+            id="401 inside",
+        ),
+        pytest.param(
+            sends(b'{"error": {"code": 402, "message": "pay"}}'),
+            r"the key's quota is used up \(HTTP 200 with error 402: pay\)\. Raise it",
+            id="402 inside",
+        ),
+        pytest.param(
+            sends(b'{"choices": null, "code": 403, "msg": "not you"}'),
+            r"/v1: the server refuses the key .*HTTP 200 with error 403: not you",
+            id="403 inside",
+        ),
+        pytest.param(
+            sends(b'{"error": {"type": "invalid_request_error", "code": "invalid_api_key", "message": "who?"}}'),
+            r"/v1: the server refuses the key .*error 401: who\?",
+            id="a name for 401 inside",
+        ),
+        pytest.param(
+            sends(b'{"error": {"type": "insufficient_quota", "message": "pay"}}'),
+            r"the key's quota is used up .*pay",
+            id="quota inside",
+        ),
     ],
 )
 def test_a_key_that_is_no_longer_accepted_ends_the_run_after_the_answers_so_far(fault, message, monkeypatch):
@@ -345,6 +672,28 @@ def test_a_server_that_is_no_such_server_is_refused_at_the_start(fault, message)
         ServerAnswerer(server.url, timeout=0.3 if fault is silence else 60)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("HTTP_PROXY", "ftp://127.0.0.1:1", "Unknown scheme for proxy URL"),
+        ("ALL_PROXY", "http://127.0.0.1:port", "Invalid port"),
+        ("SSL_CERT_FILE", "/not/there", "No such file"),
+    ],
+)
+def test_a_proxy_or_certificates_that_cannot_be_used_are_refused(name, value, reason, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"HTTP_PROXY, .* cannot be used .*{reason}.* Mend or unset it") as raised:
+        ServerAnswerer("http://127.0.0.1:1/v1")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_request_that_cannot_be_sent_is_a_failure():
+    request = {"messages": [{"role": "user", "content": "Why \ud83d?"}], "max_tokens": 5}
+    with FaultServer() as server:
+        ((_, failure),) = Endpoint(server.url).replies([lambda: request])
+    assert failure == Failure("the request holds half a character, which no server can be sent", 1)
+
+
 def test_an_address_without_v1_is_refused():
     with FaultServer() as server, pytest.raises(InputError, match="has no /models"):
         ServerAnswerer(server.url.removesuffix("/v1"))
@@ -366,6 +715,9 @@ def test_an_address_where_nothing_listens_is_refused():
         ("127.0.0.1:8000/v1", "not the address of a server"),
         ("http://127.0.0.1:80000/v1", "not the address of a server"),
         ("http://[::1/v1", "not the address of a server"),
+        ("http://127.0.0.1:1/\x7f", "not the address of a server"),
+        ("http://\udcff/v1", "not the address of a server"),
+        ("http://127.0.0.1:1/" + "v" * 99999, "not the address of a server"),
         ("", "not the address of a server"),
         (None, "not the address of a server"),
         ("https://api.openai.com/v1", "needs a key. Set OPENAI_API_KEY"),
@@ -378,12 +730,36 @@ def test_a_wrong_address_is_refused_without_its_secrets(url, message):
 
 
 @pytest.mark.parametrize(
-    "options", [{"concurrency": 0}, {"concurrency": "many"}, {"retries": -1}, {"timeout": 0}, {"timeout": "long"}]
+    "options",
+    [
+        {"concurrency": 0},
+        {"concurrency": "many"},
+        {"retries": -1},
+        {"timeout": 0},
+        {"timeout": "long"},
+        {"timeout": float("inf")},
+        {"min_pixels": 0},
+        {"max_pixels": 1.5},
+        {"max_pixels": "many"},
+        {"max_pixels": True},
+        {"max_pixels": 10**9},
+        {"enable_thinking": "yes"},
+        {"model": 7},
+        {"system": 7},
+        {"system": " "},
+        {"system": "\ud83d"},
+    ],
 )
 def test_a_wrong_option_is_refused(options):
-    ((name, value),) = options.items()
-    with pytest.raises(InputError, match=f"{name}={value}: pass a"):
+    (name,) = options
+    with pytest.raises(InputError, match=f"{name}=.*: pass (a (whole )?number|True or False|the )") as raised:
         ServerAnswerer("http://127.0.0.1:1/v1", **options)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_fewer_pixels_at_most_than_at_least_are_refused():
+    with pytest.raises(InputError, match=r"min_pixels=9: more than max_pixels=4\. Pass at most as many\."):
+        ServerAnswerer("http://127.0.0.1:1/v1", min_pixels=9, max_pixels=4)
 
 
 # the key ------------------------------------------------------------------------------------------------------------
@@ -418,6 +794,66 @@ def test_the_key_comes_from_the_environment_and_nothing_shows_it(monkeypatch, ca
     assert not [text for text in [*shown, caplog.text, captured.out, captured.err] if KEY[3:-3] in text]
 
 
+def encoded(key: str) -> str:
+    return base64.b64encode(key.encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("said", "masked"),
+    [
+        pytest.param("The key is {key}.", "The key is ***.", id="as it is"),
+        pytest.param("Authorization: Bearer {key}", "Authorization: Bearer ***", id="in its header"),
+        pytest.param(f"yes {KEY[:14]}...", "yes ***...", id="its beginning"),
+        pytest.param(f"yes {KEY[-14:]}", "yes ***", id="its end"),
+        pytest.param(f"yes {KEY[:5]}", f"yes {KEY[:5]}", id="a few signs of it"),
+        pytest.param(f"yes {encoded(KEY)}", "yes ***", id="base64"),
+        pytest.param(f"yes {KEY.encode().hex()}", "yes ***", id="hexadecimal"),
+        pytest.param("yes sk-secret%2F0123456789%2Babc", "yes ***", id="in an address"),
+        pytest.param(f"{KEY}{KEY} and {KEY}", "****** and ***", id="again and again"),
+    ],
+)
+def test_the_key_is_masked_in_an_answer(said, masked, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with FaultServer({"a": [says(said.replace("{key}", KEY))]}) as server:
+        ((_, answer),) = ServerAnswerer(server.url).answer([question("a", limit=99)], progress=False)
+    assert answer.text == masked
+
+
+@pytest.mark.parametrize("before", ["Bearer ", "user:", "x", ""])
+def test_the_key_is_masked_wherever_it_stands_in_base64(before, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    said = encoded(f"{before}{KEY}/end")
+    with FaultServer({"a": [says(said)]}) as server:
+        (outcome,) = ask(server, question("a", limit=99))
+    start, end = outcome.text.split("***")
+    assert said.startswith(start)
+    assert said.endswith(end)
+    assert len(start) <= 4 * len(before) / 3 + 1  # a sign of the border holds bits of both sides
+    assert len(end) <= 4 * len("/end") / 3 + 1 + said.count("=")
+
+
+def test_the_key_is_masked_in_the_name_of_a_model_and_in_what_is_said_of_a_thought(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    faults = {"a": [completes({"content": "yes"}, KEY, model=KEY)], "b": [completes({"content": None}, KEY, model=KEY)]}
+    with FaultServer(faults) as server:
+        request = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5}
+        endpoint = Endpoint(server.url)
+        ((_, reply),) = endpoint.replies([lambda: request])
+        ((_, failure),) = endpoint.replies([lambda: request | {"messages": [{"role": "user", "content": "b"}]}])
+    assert reply == Reply("yes", 0, "***", "***")
+    assert failure == Failure("its reply has no text (finish_reason '***')", 1, model="***")
+    with FaultServer(models=[KEY]) as server, pytest.raises(InputError, match=r"it serves \*\*\*\. Name one"):
+        ServerAnswerer(server.url)
+
+
+@pytest.mark.parametrize("key", ["EMPTY", "none", "no", "x", "1"])
+def test_a_placeholder_for_a_key_is_masked_in_no_answer(key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with FaultServer({"a": [says(f"no, none, 1 x EMPTY. Bearer {key}")]}) as server:
+        ((_, answer),) = ServerAnswerer(server.url).answer([question("a")], progress=False)
+    assert answer.text == "no, none, 1 x EMPTY. ***"
+
+
 def test_a_server_of_ones_own_needs_no_key():
     with FaultServer() as server:
         ask(server, question("a"))
@@ -432,8 +868,90 @@ def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(key, monke
     assert "secret" not in str(raised.value)
 
 
-def test_draws_and_further_rounds_are_refused():
-    with FaultServer() as server, pytest.raises(InputError, match="a server is asked one round, greedily"):
+# how it is asked ----------------------------------------------------------------------------------------------------
+
+
+def requests(*questions: Question, **options) -> list[dict]:
+    """What the server is sent, without the model, in the questions' order."""
+    with FaultServer() as server:
+        ask(server, *questions, concurrency=1, **options)
+        return [{name: value for name, value in one.items() if name != "model"} for one in server.requests]
+
+
+def test_a_system_message_stands_before_the_question():
+    (request,) = requests(question("Is it?"), system="You are a radiologist.")
+    assert request["messages"][0] == {"role": "system", "content": "You are a radiologist."}
+    assert [message["role"] for message in request["messages"]] == ["system", "user"]
+    assert text(request) == "Is it?"
+
+
+@pytest.mark.parametrize("think", [True, False])
+def test_thinking_is_told_to_the_chat_template(think):
+    (request,) = requests(question("Is it?"), enable_thinking=think)
+    assert request["chat_template_kwargs"] == {"enable_thinking": think}
+    assert request["temperature"] == 0
+
+
+def test_a_draw_carries_its_sampling_and_a_seed_of_its_own():
+    plain = replace(question("a"), sampling=Sampling(0.7, seed=5))
+    full = replace(question("b"), sampling=Sampling(0.6, top_k=20, top_p=0.95, seed=5))
+    found = requests(plain, replace(plain, draw=2), full, question("greedy"))
+    for request in found:
+        del request["messages"]
+    assert found == [
+        {"max_tokens": 20, "temperature": 0.7, "seed": 5},
+        {"max_tokens": 20, "temperature": 0.7, "seed": 7},
+        {"max_tokens": 20, "temperature": 0.6, "seed": 5, "top_p": 0.95, "top_k": 20},
+        {"max_tokens": 20, "temperature": 0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "limits", "expected"),
+    [
+        pytest.param((400, 100), {"max_pixels": 10_000}, (200, 50), id="too many"),
+        pytest.param((400, 100), {"max_pixels": 40_000}, (400, 100), id="just as many"),
+        pytest.param((30, 20), {"min_pixels": 2_400}, (60, 40), id="too few"),
+        pytest.param((30, 20), {"min_pixels": 600, "max_pixels": 600}, (30, 20), id="just right"),
+        pytest.param((7, 5), {"min_pixels": 100}, (12, 9), id="at least as many"),
+        pytest.param((7, 5), {"max_pixels": 20}, (5, 3), id="at most as many"),
+        pytest.param((9000, 1), {"max_pixels": 50}, (50, 1), id="a line"),
+        pytest.param((1, 9000), {"max_pixels": 50}, (1, 50), id="an upright line"),
+    ],
+)
+def test_an_image_is_scaled_before_it_is_sent(size, limits, expected):
+    image = Image.effect_noise(size, 50).convert("RGB")
+    (request,) = requests(Question("Is it?", lambda: image, 20), **limits)
+    url = request["messages"][0]["content"][0]["image_url"]["url"]
+    sent = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,"))))
+    assert sent.size == expected
+    assert sent.tobytes() == image.resize(expected, Image.Resampling.BICUBIC).tobytes()
+    assert scaled(image, None, None) is image
+
+
+def test_what_decides_an_answer_is_in_the_manifest_and_nothing_else_is():
+    given = {"system": "Be short.", "enable_thinking": False, "min_pixels": 4, "max_pixels": 9}
+    with FaultServer() as server:
+        plain, full = ServerAnswerer(server.url).preprocessing, ServerAnswerer(server.url, **given).preprocessing
+    assert full == plain | given
+    assert not plain.keys() & given.keys()
+
+
+def test_a_model_that_reasons_draws_nothing():
+    with FaultServer() as server:
+        answerer = ServerAnswerer(server.url, reasoning=True)
+        with pytest.raises(InputError, match="with reasoning=True it takes no temperature"):
+            list(answerer.answer([replace(question("a"), sampling=Sampling(1.0))], progress=False))
+        assert not server.requests
+
+
+def test_a_question_with_half_a_character_is_refused():
+    with FaultServer() as server, pytest.raises(InputError, match="it holds half a character"):
+        ask(server, question("Is it \ud83d?"))
+
+
+def test_further_rounds_are_refused():
+    with FaultServer() as server, pytest.raises(InputError, match="a server is asked one question in one round"):
         list(ServerAnswerer(server.url).answer([replace(question("Why?"), history=(("a", "b"),))], progress=False))
 
 

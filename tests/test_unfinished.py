@@ -8,11 +8,13 @@ import time
 from functools import partial
 
 import pytest
+from fault_server import FaultServer, completes, refuses
 from PIL import Image
 from test_adapter import evaluate, run_folders
 
 from stllava_eval.adapter import StllavaMed
 from stllava_eval.answering import Answer, Answerer, Question
+from stllava_eval.cli import main
 from stllava_eval.errors import InputError
 from stllava_eval.unfinished import Unfinished, question_key
 
@@ -117,6 +119,62 @@ def test_a_line_that_a_kill_has_cut_is_not_read_and_not_continued(home):
     again.add([("c", Answer("no", 1, True))])
     assert set(Unfinished("f" * 64, 0).answers) == {"a", "b", "c"}
     assert [json.loads(line)["key"] for line in kept.file.read_text("utf-8").split("\n")[:-1]] == ["a", "b", "c"]
+
+
+def test_half_a_character_and_the_key_in_answers_of_a_server_end_no_run_and_stand_in_no_file(
+    prepared, monkeypatch, tmp_path
+):
+    key = "sk-secret/0123456789+abc"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    asked = []
+
+    def reply(request):
+        asked.append(request)
+        if len(asked) == 5:
+            return refuses(402, "pay")
+        return completes({"content": f"Yes \ud83d \0 {key}"})
+
+    with FaultServer(reply=reply) as server:
+        model = partial(StllavaMed, backend="openai_server", base_url=server.url, concurrency=1)
+        with pytest.raises(SystemExit):
+            evaluate(model(), ["vqarad"])
+        kept = b"".join(file.read_bytes() for file in (prepared / "unfinished").iterdir())
+        evaluate(model(), ["vqarad"])
+    assert len(asked) == 4 + 1 + 4  # nothing is paid twice
+    (folder,) = run_folders(prepared)
+    answers = [json.loads(line)["answer"] for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
+    assert answers == ["Yes \ufffd \0 ***"] * 8
+    assert main(["leaderboard", str(folder), "--out", str(tmp_path / "board")]) == 0
+    written = [file for of in (folder, tmp_path / "board") for file in of.rglob("*") if file.is_file()]
+    assert len(written) > 4
+    assert not [file for file in written if key.encode() in file.read_bytes()]
+    assert key.encode() not in kept
+
+
+def test_any_text_can_be_kept_and_comes_back_as_it_was(home):
+    texts = ["Yes \ud83d", "\udc00\ud800", "a\0b", "\\ud83d", 'a "quoted"\nline\u2028', "\U0001f600", "\ufffd\uffff"]
+    kept = Unfinished("f" * 64, 0)
+    kept.add([(f"key {number} {text}", Answer(text, 1, True)) for number, text in enumerate(texts)])
+    assert [answer.text for answer in Unfinished("f" * 64, 0).answers.values()] == texts
+    assert len(kept.file.read_text("utf-8").split("\n")) == len(texts) + 1
+
+
+def test_lines_that_are_not_ours_are_not_read(home):
+    kept = Unfinished("f" * 64, 0)
+    kept.add([("a", Answer("yes", 1, True))])
+    tokens = ("1e999", "NaN", "9" * 5000, "[]", '"many"', "null")
+    lines = [
+        b'{"key": "%d", "text": "x", "tokens": %s, "ended": true}' % one for one in enumerate(map(str.encode, tokens))
+    ]
+    lines += [
+        b'{"key": "b", "text": null, "tokens": 1, "ended": true}',
+        b'{"key": [], "text": "x"}',
+        b"[" * 9999,
+        b"\xff",
+    ]
+    with kept.file.open("ab") as file:
+        file.write(b"\n".join(lines) + b"\n")
+    assert Unfinished("f" * 64, 0).answers == {"a": Answer("yes", 1, True)}
 
 
 def test_every_process_reads_all_and_a_written_run_leaves_none(home):

@@ -26,16 +26,15 @@ from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, Mistra
 from transformers.utils import logging
 
 from stllava_eval import __version__
+from stllava_eval.decoding import never_generated
 from stllava_eval.errors import InputError
+from stllava_eval.hub import PROJECTOR_FILES, beside, local_folder, read_json, refuse_no_checkpoint
 from stllava_eval.network.configuration import StllavaMedConfig
 from stllava_eval.network.files import (
     WEIGHT_DTYPES,
     WeightFile,
-    beside,
     has_weights,
-    local_folder,
     located,
-    read_json,
     refused,
     some,
     weight_files,
@@ -51,7 +50,6 @@ from stllava_eval.network.processing import (
 
 PROTOTYPES, ITERATIONS = 256, 2  # authors' multimodal_projector/builder.py; their files store neither
 
-PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors")
 # the authors' names of a projector's parts -> ours
 PROTOTYPE_PARTS = {
     "sim_alpha": "prototypes.similarity_scale",
@@ -275,8 +273,10 @@ class Checkpoint:
         text = self.config.text_config
         rows = text.vocab_size
         known = rows if self.tokenizer is None else len(self.tokenizer)
-        never = sorted({number for number in (*range(known, rows), self.config.image_token_id) if number < rows})
-        ends = _ends(self.folders, rows) or text.eos_token_id
+        settings = self.generation_settings()
+        excluded = never_generated(settings)
+        never = sorted({one for one in (*range(known, rows), self.config.image_token_id, *excluded) if 0 <= one < rows})
+        ends = settings.get("eos_token_id") or text.eos_token_id
         return GenerationConfig(
             do_sample=False,
             bos_token_id=text.bos_token_id,
@@ -284,6 +284,20 @@ class Checkpoint:
             pad_token_id=text.pad_token_id if text.pad_token_id is not None else 0,
             suppress_tokens=never or None,
         )
+
+    def generation_settings(self) -> dict[str, Any]:
+        """What the source's own generation_config.json holds, of which `generation_config` takes a part over.
+
+        Raises:
+            InputError: Its end tokens are none of the vocabulary's.
+        """
+        file = next((file for folder in self.folders if (file := folder / "generation_config.json").is_file()), None)
+        if file is None:
+            return {}
+        settings = read_json(file)
+        with refused(file, "not usable"):
+            _check_ids("eos_token_id", settings.get("eos_token_id"), self.config.text_config.vocab_size)
+        return settings
 
     def processor(self) -> StllavaMedProcessor:
         """Image processor, tokenizer and chat templates.
@@ -414,12 +428,7 @@ def _read(
             raise InputError(f"{source}: it holds an adapter and a whole model. Move one of them to another folder.")
         draft = _read_adapter(folder, base, above)
     else:
-        if not (folder / "config.json").is_file():
-            alone = next((name for name in PROJECTOR_FILES if (folder / name).is_file()), None)
-            hint = f"Pass {source}/{alone} as --projector." if alone else "Pass a folder with one and weights."
-            if (folder / "losses.jsonl").is_file():
-                hint = "It is a training run that is not finished: go on with it by --resume."
-            raise InputError(f"{source} is not a checkpoint: it has no config.json. {hint}")
+        refuse_no_checkpoint(folder, source)
         raw = read_json(folder / "config.json")
         architectures = raw.get("architectures") or []
         if not isinstance(architectures, list):
@@ -1027,16 +1036,6 @@ def _deciding_files(draft: _Draft) -> list[Path]:
     for folder in [*draft.folders, *(adapter.folder for adapter in draft.adapters)]:
         files += sorted(file for pattern in patterns for file in folder.glob(pattern))
     return list(dict.fromkeys(files))
-
-
-def _ends(folders: Sequence[Path], rows: int) -> Any:
-    for folder in folders:
-        if (file := folder / "generation_config.json").is_file():
-            ends = read_json(file).get("eos_token_id")
-            with refused(file, "not usable"):
-                _check_ids("eos_token_id", ends, rows)
-            return ends
-    return None
 
 
 def _three_numbers(file: Path, name: str, value: Any) -> list[float]:

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import write_json
 from stllava_eval.network.checkpoint import VOCABULARY_ROWS, Checkpoint
-from stllava_eval.network.files import one_line, refused
+from stllava_eval.network.files import refused
 
 SHARD_BYTES = 5 * 10**8  # of a written file: what is held in memory (our choice)
 

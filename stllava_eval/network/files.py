@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import re
 import warnings
@@ -17,7 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.hub import beside, local_folder, read_json
 
 
 class WeightFile:
@@ -128,31 +127,6 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        InputError: There is none.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise TypeError(f"a {type(value).__name__}")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{file}: not a JSON object ({error}). Copy the checkpoint again.") from error
-    return value
-
-
-def beside(named: str, folders: Sequence[Path]) -> Path | None:
-    """The folder that a checkpoint in `folders` may mean by the path `named`: in them, beside them, or here."""
-    try:
-        path = Path(named).expanduser()
-        places = [place for folder in folders for place in (folder / path, folder.parent / path)]
-        return next((place for place in [*places, path] if place.is_dir()), None)
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, a zero byte: no path at all
-        return None
-
-
 def located(named: Any, folders: Sequence[Path], part: str) -> Path:
     """The folder or hub copy that a checkpoint in `folders` means by `named`, as its `part`.
 
@@ -171,46 +145,9 @@ def located(named: Any, folders: Sequence[Path], part: str) -> Path:
         raise InputError(f"{folders[0]} names {named!r} as its {words}: {error} Or pass --{part}{other}.") from error
 
 
-def local_folder(name: str) -> Path:
-    """The local folder of `name`; a hub id is downloaded.
-
-    Raises:
-        InputError: There is neither.
-    """
-    return beside(name, []) or _download(name)
-
-
-def _download(name: str) -> Path:
-    """The hub's copy of `name`: safetensors if it has them, else pickles."""
-    if Path(name).is_file():
-        raise InputError(f"{name} is a file. Pass the folder that it lies in.")
-    missing = f"{name[:200] or 'an empty name'}: no such folder"
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise InputError(f"{missing}. Pass a folder or a hub id such as llava-hf/llava-1.5-7b-hf.")
-    from huggingface_hub import HfApi, snapshot_download
-
-    try:
-        allowed = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.bin", "Vit-lora/*"]
-        if not os.environ.get("HF_HUB_OFFLINE"):
-            names = HfApi().list_repo_files(name)
-            if any(re.fullmatch(r"model.*\.safetensors", file) for file in names):
-                allowed.remove("*.bin")
-        return Path(snapshot_download(name, allow_patterns=allowed, etag_timeout=10))
-    except Exception as error:  # the hub's errors have no common base; offline, gated and unknown all end here
-        raise InputError(
-            f"{missing}, and not to be had from the hub ({type(error).__name__}: {one_line(error)}). Pass a folder "
-            "that is there, or make the demo's checkpoint with `stllava-train tiny`."
-        ) from error
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, on one line of bearable length."""
-    return " ".join((str(error) or type(error).__name__).split())[:180].rstrip(".")
-
-
 @contextmanager
 def refused(place: object, what: str) -> Iterator[None]:
-    """Turn whatever a library raises about a broken file into one line.
+    """Turn whatever a library raises about a broken file, or about a package that it misses, into one line.
 
     Raises:
         InputError: `place`: `what` (the library's reason).
@@ -219,6 +156,12 @@ def refused(place: object, what: str) -> Iterator[None]:
         yield
     except InputError:
         raise
+    except ImportError as error:
+        named = error.name if isinstance(error, ModuleNotFoundError) else None
+        told = re.search(r"pip install ([\w.\[\]-]+)", str(error)) or re.search(r"`([\w.-]+)`", str(error))
+        package = named.partition(".")[0] if named else told[1] if told else ""
+        run = f"Run `pip install {package}`" if package else "Install what it names"
+        raise InputError(f"{place}: a package that it needs is not installed ({one_line(error)}). {run}.") from error
     except Exception as error:  # their own classes of errors, dozens of them
         raise InputError(f"{place}: {what} ({one_line(error)}). Copy it again.") from error
 

@@ -1,0 +1,464 @@
+"""A model's raw reply -> its final answer, by a named and versioned rule.
+
+Models that think, and models that were tuned with rewards, wrap their answer: in marks around a thought, in tags, in a
+box, in JSON. What such a model says and what it answers are two things, and only the answer is scored. A reply that
+stopped inside its thought has no answer: whatever words stand in the thought, it is *cut* and never right.
+
+The rule depends on the reply and on the text that was asked, and on nothing else, so that lmms-eval's table, a run
+folder and `stllava-eval score` all read one reply alike. A reply without any of the forms is its own answer, to the
+last character.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from stllava_eval.errors import InputError
+
+FINAL = "final"
+NONE = "none"
+SIGNATURES = {FINAL: "final-v1", NONE: "none"}
+"""By the name of a rule: what stands in a score's signature. `none` takes the raw reply, as the papers' scripts do."""
+
+DEPTH = 6  # forms inside forms, such as a letter in bold in a box in a tag (our choice)
+LONGEST_JSON = 100_000  # characters that are tried as JSON (our choice): an answer is far shorter
+
+
+@dataclass(frozen=True)
+class Final:
+    """The final answer of one reply.
+
+    Args:
+        answer: The text that is scored; empty where there is none.
+        cut: The reply stopped inside its thought, so it never came to an answer.
+        forms: What the answer was taken out of, from the outside in; empty for a plain reply.
+        reply: The raw reply.
+    """
+
+    answer: str
+    cut: bool = False
+    forms: tuple[str, ...] = ()
+    reply: str = field(default="", repr=False, compare=False)
+
+
+def check_rule(rule: object, name: str) -> str:
+    """Return `rule` if it names one.
+
+    Raises:
+        InputError: It does not; `name` says where it was given.
+    """
+    if str(rule).lower() not in SIGNATURES:  # lmms-eval hands over "none" as typed
+        raise InputError(f"{name}={rule}: unknown. Pass one of {', '.join(SIGNATURES)}.")
+    return str(rule).lower()
+
+
+def final_answer(reply: str, asked: str = "", rule: str = FINAL) -> Final:
+    """Take the final answer out of a reply.
+
+    Args:
+        reply: The raw text. Where the chat template opened the thought, `with_opened_thoughts` has put its mark back.
+        asked: The text that the model was asked; a letter names one of its lettered options.
+        rule: `final`, or `none` for the reply as it is.
+
+    Source: the forms are those of the models that docs/answers.md lists; the rule is ours.
+
+    >>> final_answer("<think>It is dark.</think><answer>Yes</answer>")
+    Final(answer='Yes', cut=False, forms=('thought', 'tag'))
+    >>> final_answer("<think>Let me look. Is it yes? The").cut
+    True
+    >>> final_answer("Yes, on the left.").forms
+    ()
+    """
+    return replace(Final(reply) if rule == NONE else _final(reply, asked), reply=reply)
+
+
+def _final(reply: str, asked: str) -> Final:
+    text = reply
+    forms: tuple[str, ...] = ()
+    if _OPEN_AT_THE_END.search(reply):
+        return Final("", cut=True, forms=("tag" if reply.rstrip().endswith(">") else "box",))
+    if _MARK.search(reply) or _CHANNEL in reply:
+        outside = _outside_thoughts(reply)
+        if outside is None:
+            return Final("", cut=True, forms=("thought",))
+        text, forms = outside, ("thought",)
+    for _ in range(DEPTH):
+        for name, take in _FORMS.items():
+            taken = take(text)
+            if taken is not None and taken != text:
+                text, forms = taken, (*forms, name)
+                break
+        else:
+            break
+    if _stopped_before_its_answer(text, forms):
+        return Final("", cut=True, forms=forms or ("json",))
+    if (option := _option_of_letter(text, asked)) is not None:
+        text, forms = option, (*forms, "letter")
+    return Final(text, forms=forms)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Thoughts
+
+# Tags that families of models write around a thought, in any letter case. think: Qwen3, Lingshu-R1, MedVLThinker,
+# DeepSeek-R1; thinking, thought, reasoning, rationale: instruction-tuned relatives; analysis: lmms-eval's second
+# default; seed:think: Seed-OSS; summary, caption: the steps of LLaVA-CoT before its conclusion.
+_TAGS = (
+    "think|thinking|thought|thoughts|reason|reasoning|rationale|analysis|reflection|scratchpad|seed:think"
+    "|inner_monologue|summary|caption"
+)
+_OPENING = (
+    rf"<\s*(?:{_TAGS})\s*>"
+    r"|◁\s*think\s*▷"  # Kimi-VL-Thinking
+    r"|\[THINK\]"  # Magistral
+    r"|<\|begin_of_thought\|>|<\|START_THINKING\|>"  # OpenThinker and its like; Command A Reasoning
+    r"|<unused94>(?:\s*thought\b)?"  # MedGemma 1.5
+    r"|<\|channel>(?:\s*thought\b)?"  # Gemma 4
+)
+_CLOSING = (
+    rf"<\s*/\s*(?:{_TAGS})\s*>"
+    r"|◁\s*/\s*think\s*▷|\[/THINK\]|<\|end_of_thought\|>|<\|END_THINKING\|>|<unused95>|<channel\|>"
+)
+_MARK = re.compile(rf"(?P<opening>{_OPENING})|(?P<closing>{_CLOSING})", re.IGNORECASE)
+_CHANNEL = "<|channel|>"  # gpt-oss and its relatives: a channel is named, then its message follows
+_FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>(.*?)(?:<\|(?:end|return)\|>|\Z)", re.DOTALL)
+
+
+def _outside_thoughts(reply: str) -> str | None:
+    """The last text that stands outside every thought, stripped; None where the reply stopped inside one.
+
+    A closing mark without an opening one ends a thought that began with the reply, since many templates open the
+    thought in the prompt.
+    """
+    if _CHANNEL in reply:
+        messages = _FINAL_CHANNEL.findall(reply)
+        return messages[-1].strip() if messages else None
+    pieces: list[str] = []
+    inside, start = False, 0
+    for mark in _MARK.finditer(reply):
+        if mark["opening"]:
+            if not inside:
+                pieces.append(reply[start : mark.start()])
+            inside = True
+        else:
+            if not inside:
+                pieces.clear()  # what seemed to be outside was thought
+            inside, start = False, mark.end()
+    if inside:
+        # a model that forgot to close its thought, yet came to a whole answer with which the reply ends
+        whole = _WHOLE_TAG_AT_THE_END.search(reply)
+        return whole[0].strip() if whole else None
+    pieces.append(reply[start:])
+    return next((piece.strip() for piece in reversed(pieces) if piece.strip()), "")
+
+
+def opens_thought(prompt: str) -> str:
+    """Return the thought mark that a rendered prompt ends with, as it must stand before the reply; empty if none."""
+    marks = list(_MARK.finditer(prompt))
+    if not marks or not marks[-1]["opening"] or prompt[marks[-1].end() :].strip():
+        return ""
+    return prompt[marks[-1].start() :]
+
+
+def with_opened_thoughts(replies: Sequence[str], ended: Sequence[bool | None]) -> list[str]:
+    """Put back the opening mark where the chat template wrote it, behind a server say, and so the replies lack it.
+
+    A template opens the thought of every reply or of none. That it does is shown by replies with a closing mark and
+    no opening one: by half of those that were not cut at their limit, or more (our choice). A reply of the same model
+    without any mark then stopped inside its thought, and nothing in its text alone would tell.
+
+    Args:
+        replies: All the raw replies of one model under one prompt.
+        ended: By reply, False where it was cut at its limit; None where nobody says.
+    """
+    closings = [_lone_closing(reply) for reply in replies]
+    lone = [mark for mark in closings if mark]
+    whole = sum(end is not False for end in ended)
+    if not lone or 2 * len(lone) < whole:
+        return list(replies)
+    opening = _OPENING_OF.get(lone[0].lower(), re.sub(r"/\s*", "", lone[0]))
+    return [
+        reply if not reply.strip() or (_MARK.search(reply) and not closing) else f"{opening}\n{reply}"
+        for reply, closing in zip(replies, closings, strict=True)
+    ]
+
+
+_OPENING_OF = {
+    "<unused95>": "<unused94>",
+    "<channel|>": "<|channel>",
+    "<|end_of_thought|>": "<|begin_of_thought|>",
+    "<|end_thinking|>": "<|START_THINKING|>",
+}
+
+
+def _lone_closing(reply: str) -> str:
+    """The closing mark that comes before any opening one; empty if none does."""
+    first = _MARK.search(reply)
+    return first["closing"] or "" if first else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forms of an answer. Each takes a text and returns what stands inside the form, or None where the form is not there.
+
+_ANSWER_TAGS = "answer|final_answer|final answer|finalanswer|conclusion|final|solution"
+_ANSWER_OPENING = rf"(?:<\s*(?:{_ANSWER_TAGS})\s*>|<\|begin_of_(?:box|solution)\|>)"
+_ANSWER_CLOSING = rf"(?:<\s*/\s*(?:{_ANSWER_TAGS})\s*>|<\|end_of_(?:box|solution)\|>)"
+_ANSWER_TAG = re.compile(f"{_ANSWER_OPENING}|(?P<closing>{_ANSWER_CLOSING})", re.IGNORECASE)
+_WHOLE_TAG_AT_THE_END = re.compile(
+    rf"{_ANSWER_OPENING}(?:(?!{_ANSWER_OPENING}).)*?{_ANSWER_CLOSING}\s*\Z", re.IGNORECASE | re.DOTALL
+)
+
+
+def _in_tag(text: str) -> str | None:
+    """`<answer>`, `<conclusion>` or a GLM box: what the last one holds.
+
+    The end of the text closes a tag too, since `</answer>` is a usual stop text; and the beginning opens one, since
+    templates write `<answer>`.
+    """
+    start, found = 0, None
+    for tag in _ANSWER_TAG.finditer(text):
+        if tag["closing"]:
+            found, start = text[start : tag.start()], tag.end()
+        else:
+            start = tag.end()
+            found = text[start:]
+    return None if found is None else found.strip()
+
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
+
+
+def _in_box(text: str) -> str | None:
+    r"""`\boxed{...}`: what the last one holds, without LaTeX's commands for text."""
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
+        return None
+    start, depth = boxes[-1].end(), 1
+    end = len(text)
+    for place in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if not depth:
+            end = place
+            break
+    held = text[start:end]
+    while held != (plain := _LATEX_TEXT.sub(r"\1", held)):
+        held = plain
+    return held.strip().strip("$").replace(r"\ ", " ").replace("~", " ").replace(r"\%", "%").strip()
+
+
+_FIELDS = ("finalanswer", "answer", "predictedanswer", "modelanswer", "prediction", "response")
+_FENCE = re.compile(r"```[a-zA-Z]*\s*\n?(.*?)```", re.DOTALL)
+_ANSWER_FIELD = re.compile(  # a text ends with its own quote before a comma, a brace or the end of all
+    r"""["'](?:final[ _]?)?answer["']\s*:\s*(["'])(.*?)(?:(?<!\\)\1\s*(?=[,}]|\Z)|\Z)""", re.IGNORECASE | re.DOTALL
+)
+
+
+def _in_json(text: str) -> str | None:
+    """The answer field of a JSON object that is the text, lies in its code fence, or ends it."""
+    if "{" not in text:
+        return None
+    bodies = [fenced[1].strip() for fenced in _FENCE.finditer(text)][::-1]
+    for body in [*bodies, text[text.index("{") : text.rfind("}") + 1]]:
+        if body.startswith("{") and (held := _answer_field(_loaded(body))) is not None:
+            return held
+    return None
+
+
+def _loaded(body: str) -> Any:
+    """What JSON, or a Python dict with single quotes, holds; None where it is neither."""
+    if len(body) > LONGEST_JSON:
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(body)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return None
+
+
+def _answer_field(value: Any) -> str | None:
+    if not isinstance(value, dict):
+        return None
+    named = {re.sub(r"[\s_-]", "", str(name)).lower(): held for name, held in value.items()}
+    return next((_as_text(named[name]) for name in _FIELDS if name in named), None)
+
+
+def _as_text(value: Any) -> str:
+    """A JSON value as an answer: a truth value says yes or no, a list its items."""
+    if isinstance(value, dict):
+        held = _answer_field(value)
+        return held if held is not None else ", ".join(map(_as_text, value.values()))
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_as_text, value))
+    if value is None:
+        return ""
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value).strip()
+
+
+_BROKEN_JSON = re.compile(r"""\A\s*(?:```[a-zA-Z]*\s*)?\{\s*"[^"\n]{1,40}"\s*:(?!.*\}[\s`]*\Z)""", re.DOTALL)
+_OPEN_AT_THE_END = re.compile(rf"(?:{_ANSWER_OPENING}|\\(?:boxed|fbox)\s*\{{)\s*\Z", re.IGNORECASE)
+
+
+def _stopped_before_its_answer(text: str, forms: Sequence[str]) -> bool:
+    """Whether an answer was announced and never came: behind "Final answer:", or in an object that is not whole."""
+    return (not text and forms[-1:] == ("final answer",)) or _BROKEN_JSON.match(text) is not None
+
+
+def _in_broken_json(text: str) -> str | None:
+    """The answer field of an object that is not whole, or not quite JSON."""
+    if not re.match(r"\s*(?:```[a-zA-Z]*\s*)?\{", text) or not (fields := _ANSWER_FIELD.findall(text)):
+        return None
+    return fields[-1][1].replace('\\"', '"').strip()
+
+
+_ANNOUNCED = re.compile(
+    # "Final answer: yes", "The final answer is yes", "## Final Answer", wherever it stands; "Answer: yes" on a line
+    r"(?:\bfinal[ \t]+answer\b|^[ \t>#*_-]{0,8}(?:the[ \t]+)?(?:correct[ \t]+)?answer(?=[*_ \t]{0,8}[:：]))"
+    r"[*_`\"]*[ \t]*(?P<said>(?:is\b|would be\b)[ \t]*)?[*_`]*[ \t]*(?P<mark>[:：=]|[-–—](?=[ \t]))?[*_`]*[ \t]*",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def _announced(text: str) -> str | None:
+    """The line behind the last "Final answer:"; the next line that has words, where this one has none."""
+    last = None
+    for match in _ANNOUNCED.finditer(text):
+        line = text[match.end() :].split("\n", 1)[0] if not (match["said"] or match["mark"]) else ""
+        if not line.strip():  # "my final answer depends on the view" announces nothing
+            last = match
+    if last is None:
+        return None
+    return next((line.strip() for line in text[last.end() :].split("\n") if re.search(r"\w", line)), "")
+
+
+_EMPHASIS = re.compile(
+    r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*\n]*[^\s*])\1(?![\w*])|(?<![\w_])(_{1,3})(?=[^\s_])([^_\n]*[^\s_])\3(?![\w_])"
+)
+_CODE = re.compile(r"\A`+([^`\n]+)`+([.!]?)\Z")
+_HEADING = re.compile(r"\A#{1,6}[ \t]+")
+_WHOLE_FENCE = re.compile(r"\A```[a-zA-Z]*\s*\n(.*?)\n?```\Z", re.DOTALL)
+
+
+def _without_emphasis(text: str) -> str | None:
+    """`**Yes**` -> `Yes`: Markdown's marks around words, code marks around all, and a heading's."""
+    if not any(sign in text for sign in "*_`#"):
+        return None
+    bare = _EMPHASIS.sub(lambda match: match[2] or match[4], text)
+    stripped = bare.strip()
+    for pattern, by in ((_WHOLE_FENCE, r"\1"), (_CODE, r"\1\2"), (_HEADING, "")):
+        if (plain := pattern.sub(by, stripped)) != stripped:
+            bare = stripped = plain.strip()
+    return bare
+
+
+_FORMS: dict[str, Callable[[str], str | None]] = {
+    "tag": _in_tag,
+    "box": _in_box,
+    "json": lambda text: held if (held := _in_json(text)) is not None else _in_broken_json(text),
+    "final answer": _announced,
+    "emphasis": _without_emphasis,
+}
+"""In the order in which they are looked for; after each that was there, all are looked for again inside it."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Letters
+
+_LETTERED = re.compile(r"(?:(?<=\s)|\A|(?<=[(\[,;?:]))\(?([A-J])(?:[.):]|\s[-–])\s*(?=\S)")
+_LETTER = re.compile(
+    r"\A\W*(?:(?:the\s+)?(?:correct\s+|best\s+)?(?:answer|option|choice)\s*(?:is\b)?\s*:?\s*)?"
+    r"[(\[]?\s*(?:option\s+)?([A-Ja-j])\s*[)\]]?(?:\s+is\s+(?:correct|right))?\W*\Z",
+    re.IGNORECASE,
+)
+_LETTER_AND_OPTION = re.compile(r"\A\W*(?:option\s+)?([A-J])\s*(?:[.):\]]+|\s[-–])\s*(\S.*?)\W*\Z", re.DOTALL)
+
+
+def lettered_options(asked: str) -> dict[str, str]:
+    """Return the options that a text letters A, B, ..., by letter; empty where it letters fewer than two.
+
+    >>> lettered_options("Which side? A. left B. right")
+    {'A': 'left', 'B': 'right'}
+    """
+    marks = list(_LETTERED.finditer(asked))
+    # the last A after which B follows: an "A." before it is prose
+    starts = [number for number in range(len(marks) - 1) if marks[number][1] == "A" and marks[number + 1][1] == "B"]
+    if not starts:
+        return {}
+    options: dict[str, str] = {}
+    run = marks[starts[-1] :]
+    for number, mark in enumerate(run):
+        if mark[1] != chr(ord("A") + number):
+            break
+        end = run[number + 1].start() if number + 1 < len(run) else len(asked)
+        held = asked[mark.end() : end]
+        lines = held.strip().split("\n")
+        first = re.split(r"(?<=[.?!])\s+(?=[A-Z])", lines[0])[0]  # "B. right. Answer with the letter."
+        options[mark[1]] = first.strip().rstrip("([").strip(" \t,;.")
+    return options if len(options) > 1 and all(options.values()) else {}
+
+
+def _option_of_letter(text: str, asked: str) -> str | None:
+    """The option that an answer names by its letter; None where it names none, or says something else beside it."""
+    options = lettered_options(asked)
+    if not options:
+        return None
+    if letter := _LETTER.match(text):
+        return options.get(letter[1].upper())
+    if (both := _LETTER_AND_OPTION.match(text)) and both[1] in options:
+        option = options[both[1]]
+        same = [" ".join(re.findall(r"\w+", one.lower())) for one in (both[2], option)]
+        return option if same[0] == same[1] or same[0].startswith(f"{same[1]} ") else None
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Replies on their way through lmms-eval
+
+SEALED = "[stllava_med replies] "
+
+
+def sealed(replies: Sequence[str], asked: str, rule: str) -> str:
+    """Return one text that holds the replies to one question, for lmms-eval, which passes on one text a question.
+
+    It carries what `final_answer` needs besides the replies, so that the task reads them as the run does: sampled
+    replies are several, and a task knows neither the rule of a run nor the text that was asked.
+    """
+    return SEALED + json.dumps({"replies": list(replies), "asked": asked, "extract": rule}, ensure_ascii=True)
+
+
+def unsealed(text: str) -> list[str]:
+    """Return the raw replies in what lmms-eval holds for one question: one plain reply, or those of a `sealed` text."""
+    held = _held(text)
+    return list(held["replies"]) if held else [text]
+
+
+def opened(text: str, asked: str = "") -> list[Final]:
+    """Return the final answer of each reply in what lmms-eval hands to a task: one plain reply, or a `sealed` text."""
+    held = _held(text)
+    return finals(held["replies"], held["asked"], held["extract"]) if held else finals([text], asked, FINAL)
+
+
+def _held(text: str) -> dict[str, Any] | None:
+    """What `sealed` has put into a text; None where it is a plain reply, one that begins alike included."""
+    if not text.startswith(SEALED):
+        return None
+    try:
+        held = json.loads(text[len(SEALED) :])
+        if held["extract"] in SIGNATURES and isinstance(held["asked"], str) and held["replies"]:
+            return held if all(isinstance(reply, str) for reply in held["replies"]) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    return None
+
+
+def finals(replies: Iterable[str], asked: str, rule: str) -> list[Final]:
+    """Return the final answer of each reply to one question; a failed request stays what it is."""
+    from stllava_eval.metrics import is_failed_request
+
+    return [final_answer(reply, asked, NONE if is_failed_request(reply) else rule) for reply in replies]

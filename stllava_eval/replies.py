@@ -1,0 +1,287 @@
+"""The JSON of a chat completion -> its reply, or why there is none, in the server's own words."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+LONGEST_TOKEN = 100  # characters; a reply with more of them per token asked did not keep to `max_tokens` (our choice)
+LONGEST_NAME = 1000  # characters of a model's name; a longer one is none (our choice)
+
+# Why a reply ended. OpenAI's own are stop, length, content_filter and tool_calls; the others are those of vLLM (abort),
+# text-generation-inference (eos_token, stop_sequence), Mistral (model_length, error), Anthropic (end_turn, max_tokens,
+# refusal), Google (safety), DeepSeek (insufficient_system_resource), OpenRouter (error) and llama.cpp (eos).
+STOPPED = {"stop", "eos", "eos_token", "stop_sequence", "end_turn"}
+CUT = {"length", "max_tokens", "max_output_tokens", "model_length"}
+BROKEN_OFF = {"error", "abort", "insufficient_system_resource"}
+FILTERED = {"content_filter", "safety", "refusal"}
+
+# The codes and types of errors that name no number, without their signs and the word "error", and the HTTP status that
+# such an error has elsewhere: OpenAI's and Anthropic's guides to errors, Google's status names, vLLM's class names.
+STATUSES = {
+    400: ("badrequest", "invalidrequest", "invalidargument"),
+    401: ("invalidapikey", "authentication", "unauthenticated", "unauthorized"),
+    402: ("insufficientquota", "insufficientbalance", "insufficientcredits", "paymentrequired", "billing"),
+    403: ("permission", "permissiondenied", "forbidden"),
+    404: ("notfound", "modelnotfound"),
+    429: ("ratelimit", "ratelimitexceeded", "toomanyrequests", "resourceexhausted"),
+    500: ("server", "internalserver", "internal", "api"),
+    503: ("overloaded", "unavailable", "serviceunavailable"),
+}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The text as it came; the server's count of its tokens, mostly with the end token, 0 if it counts none; why it
+    ended: stop, length, ...; the server's name for the model that spoke, and its count of the prompt's tokens; whether
+    it was cut by the limit of its length."""
+
+    text: str
+    tokens: int
+    finish: str | None
+    model: str | None = None
+    prompt_tokens: int = 0
+    cut: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request without an answer: why, on one line that never holds the key, after how many attempts, and whether the
+    model or a filter declined it. Tokens are counted, and paid, where a reply came that is no answer."""
+
+    reason: str
+    attempts: int
+    refused: bool = False
+    model: str | None = None
+    prompt_tokens: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What went wrong with one attempt."""
+
+    reason: str
+    again: bool = False
+    """Another attempt may succeed."""
+    wait: float = 0.0
+    """Seconds that the server asks us to wait before it."""
+    status: int | None = None
+    """The HTTP status, or the one that stands in the error."""
+    gone: bool = False
+    """Nothing listens at the address."""
+    ends_the_run: str = ""
+    """Why no other request can succeed either, and what to do."""
+    sent_on: str = ""
+    """The address of a redirect."""
+    refused: bool = False
+    """The model or a filter declined."""
+    came: Reply | None = None
+    """The reply that is no answer, without its text."""
+
+    def failure(self, attempts: int) -> Failure:
+        """The failure of a request whose last attempt this was."""
+        came = self.came or Reply("", 0, None)
+        return Failure(self.reason, attempts, self.refused, came.model, came.prompt_tokens, came.tokens)
+
+
+def passes(status: int) -> bool:
+    """Whether what has this HTTP status may succeed when it is tried again."""
+    return status in (408, 409, 429) or status >= 500
+
+
+class TwiceError(ValueError):
+    """A name of an object that stands twice in it, with two values."""
+
+
+def parsed(text: str) -> Any:
+    """The JSON in `text`. A whole number of more than 20 digits, which counts nothing, becomes a float.
+
+    Raises:
+        TwiceError: It says a name twice with two values, one of which would be taken for what the server means.
+        ValueError: It is no JSON, or is nested too deep.
+    """
+    try:
+        return json.loads(
+            text, object_pairs_hook=_named_once, parse_int=lambda digits: (int if len(digits) <= 20 else float)(digits)
+        )
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for name, value in pairs:
+            if found[name] != value:
+                raise TwiceError(name)
+    return found
+
+
+def words(body: Any) -> str:
+    """What the body of an error says; empty if it says nothing."""
+    wrong = body.get("error") or body if isinstance(body, Mapping) else body
+    if isinstance(wrong, Mapping):
+        wrong = next((wrong[name] for name in ("message", "detail", "msg", "code", "type") if wrong.get(name)), "")
+    return wrong if isinstance(wrong, str) else _shown(wrong)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return "nested too deep"
+
+
+def error(body: Any) -> Trouble | None:
+    """The error in the body of a reply with HTTP status 200, as servers send one that comes up while they answer.
+
+    Source: https://openrouter.ai/docs/api/errors, for one that does.
+    """
+    if not isinstance(body, Mapping):
+        return None
+    wrong = body.get("error")
+    if isinstance(wrong, Mapping) and not any(wrong.values()):  # a form that is filled in for errors only
+        wrong = None
+    if not wrong and not (body.get("choices") or "data" in body) and (body.get("object") == "error" or words(body)):
+        wrong = body
+    if not wrong:
+        return None
+    status = _status(wrong) if isinstance(wrong, Mapping) else None
+    reason = f"HTTP 200 with error {status}" if status else "HTTP 200 with an error"
+    # whether an error without a code passes is not known, so it is tried again
+    return Trouble(f"{reason}: {words(wrong) or _shown(wrong)}", status is None or passes(status), status=status)
+
+
+def _status(wrong: Mapping[str, Any]) -> int | None:
+    """The HTTP status that an error names in its code, status or type."""
+    for named in (wrong.get(name) for name in ("code", "status", "status_code", "type")):
+        if isinstance(named, str):
+            plain = re.sub(r"[^a-z]", "", named.lower()).removesuffix("error")
+            named = int(named) if re.fullmatch("[45][0-9][0-9]", named) else named
+            named = next((status for status, names in STATUSES.items() if plain in names), named)
+        if type(named) is int and 400 <= named < 600:
+            return named
+    return None
+
+
+def read(body: Any, max_tokens: int) -> Reply | Trouble:
+    """The reply in a chat completion.
+
+    A half of a surrogate pair, which no file of UTF-8 can hold, becomes U+FFFD.
+
+    Args:
+        body: The completion, as `parsed` gives it.
+        max_tokens: That it was asked for.
+    """
+    try:
+        outcome = _read(body, max_tokens)
+    except RecursionError:  # where a part of it is shown
+        outcome = Trouble("its reply is nested too deep", again=True)
+    if isinstance(outcome, Reply):
+        return replace(_whole_reply(outcome), text=whole(outcome.text))
+    return replace(outcome, reason=whole(outcome.reason), came=outcome.came and _whole_reply(outcome.came))
+
+
+def whole(text: str) -> str:
+    """`text` with U+FFFD for each half of a surrogate pair.
+
+    >>> ascii(whole("Yes " + chr(0xD83D)))
+    "'Yes \\\\ufffd'"
+    """
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def _whole_reply(reply: Reply) -> Reply:
+    return replace(reply, finish=reply.finish and whole(reply.finish), model=reply.model and whole(reply.model))
+
+
+def _read(body: Any, max_tokens: int) -> Reply | Trouble:
+    none = Trouble("its reply is no chat completion", again=True)
+    if not isinstance(body, Mapping):
+        return none
+    usage = body.get("usage")
+    usage = usage if isinstance(usage, Mapping) else {}
+    tokens, prompt_tokens = (_tokens(usage.get(f"{of}_tokens")) for of in ("completion", "prompt"))
+    name = body.get("model")
+    came = Reply("", tokens, None, name if isinstance(name, str) and len(name) <= LONGEST_NAME else None, prompt_tokens)
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    choice = choice if isinstance(choice, Mapping) else {}
+    if trouble := error(body) or error({"error": choice.get("error")}):
+        return replace(trouble, came=came)
+    if not isinstance(message := choice.get("message"), Mapping):
+        said = words(body) or _shown(body)
+        return replace(none, reason=f"{none.reason}: {said}", came=came)
+    finish = choice.get("finish_reason")
+    finish = finish if isinstance(finish, str) else None
+    why = (finish or "").lower()
+    # one that names no end that we know was cut if it is as long as was allowed
+    cut = why in CUT or (why not in STOPPED and tokens >= max_tokens)
+    came = replace(came, finish=finish, cut=cut)
+    try:
+        text, thought, refusal = _parts(message.get("content"))
+    except TypeError:
+        return replace(none, came=came)
+    refusal = message.get("refusal") or refusal
+    if refusal or why in FILTERED:
+        said = "content filter" if why == "content_filter" else str(finish)
+        return Trouble(f"refused: {refusal or said}", refused=True, came=came)
+    if why in BROKEN_OFF:
+        return Trouble(f"its reply broke off (finish_reason {finish!r})", again=True, came=came)
+    if not (text or "").strip():
+        # vLLM, SGLang and DeepSeek name the thought reasoning_content, vLLM since 0.12, OpenRouter and Ollama reasoning
+        field = next((one for one in ("reasoning_content", "reasoning") if message.get(one)), thought)
+        if cut and (field or _thought_tokens(usage)):
+            return Trouble(
+                f"its reply was cut in its thought (finish_reason {finish!r}), before an answer. Raise max_new_tokens.",
+                came=came,
+            )
+        if field:
+            reason = f"its reply is all thought ({field}) and has no answer (finish_reason {finish!r})"
+            return Trouble(reason, came=came)
+    if text is None:
+        return Trouble(f"its reply has no text (finish_reason {finish!r})", came=came)
+    if len(text) > LONGEST_TOKEN * max_tokens:
+        reason = f"its reply has {len(text)} characters where {max_tokens} tokens were asked for"
+        return Trouble(reason, came=came)
+    if not text.strip() and why not in STOPPED:
+        return Trouble(f"its reply is empty (finish_reason {finish!r})", came=came)
+    return replace(came, text=text)
+
+
+def _parts(content: Any) -> tuple[str | None, str, str]:
+    """(text, name of the part that holds a thought, refusal) of a message's content, a string or a list of parts.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if content is None or isinstance(content, str):
+        return content, "", ""
+    texts, thought, refusal = [], "", ""
+    for part in [content] if isinstance(content, Mapping) else content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif not isinstance(part, Mapping):
+            raise TypeError("no part")
+        elif (kind := part.get("type", "text")) in ("text", "output_text") and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind in ("thinking", "reasoning"):
+            thought = kind
+        elif kind == "refusal":
+            refusal = str(part.get("refusal") or "it does not say why")
+    return "".join(texts) if texts else None, thought, refusal
+
+
+def _thought_tokens(usage: Mapping[str, Any]) -> int:
+    """Tokens of a thought that the server keeps to itself, as OpenAI does."""
+    details = usage.get("completion_tokens_details")
+    return _tokens(details.get("reasoning_tokens")) if isinstance(details, Mapping) else 0
+
+
+def _tokens(counted: Any) -> int:
+    """What a server counts; 0 where that is no count."""
+    return counted if type(counted) is int and 0 <= counted < 10**9 else 0

@@ -1,0 +1,82 @@
+"""A request to a server -> the bytes of its reply: no more of them than allowed, and from nowhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from contextlib import suppress
+from typing import Any
+
+import httpx2
+import openai
+
+PIECE = 1 << 20  # bytes unpacked at a time; between two pieces the time limit is looked at (our choice)
+WORDS = 1 << 16  # bytes that are read of an error, whose status says the most (our choice)
+KEPT = (b"location", b"retry-after")  # headers that are read; no charset: JSON is UTF-8 (RFC 8259, section 8.1)
+
+
+class UnreadError(Exception):
+    """Why a reply was not read to its end. `again`: another attempt may succeed."""
+
+    def __init__(self, reason: str, again: bool = False) -> None:
+        super().__init__(reason)
+        self.again = again
+
+
+class Client(openai.DefaultAsyncHttpxClient):
+    """The HTTP client of `openai.AsyncOpenAI`, which by itself follows redirects, with the request's images and
+    questions, to any address, and unpacks whatever comes.
+
+    Args:
+        limit: Bytes of a reply, as they come and unpacked.
+    """
+
+    def __init__(self, limit: int) -> None:
+        # gzip alone is asked for: it can be unpacked piece by piece, and the standard library knows it
+        super().__init__(timeout=None, follow_redirects=False, headers={"Accept-Encoding": "gzip"})
+        self.limit = limit
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        """The reply, read whole; of an error, its first `WORDS` bytes.
+
+        Raises:
+            UnreadError: It is larger than the limit, or cannot be unpacked.
+        """
+        options |= {"stream": True, "follow_redirects": False}
+        response = await super().send(request, **options)
+        content = bytearray()
+        try:
+            if response.is_success:
+                await _read(response, content, self.limit)
+            else:
+                with suppress(UnreadError):
+                    await _read(response, content, WORDS)
+                del content[WORDS:]
+        finally:
+            await response.aclose()
+        headers = [(name, response.headers.get(name.decode(), "").encode()) for name in KEPT]
+        return httpx2.Response(response.status_code, headers=headers, content=bytes(content), request=request)
+
+
+async def _read(response: httpx2.Response, content: bytearray, limit: int) -> None:
+    """Append the body to `content`, which gets at most `PIECE` bytes more than the limit."""
+    packing = response.headers.get("content-encoding", "").strip().lower()
+    if packing not in ("", "identity", "gzip", "x-gzip"):
+        raise UnreadError(f"its reply is packed as {packing!r}, and only gzip was asked for")
+    unpacker = zlib.decompressobj(wbits=31) if "gzip" in packing else None  # 31: with the header of gzip
+    came = 0
+    async for raw in response.aiter_raw():
+        came += len(raw)
+        if unpacker is None:
+            content += raw
+        while unpacker is not None and raw and not unpacker.eof and len(content) <= limit:
+            try:
+                content += unpacker.decompress(raw, PIECE)
+            except zlib.error:
+                raise UnreadError("its reply says that it is gzip and is not", again=True) from None
+            raw = unpacker.unconsumed_tail
+            await asyncio.sleep(0)
+        if max(came, len(content)) > limit:
+            raise UnreadError(f"its reply is larger than {limit / 2**20:g} MiB")
+    if unpacker is not None and came and not unpacker.eof:
+        raise UnreadError("its reply breaks off in the middle of its gzip", again=True)
