@@ -37,7 +37,7 @@ from stllava_eval.extract import (
     unsealed,
     with_opened_thoughts,
 )
-from stllava_eval.images import decode, rgb
+from stllava_eval.images import decode, read_image, rgb
 from stllava_eval.metrics import is_failed_request
 from stllava_eval.plugin import MODEL
 from stllava_eval.runs import (
@@ -534,7 +534,7 @@ def _upright(image: Any) -> Image:
         return decode(image)
     if isinstance(image, str | Path):
         try:
-            return decode(Path(image).read_bytes())
+            return decode(read_image(Path(image)))
         except OSError as error:
             raise InputError(f"{image}: cannot be read ({error.strerror}). Pass an image file.") from error
     return rgb(image)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stllava_eval import __version__
-from stllava_eval.errors import InputError, printable
+from stllava_eval.errors import InputError, of_the_disk, printable
 
 DATASETS = ("vqarad", "slake", "pathvqa")
 TASKS = (*(name + prompt for name in DATASETS for prompt in ("", "_short", "_options")), "medvqa")
@@ -29,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.command(arguments) or 0
     except InputError as error:
         _tell(str(error))
+        return 2
+    except OSError as error:
+        if not (line := of_the_disk(error)):
+            raise
+        _tell(line)
         return 2
     except KeyboardInterrupt:
         return 130  # as a shell has it; what a run has answered is kept
@@ -487,13 +492,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _gate(arguments: argparse.Namespace) -> int:
     from stllava_eval.gate import gate, gate_json, gate_junit, gate_markdown, gate_text, read_policy
-    from stllava_eval.home import write_json, write_text
+    from stllava_eval.home import json_text, refuse_file, write_together
 
+    if arguments.out is not None:
+        refuse_file(arguments.out, "--out")
     found = gate(arguments.candidate, arguments.baseline, read_policy(arguments.policy))
     if arguments.out is not None:
-        write_json(arguments.out / "gate.json", gate_json(found))
-        write_text(arguments.out / "gate.md", gate_markdown(found))
-        write_text(arguments.out / "gate.xml", gate_junit(found))
+        files = {"json": json_text(gate_json(found)), "md": gate_markdown(found), "xml": gate_junit(found)}
+        write_together(arguments.out, {f"gate.{suffix}": text for suffix, text in files.items()})
     _show(gate_text(found))
     return found.exit_code
 

@@ -37,7 +37,7 @@ from stllava_eval.extract import (
     unsealed,
     with_opened_thoughts,
 )
-from stllava_eval.home import expanded, hold, home, loads, read_json, whole_file, write_json
+from stllava_eval.home import expanded, hold, home, loads, read_bytes, read_json, read_text, whole_file, write_json
 
 if TYPE_CHECKING:
     from stllava_eval.answering import Answer
@@ -212,7 +212,6 @@ def write_run(
     by_task: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         by_task[row["task"]][row["id"]][row["draw"]] = row
-    folder = folder or _new_folder(str(decided_by["checkpoint"]["name"]))
     tasks = {}
     doubts: list[str] = []
     scores: list[ScoreRow] = []
@@ -248,6 +247,7 @@ def write_run(
         ordered += lines
     deciding = {**decided_by, "tasks": tasks}
     fingerprint = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    folder = folder or _new_folder(str(decided_by["checkpoint"]["name"]))  # now that nothing is left to fail
     with whole_file(folder / "answers.jsonl") as unfinished:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
         unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # an escape that JSON reads
@@ -300,7 +300,7 @@ def open_run(folder: Path) -> Run:
     """
     try:
         manifest = read_json(folder / "run.json")
-        text = (folder / "answers.jsonl").read_text(encoding="utf-8")
+        text = read_text(folder / "answers.jsonl")
         rows = [loads(line) for line in text.split("\n") if line]  # an answer may hold other line separators
         keys = [(row["task"], row["id"], row.get("draw", 0)) for row in rows]
         texts = [row[key] for row in rows for key in ("id", "answer", *(["reply"] if "reply" in row else []))]
@@ -620,7 +620,7 @@ def read_answers(file: Path, task: str, extract: str | None = None) -> AnswerFil
             answers were taken out by different rules.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")  # an answer may hold other line separators
+        lines = read_text(file).split("\n")  # an answer may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read ({error}). Pass a JSONL file of answers.") from error
     found: dict[tuple[str, int], _Said] = {}
@@ -771,6 +771,8 @@ def write_answers(folder: Path, system: str, answers: Mapping[str, AnswerFile], 
     from stllava_eval.questions import PROMPTS, text
 
     refuse_old_folder(folder)
+    hold(folder)
+    refuse_old_folder(folder)  # another process may have written it before it let go
     rows = []
     for task, of_task in answers.items():
         name = dataset_of(task)
@@ -783,7 +785,7 @@ def write_answers(folder: Path, system: str, answers: Mapping[str, AnswerFile], 
             for row in split_rows(name)
             for draw, final in enumerate(of_task.replies.get(row["id"], (lacking,)))
         ]
-    digest = hashlib.sha256(b"".join(files[task].read_bytes() for task in sorted(files))).hexdigest()
+    digest = hashlib.sha256(b"".join(read_bytes(files[task]) for task in sorted(files))).hexdigest()
     checkpoint = {"name": system, "sha256": digest, "trained_on": None}
     return write_run(rows, {"model": "answers", "checkpoint": checkpoint, "images": "own"}, folder=folder)
 
@@ -794,8 +796,12 @@ def refuse_old_folder(folder: Path | None = None) -> None:
     Raises:
         InputError: It holds a run already, or is a file.
     """
-    folder = folder or Path(os.environ.get("STLLAVA_RUN") or home() / "runs").expanduser()
-    if (folder / "run.json").exists() or (folder.exists() and not folder.is_dir()):
+    folder = folder or expanded("STLLAVA_RUN", os.environ.get("STLLAVA_RUN") or home() / "runs")
+    try:
+        taken = (folder / "run.json").exists() or (folder.exists() and not folder.is_dir())
+    except OSError as error:
+        raise InputError(f"{folder}: no run can be written there ({error.strerror}). Choose another folder.") from error
+    if taken:
         raise InputError(f"{folder} holds a run already, or is a file. Choose another folder, or delete that one.")
 
 

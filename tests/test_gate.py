@@ -439,3 +439,25 @@ def test_replies_at_their_limit_are_told_on_the_board_and_by_inspect(questions, 
     shown = board([tmp_path / "a"])
     for text in (board_text(shown), inspect_text(inspect(shown))):
         assert "6 replies were stopped at the limit of 8 new tokens." in text
+
+
+def test_a_full_disk_leaves_the_whole_old_verdict(prepared, tmp_path, monkeypatch, capsys):
+    runs = [str(small_run(tmp_path / name, right)) for name in ("a", "b")]
+    out = tmp_path / "out"
+    call = ["gate", runs[0], "--baseline", runs[1], "--out", str(out)]
+    assert main(call) in (0, 1, 2)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert sorted(before) == ["gate.json", "gate.md", "gate.xml"]
+    (tmp_path / "policy.yaml").write_text("alpha: 0.1\n")
+    calls, rename = iter(range(100)), Path.rename
+
+    def full(*arguments):
+        if next(calls) == 4:
+            raise OSError(28, "No space left on device")
+        return rename(*arguments)
+
+    monkeypatch.setattr(Path, "rename", full)
+    capsys.readouterr()
+    assert main([*call, "--policy", str(tmp_path / "policy.yaml")]) == 2
+    assert "out: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before

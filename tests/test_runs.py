@@ -392,3 +392,27 @@ def test_a_chosen_folder_whose_name_is_too_long_is_one_line(home, monkeypatch, t
     monkeypatch.setenv("STLLAVA_RUN", str(tmp_path / ("x" * 256)))
     with pytest.raises(InputError, match=r"cannot be made or read \(File name too long\)"):
         runs._new_folder("a")
+
+
+def test_what_cannot_be_a_file_of_answers_or_a_folder_for_a_run_is_one_line(prepared, tmp_path, capsys, monkeypatch):
+    answers = write(tmp_path / "a.jsonl", [{"id": "test-0-0", "answer": "yes"}])
+    long = str(tmp_path / ("x" * 256))
+    for arguments, told in (
+        (["score", "--task", "vqarad", "--answers", "/dev/zero"], "/dev/zero: no regular file"),
+        (["score", "--task", "vqarad", "--answers", str(answers), "--out", long], "File name too long"),
+        (["run", "--tasks", "vqarad", "--out", long], "File name too long"),
+        (["convert", str(tmp_path), "--out", long], "it has no config.json"),
+        (["leaderboard", long], "is not a run folder"),
+    ):
+        monkeypatch.delenv("STLLAVA_RUN", raising=False)
+        assert main(arguments) == 2
+        *_, last = capsys.readouterr().err.strip().splitlines()
+        assert last.startswith("stllava-eval: ")
+        assert told in last
+    monkeypatch.setenv("STLLAVA_RUN", "")  # `run --out` sets it
+
+
+def test_a_run_that_fails_before_it_is_written_leaves_no_folder(prepared, home):
+    with pytest.raises(KeyError):
+        runs.write_run([{"task": "vqarad", "id": "test-0-0"}], {"checkpoint": {"name": "a"}})
+    assert not (home / "runs").exists()
