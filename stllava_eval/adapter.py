@@ -123,7 +123,7 @@ class StllavaMed(lmms):
         enable_thinking: True or False for a chat template that knows the switch.
         min_pixels, max_pixels: Of an image, as the model's processor, or what is sent to a server, is to have it.
         temperature, top_p, top_k, seed: How replies are sampled (default: the likeliest token, always).
-        draws: How many replies to sample for each question; its score is their mean.
+        draws: How many replies to sample for each question, at most 1,000; its score is their mean.
         backend: `transformers`; `openai_server` asks a server at `base_url` for the model `model` and takes
             `concurrency`, `retries`, `timeout`, `reasoning` (see `server.ServerAnswerer`), and of the arguments above
             `images` and those from `extract` on.
