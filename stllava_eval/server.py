@@ -516,7 +516,7 @@ class ServerAnswerer:
 
 
 def scaled(image: Image, min_pixels: int | None, max_pixels: int | None) -> Image:
-    """Scale `image` to at most `max_pixels`, else at least `min_pixels`: bicubic (Pillow), its aspect kept to the pixel.
+    """Scale `image` to at most `max_pixels`, else at least `min_pixels`: bicubic (Pillow), aspect kept to the pixel.
 
     Source: `smart_resize` of Qwen2-VL's processor (transformers, image_processing_qwen2_vl.py), up to its rounding to
     whole patches, whose side depends on the model: the server's processor does that.
