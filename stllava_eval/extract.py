@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import json
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,8 @@ from typing import Any
 
 from stllava_eval.errors import InputError
 from stllava_eval.replies import whole
+
+log = logging.getLogger("stllava_eval")
 
 FINAL = "final"
 NONE = "none"
@@ -186,7 +189,16 @@ def with_opened_thoughts(replies: Sequence[str], ended: Sequence[bool | None]) -
     closings = [_lone_closing(reply) for reply in replies]
     lone = [mark for mark in closings if mark]
     whole = sum(end is not False for end in ended)
-    if not lone or 2 * len(lone) < whole:
+    if not lone:
+        return list(replies)
+    if 2 * len(lone) < whole:
+        unmarked = sum(not _MARK.search(reply) for reply in replies)
+        log.warning(
+            "%d replies close a thought that they do not open, and %d have no thought mark: the latter are taken for "
+            "plain answers. If they stopped in their thought, say so by finish_reason or ended in each line.",
+            len(lone),
+            unmarked,
+        )
         return list(replies)
     opening = _OPENING_OF.get(lone[0].lower(), re.sub(r"/\s*", "", lone[0]))
     return [

@@ -181,8 +181,8 @@ def _marked(rows: Sequence[BoardRow]) -> list[BoardRow]:
     rivals = defaultdict(list)
     for row in rows:
         if row.kind == "measured":
-            rivals[row.setting, row.about["prompt"], tuple(questions(row))].append(row)
-    for (_, _, ids), group in rivals.items():
+            rivals[row.setting, row.about["prompt"], row.about.get("extract"), tuple(questions(row))].append(row)
+    for (*_, ids), group in rivals.items():
         for metric in RANKED:
             if len(group) < 2 or metric not in group[0].scores:
                 continue
@@ -479,12 +479,14 @@ def remarks(rows: Sequence[BoardRow]) -> list[str]:
 
 
 def stopped(row: BoardRow) -> list[str]:
-    """Return what a reader has to know of a run's replies that were stopped, empty or refused."""
+    """Return what a reader has to know of a run's replies: sampled, stopped at a limit, empty, cut or refused."""
     if not row.about or row.scored is None:
         return []
     limit = row.about.get("max_new_tokens")
     where = f"the limit of {limit} new tokens." if limit else "their limit of new tokens."
-    made = [f"{row.at_limit} replies were stopped at {where}"] if row.at_limit else []
+    draws = row.about.get("draws", "1")
+    made = [] if draws == "1" else [f"each score is a mean over {draws} sampled replies to a question."]
+    made += [f"{row.at_limit} replies were stopped at {where}"] if row.at_limit else []
     return made + ([row.scored.doubts] if row.scored.doubts else [])
 
 

@@ -227,9 +227,10 @@ def test_a_thought_that_the_template_opened_is_marked_in_every_reply_of_the_run(
     assert [final_answer(reply).cut for reply in marked] == [False, True, False, False]
 
 
-def test_one_stray_mark_makes_no_thoughts_of_the_other_replies():
+def test_one_stray_mark_makes_no_thoughts_of_the_other_replies_but_a_warning(caplog):
     replies = ["a</think>yes", "yes", "no", "yes"]
     assert with_opened_thoughts(replies, [True] * 4) == replies
+    assert "1 replies close a thought that they do not open, and 3 have no thought mark" in caplog.text
 
 
 def test_half_of_the_replies_that_were_not_cut_are_enough():

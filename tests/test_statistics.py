@@ -220,3 +220,20 @@ def test_a_detectable_difference_is_found_in_four_of_five_cases():
     from scipy.stats import t as student
 
     assert 0.765 < (np.abs(t) > student.ppf(0.975, 59)).mean() < 0.835
+
+
+def test_the_interval_of_means_over_sampled_replies_holds_both_sources_of_spread():
+    # images differ (Beta), questions on an image differ (Beta), and each reply is drawn: the mean over all is 0.6
+    random = np.random.default_rng(1)
+    images, asked, draws, runs = 80, 3, 2, 600
+    covered, reaches = 0, []
+    for _ in range(runs):
+        of_image = random.beta(3, 2, images)[:, None]
+        chance = random.beta(4 * of_image, 4 * (1 - of_image), (images, asked))
+        means = random.binomial(draws, chance) / draws
+        found = mean_clustered(means.ravel().tolist(), [str(image) for image in range(images) for _ in range(asked)])
+        covered += found.low <= 0.6 <= found.high
+        reaches.append((found.standard_error, found.value))
+    assert covered / runs == pytest.approx(0.95, abs=0.025)
+    errors, values = np.array(reaches).T
+    assert errors.mean() == pytest.approx(values.std(), rel=0.1)  # what the means really vary by, run to run
