@@ -175,7 +175,7 @@ def opens_thought(prompt: str) -> str:
     return prompt[marks[-1].start() :]
 
 
-def with_opened_thoughts(replies: Sequence[str], ended: Sequence[bool | None]) -> list[str]:
+def with_opened_thoughts(replies: Sequence[str], ended: Sequence[bool | None], before: str = "") -> list[str]:
     """Put back the opening mark where the chat template wrote it, behind a server say, and so the replies lack it.
 
     A template opens the thought of every reply or of none. That it does is shown by replies with a closing mark and
@@ -185,12 +185,17 @@ def with_opened_thoughts(replies: Sequence[str], ended: Sequence[bool | None]) -
     Args:
         replies: All the raw replies of one model under one prompt.
         ended: By reply, False where it was cut at its limit; None where nobody says.
+        before: The mark that earlier replies of this model under this prompt were given. Where no reply here closes a
+            thought, one that was cut at its limit without any mark has stopped in its own.
     """
     closings = [_lone_closing(reply) for reply in replies]
     lone = [mark for mark in closings if mark]
     whole = sum(end is not False for end in ended)
     if not lone:
-        return list(replies)
+        return [
+            f"{before}\n{reply}" if before and end is False and reply.strip() and not _MARK.search(reply) else reply
+            for reply, end in zip(replies, ended, strict=True)
+        ]
     if 2 * len(lone) < whole:
         unmarked = sum(not _MARK.search(reply) for reply in replies)
         log.warning(
