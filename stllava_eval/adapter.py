@@ -280,7 +280,14 @@ class StllavaMed(lmms):
         replies = {key: one for key, one in outcomes.items() if isinstance(one, Answer)}
         if mark := opens_thought(self.answerer.preprocessing["prompt"]):
             return {key: replace(one, text=f"{mark}{one.text}") for key, one in replies.items()}
-        texts = with_opened_thoughts([one.text for one in replies.values()], [one.ended for one in replies.values()])
+        assert self._unfinished is not None
+        said = [one.text for one in replies.values()]
+        # under --use_cache, the few replies that are missing may all be cut, and show nothing by themselves
+        texts = with_opened_thoughts(said, [one.ended for one in replies.values()], self._unfinished.opening)
+        if self._rank == 0 and (
+            opening := next((text[: -len(of)] for text, of in zip(texts, said, strict=True) if text != of), "")
+        ):
+            self._unfinished.remember_opening(opening.rstrip())
         return {key: replace(one, text=text) for (key, one), text in zip(replies.items(), texts, strict=True)}
 
     def _answer(self, questions: dict[str, Question], kept: set[str]) -> dict[str, Answer | Failure]:
