@@ -15,11 +15,15 @@ import ast
 import json
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import pairwise, takewhile
 from typing import Any
 
 from stllava_eval.errors import InputError
+from stllava_eval.replies import whole
 
 log = logging.getLogger("stllava_eval")
 
@@ -115,8 +119,9 @@ _TAGS = (
     "think|thinking|thought|thoughts|reason|reasoning|rationale|analysis|reflection|scratchpad|seed:think"
     "|inner_monologue|summary|caption"
 )
+_ATTRIBUTES = r"(?:\s+[\w:-]+\s*=[^<>]*)?"
 _OPENING = (
-    rf"<\s*(?:{_TAGS})\s*>"
+    rf"<\s*(?:{_TAGS}){_ATTRIBUTES}\s*>"
     r"|◁\s*think\s*▷"  # Kimi-VL-Thinking
     r"|\[THINK\]"  # Magistral
     r"|<\|begin_of_thought\|>|<\|START_THINKING\|>|<\|think\|>"  # OpenThinker and its like; Command A Reasoning
@@ -129,7 +134,9 @@ _CLOSING = (
 )
 _MARK = re.compile(rf"(?P<opening>{_OPENING})|(?P<closing>{_CLOSING})", re.IGNORECASE)
 _CHANNEL = "<|channel|>"  # gpt-oss and its relatives: a channel is named, then its message follows
-_FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\b[^<]*<\|message\|>(.*?)(?:<\|(?:end|return)\|>|\Z)", re.DOTALL)
+_FINAL_CHANNEL = re.compile(  # a message in a format names it: `final <|constrain|>json`
+    r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>(.*?)(?:<\|(?:end|return)\|>|\Z)", re.DOTALL
+)
 
 
 def _outside_thoughts(reply: str) -> str | None:
@@ -168,7 +175,7 @@ def opens_thought(prompt: str) -> str:
     return prompt[marks[-1].start() :]
 
 
-def with_opened_thoughts(replies: Sequence[str], ended: Sequence[bool | None]) -> list[str]:
+def with_opened_thoughts(replies: Sequence[str], ended: Sequence[bool | None], before: str = "") -> list[str]:
     """Put back the opening mark where the chat template wrote it, behind a server say, and so the replies lack it.
 
     A template opens the thought of every reply or of none. That it does is shown by replies with a closing mark and
@@ -178,12 +185,17 @@ def with_opened_thoughts(replies: Sequence[str], ended: Sequence[bool | None]) -
     Args:
         replies: All the raw replies of one model under one prompt.
         ended: By reply, False where it was cut at its limit; None where nobody says.
+        before: The mark that earlier replies of this model under this prompt were given. Where no reply here closes a
+            thought, one that was cut at its limit without any mark has stopped in its own.
     """
     closings = [_lone_closing(reply) for reply in replies]
     lone = [mark for mark in closings if mark]
     whole = sum(end is not False for end in ended)
     if not lone:
-        return list(replies)
+        return [
+            f"{before}\n{reply}" if before and end is False and reply.strip() and not _MARK.search(reply) else reply
+            for reply, end in zip(replies, ended, strict=True)
+        ]
     if 2 * len(lone) < whole:
         unmarked = sum(not _MARK.search(reply) for reply in replies)
         log.warning(
@@ -219,7 +231,7 @@ def _lone_closing(reply: str) -> str:
 # Forms of an answer. Each takes a text and returns what stands inside the form, or None where the form is not there.
 
 _ANSWER_TAGS = "answer|final_answer|final answer|finalanswer|conclusion|final|solution"
-_ANSWER_OPENING = rf"(?:<\s*(?:{_ANSWER_TAGS})\s*>|<\|begin_of_(?:box|solution)\|>)"
+_ANSWER_OPENING = rf"(?:<\s*(?:{_ANSWER_TAGS}){_ATTRIBUTES}\s*>|<\|begin_of_(?:box|solution)\|>)"
 _ANSWER_CLOSING = rf"(?:<\s*/\s*(?:{_ANSWER_TAGS})\s*>|<\|end_of_(?:box|solution)\|>)"
 _ANSWER_TAG = re.compile(f"{_ANSWER_OPENING}|(?P<closing>{_ANSWER_CLOSING})", re.IGNORECASE)
 _WHOLE_TAG_AT_THE_END = re.compile(
@@ -260,15 +272,19 @@ def _in_box(text: str) -> str | None:
             end = place
             break
     held = text[start:end]
-    while held != (plain := _LATEX_TEXT.sub(r"\1", held)):
-        held = plain
+    for _ in range(DEPTH):
+        held = _LATEX_TEXT.sub(r"\1", held)
     return held.strip().strip("$").replace(r"\ ", " ").replace("~", " ").replace(r"\%", "%").strip()
 
 
 _FIELDS = ("finalanswer", "answer", "predictedanswer", "modelanswer", "prediction", "response")
 _FENCE = re.compile(r"```[a-zA-Z]*\s*\n?(.*?)```", re.DOTALL)
-_ANSWER_FIELD = re.compile(  # a text ends with its own quote before a comma, a brace or the end of all
-    r"""["'](?:final[ _]?)?answer["']\s*:\s*(["'])(.*?)(?:(?<!\\)\1\s*(?=[,}]|\Z)|\Z)""", re.IGNORECASE | re.DOTALL
+_ANSWER_FIELD = re.compile(
+    # a text ends with its own quote before a comma, a brace or the end of all; one without quotes at these or a line's
+    # end
+    r"""(?:["'](?:final[ _]?)?answer["']|(?<=\{)\s*(?:final_?)?answer)\s*:\s*"""
+    r"""(?:(["'])(.*?)(?:(?<!\\)\1\s*(?=[,}]|\Z)|\Z)|([^\s"'{}\[\],][^,{}\n]{0,300})(?=[,}\n]))""",
+    re.IGNORECASE | re.DOTALL,
 )
 
 
@@ -278,8 +294,9 @@ def _in_json(text: str) -> str | None:
         return None
     bodies = [fenced[1].strip() for fenced in _FENCE.finditer(text)][::-1]
     for body in [*bodies, text[text.index("{") : text.rfind("}") + 1]]:
-        if body.startswith("{") and (held := _answer_field(_loaded(body))) is not None:
-            return held
+        with suppress(RecursionError):  # nested too deep to hold an answer
+            if body.startswith("{") and (held := _answer_field(_loaded(body))) is not None:
+                return held
     return None
 
 
@@ -289,7 +306,9 @@ def _loaded(body: str) -> Any:
         return None
     for read in (json.loads, ast.literal_eval):
         try:
-            return read(body)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # LaTeX in a Python dict: an escape that is none
+                return read(body)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return None
@@ -299,7 +318,10 @@ def _answer_field(value: Any) -> str | None:
     if not isinstance(value, dict):
         return None
     named = {re.sub(r"[\s_-]", "", str(name)).lower(): held for name, held in value.items()}
-    return next((_as_text(named[name]) for name in _FIELDS if name in named), None)
+    for name in _FIELDS:
+        if name in named:
+            return _as_text(named[name])
+    return next((found for held in value.values() if (found := _answer_field(held)) is not None), None)
 
 
 def _as_text(value: Any) -> str:
@@ -311,7 +333,7 @@ def _as_text(value: Any) -> str:
         return ", ".join(map(_as_text, value))
     if value is None:
         return ""
-    return ("no", "yes")[value] if isinstance(value, bool) else str(value).strip()
+    return ("no", "yes")[value] if isinstance(value, bool) else whole(str(value)).strip()
 
 
 _BROKEN_JSON = re.compile(r"""\A\s*(?:```[a-zA-Z]*\s*)?\{\s*"[^"\n]{1,40}"\s*:(?!.*\}[\s`]*\Z)""", re.DOTALL)
@@ -327,19 +349,25 @@ def _in_broken_json(text: str) -> str | None:
     """The answer field of an object that is not whole, or not quite JSON."""
     if not re.match(r"\s*(?:```[a-zA-Z]*\s*)?\{", text) or not (fields := _ANSWER_FIELD.findall(text)):
         return None
-    return fields[-1][1].replace('\\"', '"').strip()
+    quote, quoted, bare = fields[-1]
+    if not quote:
+        return str(bare).strip()
+    held = _loaded(f'"{quoted}"')  # with JSON's escapes
+    return whole(held if isinstance(held, str) else quoted.replace('\\"', '"')).strip()
 
 
 _ANNOUNCED = re.compile(
-    # "Final answer: yes", "The final answer is yes", "## Final Answer", wherever it stands; "Answer: yes" on a line
-    r"(?:\bfinal[ \t]+answer\b|^[ \t>#*_-]{0,8}(?:the[ \t]+)?(?:correct[ \t]+)?answer(?=[*_ \t]{0,8}[:：]))"
+    # "Final answer: yes", "The final answer is yes", "## Final Answer", wherever it stands; "Answer: yes" on a line, or
+    # "Answer" on a line of its own with lines behind it
+    r"(?:\bfinal[ \t_]{1,4}answer\b"
+    r"|^[ \t>#*_-]{0,8}(?:the[ \t]+)?(?:correct[ \t]+)?answer(?=[*_ \t]{0,8}(?:[:：]|\n\s*\w)))"
     r"[*_`\"]*[ \t]*(?P<said>(?:is\b|would be\b)[ \t]*)?[*_`]*[ \t]*(?P<mark>[:：=]|[-–—](?=[ \t]))?[*_`]*[ \t]*",
     re.IGNORECASE | re.MULTILINE,
 )
 
 
 def _announced(text: str) -> str | None:
-    """The line behind the last "Final answer:"; the next line that has words, where this one has none."""
+    """The line behind the last "Final answer:"; the next line or list that has words, where this one has none."""
     last = None
     for match in _ANNOUNCED.finditer(text):
         line = text[match.end() :].split("\n", 1)[0] if not (match["said"] or match["mark"]) else ""
@@ -347,9 +375,12 @@ def _announced(text: str) -> str | None:
             last = match
     if last is None:
         return None
-    return next((line.strip() for line in text[last.end() :].split("\n") if re.search(r"\w", line)), "")
+    lines = [line.strip() for line in text[last.end() :].split("\n") if re.search(r"\w", line)]
+    listed = list(takewhile(_LIST_ITEM.match, lines))
+    return "\n".join(listed or lines[:1])
 
 
+_LIST_ITEM = re.compile(r"(?:[-*•]|\d{1,2}[.)])[ \t]+\S")
 _EMPHASIS = re.compile(
     r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*\n]*[^\s*])\1(?![\w*])|(?<![\w_])(_{1,3})(?=[^\s_])([^_\n]*[^\s_])\3(?![\w_])"
 )
@@ -374,8 +405,8 @@ _FORMS: dict[str, Callable[[str], str | None]] = {
     "tag": _in_tag,
     "box": _in_box,
     "json": lambda text: held if (held := _in_json(text)) is not None else _in_broken_json(text),
+    "emphasis": _without_emphasis,  # before the announced line: "The final answer is **yes**."
     "final answer": _announced,
-    "emphasis": _without_emphasis,
 }
 """In the order in which they are looked for; after each that was there, all are looked for again inside it."""
 
@@ -383,13 +414,23 @@ _FORMS: dict[str, Callable[[str], str | None]] = {
 # ---------------------------------------------------------------------------------------------------------------------
 # Letters
 
-_LETTERED = re.compile(r"(?:(?<=\s)|\A|(?<=[(\[,;?:]))\(?([A-J])(?:[.):]|\s[-–])\s*(?=\S)")
-_LETTER = re.compile(
-    r"\A\W*(?:(?:the\s+)?(?:correct\s+|best\s+)?(?:answer|option|choice)\s*(?:is\b)?\s*:?\s*)?"
-    r"[(\[]?\s*(?:option\s+)?([A-Ja-j])\s*[)\]]?(?:\s+is\s+(?:correct|right))?\W*\Z",
-    re.IGNORECASE,
+_LETTERED = re.compile(  # "A. yes", "(A) yes", "[A] yes", "**A:** yes", "a) yes"
+    r"(?:(?<=\s)|\A|(?<=[(\[,;?:：|]))[(\[*]{0,3}([A-Ja-j])(?:[.):\]：、．]|\s[-–—])[*)]{0,3}\s*(?=\S)"
 )
-_LETTER_AND_OPTION = re.compile(r"\A\W*(?:option\s+)?([A-J])\s*(?:[.):\]]+|\s[-–])\s*(\S.*?)\W*\Z", re.DOTALL)
+_INSTRUCTION = re.compile(  # "B. right. Answer with the letter." or "B. right Answer with the letter."
+    r"(?<=[.?!])\s+(?=[A-Z])"
+    r"|\s+(?=(?:Answer|Choose|Give|Only|Output|Pick|Please|Provide|Reply|Respond|Return|Select|Write|Your)\b)"
+)
+_CORE = re.compile(r"\w(?:.*\w)?", re.DOTALL)
+# Both are matched with a core whose white space is single spaces, so no part of them competes for a run of it.
+_LEAD = (
+    r"(?:(?:the )?(?:correct |best |right )?(?:answer|option|choice)(?: is| would be)? ?[:：]? ?)?"
+    r"[(\[]?(?:option |choice )?"
+)
+_LETTER = re.compile(
+    rf"{_LEAD}([A-J])[)\]]?(?: is (?:the )?(?:correct|right|best)(?: answer| option| choice)?)?", re.IGNORECASE
+)
+_LETTER_AND_OPTION = re.compile(rf"{_LEAD}([A-J])(?: ?[)\].:：,]{{1,3}}| [-–—]) ?(\S.*)", re.IGNORECASE)
 
 
 def lettered_options(asked: str) -> dict[str, str]:
@@ -400,34 +441,49 @@ def lettered_options(asked: str) -> dict[str, str]:
     """
     marks = list(_LETTERED.finditer(asked))
     # the last A after which B follows: an "A." before it is prose
-    starts = [number for number in range(len(marks) - 1) if marks[number][1] == "A" and marks[number + 1][1] == "B"]
+    starts = [place for place, (one, two) in enumerate(pairwise(marks)) if one[1] + two[1] in ("AB", "ab")]
     if not starts:
         return {}
     options: dict[str, str] = {}
     run = marks[starts[-1] :]
     for number, mark in enumerate(run):
-        if mark[1] != chr(ord("A") + number):
+        if ord(mark[1]) != ord(run[0][1]) + number:
             break
         end = run[number + 1].start() if number + 1 < len(run) else len(asked)
-        held = asked[mark.end() : end]
-        lines = held.strip().split("\n")
-        first = re.split(r"(?<=[.?!])\s+(?=[A-Z])", lines[0])[0]  # "B. right. Answer with the letter."
-        options[mark[1]] = first.strip().rstrip("([").strip(" \t,;.")
+        lines = asked[mark.end() : end].strip().split("\n")
+        options[mark[1].upper()] = _INSTRUCTION.split(lines[0])[0].strip().rstrip("([").strip(" \t,;.|*")
     return options if len(options) > 1 and all(options.values()) else {}
 
 
 def _option_of_letter(text: str, asked: str) -> str | None:
     """The option that an answer names by its letter; None where it names none, or says something else beside it."""
     options = lettered_options(asked)
-    if not options:
+    core = _CORE.search(text)
+    if not options or core is None:
         return None
-    if letter := _LETTER.match(text):
+    said = " ".join(core[0].split())
+    if letter := _LETTER.fullmatch(said):
         return options.get(letter[1].upper())
-    if (both := _LETTER_AND_OPTION.match(text)) and both[1] in options:
-        option = options[both[1]]
-        same = [" ".join(re.findall(r"\w+", one.lower())) for one in (both[2], option)]
-        return option if same[0] == same[1] or same[0].startswith(f"{same[1]} ") else None
-    return None
+    if (both := _LETTER_AND_OPTION.fullmatch(said)) is None:
+        return None
+    told = _words(both[2])
+    begun = [one for one, option in options.items() if _begins(told, _words(option))]
+    if not begun or max(begun, key=lambda one: len(_words(options[one]))) != both[1].upper():
+        return None
+    option = options[both[1].upper()]
+    rest = told[len(_words(option)) :]
+    others = [[one.lower()] for one in options] + [_words(one) for one in options.values()]
+    behind = rest[1:] if rest[:1] in (["and"], ["or"]) else rest  # "A. left and right", "A. yes B. no"
+    own = ([both[1].lower()], _words(option))
+    return None if any(_begins(behind, other) for other in others if other not in own) else option
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _begins(words: Sequence[str], first: Sequence[str]) -> bool:
+    return bool(first) and words[: len(first)] == first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,7 +493,7 @@ SEALED = "[stllava_med replies] "
 
 
 def sealed(replies: Sequence[str], asked: str, rule: str) -> str:
-    """Return one text that holds the replies to one question, for lmms-eval, which passes on one text a question.
+    """Return one text that holds the replies to one question, for lmms-eval, which passes on one text per question.
 
     It carries what `final_answer` needs besides the replies, so that the task reads them as the run does: sampled
     replies are several, and a task knows neither the rule of a run nor the text that was asked.

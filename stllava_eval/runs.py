@@ -116,7 +116,7 @@ class RunTask:
 
     @property
     def answers(self) -> dict[str, str]:
-        """By question id, the final answer of the first reply, for people to read."""
+        """Return the final answer of the first reply by question id, for people to read."""
         return {name: of[0].answer for name, of in self.replies.items()}
 
 
@@ -307,6 +307,8 @@ def open_run(folder: Path) -> Run:
         if len(set(keys)) < len(keys) or not all(isinstance(text, str) for text in texts):
             raise ValueError("an id of answers.jsonl comes twice, or an id, answer or reply is not text")
         _check_manifest(manifest)
+        for row in rows:
+            _check_line(row, manifest["tasks"].get(row["task"], {}))
         replies = _by_task_and_id(rows)
         tasks = {
             task: RunTask(
@@ -332,11 +334,43 @@ def open_run(folder: Path) -> Run:
     return Run(folder, manifest, tasks)
 
 
+def _check_line(row: Mapping[str, Any], of_task: Mapping[str, Any]) -> None:
+    """Raises ValueError where a line of an answers.jsonl, besides its texts, is not as `answered` makes it, or by
+    another rule than the run.json names."""
+    if type(row.get("draw", 0)) is not int or row.get("draw", 0) < 0:
+        raise ValueError(f"draw {row['draw']!r} of {row['id']} is no number from 0 on")
+    if "reply" not in row:
+        return
+    if type(row["cut"]) is not bool:
+        raise ValueError(f"cut {row['cut']!r} of {row['id']} is neither true nor false")
+    if not isinstance(row["forms"], list) or not all(isinstance(form, str) for form in row["forms"]):
+        raise ValueError(f"forms {row['forms']!r} of {row['id']} is no list of texts")
+    if (rule := row.get("extract")) != of_task.get("extract", rule):
+        raise ValueError(f"extract {rule!r} of {row['id']} is not the run.json's {of_task['extract']!r}")
+
+
+def _ended(row: Mapping[str, Any]) -> bool | None:
+    """Whether a line's reply ended by itself; None where it does not say."""
+    ended = row.get("ended", None if row.get("finish_reason") is None else row["finish_reason"] not in AT_LIMIT)
+    return ended if isinstance(ended, bool) else None
+
+
 def _by_task_and_id(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, tuple[Final, ...]]]:
-    """The final answers in lines of `answers.jsonl`, in the order of their draws."""
+    """The final answers in lines of `answers.jsonl`, in the order of their draws.
+
+    Of an older run, whose lines hold raw replies alone, opened thoughts are marked here, as `read_answers` does.
+    """
+    from stllava_eval.metrics import is_failed_request
+
     found: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        found[row["task"]][row["id"]][int(row.get("draw", 0))] = row
+        found[row["task"]][row["id"]][row.get("draw", 0)] = row
+    for of_task in found.values():
+        old = [row for of in of_task.values() for row in of.values() if "reply" not in row]
+        asked = [row for row in old if not is_failed_request(row["answer"])]
+        marked = with_opened_thoughts([row["answer"] for row in asked], [_ended(row) for row in asked])
+        for row, reply in zip(asked, marked, strict=True):
+            of_task[row["id"]][row.get("draw", 0)] = {**row, "answer": reply}
     return {
         task: {name: tuple(map(_final, _in_order(of))) for name, of in of_task.items()}
         for task, of_task in found.items()
@@ -599,7 +633,7 @@ class AnswerFile:
 
     @property
     def answers(self) -> dict[str, str]:
-        """By question id, the final answer of the first reply."""
+        """Return the final answer of the first reply by question id."""
         return {name: of[0].answer for name, of in self.replies.items()}
 
 
@@ -720,8 +754,7 @@ def _id_and_reply(row: Mapping[str, Any], split: Sequence[Mapping[str, Any]]) ->
         return (ids[0] if ids else fallback), (_Said(reply, ours=True) if isinstance(reply, str) else None)
     name = next((row[key] for key in ("id", "question_id", "qid") if row.get(key) is not None), None)
     name = None if name is None else str(name)
-    ended = row.get("ended", None if row.get("finish_reason") is None else row["finish_reason"] not in AT_LIMIT)
-    ended = ended if isinstance(ended, bool) else None
+    ended = _ended(row)
     if "reply" in row and "extract" in row:  # a run folder's
         if not all(isinstance(row[key], str) for key in ("reply", "answer", "extract")):
             return name, None

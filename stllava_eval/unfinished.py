@@ -14,6 +14,8 @@ from stllava_eval.answering import Answer
 from stllava_eval.errors import InputError
 from stllava_eval.home import home
 
+LONGEST_MARK = 100  # characters of a thought mark (our choice): the longest known has 22
+
 
 def question_key(task: str, split: str, doc_id: int, text: str, max_new_tokens: int, until: Sequence[str]) -> str:
     """What one question of a task is, beside what the fingerprint of the run says: text and limits included."""
@@ -38,7 +40,12 @@ class Unfinished:
         folder, self.files = home() / "unfinished", f"{fingerprint[:32]}-*.jsonl"
         self.file = folder / f"{fingerprint[:32]}-{rank}.jsonl"
         self.answers: dict[str, Answer] = {}
+        self.opening = ""
+        """The thought mark that earlier replies of the same fingerprint lacked, since the template writes it."""
+        self._opening_file = folder / f"{fingerprint[:32]}.opening"
         try:
+            if self._opening_file.exists():
+                self.opening = self._opening_file.read_text(encoding="utf-8", errors="replace")[:LONGEST_MARK]
             for file in sorted(folder.glob(self.files)):
                 self.answers.update(_read(file))
             if self.file.exists():  # without the line that a kill has cut
@@ -64,6 +71,20 @@ class Unfinished:
                 os.fsync(file.fileno())
         except OSError as error:
             raise InputError(f"{self.file}: cannot be written ({error.strerror}). Free some space.") from error
+
+    def remember_opening(self, mark: str) -> None:
+        """Write down the thought mark that the template writes, for later runs; `done` leaves it.
+
+        Raises:
+            InputError: The disk is full.
+        """
+        if mark == self.opening:
+            return
+        try:
+            self._opening_file.parent.mkdir(parents=True, exist_ok=True)
+            self._opening_file.write_text(mark, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{self._opening_file}: cannot be written ({error.strerror}). Free some space.") from error
 
     def done(self) -> None:
         """The run has been written: forget its answers, those of a stopped run with more processes too."""

@@ -53,6 +53,10 @@ FORMS = {
     "JSON in a fence": '```json\n{{"reasoning": "no", "answer": "{}"}}\n```',
     "JSON behind words": 'Here it is: {{"Final Answer": "{}"}}',
     "a Python dict": "{{'thought': 'no', 'answer': '{}'}}",
+    "an announced answer in bold": "Is there one? The final answer is **{}**.",
+    "answer as a heading": "### Reasoning\nno\n\n### Answer\n{}",
+    "a tag with an attribute": '<think lang="en">no</think><answer type="text">{}</answer>',
+    "gpt-oss, in a format": '<|channel|>final <|constrain|>json<|message|>{{"answer": "{}"}}<|return|>',
     "JSON that is not whole": '{{"reasoning": "no", "answer": "{}"',
     "bold": "**{}**",
     "italic": "*{}*",
@@ -64,7 +68,7 @@ FORMS = {
 @pytest.mark.parametrize("answer", ["Yes", "left lung", "T2-weighted image, 2.5 cm"])
 def test_the_answer_is_taken_out_of_its_form(form, answer):
     found = final_answer(form.format(answer))
-    assert (found.answer, found.cut) == (answer, False)
+    assert (found.answer.removesuffix("."), found.cut) == (answer, False)
     assert found.forms
     assert found.reply == form.format(answer)
 
@@ -81,6 +85,8 @@ def test_the_answer_is_taken_out_of_its_form(form, answer):
         "<think>yes</think><answer>",
         "<SUMMARY>yes</SUMMARY><REASONING>yes, since",
         "It could be yes. Final answer:",
+        '<think lang="en">yes, the',
+        '{"reasoning": "so, the answer: yes, since',
         "So yes: \\boxed{",
         '{"reasoning": "is it yes',
         '<think>no</think>```json\n{"reasoning": "yes',
@@ -151,12 +157,47 @@ LETTERED = "Is there a mass?\nA. Yes\nB. No"
         ("C", "C"),  # no such option
         ("A and B", "A and B"),
         ("A. No", "A. No"),  # letter and text contradict each other
+        ("A. Yes\nB. No", "A. Yes\nB. No"),  # the options again
+        ("A. Yes or no", "A. Yes or no"),
+        ("The answer is (B) No.", "No"),
+        ("The correct answer is B: no", "No"),
+        ("Option A: Yes", "Yes"),
+        ("(b) no", "No"),
+        ("A, yes", "Yes"),
+        ("A is the correct answer.", "Yes"),
         ("Yes", "Yes"),
         ("A mass is seen", "A mass is seen"),
     ],
 )
 def test_a_letter_names_its_option_where_options_were_lettered(reply, answer):
     assert final_answer(reply, LETTERED).answer == answer
+
+
+def test_a_letter_beside_the_text_of_a_longer_option_contradicts_it():
+    asked = "Where? A. lung B. lung and heart C. heart"
+    assert final_answer("A. lung and heart", asked).answer == "A. lung and heart"
+    assert final_answer("B. lung and heart", asked).answer == "lung and heart"
+    assert final_answer("A. lung and spleen", asked).answer == "lung"
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("Final answer:\n1. mass\n2. effusion\nThank you", "1. mass\n2. effusion"),
+        ("Answer:\n- liver\n- spleen", "- liver\n- spleen"),
+        ("Final answer: - liver", "- liver"),
+        ("final_answer: yes", "yes"),
+        ('{"answer": yes}', "yes"),
+        ("{answer: yes, sure: true}", "yes"),
+        ('{"answer": "Yes \\ud83d"}', "Yes \ufffd"),
+        ("{'answer': '\\(x\\)'}", "\\(x\\)"),
+        ('{"answer": null}', ""),
+        ('{"answer": ["left", "right"]}', "left, right"),
+        ('{"result": {"answer": "caf\\u00e9"}}', "café"),
+    ],
+)
+def test_an_answer_may_be_a_list_or_no_quite_proper_json(reply, answer):
+    assert final_answer(reply).answer == answer
 
 
 @pytest.mark.parametrize(
@@ -166,6 +207,10 @@ def test_a_letter_names_its_option_where_options_were_lettered(reply, answer):
         ("Which?\nA: T1\nB: T2\nC: FLAIR\nAnswer with the letter.", ["T1", "T2", "FLAIR"]),
         ("Which? A) CT B) MRI. Answer with one letter only.", ["CT", "MRI"]),
         ("Options: [A. yes, B. no]", ["yes", "no]"]),
+        ("Which? a) CT b) MRI Answer with the letter.", ["CT", "MRI"]),
+        ("Which?\n**A.** CT\n**B.** MRI", ["CT", "MRI"]),
+        ("Which? [A] CT [B] MRI", ["CT", "MRI"]),
+        ("A：CT B：MRI", ["CT", "MRI"]),
         ("Is vitamin A or B. shown?", []),
         ("Is there a mass?", []),
         ("A. only one", []),
@@ -231,6 +276,20 @@ def test_a_reply_that_looks_like_several_is_a_reply(text):
 def test_long_replies_of_marks_are_read_in_linear_time(unit):
     # a quadratic reading of these 200,000 characters takes minutes, which the time limit of a test ends
     final_answer(unit * (200_000 // len(unit)), LETTERED)
+
+
+@pytest.mark.parametrize(("opening", "closing"), [('{"a": ', "}"), ('{"answer": ', "}"), ("[", "]")])
+@pytest.mark.parametrize("depth", [300, 900, 5_000])
+def test_json_that_is_nested_too_deep_is_no_traceback(opening, closing, depth):
+    nested = opening * depth + "1" + closing * depth
+    final_answer(nested)
+    final_answer(f'{{"answer": {nested}}}')
+
+
+@pytest.mark.parametrize("reply", ["{}x", "The answer is{}x", "A{}", "A. yes{}x", "\\boxed{{{}}}"])
+@pytest.mark.parametrize("unit", [" ", "\n", " -", "\\text{"])
+def test_a_long_run_of_blanks_or_marks_is_read_in_linear_time(reply, unit):
+    final_answer(reply.format(unit * 50_000), LETTERED)
 
 
 def official_test(shared, name: str) -> list[tuple[str, str, str]]:

@@ -484,6 +484,7 @@ def test_score_gives_every_score_of_a_kind():
         "bleu1": 0.5,
         "words": 3.0,
         "refused": 0.0,
+        "cut": 0.0,
     }
     assert score("I do not know.", "Left", "closed", SIDE) == {
         "closed_llavamed": 0.0,
@@ -492,6 +493,7 @@ def test_score_gives_every_score_of_a_kind():
         "unparsed": 1.0,
         "words": 4.0,
         "refused": 1.0,
+        "cut": 0.0,
     }
 
 

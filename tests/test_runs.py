@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from stllava_eval import runs
 from stllava_eval.cli import main
 from stllava_eval.errors import InputError
 from stllava_eval.leaderboard import board, board_text
-from stllava_eval.runs import read_answers, read_run, score_table, trained_on
+from stllava_eval.runs import open_run, read_answers, read_run, score_table, trained_on
 
 REFERENCES = {0: "yes", 1: "the left lung"}  # of vqarad's two questions on each image, see conftest.py
 
@@ -416,3 +417,48 @@ def test_a_run_that_fails_before_it_is_written_leaves_no_folder(prepared, home):
     with pytest.raises(KeyError):
         runs.write_run([{"task": "vqarad", "id": "test-0-0"}], {"checkpoint": {"name": "a"}})
     assert not (home / "runs").exists()
+
+
+def edited(run, change):
+    """Put every line of a run's answers through `change`, which is handed the line and its number."""
+    file = run / "answers.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for number, line in enumerate(lines):
+        change(line, number)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("cut", "false", "cut 'false' of test-0-0 is neither true nor false"),
+        ("cut", 1, "cut 1 of test-0-0"),
+        ("forms", None, "forms None of test-0-0"),
+        ("forms", "tag", "forms 'tag' of test-0-0"),
+        ("draw", "1", "draw '1' of test-0-0"),
+        ("draw", -1, "draw -1 of test-0-0"),
+        ("draw", True, "draw True of test-0-0"),
+        ("extract", "none", "extract 'none' of test-0-0 is not the run.json's 'final-v1'"),
+    ],
+)
+def test_a_line_that_was_edited_by_hand_is_refused_by_name(prepared, tmp_path, name, value, told):
+    run = small_run(tmp_path / "run", right)
+    edited(run, lambda line, number: number or line.update({name: value}))
+    with pytest.raises(InputError, match=re.escape(told)):
+        open_run(run)
+
+
+def test_an_old_run_with_opened_thoughts_has_one_value_in_score_and_board(prepared, tmp_path):
+    run = small_run(tmp_path / "run", right)
+
+    def as_before(line, number):
+        for name in ("reply", "extract", "forms", "cut", "draw"):
+            del line[name]
+        cut = line["reference"] == "yes" and number > 2
+        line |= {"answer": "Is it yes? The" if cut else f"no</think>{line['reference']}", "ended": not cut}
+
+    edited(run, as_before)
+    of_score = read_answers(run / "answers.jsonl", "vqarad").replies
+    of_board = open_run(run).tasks["vqarad"].replies
+    assert of_board == of_score
+    assert 0 < sum(of[0].cut for of in of_board.values()) < 4

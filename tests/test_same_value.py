@@ -83,7 +83,8 @@ def evaluate(model_args: str, tmp_path: Path, *more: str) -> dict[str, float]:
     """Call lmms-eval's command and return what it writes into its own table."""
     from lmms_eval.__main__ import cli_evaluate
 
-    out = tmp_path / "lmms"
+    # one for each call: lmms-eval names its files by the second, and appends to one that is there
+    out = tmp_path / "lmms" / str(len(list(tmp_path.glob("lmms/*"))))
     sys.argv = [
         *("lmms-eval", "--model", "stllava_med", "--tasks", "vqarad", "--model_args", model_args),
         *("--output_path", str(out), "--log_samples", *more),
@@ -256,3 +257,29 @@ def test_a_thought_that_a_local_template_opens_is_cut_where_it_never_closes(
     monkeypatch.setenv("STLLAVA_RUN", str(tmp_path / "run"))
     table = evaluate(f"pretrained={checkpoint}", tmp_path)
     assert (table["cut"], table["closed_accuracy"]) == (1, 0)
+
+
+def test_a_cut_thought_is_cut_when_the_cache_holds_all_other_replies(prepared, tmp_path, monkeypatch):
+    asked = []
+
+    def reply(request):
+        asked.append(text(request))
+        if len(asked) == 1:
+            return says(None, finish="content_filter")  # no answer, so none that the cache keeps
+        if len(asked) > 8:
+            return says("It could be yes, or the left lung", finish="length")
+        return opened_by_the_template(WORDS[text(request)][0])
+
+    tables = []
+    with FaultServer(reply=reply) as server:
+        for name in ("first", "second", "third"):
+            monkeypatch.setenv("STLLAVA_RUN", str(tmp_path / name))
+            arguments = f"backend=openai_server,base_url={server.url},concurrency=1"
+            tables.append(evaluate(arguments, tmp_path, "--use_cache", str(tmp_path / "cache")))
+    assert len(asked) == 9
+    assert [table["cut"] for table in tables] == [0, 1 / 8, 1 / 8]
+    for name in ("second", "third"):
+        (line,) = [
+            row for row in map(json.loads, (tmp_path / name / "answers.jsonl").read_text().splitlines()) if row["cut"]
+        ]
+        assert (line["answer"], line["reply"]) == ("", "<think>\nIt could be yes, or the left lung")
