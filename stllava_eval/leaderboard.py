@@ -237,10 +237,6 @@ def questions(row: BoardRow) -> dict[str, QuestionScores]:
     return row.scored.questions if row.scored else {}
 
 
-def _value(row: BoardRow, metric: str) -> float:
-    return row.scores[metric].value or 0.0
-
-
 def _published(task: str) -> list[BoardRow]:
     """The reported rows of a task in the paper's prompt; see published.json."""
     rows = json.loads(files("stllava_eval").joinpath("published.json").read_text(encoding="utf-8"))["rows"]
@@ -276,8 +272,8 @@ SIGNS = {BEST: "*", EQUAL: "~"}
 EXPLAINED = (
     "Scores x100 with 95 % intervals clustered by image; words: mean per answer; unparsed: % of closed answers without "
     "a verdict; cut: % of replies that stopped inside their thought, which are never right. "
-    f"* {BEST} of the measured rows of one group and prompt that answered the same questions of this score (but for 1 %, "
-    f"which is left out); ~ {EQUAL} (paired test by image, Holm over the column)."
+    f"* {BEST} of the measured rows of one group and prompt that answered the same questions of this score (1 % may be "
+    f"missing, and is left out); ~ {EQUAL} (paired test by image, Holm over the column)."
 )
 Cell = Callable[[BoardRow, str], str]
 

@@ -91,13 +91,67 @@ def test_systems_of_other_groups_and_prompts_are_not_ranked_together(official, t
 
 def test_reported_rows_are_the_papers_and_only_of_official_data(official, tmp_path):
     runs = [small_run(tmp_path / "a", right, ("vqarad", "slake", "pathvqa"))]
-    found = {(row.task, row.system): row for row in board(runs, published=True) if row.kind == "reported"}
+    found = {
+        (row.task, row.system): row
+        for row in board(runs, published=True)
+        if row.kind == "reported" and row.about["table"] == "Table 2"
+    }
     for task, figures in PAPER.items():
         scores = found[task, "STLLaVA-Med"].scores
         assert [round(100 * scores[name].value, 2) for name in scores] == list(figures)
         assert all(score.n == 0 and score.low is None for score in scores.values())
     assert "no share of 272" in found["vqarad", "STLLaVA-Med"].notes["closed_llavamed"]
     assert not any(row.kind == "reported" for row in board(runs))
+
+
+def test_every_cell_of_the_papers_tables_is_reported_as_printed(official, tmp_path, shared):
+    printed = json.loads((shared / "data" / "papers" / "stllava_med_tables.json").read_text(encoding="utf-8"))
+    runs = [small_run(tmp_path / "a", right, ("vqarad", "slake", "pathvqa"))]
+    found = {
+        (row.about["table"], row.about["row"], row.task): row
+        for row in board(runs, published=True)
+        if row.kind == "reported"
+    }
+    names = {"recall": "recall_llavamed", "f1": "f1_llavamed", "closed": "closed_llavamed"}
+    for table, label in (("table_2", "Table 2"), ("table_4", "Table 4")):
+        for row in printed[table]:
+            for task, cells in row["scores"].items():
+                scores = found[label, row["row"], task].scores
+                assert {name: round(100 * scores[names[name]].value, 2) for name in cells} == cells
+    groups = {key[1]: row.group for key, row in found.items() if key[0] == "Table 2"}
+    assert groups["GPT-4o"] == "reported, zero-shot, without Med-IM"
+    assert groups["STLLaVA-Med"] == "reported, zero-shot, with Med-IM"
+
+
+def test_a_run_that_left_out_open_questions_is_a_rival_in_closed_ones(prepared, tmp_path):
+    def half_right(row):
+        return "no" if row["kind"] == "closed" and row["id"].startswith("test-0") else row["reference"]
+
+    def closed_only(row):
+        return row["reference"] if row["kind"] == "closed" else None
+
+    rows = board([small_run(tmp_path / "all", half_right), small_run(tmp_path / "closed", closed_only)])
+    marks = {row.system: row.marks for row in rows if row.kind == "measured"}
+    assert marks["closed"]["closed_accuracy"] == "best"
+    assert marks["all"].get("closed_accuracy") != "best"
+    assert "recall" not in marks["all"]  # nobody to compare it with
+
+
+@pytest.mark.parametrize(("lacking", "compared"), [(1, True), (2, False)])
+def test_a_row_that_lacks_one_in_a_hundred_questions_is_compared_on_the_others(home, tmp_path, lacking, compared):
+    from stllava_eval.datasets import Row, write_split
+
+    rows = [
+        Row(f"{number}", png((number, 0, 7)), f"{number}.png", "Is there a mass?", "yes", "closed", {})
+        for number in range(100)
+    ]
+    write_split("vqarad", "test", rows, edition="t", official=False, sample=True, source="", licence="")
+    whole = small_run(tmp_path / "whole", lambda row: "no" if row["id"] in ("97", "98", "99") else "yes")
+    part = small_run(tmp_path / "part", lambda row: None if int(row["id"]) < lacking else "yes")
+    marks = {row.system: row.marks for row in board([whole, part]) if row.kind == "measured"}
+    assert ("closed_accuracy" in marks["part"]) is compared
+    if compared:
+        assert marks["part"]["closed_accuracy"] == "best"
 
 
 def test_sample_data_never_stands_beside_reported_rows(prepared, tmp_path):
@@ -133,9 +187,9 @@ def test_closed_figures_are_shares_of_the_official_questions_but_for_the_footnot
                     if not any(abs(100 * right / of - value) <= 0.005 + 1e-9 for right in range(of + 1)):
                         impossible.append((row["system"], task))
     assert impossible == [
-        ("STLLaVA-Med", "vqarad"),
-        ("STLLaVA-Med without DPO", "vqarad"),
         ("PMC-VQA (MedVInT)", "pathvqa"),  # cut off, not rounded; their footnotes say so
+        ("STLLaVA-Med without DPO", "vqarad"),
+        ("STLLaVA-Med", "vqarad"),
         ("LLaVA-Med v1 (from Vicuna)", "vqarad"),
     ]
 
