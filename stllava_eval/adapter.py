@@ -37,6 +37,7 @@ from stllava_eval.extract import (
     unsealed,
     with_opened_thoughts,
 )
+from stllava_eval.home import expanded, read_text
 from stllava_eval.images import decode, read_image, rgb
 from stllava_eval.metrics import is_failed_request
 from stllava_eval.plugin import MODEL
@@ -65,6 +66,9 @@ SAMPLING = ("temperature", "top_p", "top_k", "seed", "draws")
 ASKING = ("extract", "max_new_tokens", "system", "enable_thinking", "min_pixels", "max_pixels", *SAMPLING)
 ANSWERING = 2  # raised where equal settings give other answers than before: 2 leaves out a model's own penalties
 LONGEST_SYSTEM = 100_000  # bytes of a system prompt's file (our choice)
+MOST_DRAWS = (
+    1000  # of a question; papers report 3 to 64, and every question of every draw is held in memory (our choice)
+)
 CHECKPOINT = (
     *("pretrained", "device", "dtype", "four_bit", "batch_tokens"),
     *("base", "vision_tower", "projector", "vision_lora", "prototypes", "iterations"),
@@ -119,7 +123,7 @@ class StllavaMed(lmms):
         enable_thinking: True or False for a chat template that knows the switch.
         min_pixels, max_pixels: Of an image, as the model's processor, or what is sent to a server, is to have it.
         temperature, top_p, top_k, seed: How replies are sampled (default: the likeliest token, always).
-        draws: How many replies to sample for each question; its score is their mean.
+        draws: How many replies to sample for each question, at most 1,000; its score is their mean.
         backend: `transformers`; `openai_server` asks a server at `base_url` for the model `model` and takes
             `concurrency`, `retries`, `timeout`, `reasoning` (see `server.ServerAnswerer`), and of the arguments above
             `images` and those from `extract` on.
@@ -258,7 +262,11 @@ class StllavaMed(lmms):
             outcomes |= of_process
         failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
         if failed and len(failed) == len(outcomes):
-            raise InputError(f"none of {len(failed)} questions was answered: {failed[0].reason}")
+            place = self.answerer.preprocessing.get("base_url", self.answerer.name)
+            raise InputError(
+                f"{place}: none of {len(failed)} questions was answered: {failed[0].reason.rstrip('.')}. "
+                "When that is put right, the same command asks again."
+            )
         if failed and self._rank == 0:
             logger.warning("{} of {} questions have no answer: {}", len(failed), len(outcomes), failed[0].reason)
         outcomes |= self._with_opened_thoughts({key: outcomes[key] for key in sorted(ours.keys() & outcomes.keys())})
@@ -341,11 +349,24 @@ class StllavaMed(lmms):
         ]
 
     def _limits(self, request: Instance) -> tuple[int, tuple[str, ...]]:
-        """New tokens of a reply at most, and the texts before which it ends."""
+        """New tokens of a reply at most, and the texts before which it ends.
+
+        Raises:
+            InputError: The task, or `--gen_kwargs`, gives something else.
+        """
         settings = self._settings(request)
         until = settings.get("until") or ()
-        limit = int(settings.get("max_new_tokens", 1024)) if self.limit is None else self.limit
-        return limit, (until,) if isinstance(until, str) else tuple(until)
+        until = [until] if isinstance(until, str) else until
+        if not isinstance(until, list | tuple) or not all(isinstance(text, str) for text in until):
+            raise InputError(f"{request.args[-2]}: generation_kwargs until={until!r}: pass a text or a list of texts.")
+        limit = settings.get("max_new_tokens", 1024) if self.limit is None else self.limit
+        if isinstance(limit, float) and limit.is_integer():  # lmms-eval reads 1e3 and -5 so
+            limit = int(limit)
+        if type(limit) is not int or limit < 1:
+            raise InputError(
+                f"{request.args[-2]}: generation_kwargs max_new_tokens={limit}: pass a whole number from 1 on."
+            )
+        return limit, tuple(until)
 
     def _question(self, asked: _Asked) -> Question:
         """A question of one of our tasks; nothing is decoded before its image is due."""
@@ -551,15 +572,13 @@ def refuse_fewshot(arguments: Sequence[str]) -> None:
     """Raise where lmms-eval was called with examples: they never reach a chat model.
 
     Raises:
-        InputError: `--num_fewshot` is there, with another number than 0.
+        InputError: `--num_fewshot` is there, perhaps shortened as argparse allows, with another number than 0.
     """
     for place, word in enumerate(arguments):
         name, _, value = word.partition("=")
-        if name == "--num_fewshot" and (value or "".join(arguments[place + 1 : place + 2])) != "0":
-            raise InputError(
-                f"--num_fewshot {value or ''.join(arguments[place + 1 : place + 2])}: stllava_med is asked without "
-                "examples. Leave it out."
-            )
+        value = value or "".join(arguments[place + 1 : place + 2])
+        if name.startswith("--nu") and "--num_fewshot".startswith(name) and value != "0":
+            raise InputError(f"--num_fewshot {value}: stllava_med is asked without examples. Leave it out.")
 
 
 def _whole_number(given: dict[str, Any], name: str, least: int) -> int | None:
@@ -586,6 +605,8 @@ def _sampling(given: dict[str, Any]) -> tuple[Sampling | None, int]:
         given["top_k"] = 0
     top_k, seed = _whole_number(given, "top_k", 0), _whole_number(given, "seed", 0)
     draws = _whole_number(given, "draws", 1) or 1
+    if draws > MOST_DRAWS:
+        raise InputError(f"--model_args draws={draws}: pass a whole number from 1 to {MOST_DRAWS}.")
     temperature, top_p = given.pop("temperature", 0), given.pop("top_p", None)
     for name, value, low, high in (("temperature", temperature, 0, 100), ("top_p", top_p, 1e-6, 1)):
         if value is not None and (
@@ -623,17 +644,18 @@ def _system_prompt(given: str) -> str:
     """The text, without the quotes that lmms-eval leaves around a value with commas; `@FILE` is what the file holds."""
     if given[:1] == given[-1:] and given[:1] in ("'", '"') and len(given) > 1:
         given = given[1:-1]
+    place = "system"
     if given.startswith("@"):
-        file = Path(given[1:]).expanduser()
+        place = f"system={given}"
         try:
-            with file.open("rb") as opened_file:
-                given = opened_file.read(LONGEST_SYSTEM + 1).decode("utf-8-sig")
+            given = read_text(expanded("--model_args system", given[1:]), LONGEST_SYSTEM)
+        except InputError as error:
+            raise InputError(f"--model_args {place}: {error}") from error
         except (OSError, ValueError) as error:
-            raise InputError(f"--model_args system=@{file}: cannot be read ({error}). Pass a text file.") from error
-        if len(given) > LONGEST_SYSTEM:
-            raise InputError(f"--model_args system=@{file}: more than {LONGEST_SYSTEM} bytes. Pass a system prompt.")
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise InputError(f"--model_args {place}: cannot be read ({reason}). Pass a text file.") from error
     if not given.strip():
-        raise InputError("--model_args system: it is empty. Leave it out.")
+        raise InputError(f"--model_args {place}: it is empty. Write a system prompt, or leave it out.")
     return given
 
 

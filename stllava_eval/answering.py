@@ -476,7 +476,7 @@ def cut(text: str, until: Sequence[str]) -> tuple[str, bool]:
 
 
 def only_answers(outcomes: Iterator[tuple[int, Answer | Failure]]) -> Iterator[tuple[int, Answer]]:
-    """`outcomes` where each question must have an answer.
+    """Return `outcomes`, each of which must be an answer.
 
     Raises:
         InputError: One has none.
@@ -507,7 +507,7 @@ def refused_image() -> Iterator[None]:
 
 
 def user(text: str, image: bool = True) -> dict[str, Any]:
-    """A user's message, as chat templates take it."""
+    """Return a user's message, as chat templates take it."""
     return {"role": "user", "content": [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]}
 
 
@@ -517,7 +517,7 @@ def _written_out(rendered: str) -> bool:
 
 
 def set_in(settings: Any) -> dict[str, Any]:
-    """What a `GenerationConfig` sets."""
+    """Return what a `GenerationConfig` sets."""
     return {name: value for name, value in settings.to_dict().items() if value is not None}
 
 

@@ -456,7 +456,7 @@ class Bounded:
         self.file, self.place, self.left = file, place, LISTING_BYTES
 
     def read(self, size: int | None = -1) -> bytes:
-        """As a file's."""
+        """Read as a file does."""
         content = self.file.read(self.left + 1 if size is None or size < 0 else min(size, self.left + 1))
         self.left -= len(content)
         if self.left < 0:
@@ -464,7 +464,7 @@ class Bounded:
         return content
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As a file's; in a compressed one, everything up to there is unpacked."""
+        """Seek as a file does; in a compressed one, everything up to there is unpacked."""
         if whence == os.SEEK_SET and offset > UNPACKED_BYTES and not isinstance(self.file, io.BufferedReader):
             raise InputError(f"{self.place}: it unpacks to more than {UNPACKED_BYTES:,} bytes. {REMEDY}.")
         return self.file.seek(offset, whence)
@@ -846,7 +846,7 @@ def _parquet_records(files: Files, part: str, otherwise: str) -> tuple[list[dict
 
 
 def parquet_rows(source: Any, place: str) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, some at a time.
+    """Yield the rows of a parquet file, some at a time.
 
     Args:
         source: A file, by path or as pyarrow opened it.

@@ -66,7 +66,7 @@ class Decoding:
 
     @property
     def named(self) -> str:
-        """What is applied, in words.
+        """Return what is applied, in words.
 
         >>> Decoding(frozenset({2})).named
         'greedy'
@@ -84,7 +84,7 @@ class Decoding:
 
 
 def decoding(settings: Mapping[str, Any], tokenizer: Any, rows: int, turn_end: int | None = None) -> Decoding:
-    """What a model's settings and its tokenizer say about its answers.
+    """Read what a model's settings and its tokenizer say about its answers.
 
     Args:
         settings: As generation_config.json holds them; None is not set.
@@ -112,7 +112,7 @@ def decoding(settings: Mapping[str, Any], tokenizer: Any, rows: int, turn_end: i
 
 
 def never_generated(settings: Mapping[str, Any]) -> set[int]:
-    """The single tokens that generation_config.json excludes everywhere, such as those that stand for an image."""
+    """Return the single tokens that generation_config.json excludes everywhere, such as those of an image."""
     return {*_ids(settings.get("suppress_tokens")), *(word[0] for word in _bad_words(settings) if len(word) == 1)}
 
 
@@ -122,14 +122,14 @@ def _bad_words(settings: Mapping[str, Any]) -> list[list[int]]:
 
 
 def special_ids(tokenizer: Any) -> dict[int, str]:
-    """The tokenizer's special tokens by id."""
+    """Return the tokenizer's special tokens by id."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {number: str(token) for number, token in added.items() if getattr(token, "special", False)}
     return special | dict(zip(tokenizer.all_special_ids, map(str, tokenizer.all_special_tokens), strict=True))
 
 
 def mark_ids(tokenizer: Any) -> set[int]:
-    """The special tokens that stay in a reply's text, since they say what in it is thought and what is answer."""
+    """Return the special tokens that stay in a reply's text: they tell its thought from its answer."""
     special = special_ids(tokenizer)
     marks = {*THOUGHT_MARKS, *HARMONY} if {*HARMONY} <= {*special.values()} else {*THOUGHT_MARKS}
     return {number for number, token in special.items() if token in marks}

@@ -732,7 +732,7 @@ class Engine:
 
 
 def misfit_at_once(model: Any) -> str:
-    """Why the engine would not give a model's own answers, where the model alone tells; empty if it does not."""
+    """Return why the engine would not give a model's own answers, where the model alone tells; else an empty text."""
     if getattr(model.config, "is_encoder_decoder", False):
         return "it has an encoder"
     if hasattr(getattr(model, "model", None), "get_rope_index"):
@@ -794,7 +794,7 @@ def _runs(row: _Row) -> bool:
 
 
 def pixels_sha256(inputs: dict[str, Tensor]) -> bytes:
-    """Of what an image became."""
+    """Hash the pixels that an image became."""
     digest = hashlib.sha256()
     for name in sorted(inputs):
         digest.update(inputs[name].contiguous().view(torch.uint8).numpy().tobytes())
@@ -873,7 +873,7 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, uniform: 
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it is the device's memory, or torch's on a CPU, that an error is about."""
+    """Return whether an error is about the device's memory, or torch's on a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

@@ -4,7 +4,7 @@ import errno
 
 
 def printable(text: str) -> str:
-    """`text` on one line that no terminal takes for commands: control characters, newlines too, stand as `\\x1b`.
+    """Return `text` on one line, safe for a terminal: control characters, newlines too, become `\\x1b`.
 
     >>> printable("red \\x1b[31m")
     'red \\\\x1b[31m'
@@ -16,7 +16,7 @@ LONGEST_REASON = 300  # characters of another library's words in one of our line
 
 
 def one_line(error: object) -> str:
-    """What an error says, on one line and without its last full stop; a long one ends at a sentence, else at a word.
+    """Return an error's message on one line, without its last full stop; a long one ends at a sentence, else at a word.
 
     >>> one_line(ValueError("404 Client Error.\\n\\nRepository not found."))
     '404 Client Error. Repository not found'
@@ -37,7 +37,7 @@ _DISK = {
 
 
 def of_the_disk(error: OSError) -> str | None:
-    """The one line for an error about a file or folder that is no bug; None for other errors."""
+    """Return the one line for an error about a file or folder that is no bug; None for other errors."""
     if error.errno not in _DISK or error.filename is None:
         return None
     name = str(error.filename)

@@ -493,7 +493,7 @@ SEALED = "[stllava_med replies] "
 
 
 def sealed(replies: Sequence[str], asked: str, rule: str) -> str:
-    """Return one text that holds the replies to one question, for lmms-eval, which passes on one text a question.
+    """Return one text that holds the replies to one question, for lmms-eval, which passes on one text per question.
 
     It carries what `final_answer` needs besides the replies, so that the task reads them as the run does: sampled
     replies are several, and a task knows neither the rule of a run nor the text that was asked.

@@ -29,7 +29,7 @@ def home() -> Path:
 
 
 def expanded(named: str, path: str | Path) -> Path:
-    """The path with its `~` or `~user` as a folder; `named` is who gave it, for the message.
+    """Return the path with its `~` or `~user` expanded; `named` says where it was given, for the message.
 
     Raises:
         InputError: There is no such user.
@@ -178,7 +178,7 @@ def _locked(folder: Path) -> int | None:
 
 
 def local(given: str) -> Path | None:
-    """What lies on this machine by the name that somebody gave; it may be a hub's instead."""
+    """Return the path on this machine that has the given name; None where there is none: it may be a hub's."""
     try:
         path = Path(given).expanduser()
         return path if path.exists() else None
@@ -190,7 +190,7 @@ _held: dict[Path, AbstractContextManager[None]] = {}
 
 
 def hold(folder: Path) -> None:
-    """As `alone`, until this process ends. It may ask again: it has the folder already.
+    """Hold the folder as `alone` does, until this process ends. Asking again for the same folder is allowed.
 
     Raises:
         InputError: See `alone`.
@@ -222,12 +222,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_text(value: Any) -> str:
-    """`value` as indented JSON with sorted keys."""
+    """Return `value` as indented JSON with sorted keys."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def refuse_file(folder: Path, named: str) -> None:
-    """Called before any work: a file must not stand where `folder` is to be written, and its name must be possible.
+    """Refuse a folder that cannot be made, before any work: a file is in its place, or its name is not possible.
 
     Args:
         folder: It need not be there.
@@ -246,7 +246,7 @@ def refuse_file(folder: Path, named: str) -> None:
 
 
 def read_bytes(file: Path, most: int = TEXT_BYTES) -> bytes:
-    """What a file of somebody else's holds.
+    """Read a file of somebody else's.
 
     Raises:
         InputError: It is a device, a pipe or a socket, which need not end, or it holds more than `most` bytes.
@@ -268,7 +268,7 @@ def read_bytes(file: Path, most: int = TEXT_BYTES) -> bytes:
 
 
 def read_text(file: Path, most: int = TEXT_BYTES) -> str:
-    """The text of a file of somebody else's: UTF-8, with or without a byte order mark.
+    """Read the text of somebody else's file: UTF-8, with or without a byte order mark.
 
     Raises:
         InputError, OSError: See `read_bytes`.
@@ -278,7 +278,7 @@ def read_text(file: Path, most: int = TEXT_BYTES) -> str:
 
 
 def read_json(file: Path, most: int = TEXT_BYTES) -> Any:
-    """The value in a JSON file of somebody else's.
+    """Read the value in somebody else's JSON file.
 
     Raises:
         InputError, OSError, UnicodeDecodeError: See `read_text`.
@@ -288,7 +288,7 @@ def read_json(file: Path, most: int = TEXT_BYTES) -> Any:
 
 
 def loads(text: str | bytes) -> Any:
-    """The JSON value in `text`. Every file of somebody else's is read with this; a server's reply need not be.
+    """Parse the JSON in `text`. Every file of somebody else's is read with this; a server's reply need not be.
 
     Python's own reader takes the last value of a key that stands twice and says nothing.
 
@@ -315,7 +315,7 @@ class KeyTwiceError(ValueError):
 
 
 def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs, for `json`'s `object_pairs_hook`.
+    """Make the object of these pairs, for `json`'s `object_pairs_hook`.
 
     Raises:
         KeyTwiceError: Two share a key.

@@ -15,7 +15,7 @@ PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Read the object in a JSON file.
 
     Raises:
         InputError: There is none.
@@ -30,7 +30,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def beside(named: str, folders: Sequence[Path]) -> Path | None:
-    """The folder that a checkpoint in `folders` may mean by the path `named`: in them, beside them, or here."""
+    """Find the folder that a checkpoint in `folders` may mean by the path `named`: in them, beside them, or here."""
     try:
         path = Path(named).expanduser()
         places = [place for folder in folders for place in (folder / path, folder.parent / path)]
@@ -40,7 +40,7 @@ def beside(named: str, folders: Sequence[Path]) -> Path | None:
 
 
 def local_folder(name: str) -> Path:
-    """The local folder of `name`; a hub id is downloaded.
+    """Return the local folder of `name`; a hub id is downloaded.
 
     Raises:
         InputError: There is neither.
@@ -73,7 +73,7 @@ def _download(name: str) -> Path:
 
 
 def refuse_no_checkpoint(folder: Path, name: str) -> None:
-    """Look whether `folder`, which was given as `name`, has a configuration, before anything heavy is imported.
+    """Check that `folder`, which was given as `name`, has a configuration, before anything heavy is imported.
 
     Raises:
         InputError: It has none, or one that is no JSON object.

@@ -43,7 +43,7 @@ _NO_IMAGES = (
 
 @contextmanager
 def opened(image: bytes) -> Iterator[Image]:
-    """Pillow's view of an encoded file: format, mode, size and metadata, no pixel decoded yet. All is opened with this.
+    """Open an encoded file with Pillow, without decoding a pixel: format, mode, size, metadata. All images open here.
 
     Raises:
         InputError: The file is of none of the `FORMATS`, or has more than `PIXELS` pixels; or Pillow raises something
@@ -85,7 +85,7 @@ def decode(image: bytes) -> Image:
 
 
 def read_image(file: Path) -> bytes:
-    """The encoded image in a file, for `decode`.
+    """Read the encoded image in a file, for `decode`.
 
     Raises:
         InputError: It is no regular file, or larger than `IMAGE_BYTES`.
@@ -118,7 +118,7 @@ _strict: list[bool] = []  # what LOAD_TRUNCATED_IMAGES was, once for everybody i
 
 @contextmanager
 def truncated_refused() -> Iterator[None]:
-    """Pillow as it is by default: packages such as lmms-eval let it fill truncated images with grey, process-wide.
+    """Have Pillow refuse truncated images: packages such as lmms-eval let it fill them with grey, process-wide.
 
     Several threads may be inside; the last one to leave puts the switch back.
     """

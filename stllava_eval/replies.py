@@ -83,13 +83,13 @@ class Trouble:
     """The reply that is no answer, without its text."""
 
     def failure(self, attempts: int) -> Failure:
-        """The failure of a request whose last attempt this was."""
+        """Return the failure of a request whose last attempt this was."""
         came = self.came or Reply("", 0, None)
         return Failure(self.reason, attempts, self.refused, came.model, came.prompt_tokens, came.tokens)
 
 
 def passes(status: int) -> bool:
-    """Whether what has this HTTP status may succeed when it is tried again."""
+    """Return whether a request with this HTTP status may succeed when it is repeated."""
     return status in (408, 409, 429) or status >= 500
 
 
@@ -98,10 +98,10 @@ class TwiceError(ValueError):
 
 
 def parsed(text: str) -> Any:
-    """The JSON in `text`. A whole number of more than 20 digits, which counts nothing, becomes a float.
+    """Parse the JSON in `text`. A whole number of more than 20 digits, which counts nothing, becomes a float.
 
     Raises:
-        TwiceError: It says a name twice with two values, one of which would be taken for what the server means.
+        TwiceError: An object has a name twice, with two values; it is not known which the server means.
         ValueError: It is no JSON, or is nested too deep.
     """
     try:
@@ -122,7 +122,7 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def words(body: Any) -> str:
-    """What the body of an error says; empty if it says nothing."""
+    """Return what the body of an error says; an empty text if it says nothing."""
     wrong = body.get("error") or body if isinstance(body, Mapping) else body
     if isinstance(wrong, Mapping):
         wrong = next((wrong[name] for name in ("message", "detail", "msg", "code", "type") if wrong.get(name)), "")
@@ -137,7 +137,7 @@ def _shown(value: Any) -> str:
 
 
 def error(body: Any) -> Trouble | None:
-    """The error in the body of a reply with HTTP status 200, as servers send one that comes up while they answer.
+    """Return the error in the body of a reply with HTTP status 200; some servers send errors so while they answer.
 
     Source: https://openrouter.ai/docs/api/errors, for one that does.
     """
@@ -169,7 +169,7 @@ def _status(wrong: Mapping[str, Any]) -> int | None:
 
 
 def read(body: Any, max_tokens: int) -> Reply | Trouble:
-    """The reply in a chat completion.
+    """Read the reply in a chat completion.
 
     A half of a surrogate pair, which no file of UTF-8 can hold, becomes U+FFFD.
 
@@ -187,7 +187,7 @@ def read(body: Any, max_tokens: int) -> Reply | Trouble:
 
 
 def whole(text: str) -> str:
-    """`text` with U+FFFD for each half of a surrogate pair.
+    """Return `text` with U+FFFD for each half of a surrogate pair.
 
     >>> ascii(whole("Yes " + chr(0xD83D)))
     "'Yes \\\\ufffd'"

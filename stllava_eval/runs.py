@@ -116,7 +116,7 @@ class RunTask:
 
     @property
     def answers(self) -> dict[str, str]:
-        """By question id, the final answer of the first reply, for people to read."""
+        """Return the final answer of the first reply by question id, for people to read."""
         return {name: of[0].answer for name, of in self.replies.items()}
 
 
@@ -633,7 +633,7 @@ class AnswerFile:
 
     @property
     def answers(self) -> dict[str, str]:
-        """By question id, the final answer of the first reply."""
+        """Return the final answer of the first reply by question id."""
         return {name: of[0].answer for name, of in self.replies.items()}
 
 

@@ -377,7 +377,7 @@ class _Secret:
         self._parts = {form[n : n + FRAGMENT] for form in forms for n in range(len(form) - FRAGMENT + 1)}
 
     def masked(self, text: str) -> str:
-        """`text` with stars for each form, and for each part of one that has `FRAGMENT` characters or more."""
+        """Return `text` with stars for each form, and for each part of one that has `FRAGMENT` characters or more."""
         for form in self._short:
             text = text.replace(form, "***")
         kept, done, place = [], 0, 0
@@ -516,7 +516,7 @@ class ServerAnswerer:
 
 
 def scaled(image: Image, min_pixels: int | None, max_pixels: int | None) -> Image:
-    """`image` with at most `max_pixels`, else at least `min_pixels`, its aspect kept to the pixel; bicubic (Pillow).
+    """Scale `image` to at most `max_pixels`, else at least `min_pixels`: bicubic (Pillow), aspect kept to the pixel.
 
     Source: `smart_resize` of Qwen2-VL's processor (transformers, image_processing_qwen2_vl.py), up to its rounding to
     whole patches, whose side depends on the model: the server's processor does that.

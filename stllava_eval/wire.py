@@ -37,7 +37,7 @@ class Client(openai.DefaultAsyncHttpxClient):
         self.limit = limit
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        """The reply, read whole; of an error, its first `WORDS` bytes.
+        """Return the reply, read whole; of an error, its first `WORDS` bytes.
 
         Raises:
             UnreadError: It is larger than the limit, or cannot be unpacked.

@@ -160,6 +160,10 @@ def test_the_cache_serves_the_same_weights_images_and_prompts_only(prepared, che
         pytest.param({"enable_thinking": "maybe"}, "enable_thinking=maybe: pass True or False", id="thinking"),
         pytest.param({"system": "@nowhere.txt"}, "system=@nowhere.txt: cannot be read", id="no system prompt"),
         pytest.param({"system": "''"}, "system: it is empty", id="an empty system prompt"),
+        pytest.param({"system": "@/dev/null"}, "system=@/dev/null: /dev/null: no regular file", id="a device"),
+        pytest.param({"system": "@~noone/a"}, "~noone/a: no such user", id="the file of a user that there is not"),
+        pytest.param({"system": "@."}, "system=@.: cannot be read (Is a directory)", id="a folder as a system prompt"),
+        pytest.param({"temperature": 1, "draws": 10**8}, "draws=100000000: pass a whole number from 1 to", id="draws"),
         pytest.param({"dtype": "int8"}, "dtype 'int8' is unknown", id="dtype"),
         pytest.param({"device": "tpu"}, "device 'tpu' cannot be used", id="device"),
         pytest.param({"batch_size": "0"}, "--batch_size 0", id="batch size"),
@@ -192,6 +196,14 @@ def test_a_run_never_overwrites_another(prepared, checkpoint, tmp_path, capsys, 
         StllavaMed(str(checkpoint))
     assert exit_.value.code == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["max_new_tokens=abc", "max_new_tokens=-5", "max_new_tokens=2.5", "until=5"])
+def test_a_wrong_limit_of_a_task_is_one_line(prepared, checkpoint, capsys, given):
+    with pytest.raises(SystemExit) as exit_:
+        evaluate(StllavaMed(str(checkpoint)), ["vqarad"], gen_kwargs=given)
+    assert exit_.value.code == 2
+    assert f"stllava_med: vqarad: generation_kwargs {given}: pass a" in capsys.readouterr().err
 
 
 def test_sampling_is_refused_rather_than_ignored(prepared, checkpoint, capsys):
@@ -296,7 +308,7 @@ def test_letters_name_the_options_of_the_text_that_was_asked_in_both_tables(prep
     assert values["recall"] == results["recall,none"] == 0
 
 
-@pytest.mark.parametrize("words", [["--num_fewshot", "2"], ["--num_fewshot=2"]])
+@pytest.mark.parametrize("words", [["--num_fewshot", "2"], ["--num_fewshot=2"], ["--num_few", "2"]])
 def test_examples_are_refused_since_no_chat_model_sees_them(prepared, checkpoint, capsys, monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["lmms-eval", *words])
     with pytest.raises(SystemExit) as exit_:
@@ -373,7 +385,8 @@ def test_a_server_that_answers_nothing_is_one_line_and_no_run(prepared, capsys):
     with FaultServer(faults) as server, pytest.raises(SystemExit) as exit_:
         ask_server(server)
     assert exit_.value.code == 2
-    assert "none of 8 questions was answered: HTTP 400: no images here" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{server.url}: none of 8 questions was answered: HTTP 400: no images here. When that is put right" in said
     assert not (prepared / "runs").exists()
 
 

@@ -286,7 +286,7 @@ class Checkpoint:
         )
 
     def generation_settings(self) -> dict[str, Any]:
-        """What the source's own generation_config.json holds, of which `generation_config` takes a part over.
+        """Read the source's own generation_config.json, a part of which `generation_config` applies.
 
         Raises:
             InputError: Its end tokens are none of the vocabulary's.
