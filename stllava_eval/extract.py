@@ -85,6 +85,7 @@ def final_answer(reply: str, asked: str = "", rule: str = FINAL) -> Final:
 
 
 def _final(reply: str, asked: str) -> Final:
+    reply = _ESCAPED_TAG.sub(r"<\1>", reply) if "&lt;" in reply else reply
     text = reply
     forms: tuple[str, ...] = ()
     if _OPEN_AT_THE_END.search(reply):
@@ -255,6 +256,7 @@ def _in_tag(text: str) -> str | None:
     return None if found is None else found.strip()
 
 
+_ESCAPED_TAG = re.compile(rf"&lt;(\s*/?\s*(?:{_TAGS}|{_ANSWER_TAGS})\s*)&gt;", re.IGNORECASE)  # as web pages keep them
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 

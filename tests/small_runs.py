@@ -18,7 +18,7 @@ def small_run(
 ) -> Path:
     """`say` gives the reply to a row of the test split, or None for a question that was not asked."""
     rows = [
-        answered(task, row, row["question"], final)
+        answered(task, row, row["question"], final, extract=str((asked or {}).get("extract", "final-v1")))
         for task in tasks
         for row in split_rows(dataset_of(task))
         if (answer := say(row)) is not None

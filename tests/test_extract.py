@@ -58,6 +58,7 @@ FORMS = {
     "a tag with an attribute": '<think lang="en">no</think><answer type="text">{}</answer>',
     "gpt-oss, in a format": '<|channel|>final <|constrain|>json<|message|>{{"answer": "{}"}}<|return|>',
     "JSON that is not whole": '{{"reasoning": "no", "answer": "{}"',
+    "escaped as in a web page": "&lt;think&gt;no&lt;/think&gt;&lt;answer&gt;{}&lt;/answer&gt;",
     "bold": "**{}**",
     "italic": "*{}*",
     "code": "`{}`",
@@ -77,6 +78,7 @@ def test_the_answer_is_taken_out_of_its_form(form, answer):
     "reply",
     [
         "<think>Let me look. Is it yes? The",
+        "&lt;think&gt;Is it yes? The",
         "<unused94>thought\nThe answer is yes",
         "◁think▷yes",
         "<|channel|>analysis<|message|>yes, the",
@@ -114,6 +116,7 @@ def test_a_reply_that_stopped_before_its_answer_is_cut_and_never_right(reply):
         "A T2*-weighted and a T2* image",
         "2 * 3 * 4 and file_name_of",
         "x < y and y > z",
+        "x &lt; y and y &gt; z",
         "The set {a, b}",
         "It answers: no",
         "A",
