@@ -137,8 +137,9 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser,
         name="score",
         help="score a file of answers, without a model",
-        description="Score a JSONL file of answers against the prepared test split. Lines are ours (id, answer), of "
-        "the LLaVA family (question_id, text) or lmms-eval's samples. Ids are the data set's own.",
+        description="Score a file of answers (JSON lines, a JSON array, CSV, TSV, Parquet) against the prepared test "
+        "split. Rows are ours (id, answer), of the LLaVA family (question_id, text), lmms-eval's samples, or name the "
+        "answer otherwise. Ids are the data set's own; a question, reference or image in a row must be its id's.",
         examples=[
             "stllava-eval score --task vqarad --answers runs/a/answers.jsonl",
             "stllava-eval score --task slake --answers samples_slake.jsonl --json",
@@ -153,14 +154,25 @@ def parser() -> argparse.ArgumentParser:
         metavar="TASK",
         help="the task that was answered; may come several times, each with its file of answers",
     )
-    score.add_argument(
-        "--answers", required=True, action="append", type=Path, metavar="FILE", help="JSONL file of answers"
-    )
+    score.add_argument("--answers", required=True, action="append", type=Path, metavar="FILE", help="file of answers")
     score.add_argument(
         "--extract",
         choices=("final", "none"),
         help="take the final answer out of each reply (thoughts, tags, boxes, ...; docs/answers.md), or score replies "
         "as they are (default: final; of a run folder's answers, what the run did)",
+    )
+    score.add_argument(
+        "--answer-field",
+        metavar="NAME",
+        help="field with the model's answer (default: found, if only one can be meant)",
+    )
+    score.add_argument(
+        "--id-field", metavar="NAME", help="field with the question's id (default: id, question_id, qid)"
+    )
+    score.add_argument(
+        "--ignore-unknown",
+        action="store_true",
+        help="leave out rows whose id the test split does not have (default: refuse them)",
     )
     score.add_argument(
         "--out", type=Path, metavar="RUN", help="write a run folder too, for leaderboard, compare, inspect and gate"
@@ -385,8 +397,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
+    from stllava_eval.answer_files import read_answers
     from stllava_eval.leaderboard import score_text
-    from stllava_eval.runs import read_answers, score_table, some, write_answers
+    from stllava_eval.runs import score_table, some, write_answers
 
     tasks, given = arguments.task, arguments.answers
     if len(tasks) != len(given) or len(set(tasks)) < len(tasks):
@@ -396,9 +409,12 @@ def _score(arguments: argparse.Namespace) -> int:
     if arguments.system and arguments.out is None:
         raise InputError("--system names a run folder's system. Pass --out too, or leave it out.")
     files = dict(zip(tasks, given, strict=True))
-    answers = {task: read_answers(file, task, arguments.extract) for task, file in files.items()}
+    how = (arguments.extract, arguments.answer_field, arguments.id_field, arguments.ignore_unknown)
+    answers = {task: read_answers(file, task, *how) for task, file in files.items()}
     scored = {task: score_table(task, of.replies, of.prompt, of.settings) for task, of in answers.items()}
     for task, of in scored.items():
+        if left_out := answers[task].left_out:
+            _tell(f"{task}: {left_out} rows with ids that the split does not have are left out")
         if of.unanswered:
             _tell(f"{task}: {len(of.unanswered)} questions have no answer and are in no mean: {some(of.unanswered)}")
         if of.doubts and arguments.out is None:  # a run folder that is written says so by itself

@@ -985,6 +985,11 @@ def _official_rows() -> tuple[OfficialRow, ...]:
     return tuple(OfficialRow(**line) for line in csv.DictReader(text.splitlines()))
 
 
+def data_rad_ids() -> dict[str, str]:
+    """Return the public id of each question of VQA-RAD's official test, by its id in data_RAD's own files."""
+    return {row.data_rad_qid: row.qid for row in _official_rows()}
+
+
 def _official_vqarad(
     found: Sequence[_Found], images: Sequence[bytes], pixels: Mapping[bytes, str]
 ) -> tuple[list[Row], list[str]]:

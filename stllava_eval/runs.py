@@ -33,13 +33,12 @@ from stllava_eval.extract import (
     Final,
     final_answer,
     finals,
-    opened,
-    unsealed,
     with_opened_thoughts,
 )
 from stllava_eval.home import expanded, hold, home, loads, read_bytes, read_json, read_text, whole_file, write_json
 
 if TYPE_CHECKING:
+    from stllava_eval.answer_files import AnswerFile
     from stllava_eval.answering import Answer
     from stllava_eval.server import Failure
 
@@ -349,10 +348,10 @@ def _check_line(row: Mapping[str, Any], of_task: Mapping[str, Any]) -> None:
         raise ValueError(f"extract {rule!r} of {row['id']} is not the run.json's {of_task['extract']!r}")
 
 
-def _ended(row: Mapping[str, Any]) -> bool | None:
-    """Whether a line's reply ended by itself; None where it does not say."""
-    ended = row.get("ended", None if row.get("finish_reason") is None else row["finish_reason"] not in AT_LIMIT)
-    return ended if isinstance(ended, bool) else None
+def ended(row: Mapping[str, Any]) -> bool | None:
+    """Return whether a line's reply ended by itself; None where it does not say."""
+    said = row.get("ended", None if row.get("finish_reason") is None else row["finish_reason"] not in AT_LIMIT)
+    return said if isinstance(said, bool) else None
 
 
 def _by_task_and_id(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, tuple[Final, ...]]]:
@@ -368,7 +367,7 @@ def _by_task_and_id(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, tu
     for of_task in found.values():
         old = [row for of in of_task.values() for row in of.values() if "reply" not in row]
         asked = [row for row in old if not is_failed_request(row["answer"])]
-        marked = with_opened_thoughts([row["answer"] for row in asked], [_ended(row) for row in asked])
+        marked = with_opened_thoughts([row["answer"] for row in asked], [ended(row) for row in asked])
         for row, reply in zip(asked, marked, strict=True):
             of_task[row["id"]][row.get("draw", 0)] = {**row, "answer": reply}
     return {
@@ -503,9 +502,12 @@ def score_table(
     manifest, rows = _prepared(dataset_of(task))
     unknown = sorted(set(answers) - {row["id"] for row in rows})
     if unknown:
+        counted = {str(number) for number in range(len(answers))}
+        hint = " They look like row numbers, 0 to n-1." if answers.keys() == counted else ""
         raise InputError(
-            f"{task}: {len(unknown)} unknown ids ({some(unknown)}). Ids are the data set's own, as in "
-            f"{manifest['dataset']} {manifest['split']} ({manifest['edition']}), for example {rows[0]['id']}."
+            f"{task}: {len(unknown)} unknown ids ({some(unknown)}).{hint} Ids are the data set's own, as in "
+            f"{manifest['dataset']} {manifest['split']} ({manifest['edition']}), for example {rows[0]['id']}; "
+            "--ignore-unknown leaves out those of other splits."
         )
     return _score(task, rows, answers, manifest, prompt, settings)
 
@@ -618,155 +620,6 @@ def _doubts(replies: Sequence[Final]) -> str:
         f"of {len(asked)} replies {told}: these scores may say little about the model. Look at `reply` in "
         "answers.jsonl; a longer max_new_tokens lets a thought end."
     )
-
-
-@dataclass(frozen=True)
-class AnswerFile:
-    """What a file of answers holds for one task."""
-
-    replies: dict[str, tuple[Final, ...]]
-    """By question id, in the order of their draws."""
-    settings: dict[str, Any]
-    """Those of `DECIDING` that are known: `extract` always, the others of a run folder's answers."""
-    prompt: str = "bare"
-    """Of a run folder's answers, the preset that was asked."""
-
-    @property
-    def answers(self) -> dict[str, str]:
-        """Return the final answer of the first reply by question id."""
-        return {name: of[0].answer for name, of in self.replies.items()}
-
-
-def read_answers(file: Path, task: str, extract: str | None = None) -> AnswerFile:
-    """Read the final answers in a JSONL file.
-
-    Lines are ours (`id`, `answer`; of a run folder with `reply` too), of the LLaVA family (`question_id`, `text`) or
-    lmms-eval's samples of our tasks. Lines that name another task are left out.
-
-    Args:
-        file: The file.
-        task: Whose answers are wanted.
-        extract: The rule that takes the final answer out of each reply. None takes the answers of a run folder as they
-            stand there, and `final` for every other line.
-
-    Raises:
-        InputError: The file is missing, empty or not JSONL, a line lacks an id or an answer, an id comes twice, or the
-            answers were taken out by different rules.
-    """
-    try:
-        lines = read_text(file).split("\n")  # an answer may hold other line separators
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error}). Pass a JSONL file of answers.") from error
-    found: dict[tuple[str, int], _Said] = {}
-    repeated = []
-    split: list[dict[str, Any]] | None = None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{file}:{number}: not JSON ({error}). Each line is one object with id and answer."
-            ) from error
-        if not isinstance(row, dict):
-            raise InputError(f"{file}:{number}: not an object. Each line is one object with id and answer.")
-        if row.get("task", task) != task:
-            continue
-        if split is None:
-            split = _prepared(dataset_of(task))[1]
-        name, said = _id_and_reply(row, split)
-        if name is None or said is None:
-            raise InputError(f"{file}:{number}: no {'answer' if name else 'id'}. A line has id and answer, both text.")
-        draw = row.get("draw", 0)
-        if type(draw) is not int or draw < 0:
-            raise InputError(f"{file}:{number}: draw {draw!r}. It is the number of a sampled reply, from 0 on.")
-        if (name, draw) in found:
-            repeated.append(name)
-        found[name, draw] = said
-    if repeated:
-        raise InputError(
-            f"{file}: {len(repeated)} ids come twice ({some(repeated)}). Keep one answer for each question."
-        )
-    if not found:
-        raise InputError(f"{file}: no answers of {task}. Each line is one object with id and answer.")
-    return _answer_file(file, task, found, {row["id"]: row["question"] for row in split or ()}, extract)
-
-
-@dataclass(frozen=True)
-class _Said:
-    """A line of a file of answers: its reply, and what else the line tells of it."""
-
-    reply: str
-    asked: str | None = None
-    """The text that was asked."""
-    ended: bool | None = None
-    final: Final | None = None
-    """The final answer as a run folder holds it, and the signature of its rule."""
-    extract: str = ""
-    ours: bool = False
-    """The line is of a run folder, so opened thoughts are marked already."""
-
-
-def _answer_file(
-    file: Path, task: str, found: Mapping[tuple[str, int], _Said], questions: Mapping[str, str], extract: str | None
-) -> AnswerFile:
-    """The final answer of each line, by the rule that is wanted."""
-    rules = {said.extract or SIGNATURES[FINAL] for said in found.values()}
-    if extract is None and len(rules) > 1:
-        raise InputError(
-            f"{file}: its answers were taken out of the replies by different rules ({', '.join(sorted(rules))}). "
-            "Pass --extract with the one that is wanted."
-        )
-    from stllava_eval.metrics import is_failed_request
-
-    foreign = [key for key, said in found.items() if not said.ours and not is_failed_request(said.reply)]
-    marked = with_opened_thoughts([found[key].reply for key in foreign], [found[key].ended for key in foreign])
-    replies = {key: said.reply for key, said in found.items()} | dict(zip(foreign, marked, strict=True))
-    by_id: dict[str, dict[int, Final]] = defaultdict(dict)
-    for (name, draw), said in found.items():
-        asked = said.asked if said.asked is not None else questions.get(name, "")
-        if extract is None:
-            held = [said.final] if said.final is not None else opened(replies[name, draw], asked)
-        else:
-            held = finals(unsealed(replies[name, draw]), asked, extract)
-        by_id[name].update(enumerate(held, draw))
-    settings: dict[str, Any] = {}
-    prompt = "bare"
-    if file.name == "answers.jsonl" and all(said.ours for said in found.values()):
-        with suppress(InputError):  # a copy that was taken out of its run folder
-            of_task = open_run(file.parent).tasks.get(task)
-            if of_task is not None:
-                settings, prompt = of_task.settings, of_task.prompt
-    settings = {**settings, "extract": SIGNATURES[extract] if extract else rules.pop()}
-    return AnswerFile({name: tuple(of[draw] for draw in sorted(of)) for name, of in by_id.items()}, settings, prompt)
-
-
-def _id_and_reply(row: Mapping[str, Any], split: Sequence[Mapping[str, Any]]) -> tuple[str | None, _Said | None]:
-    if "doc_id" in row:  # lmms-eval's samples: the id is in each score's record
-        records = [value for value in row.values() if isinstance(value, dict) and "image_id" in value and "id" in value]
-        ids = [record["id"] for record in records if isinstance(record["id"], str)]
-        place = row["doc_id"]
-        fallback = split[place]["id"] if type(place) is int and 0 <= place < len(split) else None
-        reply = row.get("filtered_resps", row.get("resps"))
-        while isinstance(reply, list) and reply:
-            reply = reply[0]
-        return (ids[0] if ids else fallback), (_Said(reply, ours=True) if isinstance(reply, str) else None)
-    name = next((row[key] for key in ("id", "question_id", "qid") if row.get(key) is not None), None)
-    name = None if name is None else str(name)
-    ended = _ended(row)
-    if "reply" in row and "extract" in row:  # a run folder's
-        if not all(isinstance(row[key], str) for key in ("reply", "answer", "extract")):
-            return name, None
-        asked = row["text"] if isinstance(row.get("text"), str) else None
-        forms = row.get("forms")
-        final = Final(
-            row["answer"], row.get("cut") is True, tuple(forms) if isinstance(forms, list) else (), row["reply"]
-        )
-        return name, _Said(row["reply"], asked, ended, final, row["extract"], ours=True)
-    reply = row["answer"] if "answer" in row else row.get("text")  # in our own lines, `text` is what was asked
-    asked = row["text"] if "answer" in row and isinstance(row.get("text"), str) else row.get("prompt")
-    return name, (_Said(reply, asked if isinstance(asked, str) else None, ended) if isinstance(reply, str) else None)
 
 
 AT_LIMIT = ("length", "max_tokens")

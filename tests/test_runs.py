@@ -8,10 +8,11 @@ import pytest
 from small_runs import right, small_run
 
 from stllava_eval import runs
+from stllava_eval.answer_files import read_answers
 from stllava_eval.cli import main
 from stllava_eval.errors import InputError
 from stllava_eval.leaderboard import board, board_text
-from stllava_eval.runs import open_run, read_answers, read_run, score_table, trained_on
+from stllava_eval.runs import open_run, read_run, score_table, trained_on
 
 REFERENCES = {0: "yes", 1: "the left lung"}  # of vqarad's two questions on each image, see conftest.py
 
@@ -131,7 +132,7 @@ def test_lines_of_other_tasks_are_left_out(prepared, tmp_path):
     [
         pytest.param("", "no answers of vqarad", id="empty"),
         pytest.param('{"id": "1", "answer": "x"}\n{"id"', r"a.jsonl:2: not JSON", id="cut off"),
-        pytest.param("[1]", r"a.jsonl:1: not an object", id="a list"),
+        pytest.param("[1]", r"a.jsonl item 0: not an object", id="a list"),
         pytest.param('{"answer": "x"}', r"a.jsonl:1: no id", id="no id"),
         pytest.param('{"id": "1"}', r"a.jsonl:1: no answer", id="no answer"),
         pytest.param('{"id": "1", "answer": 3}', r"a.jsonl:1: no answer", id="not text"),
