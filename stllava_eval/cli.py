@@ -178,7 +178,14 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="RUN", help="write a run folder too, for leaderboard, compare, inspect and gate"
     )
     score.add_argument(
-        "--system", metavar="NAME", help="what gave the answers, for the run folder (default: the file's name)"
+        "--system",
+        metavar="NAME",
+        help="what gave the answers, for the run folder and boards (default: the file's name)",
+    )
+    score.add_argument(
+        "--details",
+        action="store_true",
+        help="print the scores of every category too (default: those over all questions)",
     )
     score.add_argument(
         "--json", action="store_true", help="print value, n, images, low and high of every score as JSON"
@@ -420,14 +427,14 @@ def _score(arguments: argparse.Namespace) -> int:
         if of.doubts and arguments.out is None:  # a run folder that is written says so by itself
             _tell(f"{task}: {of.doubts}")
     if arguments.out is not None:
-        folder = write_answers(arguments.out, arguments.system or given[0].stem, answers, files)
+        folder = write_answers(arguments.out, arguments.system, answers, files)
         _tell(f"run folder: {folder}")
     if arguments.json:
         rows = [asdict(row) for of in scored.values() for row in of.rows]
         unanswered = {task: of.unanswered for task, of in scored.items()}
         _show_json({"format": 1, "scores": rows, "unanswered": unanswered})
     else:
-        _show("\n\n".join(score_text(of) for of in scored.values()))
+        _show("\n\n".join(score_text(of, arguments.details) for of in scored.values()))
     return 0
 
 

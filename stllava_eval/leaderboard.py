@@ -18,6 +18,7 @@ from stllava_eval.errors import InputError, printable
 from stllava_eval.runs import (
     DECIDING,
     QuestionScores,
+    Run,
     RunTask,
     Scored,
     ScoreRow,
@@ -97,7 +98,7 @@ def board(
     from stllava_eval.blind import blind_answers
     from stllava_eval.datasets import DATASETS, read_manifest
 
-    read = {name: open_run(folder) for name, folder in zip(labels(runs), runs, strict=True)}
+    read = _named({name: open_run(folder) for name, folder in zip(labels(runs), runs, strict=True)})
     if tasks and len(set(tasks)) < len(tasks):
         raise InputError(f"{', '.join(tasks)}: a task is named twice. Name each once.")
     for run in read.values():
@@ -136,6 +137,15 @@ def board(
         rows += sorted(of_task, key=lambda row: GROUPS.index(row.group))
     bar.close()
     return rows
+
+
+def _named(runs: Mapping[str, Run]) -> dict[str, Run]:
+    """The runs by the name of their system, where `score --system` gave one, else by their folder's."""
+    given = [str(run.manifest.get("named") or label) for label, run in runs.items()]
+    return {
+        name if given.count(name) == 1 else f"{name} ({label})" if name != label else name: run
+        for name, (label, run) in zip(given, runs.items(), strict=True)
+    }
 
 
 def _measured(task: str, name: str, data: str, of: RunTask, manifest: Mapping[str, Any], scored: Scored) -> BoardRow:
@@ -293,10 +303,10 @@ def board_text(rows: Sequence[BoardRow]) -> str:
             body, heads, tablefmt="simple", disable_numparse=True, colalign=["left"] + ["right"] * len(COLUMNS)
         )
         heading = "\n".join(map(printable, title(task, of_task)))
-        parts += [f"{heading}\n\n{table}", *map(printable, remarks(of_task))]
+        parts += [f"{heading}\n\n{table}", *map(printable, remarks(of_task)), signatures(of_task)]
     if systems := _systems(rows):
         parts.append(tabulate(systems[1:], systems[0], tablefmt="simple", disable_numparse=True))
-    return "\n\n".join([*parts, f"{EXPLAINED}\n{NOTICE}"])
+    return "\n\n".join([*filter(None, parts), f"{EXPLAINED}\n{NOTICE}"])
 
 
 def board_markdown(rows: Sequence[BoardRow]) -> str:
@@ -436,15 +446,34 @@ def _paper_table(
     return heads, made
 
 
-def score_text(scored: Scored) -> str:
-    """One task's scores for a terminal: overall, then by category."""
+def signatures(rows: Sequence[BoardRow]) -> str:
+    """Return what a task's measured values rest on: how each system was asked, and the versions of the scores."""
+    how: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        if row.kind == "measured" and row.scores:
+            how[next(iter(row.scores.values())).signature.split("|", 2)[2]].append(row.system)
+    lines = [f"{printable(', '.join(systems))}: {printable(signature)}" for signature, systems in how.items()]
+    versions = {name: f"{name} {of.signature.split('|')[1]}" for row in rows for name, of in row.scores.items()}
+    shown = [versions[name] for name in COLUMNS if name in versions and "reported" not in versions[name]]
+    return "\n".join([*lines, f"versions: {', '.join(shown)}"]) if lines else ""
+
+
+def score_text(scored: Scored, details: bool = False) -> str:
+    """Return one task's scores for a terminal.
+
+    Args:
+        scored: The scores.
+        details: Those of every category too, not only the means over all questions.
+    """
     from tabulate import tabulate
 
-    body = [[printable(row.category), row.metric, _score(row), row.n, row.images] for row in scored.rows]
-    table = tabulate(
-        body, ["questions", "score", "value [95 %]", "n", "images"], tablefmt="simple", disable_numparse=True
-    )
-    return f"{table}\n\nunanswered: {len(scored.unanswered)}\n{NOTICE}"
+    shown = [row for row in scored.rows if details or row.category == "all"]
+    body = [[*([printable(row.category)] * details), row.metric, _score(row), row.n, row.images] for row in shown]
+    heads = [*(["questions"] * details), "score", "value [95 %]", "n", "images"]
+    table = tabulate(body, heads, tablefmt="simple", disable_numparse=True)
+    signature = scored.rows[0].signature.split("|", 2)[2] if scored.rows else ""
+    more = "" if details else "\n--details prints the scores of every category."
+    return f"{table}\n\n{printable(signature)}\nunanswered: {len(scored.unanswered)}{more}\n{NOTICE}"
 
 
 def by_task(rows: Iterable[BoardRow]) -> dict[str, list[BoardRow]]:

@@ -642,12 +642,14 @@ def split_rows(name: str) -> list[dict[str, Any]]:
     return _prepared(name)[1]
 
 
-def write_answers(folder: Path, system: str, answers: Mapping[str, AnswerFile], files: Mapping[str, Path]) -> Path:
+def write_answers(
+    folder: Path, system: str | None, answers: Mapping[str, AnswerFile], files: Mapping[str, Path]
+) -> Path:
     """Write a run folder of answers that were given elsewhere; its weights are the hash of the files.
 
     Args:
         folder: A new one.
-        system: What gave the answers.
+        system: What gave the answers, which boards call its row; None takes the first file's name.
         answers: By task.
         files: By task; what they were read from.
 
@@ -672,8 +674,10 @@ def write_answers(folder: Path, system: str, answers: Mapping[str, AnswerFile], 
             for draw, final in enumerate(of_task.replies.get(row["id"], (lacking,)))
         ]
     digest = hashlib.sha256(b"".join(read_bytes(files[task]) for task in sorted(files))).hexdigest()
-    checkpoint = {"name": system, "sha256": digest, "trained_on": None}
-    return write_run(rows, {"model": "answers", "checkpoint": checkpoint, "images": "own"}, folder=folder)
+    name = system or next(iter(files.values())).stem
+    checkpoint = {"name": name, "sha256": digest, "trained_on": None}
+    decided_by = {"model": "answers", "named": system, "checkpoint": checkpoint, "images": "own"}
+    return write_run(rows, decided_by, folder=folder)
 
 
 def refuse_old_folder(folder: Path | None = None) -> None:

@@ -341,3 +341,38 @@ def test_a_system_is_told_once_with_all_that_it_is(prepared, tmp_path):
     tuned = {"checkpoint": {"name": "t", "sha256": "t", "trained_on": ["vqarad sample"]}}
     text = board_text(board([small_run(tmp_path / "a", right, ("vqarad", "slake"), **tuned)]))
     assert "measured, fine-tuned or zero-shot" in text
+
+
+def test_a_terminal_board_prints_the_signature_of_each_row(prepared, tmp_path):
+    how = {"asked": {"max_new_tokens": 8, "until": ["</s>"]}}
+    text = board_text(board([small_run(tmp_path / "a", right, **how), small_run(tmp_path / "b", right)]))
+    asked = "vqarad test for tests|prompt bare|extract final-v1|images own|decoding greedy"
+    assert f'a: {asked}|max_new_tokens 8|until ["</s>"]\n' in text
+    assert f"b: {asked}\n" in text
+    assert "versions: recall_llavamed v1, f1_llavamed v1, recall v1" in text
+
+
+def test_a_row_is_named_by_the_system_that_was_given(prepared, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"id": "test-0-0", "answer": "yes"}))
+    score = ["score", "--task", "vqarad", "--answers", str(file)]
+    assert main([*score, "--system", "MedVInT", "--out", str(tmp_path / "one")]) == 0
+    assert main([*score, "--out", str(tmp_path / "two")]) == 0
+    rows = board([tmp_path / "one", tmp_path / "two"])
+    assert [row.system for row in rows if row.kind == "measured"] == ["MedVInT", "two"]
+    assert main([*score, "--system", "MedVInT", "--out", str(tmp_path / "three")]) == 0
+    rows = board([tmp_path / "one", tmp_path / "three"])
+    assert [row.system for row in rows if row.kind == "measured"] == ["MedVInT (one)", "MedVInT (three)"]
+
+
+def test_score_prints_the_overall_means_and_by_details_every_category(prepared, tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"id": "test-0-0", "answer": "yes"}))
+    score = ["score", "--task", "vqarad", "--answers", str(file)]
+    assert main(score) == 0
+    short = capsys.readouterr().out
+    assert "closed_accuracy" in short
+    assert "organ=" not in short
+    assert "vqarad test for tests|prompt bare|extract final-v1" in short
+    assert main([*score, "--details"]) == 0
+    assert "organ=organ 0" in capsys.readouterr().out

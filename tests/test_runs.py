@@ -196,7 +196,7 @@ def test_answers_of_several_tasks_make_one_run(prepared, tmp_path, capsys):
     assert {row["task"] for row in shown["scores"]} == {"vqarad", "slake_short"}
     assert {task: len(ids) for task, ids in shown["unanswered"].items()} == {"vqarad": 4, "slake_short": 4}
     run = read_run(out)
-    (row, *_) = [row for row in board([out], ["vqarad"]) if row.system == "run"]
+    (row, *_) = [row for row in board([out], ["vqarad"]) if row.system == "MedVInT"]
     assert row.unanswered == 4  # what a file lacks is unanswered, not unasked
     assert {task: (of.prompt, len(of.answers)) for task, of in run.items()} == {
         "vqarad": ("bare", 8),
