@@ -57,7 +57,7 @@ class AnswerFile:
 
 @dataclass(frozen=True)
 class _Said:
-    """A line of a file of answers: its reply, and what else the line tells of it."""
+    """One row of a file of answers: the reply, and the other fields that we use."""
 
     reply: str
     asked: str | None = None

@@ -254,7 +254,7 @@ class Answerer:
         return [*([self._system] if self._system else []), *messages]
 
     def _check_image(self, rendered: str) -> None:
-        """Look whether the image stands in a prompt."""
+        """Check that the prompt contains the image."""
         ids = self.tokenizer(rendered, add_special_tokens=False).input_ids
         if ids.count(self.image_token) != 1:
             raise InputError(

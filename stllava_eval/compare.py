@@ -204,7 +204,7 @@ def _scores(run: Run) -> dict[str, dict[str, QuestionScores]]:
 
 
 def _right_or_wrong(both: Paired) -> bool:
-    """Whether every score is 0 or 1, as of one reply per question; a mean over sampled replies lies between."""
+    """Return whether every score is 0 or 1, as McNemar's test needs; means over sampled replies are not."""
     return set(both.first) | set(both.second) <= {0, 1}
 
 

@@ -732,7 +732,7 @@ class Engine:
 
 
 def misfit_at_once(model: Any) -> str:
-    """Return why the engine would not give a model's own answers, where the model alone tells; else an empty text."""
+    """Return why the engine cannot reproduce a model's own answers, as far as its class shows; else an empty text."""
     if getattr(model.config, "is_encoder_decoder", False):
         return "it has an encoder"
     if hasattr(getattr(model, "model", None), "get_rope_index"):

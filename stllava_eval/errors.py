@@ -29,7 +29,7 @@ def one_line(error: object) -> str:
     return text if text.endswith("...") else text.rstrip(".")
 
 
-# What no code can prevent: the name is too long, we may not, the disk is full or read-only, a file stands above it
+# What no code can prevent: the name is too long, we may not, the disk is full or read-only, a parent is a file
 _DISK = {
     getattr(errno, name)
     for name in ["ENAMETOOLONG", "EACCES", "EPERM", "ENOSPC", "EDQUOT", "EROFS", "EIO", "ELOOP", "ENOTDIR"]

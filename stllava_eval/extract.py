@@ -30,7 +30,7 @@ log = logging.getLogger("stllava_eval")
 FINAL = "final"
 NONE = "none"
 SIGNATURES = {FINAL: "final-v1", NONE: "none"}
-"""By the name of a rule: what stands in a score's signature. `none` takes the raw reply, as the papers' scripts do."""
+"""Each rule's name in a score's signature. `none` scores the raw reply, as the papers' scripts do."""
 
 DEPTH = 6  # forms inside forms, such as a letter in bold in a box in a tag (our choice)
 LONGEST_JSON = 100_000  # characters that are tried as JSON (our choice): an answer is far shorter
@@ -141,7 +141,7 @@ _FINAL_CHANNEL = re.compile(  # a message in a format names it: `final <|constra
 
 
 def _outside_thoughts(reply: str) -> str | None:
-    """The last text that stands outside every thought, stripped; None where the reply stopped inside one.
+    """Return the last text outside every thought, stripped; None where the reply stopped inside a thought.
 
     A closing mark without an opening one ends a thought that began with the reply, since many templates open the
     thought in the prompt.
@@ -229,7 +229,7 @@ def _lone_closing(reply: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Forms of an answer. Each takes a text and returns what stands inside the form, or None where the form is not there.
+# Forms of an answer. Each function returns the text inside its form, or None where the form does not occur.
 
 _ANSWER_TAGS = "answer|final_answer|final answer|finalanswer|conclusion|final|solution"
 _ANSWER_OPENING = rf"(?:<\s*(?:{_ANSWER_TAGS}){_ATTRIBUTES}\s*>|<\|begin_of_(?:box|solution)\|>)"
@@ -291,7 +291,7 @@ _ANSWER_FIELD = re.compile(
 
 
 def _in_json(text: str) -> str | None:
-    """The answer field of a JSON object that is the text, lies in its code fence, or ends it."""
+    """Return the answer field of a JSON object that is the whole text, is in a code fence, or ends the text."""
     if "{" not in text:
         return None
     bodies = [fenced[1].strip() for fenced in _FENCE.finditer(text)][::-1]
@@ -359,8 +359,8 @@ def _in_broken_json(text: str) -> str | None:
 
 
 _ANNOUNCED = re.compile(
-    # "Final answer: yes", "The final answer is yes", "## Final Answer", wherever it stands; "Answer: yes" on a line, or
-    # "Answer" on a line of its own with lines behind it
+    # "Final answer: yes", "The final answer is yes", "## Final Answer", anywhere; "Answer: yes" at the start of a line;
+    # "Answer" alone on a line that other lines follow
     r"(?:\bfinal[ \t_]{1,4}answer\b"
     r"|^[ \t>#*_-]{0,8}(?:the[ \t]+)?(?:correct[ \t]+)?answer(?=[*_ \t]{0,8}(?:[:：]|\n\s*\w)))"
     r"[*_`\"]*[ \t]*(?P<said>(?:is\b|would be\b)[ \t]*)?[*_`]*[ \t]*(?P<mark>[:：=]|[-–—](?=[ \t]))?[*_`]*[ \t]*",

@@ -95,7 +95,7 @@ def write_together(folder: Path, files: Mapping[str, str | bytes], stale: Iterab
         stale: Files in the folder that go when the others appear, unless they are among them.
 
     Raises:
-        InputError: The disk is full, the folder cannot be written, or a folder stands in a file's place.
+        InputError: The disk is full, the folder cannot be written, or a folder has the name of a file.
     """
     unfinished = folder / f".{os.getpid()}.unfinished"
     moved: list[tuple[Path, Path]] = []
@@ -290,7 +290,7 @@ def read_json(file: Path, most: int = TEXT_BYTES) -> Any:
 def loads(text: str | bytes) -> Any:
     """Parse the JSON in `text`. Every file of somebody else's is read with this; a server's reply need not be.
 
-    Python's own reader takes the last value of a key that stands twice and says nothing.
+    Python's own reader takes the last value of a key that appears twice and says nothing.
 
     Raises:
         ValueError: It is no JSON, or an object has a key twice; the message ends with line and column.
@@ -298,7 +298,7 @@ def loads(text: str | bytes) -> Any:
 
     >>> loads('{"id": 1, "answer": "yes", "answer": "no"}')
     Traceback (most recent call last):
-    json.decoder.JSONDecodeError: key 'answer' stands twice: line 1 column 1 (char 0)
+    json.decoder.JSONDecodeError: key 'answer' appears twice: line 1 column 1 (char 0)
     """
     try:
         return json.loads(text, object_pairs_hook=once)
@@ -324,12 +324,12 @@ def once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise KeyTwiceError(f"key {twice[:60]!r} stands twice")
+        raise KeyTwiceError(f"key {twice[:60]!r} appears twice")
     return made
 
 
 class _Placing(json.JSONDecoder):
-    """As json's own decoder, slower, but an object with a key twice is told with its place."""
+    """Decode JSON as the standard library does, but refuse a repeated key with its line and column; slower."""
 
     def __init__(self) -> None:
         super().__init__(object_pairs_hook=once)

@@ -70,7 +70,7 @@ class Trouble:
     wait: float = 0.0
     """Seconds that the server asks us to wait before it."""
     status: int | None = None
-    """The HTTP status, or the one that stands in the error."""
+    """Return the HTTP status, or the status code inside the error body."""
     gone: bool = False
     """Nothing listens at the address."""
     ends_the_run: str = ""
@@ -94,7 +94,7 @@ def passes(status: int) -> bool:
 
 
 class TwiceError(ValueError):
-    """A name of an object that stands twice in it, with two values."""
+    """Return a key that appears twice in one object with different values."""
 
 
 def parsed(text: str) -> Any:

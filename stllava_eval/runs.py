@@ -36,6 +36,7 @@ from stllava_eval.extract import (
     with_opened_thoughts,
 )
 from stllava_eval.home import expanded, hold, home, loads, read_bytes, read_json, read_text, whole_file, write_json
+from stllava_eval.replies import CUT
 
 if TYPE_CHECKING:
     from stllava_eval.answer_files import AnswerFile
@@ -349,8 +350,12 @@ def _check_line(row: Mapping[str, Any], of_task: Mapping[str, Any]) -> None:
 
 
 def ended(row: Mapping[str, Any]) -> bool | None:
-    """Return whether a line's reply ended by itself; None where it does not say."""
-    said = row.get("ended", None if row.get("finish_reason") is None else row["finish_reason"] not in AT_LIMIT)
+    """Return whether a row's reply ended by itself, not at its limit of tokens; None where the row does not say."""
+    said, reason = row.get("ended"), row.get("finish_reason")
+    if isinstance(said, str):  # a CSV has texts alone
+        said = {"true": True, "false": False}.get(said.strip().lower())
+    if said is None and isinstance(reason, str) and reason.strip():
+        return reason.strip().lower() not in CUT
     return said if isinstance(said, bool) else None
 
 
@@ -620,10 +625,6 @@ def _doubts(replies: Sequence[Final]) -> str:
         f"of {len(asked)} replies {told}: these scores may say little about the model. Look at `reply` in "
         "answers.jsonl; a longer max_new_tokens lets a thought end."
     )
-
-
-AT_LIMIT = ("length", "max_tokens")
-"""Why a reply ended, in the words of servers, where it was cut at its limit of tokens."""
 
 
 def _prepared(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

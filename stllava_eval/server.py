@@ -239,8 +239,9 @@ class Endpoint:
             emit(model)
 
     def _client(self, limit: int = LARGEST) -> openai.AsyncOpenAI:
-        """Without the SDK's retries, which count no attempts and do not repeat broken JSON, and without its time-outs,
-        each of which starts anew with every byte.
+        """Make a client that neither retries nor times out by itself, since this class does both.
+
+        The SDK's retries do not count attempts or repeat broken JSON, and its time-outs restart with every byte.
 
         Args:
             limit: Bytes of a reply.
@@ -402,8 +403,8 @@ class ServerAnswerer:
     Args and errors are those of `Endpoint`, and:
         reasoning: The model thinks before it answers and takes neither a temperature nor `max_tokens`, as GPT-4o's
             successors: it decodes as it likes, and `THOUGHT` tokens of thinking are allowed on top of the answer's.
-        system: A message that stands before each question, in the system's role; None sends none.
-        enable_thinking: What the server's chat template is told, as vLLM and SGLang take it
+        system: The system prompt sent before each question; None sends none.
+        enable_thinking: The thinking switch of the server's chat template, sent as vLLM and SGLang take it
             (`chat_template_kwargs`); None leaves it to the template.
         min_pixels, max_pixels: An image with fewer or more pixels is scaled before it is sent; see `scaled`.
     """

@@ -301,7 +301,7 @@ def read_candidates(path: Path) -> list[Candidate]:
                     ):
                         raise TypeError(f"image {candidate.image} lies outside the folder of images")
                     if candidate.id in known:
-                        raise TypeError(f"id {candidate.id} stands twice")
+                        raise TypeError(f"id {candidate.id} appears twice")
                     known.add(candidate.id)
                     found.append(candidate)
         except (KeyError, TypeError) as error:

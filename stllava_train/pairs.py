@@ -140,7 +140,7 @@ def read_pairs(path: Path) -> list[Pair]:
         try:
             pair = pair_of(row)
             if pair.id in found:
-                raise ValueError(f"id {pair.id} stands twice. Give each pair one of its own.")
+                raise ValueError(f"id {pair.id} appears twice. Give each pair one of its own.")
         except ValueError as error:
             raise InputError(f"{path}:{number}: {error}") from None
         found[pair.id] = pair

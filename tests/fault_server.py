@@ -222,7 +222,7 @@ def sends(body: bytes, status: int = 200) -> Fault:
 
 
 def completes(message: Any, finish: Any = "stop", usage: Any = None, **more: Any) -> Fault:
-    """A chat completion of this message; `more` stands beside its choices."""
+    """Send a chat completion with this message; `more` adds fields next to `choices`."""
     choice = {"index": 0, "message": message, "finish_reason": finish}
     return lambda handler: handler.sends(200, {"choices": [choice], "usage": usage} | more)
 

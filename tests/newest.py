@@ -1,6 +1,6 @@
 """pyproject.toml -> what `make newest` installs; and its pytest plugin: a deprecation of our own calls is an error.
 
-The newest libraries warn about each other, which is not ours to mend: so no other warning is an error there. A filter
+The newest libraries warn about each other, and we cannot fix that, so no other warning is an error there. A filter
 by module does not find our calls: a library blames its caller, and torch's `Module.__call__` is that of a network.
 """
 
@@ -14,7 +14,7 @@ from types import FrameType
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = tuple(f"{ROOT / folder}/" for folder in ("stllava_eval", "stllava_train"))
-# what stands between a caller and what it calls
+# modules between a caller and the function that it calls
 BETWEEN = ("torch/nn/modules/module.py", "torch/utils/_contextlib.py", "/contextlib.py", "/functools.py")
 
 

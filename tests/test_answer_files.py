@@ -8,7 +8,7 @@ import pytest
 from stllava_eval.answer_files import read_answers
 from stllava_eval.cli import main
 from stllava_eval.errors import InputError
-from stllava_eval.runs import score_table
+from stllava_eval.runs import ended, score_table
 
 ANSWERS = {"test-0-0": "yes", "test-0-1": "the left lung", "test-1-0": "no"}
 
@@ -148,3 +148,20 @@ def test_ids_of_data_rads_files_are_the_public_ones_all_or_nothing(shared, home,
     mixed = [row for row in mixed if row["qid"] != 11]
     with pytest.raises(InputError, match=r"of id \d+ is "):
         read_answers(write(tmp_path / "b.jsonl", mixed), "vqarad")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"finish_reason": "length"}, False),
+        ({"finish_reason": "max_output_tokens"}, False),  # the words of every server that is asked directly
+        ({"finish_reason": "stop"}, True),
+        ({"ended": None, "finish_reason": "length"}, False),
+        ({"ended": "False"}, False),  # as a CSV has it
+        ({"ended": True}, True),
+        ({"ended": "perhaps"}, None),
+        ({}, None),
+    ],
+)
+def test_whether_a_reply_was_cut_at_its_limit_is_read_from_every_spelling(row, expected):
+    assert ended(row) is expected

@@ -299,7 +299,10 @@ def test_settings_out_of_range_are_refused(changes, said):
             "image /etc/a.png lies outside",
         ),
         ({"questions": [{"id": "x", "question": "\ud800", "answers": ["a", "b"], "left_out": None}]}, "half a char"),
-        ({"questions": [{"id": "x", "question": "Q?", "answers": ["a", "b"], "left_out": None}] * 2}, "x stands twice"),
+        (
+            {"questions": [{"id": "x", "question": "Q?", "answers": ["a", "b"], "left_out": None}] * 2},
+            "x appears twice",
+        ),
     ],
 )
 def test_rows_that_are_no_candidates_are_refused_with_their_line(tmp_path, change, said):

@@ -823,7 +823,7 @@ def test_a_tar_that_says_too_much_of_its_members_is_refused(tmp_path, small_limi
         for number in range(300):
             archive.addfile(tarfile.TarInfo(f"{number}.txt"))
     for name in ("long", "many"):
-        with pytest.raises(InputError, match="more stands in it than the files of a data set take"):
+        with pytest.raises(InputError, match="more is in it than the files of a data set take"):
             prepare("slake", "validation", tmp_path / f"{name}.tar.gz")
 
 
@@ -883,15 +883,15 @@ def test_parquet_files_that_unpack_to_much_are_refused(tmp_path, small_slake, sm
         prepare("slake", "validation", tmp_path / "c")
 
 
-def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path, small_slake):
+def test_a_key_that_appears_twice_is_refused_with_its_line(tmp_path, small_slake):
     folder = slake_folder(tmp_path)
     text = json.dumps(slake_rows(), indent=0)
     (folder / "validate.json").write_text(text.replace('"answer": "Yes"', '"answer": "Yes",\n"answer": "No"', 1))
-    with pytest.raises(InputError, match=r"validate\.json is no JSON \(key 'answer' stands twice: line 2 column 1"):
+    with pytest.raises(InputError, match=r"validate\.json is no JSON \(key 'answer' appears twice: line 2 column 1"):
         prepare("slake", "validation", folder)
     (folder / "validate.json").unlink()
     (folder / "validation.jsonl").write_text('{"qid": 1}\n{"qid": 2, "qid": 3}\n')
-    with pytest.raises(InputError, match=r"validation\.jsonl is no JSON \(line 2: key 'qid' stands twice"):
+    with pytest.raises(InputError, match=r"validation\.jsonl is no JSON \(line 2: key 'qid' appears twice"):
         prepare("slake", "validation", folder)
 
 

@@ -726,7 +726,7 @@ def changed(data: Path, tmp_path: Path, **changes) -> Path:
         ({"image": "a" * 5000}, r"changed.jsonl:3: 2.png#2: its image a{60}\.\.\. is not in"),
         ({"image_sha256": "0" * 64}, "changed.jsonl:3: 2.png#2: its image 2.png has other pixels"),
         ({"img": "2.png"}, "changed.jsonl:3: img is no key of a pair"),
-        ({"id": "1.png#1"}, "changed.jsonl:3: id 1.png#1 stands twice"),
+        ({"id": "1.png#1"}, "changed.jsonl:3: id 1.png#1 appears twice"),
         ({"rejected": "</s>"}, "changed.jsonl:3: </s> in rejected"),
     ],
     ids=["long", "gone", "long name", "other pixels", "column", "twice", "token"],

@@ -256,17 +256,17 @@ def test_a_file_that_says_it_is_empty_and_is_not_is_read_up_to_the_limit():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        pytest.param('{"a": 1, "a": 1}', r"key 'a' stands twice: line 1 column 1 \(char 0\)", id="equal values too"),
-        pytest.param('[{"b": 1},\n {"a": 1,\n "a": 2}]', r"key 'a' stands twice: line 2 column 2", id="in a list"),
-        pytest.param('{"a": {"b": 1, "c": {"b": 1, "b": 2}}}', "key 'b' stands twice: line 1 column 21", id="deep"),
-        pytest.param('{"a": 1, "\\u0061": 2}', "key 'a' stands twice", id="one of them written as an escape"),
-        pytest.param(b'{"a": 1, "a": 2}', "key 'a' stands twice: line 1", id="bytes"),
-        pytest.param('{"a": 1, "a": 2}'.encode("utf-16"), "key 'a' stands twice: line 1", id="UTF-16"),
-        pytest.param('{"a": ' + "[" * 900 + "]" * 900 + ', "a": 2}', "key 'a' stands twice", id="and nested deeply"),
-        pytest.param('{"' + "k" * 999 + '": 1, "' + "k" * 999 + '": 2}', r"key 'k{60}' stands twice", id="a long key"),
+        pytest.param('{"a": 1, "a": 1}', r"key 'a' appears twice: line 1 column 1 \(char 0\)", id="equal values too"),
+        pytest.param('[{"b": 1},\n {"a": 1,\n "a": 2}]', r"key 'a' appears twice: line 2 column 2", id="in a list"),
+        pytest.param('{"a": {"b": 1, "c": {"b": 1, "b": 2}}}', "key 'b' appears twice: line 1 column 21", id="deep"),
+        pytest.param('{"a": 1, "\\u0061": 2}', "key 'a' appears twice", id="one of them written as an escape"),
+        pytest.param(b'{"a": 1, "a": 2}', "key 'a' appears twice: line 1", id="bytes"),
+        pytest.param('{"a": 1, "a": 2}'.encode("utf-16"), "key 'a' appears twice: line 1", id="UTF-16"),
+        pytest.param('{"a": ' + "[" * 900 + "]" * 900 + ', "a": 2}', "key 'a' appears twice", id="and nested deeply"),
+        pytest.param('{"' + "k" * 999 + '": 1, "' + "k" * 999 + '": 2}', r"key 'k{60}' appears twice", id="a long key"),
     ],
 )
-def test_a_key_that_stands_twice_is_refused_with_its_place(text, told):
+def test_a_key_that_appears_twice_is_refused_with_its_place(text, told):
     with pytest.raises(ValueError, match=told):
         loads(text)
 

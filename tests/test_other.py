@@ -146,7 +146,7 @@ def changed(source: Path, folder: Path, **settings) -> Path:
 
 
 def likeliest(folder: Path, question: Question, ends: set[int], never: tuple[int, ...] = ()) -> str:
-    """The likeliest token of the raw logits, again and again, all tokens computed anew each time."""
+    """Generate greedily without a cache: run the whole sequence for each token and take the argmax of its logits."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder).eval()

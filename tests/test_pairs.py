@@ -298,7 +298,7 @@ FORM = "A pair has id, image, image_sha256, question, chosen, rejected, margin, 
         pytest.param({"judges": "j"}, 'judges is "j", not a list of names.', id="one judge"),
         pytest.param({"chosen": " "}, "empty chosen. Mend the line, or delete it.", id="empty"),
         pytest.param({"chosen": " Right."}, "chosen equals rejected. Mend the line", id="equal"),
-        pytest.param({"id": "sound"}, "id sound stands twice. Give each pair one of its own.", id="an id twice"),
+        pytest.param({"id": "sound"}, "id sound appears twice. Give each pair one of its own.", id="an id twice"),
     ],
 )
 def test_a_wrong_row_is_refused_with_its_line(tmp_path, changes, message):

@@ -139,7 +139,7 @@ def test_lines_of_other_tasks_are_left_out(prepared, tmp_path):
         pytest.param('{"id": "1", "answer": "x"}\n' * 2, r"1 ids come twice \(1\)", id="twice"),
         pytest.param(
             '{"id": "1", "answer": "x"}\n{"id": "2", "answer": "no", "answer": "yes"}',
-            r"a.jsonl:2: not JSON \(key 'answer' stands twice: line 1 column 1",
+            r"a.jsonl:2: not JSON \(key 'answer' appears twice: line 1 column 1",
             id="a key twice",
         ),
     ],
@@ -315,7 +315,7 @@ def test_a_run_folder_with_a_key_twice_is_no_run(prepared, tmp_path, file):
     key = "checkpoint" if file == "run.json" else "answer"
     text = (folder / file).read_text()
     (folder / file).write_text(text.replace(f'"{key}": ', f'"{key}": "another", "{key}": ', 1))
-    with pytest.raises(InputError, match=f"a is not a run folder .*key '{key}' stands twice"):
+    with pytest.raises(InputError, match=f"a is not a run folder .*key '{key}' appears twice"):
         read_run(folder)
 
 
