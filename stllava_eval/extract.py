@@ -177,27 +177,27 @@ def opens_thought(prompt: str) -> str:
 
 
 def with_opened_thoughts(replies: Sequence[str], ended: Sequence[bool | None], before: str = "") -> list[str]:
-    """Put back the opening mark where the chat template wrote it, behind a server say, and so the replies lack it.
+    """Return the replies, each with the thought mark in front that the chat template wrote into the prompt, if it did.
 
-    A template opens the thought of every reply or of none. That it does is shown by replies with a closing mark and
-    no opening one: by half of those that were not cut at their limit, or more (our choice). A reply of the same model
-    without any mark then stopped inside its thought, and nothing in its text alone would tell.
+    A template opens the thought of every reply or of none. We infer that it does where at least half of the replies
+    that were not cut at their limit (our choice) have a closing mark and no opening mark. A reply of the same model
+    without any mark then stopped inside its thought, which its own text cannot show.
 
     Args:
         replies: All the raw replies of one model under one prompt.
-        ended: By reply, False where it was cut at its limit; None where nobody says.
-        before: The mark that earlier replies of this model under this prompt were given. Where no reply here closes a
-            thought, one that was cut at its limit without any mark has stopped in its own.
+        ended: For each reply, False where it was cut at its limit of tokens; None where that is not known.
+        before: The opening mark that earlier replies of this model under this prompt lacked; empty if none. Where no
+            reply here closes a thought, it is put before those that were cut at their limit without any mark.
     """
     closings = [_lone_closing(reply) for reply in replies]
     lone = [mark for mark in closings if mark]
-    whole = sum(end is not False for end in ended)
+    not_cut = sum(end is not False for end in ended)
     if not lone:
         return [
             f"{before}\n{reply}" if before and end is False and reply.strip() and not _MARK.search(reply) else reply
             for reply, end in zip(replies, ended, strict=True)
         ]
-    if 2 * len(lone) < whole:
+    if 2 * len(lone) < not_cut:
         unmarked = sum(not _MARK.search(reply) for reply in replies)
         log.warning(
             "%d replies close a thought that they do not open, and %d have no thought mark: the latter are taken for "
