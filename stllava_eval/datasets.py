@@ -460,7 +460,7 @@ class Bounded:
         content = self.file.read(self.left + 1 if size is None or size < 0 else min(size, self.left + 1))
         self.left -= len(content)
         if self.left < 0:
-            raise InputError(f"{self.place}: more stands in it than the files of a data set take. {REMEDY}.")
+            raise InputError(f"{self.place}: more is in it than the files of a data set take. {REMEDY}.")
         return content
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
