@@ -42,6 +42,7 @@ _FAMILIES = (
 )
 """Of each family an image or a patient has one member: to name another one is to deny the first."""
 
+_SAYS = frozenset({"is", "was", "shows", "are"})  # "this is a CT" says what it is, "referring to the CT" does not
 _SIDES = frozenset({"left", "right", "upper", "lower"})
 _OTHER_SIDE = {"left": "right", "right": "left", "upper": "lower", "lower": "upper"}
 
@@ -85,7 +86,7 @@ _SPELLINGS = (
 )
 _OPEN = re.compile(
     r"\b(?:may|might|could be|could have|possibl[ey]|possibility|maybe|perhaps|suspect(?:ed|s)?|suspicio(?:n|us)|unclear|"
-    r"uncertain|unsure|equivocal|indeterminate|questionable|whether|if|difficult|hard to|presence or absence|"
+    r"uncertain|unsure|equivocal|indeterminate|questionable|whether|if|difficult|hard to|too \w+ to|presence or absence|"
     r"not (?:\w+ )?(?:sure|certain|clear (?:whether|if))|concern for|concerning for|should|please|would)\b"
     r"|\b(?:not|never) (?:be(?:en)? )?(?:<excluded>|rule out|<denied>|confirmed|determined|assessed|evaluated|answered|known)"
     r"|(?:\bnot|<denied>|\bno) (?:\w+ )?(?:determine|tell|exclude|rule|assess|evaluate|confirm|say|know|way|information|ability)\b"
@@ -163,13 +164,13 @@ def affirms(clause: str, question: str) -> bool | None:
         return _compared(stems, claim)
     if claim.kind == "family":
         return _of_family(words, claim)
-    if claim.kind in ("normal", "deviant"):
+    if claim.kind == "normal":
         value = _normality(words, stems, claim)
-        if claim.kind == "normal":
-            return None if value is None else value == claim.value
-        if value is not None:
-            return False if value > 0 and claim.value > 0 else None
-    return _of_heads(words, stems, claim)
+        return None if value is None else value == claim.value
+    said = _of_heads(words, stems, claim)
+    if said is None and claim.kind == "deviant" and claim.value > 0 and _normality(words, stems, claim) == 1:
+        return False  # what is normal is not enlarged, dilated or fractured
+    return said
 
 
 def denies_in_its_claim(question: str) -> bool:
@@ -219,7 +220,7 @@ def _of_family(words: Sequence[str], claim: _Claim) -> bool | None:
             if not claim.keys <= {stem(word) for word in words} and not _plain_before(words, claim, place):
                 return None
             return (_polarity(words, place) > 0) == (claim.value > 0)
-    if found and _polarity(words, found[0][0]) > 0:
+    if found and _polarity(words, place := found[0][0]) > 0 and (place < 2 or _SAYS & set(words[:place])):
         return claim.value < 0
     return None
 
@@ -328,9 +329,9 @@ def _claim_of(content: list[str], core: list[str], whole: list[str], denied_behi
     place = core.index(head)
     denied = (sum(word in ("no", "not", "<denied>", "<absent>") for word in core[:place]) + denied_behind) % 2 == 1
     heads = [head]
-    if "or" in core:
+    if "or" in core and exists:
         first = [word for word in core[: core.index("or")] if word in content]
-        heads = [first[-1], head] if first and first[-1] != head and kind == "plain" else heads
+        kind, heads = "plain", [*first[-1:], content[-1]]
     stems = [stem(word) for word in heads]
     keys = {stem(word) for word in content} - set(stems)
     if len(heads) > 1:

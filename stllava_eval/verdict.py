@@ -307,13 +307,14 @@ def _choice(answer: str, options: Sequence[str], question: str) -> str | None:
     return left[0] if not kept and denied and len(left) == 1 else None
 
 
+_PLAIN_VERDICT = re.compile(r"^(?:yes|no)\b *[,:-]")  # chooses no option and denies none: "No, the patient is male."
 _OPTION_CLAUSES = re.compile(
     r",(?= *(?:not|but|while|whereas|rather|instead)\b)|\b(?:but|while|whereas|however|although)\b"
 )
 
 
 def _option_clauses(sentence: str) -> list[str]:
-    return [clause for clause in _OPTION_CLAUSES.split(spelled(sentence)) if clause.strip()]
+    return [clause for clause in _OPTION_CLAUSES.split(_PLAIN_VERDICT.sub("", spelled(sentence))) if clause.strip()]
 
 
 _OPEN_CHOICE = re.compile(r"\b(?:could be|may be|might be|cannot|can not|whether|possibly)\b")
