@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Literal
 
-from stllava_eval.statements import NORMAL, affirms, denies_in_its_claim, spelled
+from stllava_eval.statements import IRREGULAR, NORMAL, affirms, denies_in_its_claim, spelled
 from stllava_eval.words import DIGITS, folded, folded_words, remembered, wanted_words
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,30 +99,36 @@ def _clauses(sentence: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Yes and no
 
+# Each alternative of _LEAD may stand before a verdict; it is taken off as often as one is there.
 _LEAD = re.compile(
-    r"^(?:(?:final |the |my |short )*(?:answer|verdict|conclusion|response)(?: to (?:the|this|your) question)?(?: is| would be)?"
-    r"(?: most likely| likely| probably)?|(?:i|we) (?:think|believe|would say|would answer)(?: that)?|i'd say|in (?:conclusion|summary|short)"
-    r"|overall|thus|hence|then|and|well|ok|okay|actually|most likely|likely|probably|very likely|sorry|in this (?:image|case)"
-    r"|\(?[a-d1-9][).:])\s*[:=-]*\s*|^[\s:=>'()\[\]-]+"
+    r"^(?:(?:final |the |my |short )*(?:answer|verdict|conclusion|response)(?: to (?:the|this|your) question)?"
+    r"(?: is| would be)?(?: most likely| likely| probably)?|(?:i|we) (?:think|believe|would say|would answer)(?: that)?"
+    r"|i'd say|in (?:conclusion|summary|short)|overall|thus|hence|then|and|well|ok|okay|actually|most likely|likely"
+    r"|probably|very likely|sorry|in this (?:image|case)|\(?[a-d1-9][).:])\s*[:=-]*\s*|^[\s:=>'()\[\]-]+"
 )
 _END = r"[\s:'\])]*(?:$|:)"
+_IT_IS = r"(?:that|this|it|the statement|this statement|the claim) (?:is|'s)"
 _YES = re.compile(
-    rf"(?:yes|yeah|yep|yup|yea)\b|(?:y|true|correct|affirmative|positive|absolutely|definitely|certainly|of course|indeed|sure){_END}"
-    rf"|(?:that|this|it|the statement|this statement|the claim) (?:is|'s) (?:true|correct|right){_END}"
-    rf"|i (?:think|believe) so{_END}|likely{_END}"
+    rf"(?:yes|yeah|yep|yup|yea)\b|(?:true|correct|affirmative){_END}|{_IT_IS} (?:true|correct|right){_END}"
+    rf"|i (?:think|believe) so{_END}"
 )
 _NO = re.compile(
-    r"(?:nope|nah)\b|no(?=[\s:'\])]*(?:$|:| (?:there|it|its|it's|this|that|these|those|the|i|we|they|he|she|because|since|as|not)\b))"
-    rf"|(?:n|false|untrue|incorrect|<absent>){_END}"
-    rf"|(?:definitely|certainly|absolutely|of course|probably|likely|most likely|clearly|maybe)? ?not(?: really| at all| likely| exactly)?{_END}"
-    rf"|(?:that|this|it|the statement|this statement|the claim) (?:is|'s) (?:false|incorrect|untrue|wrong|not (?:true|correct|right)){_END}"
-    rf"|i (?:do not|don't) (?:think|believe) so{_END}"
+    # "no" is a verdict at the end of its clause and before a clause of its own, else it denies the noun that follows
+    r"(?:nope|nah)\b|no(?=[\s:'\])]*(?:$|:)| (?:there|its?|it's|this|that|these|those|the|i|we|they|he|she|because|since|as"
+    rf"|not)\b)|(?:false|untrue|incorrect){_END}|{_IT_IS} (?:false|incorrect|untrue|wrong|not (?:true|correct|right)){_END}"
+    r"|(?:definitely|certainly|absolutely|of course|probably|likely|most likely|clearly)? ?not"
+    rf"(?: really| at all| likely| exactly| that i can (?:see|tell))?{_END}|i (?:do not|don't) (?:think|believe) so{_END}"
+)
+# What is a verdict only where it is the whole answer: "Sure!" may begin any answer, and "positive" describe anything.
+_ALONE = re.compile(
+    r"(?P<yes>y|positive|absolutely|definitely|certainly|of course|indeed|sure|likely"
+    r"|(?:is |are |it is |they are )?(?:present|seen|visible|noted|shown|detected|identified|there))"
+    r"|(?P<no>n|<absent>|(?:none|<denied>|not)(?: (?:is|are|was|were|to be))?(?: (?:present|seen|visible|visuali[sz]ed|noted"
+    r"|shown|detected|identified|found|evident|there|observed))?)"
 )
 _ELLIPSIS = re.compile(
     r"(?:(?:it|there|this|that|they|these|those|he|she|i|you|we) (?:is|are|was|were|does|do|did|has|have|can|could)|it's)"
-    rf"(?P<denied> not)?{_END}"
-    rf"|(?P<present>(?:is |are |it is |they are )?(?:present|seen|visible|noted|shown|detected|identified|there)){_END}"
-    rf"|(?P<none>(?:none|<denied>|not|no)(?: (?:is|are|was|were|to be))?(?: (?:present|seen|visible|visualized|noted|shown|detected|identified|found|evident|there|observed))?){_END}"
+    r"(?P<denied> not)?"
 )
 
 
@@ -172,10 +178,12 @@ def yes_or_no(answer: str, question: str) -> bool | None:
         return verdict if stated in (None, verdict) else None
     if declined:
         return None
-    if len(clauses) == 1 and (found := _ELLIPSIS.match(clauses[0])):
-        if denied:
-            return None
-        return not (found["denied"] or found["none"])
+    if len(clauses) == 1:
+        clause = clauses[0].strip(" :'()[]")
+        if found := _ALONE.fullmatch(clause):
+            return found["yes"] is not None
+        if found := _ELLIPSIS.fullmatch(clause):
+            return None if denied else found["denied"] is None
     return _agreed(affirms(clause, question) for clause in clauses)
 
 
@@ -256,7 +264,6 @@ _SYNONYMS = {
     "renal": "kidney",
     "splenic": "spleen",
 }
-_IRREGULAR = {"women": "woman", "men": "man", "bronchi": "bronchus", "foci": "focus", "metastases": "metastasis"}
 _NO_PLURAL = ("ss", "us", "is")
 _LARGER, _SMALLER = (
     frozenset({"bigger", "larger", "greater", "biggest", "largest"}),
@@ -271,8 +278,8 @@ def singular(word: str) -> str:
     >>> [singular(word) for word in ("lungs", "masses", "biopsies", "pelvis", "foci")]
     ['lung', 'mass', 'biopsy', 'pelvis', 'focus']
     """
-    if word in _IRREGULAR:
-        return _IRREGULAR[word]
+    if word in IRREGULAR:
+        return IRREGULAR[word]
     if word.endswith(("sses", "shes", "ches", "xes")):
         return word[:-2]
     if word.endswith("ies") and len(word) > 4:
@@ -324,7 +331,8 @@ def _named(
     clause: str, pattern: re.Pattern[str], option_of: dict[str, str], question: str
 ) -> tuple[set[str], set[str]]:
     """The options that a clause names, and those that it denies. A list such as "A or B" names none."""
-    marked = _canonical(_TOKEN.findall(clause.replace(" than ", " <than> ")))
+    clause = _MORE_THAN_ONE.sub("multiple", clause)
+    marked = _canonical(_TOKEN.findall(_THAN.sub("<than>", clause)))
     text = " ".join(marked)
     found = [(match.start(), match.end(), option_of[match.group()]) for match in pattern.finditer(text)]
     if not found:
@@ -342,7 +350,12 @@ def _named(
     return kept, denied
 
 
+_MORE_THAN_ONE = re.compile(r"\bmore than (?:one|1)\b")
+_THAN = re.compile(r"\b(?:than|compared (?:to|with)|relative to)\b")
 _TOKEN = re.compile(r"<\w+>|,|[^\W_]+")
+
+
+_JOINTS = frozenset({"or", "and", "versus", "vs", "the", "a", "an", ",", "image", "scan"})
 
 
 def _without_lists(text: str, found: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
@@ -351,9 +364,8 @@ def _without_lists(text: str, found: list[tuple[int, int, str]]) -> list[tuple[i
     joints: list[str] = []
     for one in found:
         between = text[runs[-1][-1][1] : one[0]].split() if runs else []
-        if runs and all(
-            word in ("or", "and", "versus", "vs", "the", "a", "an", ",", "image", "scan") for word in between
-        ):
+        again = bool(runs) and one[2] in (option for _, _, option in runs[-1])
+        if runs and not again and all(word in _JOINTS for word in between):
             runs[-1].append(one)
             joints[-1] += " ".join(between)
         else:

@@ -52,3 +52,8 @@ def wanted_words(reference: str) -> tuple[str, ...]:
     if wanted := folded_words(reference):
         return wanted
     raise InputError(f"reference {reference!r}: has no words, so nothing can be right. Leave the question out.")
+
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text, divided by white space: how the lists of the rules are written down."""
+    return frozenset(text.split())
