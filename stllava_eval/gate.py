@@ -259,14 +259,15 @@ def _needed(
 
 
 def _scores(task: str, run: RunTask) -> dict[str, QuestionScores]:
-    """The scores of each answered question, `closed_format` among them: 1 where an option is chosen."""
-    from stllava_eval.metrics import chosen, is_failed_request
+    """The scores of each answered question, `closed_format` among them: 1 where exactly one option is named in so many words."""
+    from stllava_eval.metrics import is_failed_request
+    from stllava_eval.verdict_v1 import options_named
 
     scored = question_scores(dataset_of(task), run.replies)
     for row in split_rows(dataset_of(task)):
         if row["kind"] == "closed" and row["id"] in scored and "closed_accuracy" in scored[row["id"]].scores:
             each = [
-                float(chosen(final.answer, row["reference"], row["question"]) is not None)
+                float(len(options_named(final.answer, row["reference"], row["question"])) == 1)
                 for final in run.replies[row["id"]]
                 if not is_failed_request(final.answer)
             ]

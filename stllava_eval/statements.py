@@ -51,8 +51,14 @@ _PREPOSITIONS = word_set(
 )
 _PLACING = word_set("in within on under inside outside around of at")
 _SHOWING = word_set(
-    """there has have had with see sees show shows showing demonstrate demonstrates reveal reveals contain contains
+    """there has have had with see sees show shows showing displaying demonstrating demonstrate demonstrates reveal reveals contain contains
     exhibit exhibits display displays"""
+)
+_STATING = (
+    _AUXILIARIES
+    | (_SHOWING - {"with"})
+    | _DENIALS
+    | word_set("appears appear looks look seems seem indicates suggests")
 )
 _SCAFFOLD = (
     _AUXILIARIES
@@ -83,6 +89,7 @@ _SPELLINGS = (
     (re.compile(r"\bwithin (?:the )?normal (?:size )?limits\b"), " normal "),
     (re.compile(r"\bcan ?not\b|\bcan't\b"), " can not "),
     (re.compile(r"\bwon't\b"), " will not "),
+    (re.compile(r"\b(it|that|there|this|he|she|what)'s\b"), r"\1 is"),
     (re.compile(r"n't\b"), " not "),
     # "no" that denies nothing in the image
     (re.compile(r"\b(?:no|without(?: a)?) (?:doubt|question)\b|\bnot only\b|\bno longer\b"), " "),
@@ -132,6 +139,7 @@ def spelled(text: str) -> str:
     return " ".join(text.split())
 
 
+@remembered
 def stem(word: str) -> str:
     """A word without the endings in which a noun, its plural, its adjective and its participle differ.
 
@@ -185,11 +193,13 @@ def affirms(clause: str, question: str) -> bool | None:
     claim = _claim(question)
     if claim is None:
         return None
-    if (left_open := _OPEN.search(clause)) and not {stem(word) for word in left_open.group().split()} - {"not"} <= claim.known:
+    if (left_open := _OPEN.search(clause)) and not {stem(word) for word in left_open.group().split()} - {
+        "not"
+    } <= claim.known:
         return None
     words = _words(clause)
     stems = [stem(word) for word in words]
-    if _elsewhere(words, claim):
+    if _elsewhere(words, claim) or not _states(words, claim):
         return None
     if claim.compared:
         return _compared(stems, claim)
@@ -204,10 +214,30 @@ def affirms(clause: str, question: str) -> bool | None:
     return said
 
 
+def _states(words: Sequence[str], claim: _Claim) -> bool:
+    """Is this a statement, with a verb or a denial, or else an ellipsis of the question's own words?
+
+    A list of words that names everything states nothing, even if "is" is among them.
+    """
+    if _STATING.isdisjoint(words):
+        return _plain_before(words, claim, len(words))
+    return sum(word not in _SCAFFOLD and stem(word) not in claim.known for word in words) <= _LONGEST
+
+
+_LONGEST = 12  # words of its own in a clause that is read (our choice): sentences of models have fewer
+
+
 def denies_in_its_claim(question: str) -> bool:
     """Is the question's claim a denial, as in "Is there no effusion?" or "Is the spleen absent?"?"""
+    if not _DENYING.search(folded(question)):
+        return False
     claim = _claim(question)
     return claim is not None and claim.denied
+
+
+_DENYING = re.compile(
+    r"\bno|n't\b|\bwithout\b|\babsent\b|\bmissing\b|\bfree\b|\black|\bnever\b|\bexclude|\binvisible\b"
+)
 
 
 def _of_heads(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> bool | None:

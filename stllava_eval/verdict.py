@@ -40,6 +40,7 @@ _DISCLAIMERS = re.compile(
 )
 
 
+@remembered
 def is_refusal(answer: str) -> bool:
     """Does the answer decline to answer, by the patterns above?
 
@@ -123,8 +124,8 @@ _NO = re.compile(
 _ALONE = re.compile(
     r"(?P<yes>y|positive|absolutely|definitely|certainly|of course|indeed|sure|likely"
     r"|(?:is |are |it is |they are )?(?:present|seen|visible|noted|shown|detected|identified|there))"
-    r"|(?P<no>n|<absent>|(?:none|<denied>|not)(?: (?:is|are|was|were|to be))?(?: (?:present|seen|visible|visuali[sz]ed|noted"
-    r"|shown|detected|identified|found|evident|there|observed))?)"
+    r"|(?P<no>n|<absent>|none|<denied>|(?:none|<denied>|not) (?:(?:is|are|was|were|to be) )?(?:present|seen|visible|noted"
+    r"|visuali[sz]ed|shown|detected|identified|found|evident|there|observed))"
 )
 _ELLIPSIS = re.compile(
     r"(?:(?:it|there|this|that|they|these|those|he|she|i|you|we) (?:is|are|was|were|does|do|did|has|have|can|could)|it's)"
@@ -139,7 +140,13 @@ def _said(clause: str) -> bool | None:
         before, clause = clause, _LEAD.sub("", clause, count=1)
     if _NO.match(clause):
         return False
-    return True if _YES.match(clause) else None
+    if _YES.match(clause):
+        return True
+    behind = _BEHIND.search(clause)
+    return None if behind is None else behind[1] == "yes"
+
+
+_BEHIND = re.compile(r":\s*(yes|no)$")  # "pleural effusion: no"
 
 
 def _agreed(readings: Iterable[bool | None]) -> bool | None:
@@ -157,26 +164,26 @@ def yes_or_no(answer: str, question: str) -> bool | None:
     plain = _QUICK.get(answer)
     if plain is not None:
         return plain
+    sentences = _sentences(answer)
+    declines = is_refusal(answer)
     verdicts: list[bool] = []
-    clauses: list[str] = []
-    declined = False
-    for sentence in _sentences(answer):
-        if _REFUSALS.search(sentence):
+    kept: list[str] = []
+    for sentence in sentences:
+        if declines and _REFUSALS.search(sentence):
             if not verdicts:
                 break  # what a model says after it has declined is no answer
             continue
-        of_sentence = _clauses(sentence)
-        said = [_said(clause) for clause in of_sentence]
-        verdicts += [one for one in said if one is not None]
-        clauses += of_sentence
-        declined = declined or _DISCLAIMERS.search(sentence) is not None
+        kept.append(sentence)
+        verdicts += [said for clause in _CLAUSES.split(sentence) if (said := _said(clause)) is not None]
     denied = denies_in_its_claim(question)
-    if verdicts:
-        verdict = _agreed(verdicts)
-        stated = _agreed(affirms(clause, question) for clause in clauses) if denied else None
+    if verdicts and not denied:
+        return _agreed(verdicts)
+    clauses = [clause for sentence in kept for clause in _clauses(sentence)]
+    if verdicts := verdicts or [said for clause in clauses if (said := _said(clause)) is not None]:
         # "No, there is no effusion" to "Is there no effusion?" can mean either
-        return verdict if stated in (None, verdict) else None
-    if declined:
+        stated = _agreed(affirms(clause, question) for clause in clauses) if denied else None
+        return _agreed([*verdicts, stated])
+    if declines and any(_DISCLAIMERS.search(sentence) for sentence in kept):
         return None
     if len(clauses) == 1:
         clause = clauses[0].strip(" :'()[]")
@@ -437,6 +444,7 @@ def chosen(answer: str, reference: str, question: str = "") -> str | None:
     return _choice(answer, options, question)
 
 
+@remembered
 def verdict(answer: str, reference: str, question: str = "") -> Literal["right", "wrong", "unparsed"]:
     """Does the answer choose what the reference chooses? "unparsed" where it chooses nothing: see `chosen`.
 

@@ -1,7 +1,7 @@
 """The first version of the strict verdict, kept by name: older figures are compared with it alone.
 
-It looks for the words yes and no, or for the words of the options, and is wrong where it finds two of them. `verdict.py`
-has the version that is scored as `closed_accuracy` today; docs/metrics.md tells what changed.
+It looks for the words yes and no, or for the words of the options, and is wrong where it finds two of them. What is
+scored as `closed_accuracy` today is in `verdict.py`; docs/metrics.md says what changed.
 """
 
 import re
@@ -38,6 +38,18 @@ def verdict(answer: str, reference: str, question: str = "") -> Literal["right",
     if not named:
         return "unparsed"
     return "right" if named == wanted else "wrong"
+
+
+def options_named(answer: str, reference: str, question: str = "") -> set[str]:
+    """The options of a closed question whose words the answer has, denied or not: the gate's guard of the format.
+
+    Raises:
+        InputError: The reference has no words.
+
+    >>> sorted(options_named("Yes and no.", "no"))
+    ['no', 'yes']
+    """
+    return _named_and_wanted(answer, reference, question)[0]
 
 
 def _named_and_wanted(answer: str, reference: str, question: str) -> tuple[set[str], set[str]]:
