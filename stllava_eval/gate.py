@@ -259,7 +259,7 @@ def _needed(
 
 
 def _scores(task: str, run: RunTask) -> dict[str, QuestionScores]:
-    """The scores of each answered question, `closed_format` among them: 1 where exactly one option is named in so many words."""
+    """The scores of each answered question, `closed_format` among them: 1 where one option's words are there."""
     from stllava_eval.metrics import is_failed_request
     from stllava_eval.verdict_v1 import options_named
 

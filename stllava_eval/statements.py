@@ -46,13 +46,13 @@ _DENIALS = word_set("no not none <denied> <absent> <excluded>")
 
 _AUXILIARIES = word_set("is are was were be been being am has have had does do did can could will would should")
 _PREPOSITIONS = word_set(
-    """in on of at within under along near from to around between with by for outside underneath beneath above below over
-    into through throughout across inside adjacent surrounding"""
+    """in on of at within under along near from to around between with by for outside underneath beneath above below
+    over into through throughout across inside adjacent surrounding"""
 )
 _PLACING = word_set("in within on under inside outside around of at")
 _SHOWING = word_set(
-    """there has have had with see sees show shows showing displaying demonstrating demonstrate demonstrates reveal reveals contain contains
-    exhibit exhibits display displays"""
+    """there has have had with see sees show shows showing demonstrate demonstrates demonstrating reveal reveals contain
+    contains exhibit exhibits display displays displaying"""
 )
 _STATING = (
     _AUXILIARIES
@@ -70,9 +70,9 @@ _SCAFFOLD = (
         modality patient patients patient's case evidence evident sign signs indication indications presence present
         finding findings appearance structures features body see sees seen saw visible visualize visualized visualised
         identify identifiable identified note noted notice detect detected show shows shown showing demonstrate
-        demonstrates demonstrated demonstrating reveal reveals exhibit exhibits depict depicts display displays displaying
-        contain contains containing include includes observe observed indicate indicates suggest suggests suggesting
-        suggestive consistent compatible appear appears look looks looking seem seems apparent find found exist exists
+        demonstrates demonstrated demonstrating reveal reveals exhibit exhibits depict depicts display displays
+        displaying contain contains containing include includes observe observed indicate indicates suggest suggests
+        suggesting suggestive consistent compatible appear appears look looks looking seem seems apparent find found exist exists
         represent represents used use given received receive taken made displayed imaged clearly definite obvious
         significant acute mild mildly moderate moderately severe severely small large slight slightly minimal subtle
         marked markedly multiple several single new visible likely probably overall particular x however therefore"""
@@ -97,21 +97,25 @@ _SPELLINGS = (
     # denials that stand before what they deny, and such as stand behind it
     (
         re.compile(
-            r"\b(?:free of|free from|absence of|lack of|lacks|lacking|devoid of|negative for|fails? to|failed to|rules? out|"
-            r"excludes?|neither|nor|without|never|nothing|non(?=[- ]))\b"
+            r"\b(?:free of|free from|absence of|lack of|lacks|lacking|devoid of|negative for|fails? to|failed to|"
+            r"rules? out|excludes?|neither|nor|without|never|nothing|non(?=[- ]))\b"
         ),
         " <denied> ",
     ),
     (re.compile(r"\b(?:excluded|ruled out)\b"), " <excluded> "),
-    (re.compile(r"\b(?:absent|negative|unlikely|nowhere|missing|invisible)\b"), " <absent> "),
+    (re.compile(r"\b(?:absent|negative|unlikely|nowhere|missing|invisible|removed|resected)\b"), " <absent> "),
 )
 _OPEN = re.compile(
-    r"\b(?:may|might|could be|could have|possibl[ey]|possibility|maybe|perhaps|suspect(?:ed|s)?|suspicio(?:n|us)|unclear|"
-    r"uncertain|unsure|equivocal|indeterminate|questionable|whether|if|difficult|hard to|too \w+ to|resolved|presence or absence|"
-    r"not (?:\w+ )?(?:sure|certain|clear (?:whether|if))|concern for|concerning for|should|please|would)\b"
-    r"|\b(?:not|never) (?:be(?:en)? )?(?:<excluded>|rule out|<denied>|confirmed|determined|assessed|evaluated|answered|known)"
-    r"|(?:\bnot|<denied>|\bno) (?:\w+ )?(?:determine|tell|exclude|rule|assess|evaluate|confirm|say|know|way|information|ability)\b"
+    r"\b(?:may|might|could be|could have|possibl[ey]|possibility|maybe|perhaps|suspect(?:ed|s)?|suspicio(?:n|us)|"
+    r"unclear|uncertain|unsure|equivocal|indeterminate|questionable|whether|if|difficult|hard to|too \w+ to|resolved|"
+    r"presence or absence|not (?:\w+ )?(?:sure|certain|clear (?:whether|if))|concern for|concerning for|should|"
+    r"please|would)\b"
+    r"|\b(?:not|never) (?:be(?:en)? )?(?:<excluded>|rule out|<denied>|confirmed|determined|assessed|evaluated|"
+    r"answered)"
+    r"|(?:\bnot|<denied>|\bno) (?:\w+ )?(?:determine|tell|exclude|rule|assess|evaluate|confirm|say|know|way|information|"
+    r"ability)\b"
 )
+"""What leaves the matter open."""
 _WORD = re.compile(r"<\w+>|[^\W_][^\W_]*(?:'[^\W_]+)?")
 
 
@@ -352,12 +356,13 @@ _TAIL = re.compile(
 )
 _EXISTS = re.compile(r"(?:is|are|was|were) there (?P<what>.*)|evidence of (?P<noun>.*)")
 _SHOWS = re.compile(
-    r"(?:does|do|did|has|have) (?P<who>.+?) (?:show|have|contain|demonstrate|reveal|include|exhibit|depict|display|indicate|"
-    r"suggest|represent|receive) (?P<what>.*)|(?:do|can|could) (?:you|we|i|one) (?:see|identify|find|observe|detect) (?P<seen>.*)"
+    r"(?:does|do|did|has|have) (?P<who>.+?) (?:show|have|contain|demonstrate|reveal|include|exhibit|depict|display|"
+    r"indicate|suggest|represent|receive) (?P<what>.*)"
+    r"|(?:do|can|could) (?:you|we|i|one) (?:see|identify|find|observe|detect) (?P<seen>.*)"
 )
 _IS_SEEN = re.compile(
-    r"(?:is|are|was|were|can|could|has|have) (?P<what>.+?) (?:be |been )?(?:clearly )?(?:present|visible|seen|visuali[sz]ed|evident|"
-    r"identifiable|noted|detected|shown|found|observed|identified|apparent|<absent>)(?!\w)(?P<rest>.*)"
+    r"(?:is|are|was|were|can|could|has|have) (?P<what>.+?) (?:be |been )?(?:clearly )?(?:present|visible|seen|"
+    r"visuali[sz]ed|evident|identifiable|noted|detected|shown|found|observed|identified|apparent|<absent>)(?!\w)(?P<rest>.*)"
 )
 _EVIDENCE = re.compile(
     r"^(?:any |an? |the |some |clear |visible )*(?:evidence|signs?|indications?|presence) (?:of|for) "

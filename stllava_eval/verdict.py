@@ -117,15 +117,15 @@ _NO = re.compile(
     # "no" is a verdict at the end of its clause and before a clause of its own, else it denies the noun that follows
     r"(?:nope|nah)\b|no(?=[\s:'\])]*(?:$|:)| (?:there|its?|it's|this|that|these|those|the|i|we|they|he|she|because|since|as"
     rf"|not)\b)|(?:false|untrue|incorrect){_END}|{_IT_IS} (?:false|incorrect|untrue|wrong|not (?:true|correct|right)){_END}"
-    r"|(?:definitely|certainly|absolutely|of course|probably|likely|most likely|clearly)? ?not"
-    rf"(?: really| at all| likely| exactly| that i can (?:see|tell))?{_END}|i (?:do not|don't) (?:think|believe) so{_END}"
+    rf"|(?:definitely|certainly|absolutely|of course|probably|(?:most |very )?likely|clearly) not{_END}"
+    rf"|not (?:really|at all|likely|exactly|that i can (?:see|tell)){_END}|i (?:think not|(?:do not|don't) (?:think|believe) so){_END}"
 )
 # What is a verdict only where it is the whole answer: "Sure!" may begin any answer, and "positive" describe anything.
 _ALONE = re.compile(
-    r"(?P<yes>y|positive|absolutely|definitely|certainly|of course|indeed|sure|likely"
-    r"|(?:is |are |it is |they are )?(?:present|seen|visible|noted|shown|detected|identified|there))"
+    r"(?P<yes>y|positive|likely|(?:is |are |it is |they are )?(?:present|seen|visible|noted|shown|detected|identified|there))"
     r"|(?P<no>n|<absent>|none|<denied>|(?:none|<denied>|not) (?:(?:is|are|was|were|to be) )?(?:present|seen|visible|noted"
     r"|visuali[sz]ed|shown|detected|identified|found|evident|there|observed))"
+    r"|(?P<sure>absolutely|definitely|certainly|of course|indeed|sure)"
 )
 _ELLIPSIS = re.compile(
     r"(?:(?:it|there|this|that|they|these|those|he|she|i|you|we) (?:is|are|was|were|does|do|did|has|have|can|could)|it's)"
@@ -135,13 +135,14 @@ _ELLIPSIS = re.compile(
 
 def _said(clause: str) -> bool | None:
     """True for a clause that begins with a plain yes, False for a plain no, None for another."""
-    before = None
-    while clause != before:
-        before, clause = clause, _LEAD.sub("", clause, count=1)
-    if _NO.match(clause):
-        return False
-    if _YES.match(clause):
-        return True
+    rest: str | None = clause
+    while rest is not None:
+        if _NO.match(rest):
+            return False
+        if _YES.match(rest):
+            return True
+        shorter = _LEAD.sub("", rest, count=1)
+        rest = shorter if shorter != rest else None
     behind = _BEHIND.search(clause)
     return None if behind is None else behind[1] == "yes"
 
@@ -185,13 +186,23 @@ def yes_or_no(answer: str, question: str) -> bool | None:
         return _agreed([*verdicts, stated])
     if declines and any(_DISCLAIMERS.search(sentence) for sentence in kept):
         return None
-    if len(clauses) == 1:
-        clause = clauses[0].strip(" :'()[]")
-        if found := _ALONE.fullmatch(clause):
-            return found["yes"] is not None
-        if found := _ELLIPSIS.fullmatch(clause):
-            return None if denied else found["denied"] is None
-    return _agreed(affirms(clause, question) for clause in clauses)
+    whole = len(clauses) == 1
+    alone = _alone(clauses[0], whole, denied) if whole or (kept and len(_clauses(kept[0])) == 1) else None
+    return _agreed([alone, *(affirms(clause, question) for clause in clauses)])
+
+
+def _alone(clause: str, whole: bool, denied: bool) -> bool | None:
+    """What a first sentence says that has no words of its own, such as "Absent." and "It is not."; else None."""
+    before = ""
+    while before != clause:
+        before, clause = clause, _LEAD.sub("", clause, count=1).strip(" :'()[]")
+    if found := _ALONE.fullmatch(clause):
+        if found["sure"]:
+            return True if whole else None
+        return found["yes"] is not None
+    if not denied and (found := _ELLIPSIS.fullmatch(clause)):
+        return found["denied"] is None
+    return None
 
 
 _QUICK = {f"{word}{mark}": word.lower() == "yes" for word in ("yes", "no", "Yes", "No") for mark in ("", ".")}
