@@ -65,17 +65,19 @@ _SCAFFOLD = (
     | _PREPOSITIONS
     | word_set(
         """a an the this that these those there here it its they them he she his her you your we our i my any some all
-        both everything something anything what which who and or as so also only just very quite rather well more than
-        image images picture pictures scan scans film films study studies photo view views plane planes section slice
-        modality patient patients patient's case evidence evident sign signs indication indications presence present
-        finding findings appearance structures features body see sees seen saw visible visualize visualized visualised
-        identify identifiable identified note noted notice detect detected show shows shown showing demonstrate
-        demonstrates demonstrated demonstrating reveal reveals exhibit exhibits depict depicts display displays
-        displaying contain contains containing include includes observe observed indicate indicates suggest suggests
-        suggesting suggestive consistent compatible appear appears look looks looking seem seems apparent find found exist exists
-        represent represents used use given received receive taken made displayed imaged clearly definite obvious
-        significant acute mild mildly moderate moderately severe severely small large slight slightly minimal subtle
-        marked markedly multiple several single new visible likely probably overall particular x however therefore"""
+        both everything something anything what which who and or as so also only just very quite rather well
+        more than image images picture pictures scan scans film films study studies photo view views plane
+        planes section slice modality patient patients patient's case evidence evident sign signs indication
+        indications presence present finding findings appearance structures features body see sees seen saw
+        visible visualize visualized visualised identify identifiable identified note noted notice detect
+        detected show shows shown showing demonstrate demonstrates demonstrated demonstrating reveal reveals
+        exhibit exhibits depict depicts display displays displaying contain contains containing include
+        includes observe observed indicate indicates suggest suggests suggesting suggestive consistent
+        compatible appear appears look looks looking seem seems apparent find found exist exists represent
+        represents used use given received receive taken made displayed imaged clearly definite obvious
+        significant acute mild mildly moderate moderately severe severely small large slight slightly
+        minimal subtle marked markedly multiple several single new visible likely probably overall
+        particular x however therefore"""
     )
 )
 """Words that carry no claim of their own: they stand around it in questions and in answers."""
@@ -112,8 +114,8 @@ _OPEN = re.compile(
     r"please|would)\b"
     r"|\b(?:not|never) (?:be(?:en)? )?(?:<excluded>|rule out|<denied>|confirmed|determined|assessed|evaluated|"
     r"answered)"
-    r"|(?:\bnot|<denied>|\bno) (?:\w+ )?(?:determine|tell|exclude|rule|assess|evaluate|confirm|say|know|way|information|"
-    r"ability)\b"
+    r"|(?:\bnot|<denied>|\bno) (?:\w+ )?(?:determine|tell|exclude|rule|assess|evaluate|confirm|say|know|way|"
+    r"information|ability)\b"
 )
 """What leaves the matter open."""
 _WORD = re.compile(r"<\w+>|[^\W_][^\W_]*(?:'[^\W_]+)?")
@@ -159,10 +161,7 @@ def stem(word: str) -> str:
         word = word[:-3] + "y"
     elif word.endswith("s") and len(word) > 3 and not word.endswith(("ss", "us", "is")):
         word = word[:-1]
-    for ending in _ENDINGS:
-        if word.endswith(ending) and len(word) - len(ending) >= 4:
-            return word[: -len(ending)]
-    return word
+    return _ENDING.sub("", word)
 
 
 IRREGULAR = {
@@ -176,8 +175,9 @@ IRREGULAR = {
     "vertebrae": "vertebra",
     "apices": "apex",
 }
-# the longer endings first
-_ENDINGS = tuple("ification|ified|ation|ating|ated|ement|ment|ening|ened|ion|ing|ied|ity|ed|ly|er|al|ic|e|y".split("|"))
+_ENDING = re.compile(
+    r"(?<=\w{4})(?:ification|ified|ation|ating|ated|ement|ment|ening|ened|ion|ing|ied|ity|ed|ly|er|al|ic|e|y)$"
+)
 
 
 def _words(text: str) -> list[str]:

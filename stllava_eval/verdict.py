@@ -19,7 +19,10 @@ from stllava_eval.words import DIGITS, folded, folded_words, remembered, wanted_
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals
 
-_UNSEEN = r"(?:the |this |that |any |your |an? |actual |original )*(?:medical )?(?:image|picture|photo|scan|x-?ray|radiograph)s?\b"
+_UNSEEN = (
+    r"(?:the |this |that |any |your |an? |actual |original )*"
+    r"(?:medical )?(?:image|picture|photo|scan|x-?ray|radiograph)s?\b"
+)
 _REFUSALS = re.compile(
     # Our choice. "I cannot see a mass" and "I'm unable to find one" are answers, so what cannot be done is named too.
     r"\bi (?:do not|don't) know\b"
@@ -115,26 +118,31 @@ _YES = re.compile(
 )
 _NO = re.compile(
     # "no" is a verdict at the end of its clause and before a clause of its own, else it denies the noun that follows
-    r"(?:nope|nah)\b|no(?=[\s:'\])]*(?:$|:)| (?:there|its?|it's|this|that|these|those|the|i|we|they|he|she|because|since|as"
-    rf"|not)\b)|(?:false|untrue|incorrect){_END}|{_IT_IS} (?:false|incorrect|untrue|wrong|not (?:true|correct|right)){_END}"
+    r"(?:nope|nah)\b|no(?=[\s:'\])]*(?:$|:)"
+    r"| (?:there|its?|it's|this|that|these|those|the|i|we|they|he|she|because|since|as|not)\b)"
+    rf"|(?:false|untrue|incorrect){_END}"
+    rf"|{_IT_IS} (?:false|incorrect|untrue|wrong|not (?:true|correct|right)){_END}"
     rf"|(?:definitely|certainly|absolutely|of course|probably|(?:most |very )?likely|clearly) not{_END}"
-    rf"|not (?:really|at all|likely|exactly|that i can (?:see|tell)){_END}|i (?:think not|(?:do not|don't) (?:think|believe) so){_END}"
+    rf"|not (?:really|at all|likely|exactly|that i can (?:see|tell)){_END}"
+    rf"|i (?:think not|(?:do not|don't) (?:think|believe) so){_END}"
 )
-# What is a verdict only where it is the whole answer: "Sure!" may begin any answer, and "positive" describe anything.
+# What is a verdict only where it is the whole answer: "Sure!" may begin any, and "positive" may describe anything.
+_SEEN = r"(?:present|seen|visible|noted|visuali[sz]ed|shown|detected|identified|found|evident|there|observed)"
 _ALONE = re.compile(
-    r"(?P<yes>y|positive|likely|(?:is |are |it is |they are )?(?:present|seen|visible|noted|shown|detected|identified|there))"
-    r"|(?P<no>n|<absent>|none|<denied>|(?:none|<denied>|not) (?:(?:is|are|was|were|to be) )?(?:present|seen|visible|noted"
-    r"|visuali[sz]ed|shown|detected|identified|found|evident|there|observed))"
+    rf"(?P<yes>y|positive|likely|(?:is |are |it is |they are )?{_SEEN})"
+    rf"|(?P<no>n|<absent>|none|<denied>|(?:none|<denied>|not) (?:(?:is|are|was|were|to be) )?{_SEEN})"
     r"|(?P<sure>absolutely|definitely|certainly|of course|indeed|sure)"
 )
 _ELLIPSIS = re.compile(
-    r"(?:(?:it|there|this|that|they|these|those|he|she|i|you|we) (?:is|are|was|were|does|do|did|has|have|can|could)|it's)"
+    r"(?:it|there|this|that|they|these|those|he|she|i|you|we) (?:is|are|was|were|does|do|did|has|have|can|could)"
     r"(?P<denied> not)?"
 )
 
 
 def _said(clause: str) -> bool | None:
     """True for a clause that begins with a plain yes, False for a plain no, None for another."""
+    if _BOTH.fullmatch(clause):
+        return None
     rest: str | None = clause
     while rest is not None:
         if _NO.match(rest):
@@ -147,6 +155,7 @@ def _said(clause: str) -> bool | None:
     return None if behind is None else behind[1] == "yes"
 
 
+_BOTH = re.compile(r"\W*(?:(?:yes|no|true|false)\W+){2,}\W*|\W*(?:(?:yes|no|true|false)\W+)+(?:yes|no|true|false)\W*")
 _BEHIND = re.compile(r":\s*(yes|no)$")  # "pleural effusion: no"
 
 

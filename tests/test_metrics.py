@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from stllava_eval import metrics
+from stllava_eval import metrics, verdict_v1
 from stllava_eval.errors import InputError
 from stllava_eval.metrics import SCORES, choices, closed_accuracy_v1, score, verdict
 
