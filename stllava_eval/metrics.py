@@ -20,7 +20,7 @@ from stllava_eval import verdict_v1
 from stllava_eval.errors import InputError
 from stllava_eval.extract import Final
 from stllava_eval.verdict import choices, chosen, is_refusal, verdict
-from stllava_eval.words import ARTICLES, DIGITS, NUMBERS, folded_words, remembered, wanted_words
+from stllava_eval.words import ARTICLES, DIGITS, NUMBERS, folded_words, remembered, singular_words, wanted_words
 
 __all__ = ["SCORES", "choices", "chosen", "folded_words", "is_refusal", "score", "score_replies", "verdict"]
 
@@ -244,12 +244,21 @@ def commonest_words(references: Iterable[str], k: int) -> str:
 # Clean family
 
 
-def _found(answer: str, reference: str) -> int:
+Words = Callable[[str], tuple[str, ...]]
+"""What a text's words are: `singular_words` today, `folded_words` in the first version, which told plurals apart."""
+
+
+def _wanted(reference: str, words: Words) -> tuple[str, ...]:
+    return words(reference) or wanted_words(reference)  # which raises
+
+
+@remembered
+def _found(answer: str, reference: str, words: Words) -> int:
     """How many of the reference's words the answer has; one said twice counts twice only if it is wanted twice."""
-    return (Counter(folded_words(answer)) & Counter(wanted_words(reference))).total()
+    return (Counter(words(answer)) & Counter(_wanted(reference, words))).total()
 
 
-def recall(answer: str, reference: str) -> float:
+def recall(answer: str, reference: str, words: Words = singular_words) -> float:
     """Share of the reference's words that the answer has, in [0, 1].
 
     Each word counts as often as the reference has it. A long answer loses nothing for its extra words: read it beside
@@ -258,13 +267,13 @@ def recall(answer: str, reference: str) -> float:
     Raises:
         InputError: The reference has no words.
 
-    >>> recall("lung lung lung", "right lung")
+    >>> recall("lung lung lung", "right lungs")
     0.5
     """
-    return _found(answer, reference) / len(wanted_words(reference))
+    return _found(answer, reference, words) / len(_wanted(reference, words))
 
 
-def precision(answer: str, reference: str) -> float:
+def precision(answer: str, reference: str, words: Words = singular_words) -> float:
     """Share of the answer's words that the reference has, in [0, 1]; 0 for an answer without words.
 
     Raises:
@@ -273,30 +282,30 @@ def precision(answer: str, reference: str) -> float:
     >>> precision("a mass in the lung", "lung")  # mass, in, lung
     0.3333333333333333
     """
-    return _found(answer, reference) / max(1, len(folded_words(answer)))
+    return _found(answer, reference, words) / max(1, len(words(answer)))
 
 
-def f1(answer: str, reference: str) -> float:
+def f1(answer: str, reference: str, words: Words = singular_words) -> float:
     """Harmonic mean of `precision` and `recall`, in [0, 1]; 0 where both are.
 
-    Source: the F1 of SQuAD (arXiv:1606.05250), with the words of `folded_words`.
+    Source: the F1 of SQuAD (arXiv:1606.05250), with the words of `singular_words`.
 
     Raises:
         InputError: The reference has no words.
     """
-    return _harmonic_mean(precision(answer, reference), recall(answer, reference))
+    return _harmonic_mean(precision(answer, reference, words), recall(answer, reference, words))
 
 
-def exact_match(answer: str, reference: str) -> float:
+def exact_match(answer: str, reference: str, words: Words = singular_words) -> float:
     """1 where answer and reference are the same words in the same order, else 0.
 
     Raises:
         InputError: The reference has no words.
     """
-    return float(folded_words(answer) == wanted_words(reference))
+    return float(words(answer) == _wanted(reference, words))
 
 
-def bleu1(answer: str, reference: str) -> float:
+def bleu1(answer: str, reference: str, words: Words = singular_words) -> float:
     """`precision`, times exp(1 - reference words / answer words) for an answer shorter than its reference; in [0, 1].
 
     BLEU of single words: references have two or three, too few for the longer n-grams of the usual BLEU-4.
@@ -306,7 +315,7 @@ def bleu1(answer: str, reference: str) -> float:
     Raises:
         InputError: The reference has no words.
     """
-    return _bleu(folded_words(answer), wanted_words(reference), (1,))
+    return _bleu(words(answer), _wanted(reference, words), (1,))
 
 
 def closed_accuracy(answer: str, reference: str, question: str = "") -> float:
@@ -386,19 +395,27 @@ class Score:
     """(answer, reference, question) -> the score, in [0, 1] but for `words`."""
 
 
-def _of_answer_and_reference(
-    kind: Literal["open", "closed"], *functions: Callable[[str, str], float], published: bool
-) -> list[Score]:
+def _of_the_script(kind: Literal["open", "closed"], *functions: Callable[[str, str], float]) -> list[Score]:
     def without_question(function: Callable[[str, str], float]) -> Callable[[str, str, str], float]:
         return lambda answer, reference, question: function(answer, reference)
 
-    return [Score(f.__name__, kind, f"{f.__name__}|v1", published, without_question(f)) for f in functions]
+    return [Score(f.__name__, kind, f"{f.__name__}|v1", True, without_question(f)) for f in functions]
+
+
+def _of_words(words_of: Words, version: str, suffix: str = "") -> list[Score]:
+    def of_question(function: Callable[[str, str, Words], float]) -> Callable[[str, str, str], float]:
+        return lambda answer, reference, question: function(answer, reference, words_of)
+
+    return [
+        Score(f"{f.__name__}{suffix}", "open", f"{f.__name__}|{version}", False, of_question(f))
+        for f in (recall, precision, f1, exact_match, bleu1)
+    ]
 
 
 SCORES: dict[str, Score] = {
     each.name: each
     for each in (
-        *_of_answer_and_reference(
+        *_of_the_script(
             "open",
             recall_llavamed,
             precision_llavamed,
@@ -406,10 +423,10 @@ SCORES: dict[str, Score] = {
             exact_match_llavamed,
             open_accuracy_llavamed_batch,
             bleu_llavamed,
-            published=True,
         ),
-        *_of_answer_and_reference("open", recall, precision, f1, exact_match, bleu1, published=False),
-        *_of_answer_and_reference("closed", closed_llavamed, closed_llavamed_batch, published=True),
+        *_of_words(singular_words, "v2"),
+        *_of_words(folded_words, "v1", "_v1"),
+        *_of_the_script("closed", closed_llavamed, closed_llavamed_batch),
         Score("closed_accuracy", "closed", "closed_accuracy|v2", False, closed_accuracy),
         Score("closed_accuracy_v1", "closed", "closed_accuracy|v1", False, closed_accuracy_v1),
         Score("unparsed", "closed", "unparsed|v2", False, unparsed),

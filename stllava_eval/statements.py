@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from stllava_eval.words import DIGITS, folded, remembered, word_set
+from stllava_eval.words import DIGITS, folded, remembered, singular, word_set
 
 # The lists of this module are our choice, made on the development half of tests/hand_read_verdicts.jsonl.
 
@@ -154,27 +154,9 @@ def stem(word: str) -> str:
     >>> [stem(word) for word in ("calcifications", "calcified", "masses", "lesion")]
     ['calc', 'calc', 'mass', 'lesion']
     """
-    word = IRREGULAR.get(word, word)
-    if word.endswith("sses"):
-        word = word[:-2]
-    elif word.endswith("ies") and len(word) > 5:
-        word = word[:-3] + "y"
-    elif word.endswith("s") and len(word) > 3 and not word.endswith(("ss", "us", "is")):
-        word = word[:-1]
-    return _ENDING.sub("", word)
+    return _ENDING.sub("", singular(word))
 
 
-IRREGULAR = {
-    "women": "woman",
-    "men": "man",
-    "foci": "focus",
-    "bronchi": "bronchus",
-    "metastases": "metastasis",
-    "stenoses": "stenosis",
-    "thromboses": "thrombosis",
-    "vertebrae": "vertebra",
-    "apices": "apex",
-}
 _ENDING = re.compile(
     r"(?<=\w{4})(?:ification|ified|ation|ating|ated|ement|ment|ening|ened|ion|ing|ied|ity|ed|ly|er|al|ic|e|y)$"
 )

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Literal
 
-from stllava_eval.statements import IRREGULAR, NORMAL, affirms, denies_in_its_claim, spelled
-from stllava_eval.words import DIGITS, folded, folded_words, remembered, wanted_words
+from stllava_eval.statements import NORMAL, affirms, denies_in_its_claim, spelled
+from stllava_eval.words import DIGITS, folded, folded_words, remembered, singular, wanted_words
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Refusals
@@ -291,27 +291,11 @@ _SYNONYMS = {
     "renal": "kidney",
     "splenic": "spleen",
 }
-_NO_PLURAL = ("ss", "us", "is")
 _LARGER, _SMALLER = (
     frozenset({"bigger", "larger", "greater", "biggest", "largest"}),
     frozenset({"smaller", "smallest", "lesser"}),
 )
 _DENYING = re.compile(r"\b(?:not|no|<denied>|rather <than>|instead of|unlike|as opposed to|different from)\b|<denied>")
-
-
-def singular(word: str) -> str:
-    """An English word without its plural's ending: "masses" to "mass", "kidneys" to "kidney".
-
-    >>> [singular(word) for word in ("lungs", "masses", "biopsies", "pelvis", "foci")]
-    ['lung', 'mass', 'biopsy', 'pelvis', 'focus']
-    """
-    if word in IRREGULAR:
-        return IRREGULAR[word]
-    if word.endswith(("sses", "shes", "ches", "xes")):
-        return word[:-2]
-    if word.endswith("ies") and len(word) > 4:
-        return word[:-3] + "y"
-    return word[:-1] if word.endswith("s") and not word.endswith(_NO_PLURAL) and len(word) > 3 else word
 
 
 def _canonical(words: Iterable[str]) -> list[str]:

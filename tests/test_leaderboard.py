@@ -209,7 +209,7 @@ def test_the_csv_has_a_line_for_each_score_with_what_it_rests_on(prepared, tmp_p
     (recall,) = [line for line in lines if line["system"] == "a" and line["metric"] == "recall"]
     assert (recall["value"], recall["n"], recall["sha256"], recall["prompt"]) == ("1.0", "4", "aaaa", "bare")
     assert (
-        recall["signature"] == "recall|v1|vqarad test for tests|prompt bare|extract final-v1|images own|decoding greedy"
+        recall["signature"] == "recall|v2|vqarad test for tests|prompt bare|extract final-v1|images own|decoding greedy"
     )
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from stllava_eval.metrics import SCORES, choices, chosen, closed_accuracy, closed_accuracy_v1, score, verdict
 from stllava_eval.statements import affirms, stem
-from stllava_eval.verdict import is_refusal, singular, yes_or_no
+from stllava_eval.verdict import is_refusal, yes_or_no
+from stllava_eval.words import singular
 
 SHARED = Path(os.environ.get("STLLAVA_SHARED") or Path(__file__).parents[2] / "shared")
 READ = [json.loads(line) for line in (Path(__file__).parent / "hand_read_verdicts.jsonl").read_text().splitlines()]
@@ -80,7 +81,8 @@ FRAMES = [
 def test_yes_and_no_are_read_alike_in_every_frame(frame, yes, no):
     for question in ("Is the heart enlarged?", "Is there an effusion?", "Is this image normal?"):
         said = yes_or_no(frame.format(yes), question)
-        assert said is not False and yes_or_no(frame.format(no), question) is (None if said is None else not said)
+        assert said is not False
+        assert yes_or_no(frame.format(no), question) is (None if said is None else not said)
         assert said is not None or yes not in ("yes", "Yes", "YES")
 
 
