@@ -11,6 +11,7 @@ A statement that speaks of something else, or that leaves the matter open ("may"
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 from stllava_eval.words import DIGITS, folded, remembered, singular, word_set
@@ -321,14 +322,16 @@ def _elsewhere(words: Sequence[str], claim: _Claim) -> bool:
     return any(_OTHER_SIDE[side] in words and side not in words for side in claim.sides) and not claim.compared
 
 
+_GOES_ON = word_set("and as which that who since when with")  # what follows says something else
+
+
 def _polarity(words: Sequence[str], place: int) -> int:
     """1 where the word is affirmed, -1 where it is denied: once, or three times."""
     denials = sum(word in _DENIALS for word in words[:place])
-    after = words[place + 1 :]
+    after = list(takewhile(lambda word: word not in _GOES_ON, words[place + 1 :]))
     for at, word in enumerate(after):
-        denials += word in ("<absent>", "<excluded>") or (
-            word in ("not", "<denied>") and (at == 0 or after[at - 1] in _AUXILIARIES)
-        )
+        behind = word in ("not", "<denied>") and (at == 0 or after[at - 1] in _AUXILIARIES)
+        denials += behind or word in ("<absent>", "<excluded>")
     return -1 if denials % 2 else 1
 
 

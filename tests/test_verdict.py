@@ -237,6 +237,12 @@ def test_without_a_question_plain_verdicts_alone_are_read():
     assert (yes_or_no("No.", ""), yes_or_no("There is no fracture.", "")) == (False, None)
 
 
+def test_what_a_sentence_denies_later_leaves_its_claim_as_it_is():
+    answer = "The lesion is not enhanced as the image is a plain scan and does not show contrast."
+    assert yes_or_no(answer, "Is the lesion enhanced?") is False
+    assert yes_or_no("The lesion is enhanced and the rim is not.", "Is the lesion enhanced?") is True
+
+
 def test_words_without_their_endings():
     assert {stem(word) for word in ("dilated", "dilation", "dilatation")} == {"dilat"}
     assert [singular(word) for word in ("kidneys", "masses", "diagnosis", "metastases", "gas")] == [
