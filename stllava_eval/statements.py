@@ -43,7 +43,8 @@ _FAMILIES = (
 
 _NAMING = word_set("is was are be shows appears seems looks")  # "this is a CT" says what it is, "after the CT" does not
 _OTHER_SIDE = {"left": "right", "right": "left", "upper": "lower", "lower": "upper"}
-_DENIALS = word_set("no not none <denied> <absent> <excluded>")
+_DENIALS = word_set("no not none <denied> <lacking> <absent> <excluded>")
+_INFERRING = word_set("indicates indicate suggests suggest means shows represents is are was")
 
 _AUXILIARIES = word_set("is are was were be been being am has have had does do did can could will would should")
 _PREPOSITIONS = word_set(
@@ -87,7 +88,7 @@ _SPELLINGS = (
     (re.compile(r"\bx[- ]?rays?\b|\bradiographs?\b|\bcxr\b"), " xray "),
     (re.compile(r"\bmagnetic resonance(?: imaging| images?)?\b|\bmr\b(?: imaging\b)?"), " mri "),
     (re.compile(r"\bcomputed tomography\b|\bcat scan\b"), " ct "),
-    (re.compile(r"\bcardiomegaly\b"), " enlarged heart "),
+    (re.compile(r"\bcardiomegaly\b|\bcardiac enlargement\b|\benlargement of the heart\b"), " enlarged heart "),
     (re.compile(r"\bsaggital\b"), " sagittal "),
     (re.compile(r"\bwithin (?:the )?normal (?:size )?limits\b"), " normal "),
     (re.compile(r"\bcan ?not\b|\bcan't\b"), " can not "),
@@ -97,11 +98,15 @@ _SPELLINGS = (
     # "no" that denies nothing in the image
     (re.compile(r"\b(?:no|without(?: a)?) (?:doubt|question)\b|\bnot only\b|\bno longer\b"), " "),
     (re.compile(r"\b(neither|not|no|never)\b(.*?)\bnor\b"), r"\1\2or"),
+    (re.compile(r"\bnever\b"), " not "),
     # denials that stand before what they deny, and such as stand behind it
     (
+        re.compile(r"\b(?:free of|free from|absence of|lack of|lacking|devoid of|without)\b"),
+        " <lacking> ",
+    ),
+    (
         re.compile(
-            r"\b(?:free of|free from|absence of|lack of|lacks|lacking|devoid of|negative for|fails? to|failed to|"
-            r"rules? out|excludes?|neither|nor|without|never|nothing|non(?=[- ]))\b"
+            r"\b(?:lacks|negative for|fails? to|failed to|rules? out|excludes?|neither|nor|nothing|non(?=[- ]))\b"
         ),
         " <denied> ",
     ),
@@ -278,7 +283,7 @@ def _compared(stems: Sequence[str], claim: _Claim) -> bool | None:
     said = tuple(word for word in stems if word in set(claim.compared))
     if sorted(said) != sorted(claim.compared):
         return None
-    return (said == claim.compared) == (not {"not", "<denied>", "no"} & set(stems))
+    return (said == claim.compared) == (not _DENIALS & set(stems))
 
 
 def _about(words: Sequence[str], stems: Sequence[str], claim: _Claim, place: int) -> bool:
@@ -327,10 +332,14 @@ _GOES_ON = word_set("and as which that who since when with")  # what follows say
 
 def _polarity(words: Sequence[str], place: int) -> int:
     """1 where the word is affirmed, -1 where it is denied: once, or three times."""
-    denials = sum(word in _DENIALS for word in words[:place])
+    denials = 0
+    for at, word in enumerate(words[:place]):
+        # "the absence of lung markings indicates ..." denies the markings alone
+        ended = word == "<lacking>" and not _INFERRING.isdisjoint(words[at:place])
+        denials += word in _DENIALS and not ended
     after = list(takewhile(lambda word: word not in _GOES_ON, words[place + 1 :]))
     for at, word in enumerate(after):
-        behind = word in ("not", "<denied>") and (at == 0 or after[at - 1] in _AUXILIARIES)
+        behind = word in ("not", "none") and (at == 0 or after[at - 1] in _AUXILIARIES)
         denials += behind or word in ("<absent>", "<excluded>")
     return -1 if denials % 2 else 1
 
@@ -382,7 +391,7 @@ def _claim(question: str) -> _Claim | None:
         word for word in kept if word not in _SCAFFOLD and not word.startswith("<") and word not in ("no", "not")
     ]
     if not content:
-        content = [word for word in core_words if word not in _SCAFFOLD and word not in ("no", "not", "<denied>")]
+        content = [word for word in core_words if word not in _SCAFFOLD and word not in _DENIALS]
     if not content:
         return None
     return _claim_of(content, core_words, whole, int(denied_behind), exists)

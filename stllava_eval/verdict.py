@@ -69,10 +69,10 @@ _OPTIONS_AGAIN = re.compile(
 )
 _SENTENCE = re.compile(r"[^.!?\n;]+(?:\.(?=\w)[^.!?\n;]+)*[.!?\n;]*")
 _CLAUSES = re.compile(
-    r",|\s+-+\s+|[–—]|\(|\)|\b(?:but|although|though|however|while|whereas|because|so|therefore)\b"
+    r",|\s+-+\s+(?!(?:none|absent|negative|<absent>)\b)|[–—]|\(|\)|\b(?:but|although|though|however|while|whereas|because|so|therefore)\b"
     r"|\band (?=(?:there|it|this|these|the|i|we|no|yes)\b)"
 )
-_LISTED = re.compile(r"(?:\b(?:no|not)\b|<denied>)[^.;]*?(?:,[^.;]*)+\b(?:or|nor)\b")
+_LISTED = re.compile(r"(?:\b(?:no|not)\b|<denied>|<lacking>)[^.;]*?(?:,[^.;]*)+\b(?:or|nor)\b")
 
 
 def _sentences(answer: str) -> list[str]:
@@ -130,7 +130,7 @@ _NO = re.compile(
 _SEEN = r"(?:present|seen|visible|noted|visuali[sz]ed|shown|detected|identified|found|evident|there|observed)"
 _ALONE = re.compile(
     rf"(?P<yes>y|positive|likely|(?:is |are |it is |they are )?{_SEEN})"
-    rf"|(?P<no>n|<absent>|none|<denied>|(?:none|<denied>|not) (?:(?:is|are|was|were|to be) )?{_SEEN})"
+    rf"|(?P<no>n|<absent>|none|(?:none|<denied>|not) (?:(?:is|are|was|were|to be) )?{_SEEN})"
     r"|(?P<sure>absolutely|definitely|certainly|of course|indeed|sure)"
 )
 _ELLIPSIS = re.compile(
@@ -295,7 +295,7 @@ _LARGER, _SMALLER = (
     frozenset({"bigger", "larger", "greater", "biggest", "largest"}),
     frozenset({"smaller", "smallest", "lesser"}),
 )
-_DENYING = re.compile(r"\b(?:not|no|<denied>|rather <than>|instead of|unlike|as opposed to|different from)\b|<denied>")
+_DENYING = re.compile(r"\b(?:not|no|rather <than>|instead of|unlike|as opposed to|different from)\b|<denied>|<lacking>")
 
 
 def _canonical(words: Iterable[str]) -> list[str]:
@@ -327,7 +327,8 @@ def _choice(answer: str, options: Sequence[str], question: str) -> str | None:
 
 _PLAIN_VERDICT = re.compile(r"^(?:yes|no)\b *[,:-]")  # chooses no option and denies none: "No, the patient is male."
 _OPTION_CLAUSES = re.compile(
-    r",(?= *(?:not|but|while|whereas|rather|instead)\b)|\b(?:but|while|whereas|however|although)\b"
+    r",(?= *(?:(?:not|but|while|whereas|rather|instead|it|this|that)|(?:the )?\w+(?: \w+)? (?:is|are))\b)"
+    r"|\b(?:but|while|whereas|however|although)\b"
 )
 
 
