@@ -349,7 +349,7 @@ def test_a_terminal_board_prints_the_signature_of_each_row(prepared, tmp_path):
     asked = "vqarad test for tests|prompt bare|extract final-v1|images own|decoding greedy"
     assert f'a: {asked}|max_new_tokens 8|until ["</s>"]\n' in text
     assert f"b: {asked}\n" in text
-    assert "versions: recall_llavamed v1, f1_llavamed v1, recall v1" in text
+    assert "versions: recall_llavamed v1, f1_llavamed v1, recall v2" in text
 
 
 def test_a_row_is_named_by_the_system_that_was_given(prepared, tmp_path):
