@@ -47,6 +47,8 @@ log = logging.getLogger("stllava_eval")
 
 FORMAT = 1
 PACKAGES = ("stllava-med", "lmms-eval", "torch", "transformers", "tokenizers", "pillow", "nltk", "numpy")
+NOT_ASKED = "[LMMS_EVAL_REQUEST_FAILED after 0 attempts]"
+"""What begins the place of a reply to a question that a file of answers lacks: nobody can say that it was asked."""
 FIXED_FIELDS = ("id", "image_id", "image_sha256", "image", "question", "reference", "kind")  # the rest are categories
 
 
@@ -666,9 +668,7 @@ def write_answers(
     for task, of_task in answers.items():
         name = dataset_of(task)
         prompt = {"prompt": next((preset for preset in PROMPTS if task == f"{name}_{preset}"), "bare")}
-        lacking = final_answer(
-            f"[LMMS_EVAL_REQUEST_FAILED after 0 attempts] {files[task].name} has no answer", rule=NONE
-        )
+        lacking = final_answer(f"{NOT_ASKED} {files[task].name} has no answer", rule=NONE)
         rows += [
             answered(task, row, text(row, prompt), final, extract=of_task.settings["extract"], draw=draw)
             for row in split_rows(name)
