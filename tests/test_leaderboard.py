@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -385,6 +386,30 @@ def test_the_papers_table_is_whole_where_a_set_is_not_prepared(official, tmp_pat
     assert r"11.92 & 2.72 & 52.90 \\" in board_latex(rows)
     with pytest.raises(InputError, match="pathvqa test is not prepared"):
         board([run], ["vqarad", "pathvqa"])
+
+
+def test_the_docs_commands_make_the_papers_table_with_two_measured_rows(official, tmp_path, monkeypatch):
+    import blind_run
+
+    text = (Path(__file__).parents[1] / "docs" / "leaderboard.md").read_text(encoding="utf-8")
+    block = re.search(r"### A table for a paper.*?```sh\n(.*?)```", text, re.S)[1].replace("\\\n", " ")
+    monkeypatch.chdir(tmp_path)
+    for file in (official / "data" / "pathvqa").iterdir():
+        file.unlink()
+    for command in block.splitlines():
+        program, *arguments = shlex.split(command)
+        if program == "python":
+            blind_run.main(arguments[1:])
+        else:
+            assert main(arguments) == 0
+    lines = [
+        line for line in Path("paper/board.tex").read_text().splitlines() if line.endswith(r"\\") and " & " in line
+    ]
+    systems = [line.split("~")[0].split(" & ")[0] for line in lines[2:]]
+    assert systems[:2] == ["Commonest answer", "Always no"]
+    assert len(systems) == 2 + 8
+    assert all(line.count("&") == 9 for line in lines[1:])
+    compiled(Path("paper"), {name: Path("paper", name).read_text() for name in ("board.tex", "board.bib")})
 
 
 @pytest.mark.parametrize(
