@@ -587,7 +587,11 @@ def test_score_prints_the_overall_means_and_by_details_every_category(prepared, 
     assert main(score) == 0
     short = capsys.readouterr().out
     assert "closed_accuracy" in short
+    assert "empty" not in short
     assert "organ=" not in short
     assert "vqarad test for tests|prompt not recorded|extract final-v1" in short
     assert main([*score, "--details"]) == 0
     assert "organ=organ 0" in capsys.readouterr().out
+    file.write_text(json.dumps({"id": "test-0-0", "answer": " "}))
+    assert main(score) == 0
+    assert "unanswered: 7, empty: 1\n" in capsys.readouterr().out
