@@ -518,6 +518,7 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
         from stllava_eval.page import write_board
 
         write_board(arguments.out, rows, arguments.images or "page", arguments.pathvqa_images)
+        # once more, with the chosen columns, intervals and board.bib, of which write_board does not know
         write_together(arguments.out, board_files(rows, columns, arguments.intervals))
     if arguments.json:
         _show_json(board_json(rows, columns))

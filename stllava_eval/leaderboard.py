@@ -253,7 +253,7 @@ def _families(chosen: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _heads(columns: Sequence[str]) -> list[str]:
-    """What stands above each column: as the paper prints it, or the score's own name where two would be alike."""
+    """The head of each column: as the paper prints it, or the score's own name where two would be alike."""
     short = [HEADS.get(name, name) for name in columns]
     return [head if short.count(head) == 1 else name for head, name in zip(short, columns, strict=True)]
 
@@ -272,7 +272,7 @@ def _paper_table(
 ) -> dict[str, list[_Line]]:
     """By group, a line for each system that has one of the scores: the columns of each task.
 
-    Where a source reports the batch rule alone, its figure stands under `closed_llavamed`, with the sign `batch`.
+    Where a source reports the batch rule alone, its figure is under `closed_llavamed`, with the sign `batch`.
     """
     tasks = list(by_task(rows))
     by_system: dict[tuple[str, str, str], dict[str, BoardRow]] = defaultdict(dict)
