@@ -14,6 +14,7 @@ import io
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def main() -> None:
                 browser.wait("document.body && document.body.dataset.ready === 'yes'")
                 if section:
                     browser.value(f"document.getElementById({section!r}).scrollIntoView()")
-                browser.value("new Promise((done) => setTimeout(done, 500))")  # images below the fold load late
+                time.sleep(0.5)  # images load late
                 browser.picture(given.out / f"{file}.png")
                 smaller(given.out / f"{file}.png")
 

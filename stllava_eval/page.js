@@ -247,7 +247,7 @@ function start(data) {
 
   function drawQuestions() {
     const viewer = data.viewer[state.task];
-    if (!viewer) { byId("question-controls").replaceChildren(); byId("pager").replaceChildren(); byId("cards").replaceChildren(element("p", { className: "soft", textContent: "No run of this data set is on this board." })); return; }
+    if (!viewer) { byId("question-controls").replaceChildren(); byId("pager").replaceChildren(); byId("found").textContent = ""; byId("cards").replaceChildren(element("p", { className: "soft", textContent: "No run of this data set is on this board." })); return; }
     byId("kept").textContent = viewer.questions.length < viewer.of ? `Here are ${viewer.questions.length} of ${viewer.of} questions, those on which the systems differ most; the page would be too large with all.` : "";
     const names = viewer.systems.map((one) => [one.name, one.name]);
     const shows = [["all", "all questions"], ["ab", "A right, B wrong"], ["ba", "B right, A wrong"], ["changed", "the answer changed from A to B (DPO: A before, B after)"], ["wrong", "A and B wrong"], ["unparsed", "A without a verdict"], ["empty", "A with an empty answer"], ["silent", "A did not answer"]];
@@ -284,7 +284,8 @@ function start(data) {
     const pages = Math.max(1, Math.ceil(places.length / PER_PAGE));
     state.page = Math.min(state.page, pages - 1); state.pages = pages;
     byId("pager").replaceChildren(element("button", { type: "button", id: "previous", textContent: "Previous page", disabled: state.page === 0, onclick: () => turn(-1) }),
-      element("button", { type: "button", id: "next", textContent: "Next page", disabled: state.page >= pages - 1, onclick: () => turn(1) }), `${places.length} questions, page ${state.page + 1} of ${pages}`);
+      element("button", { type: "button", id: "next", textContent: "Next page", disabled: state.page >= pages - 1, onclick: () => turn(1) }));
+    byId("found").textContent = `${places.length} questions, page ${state.page + 1} of ${pages}`;
     byId("cards").replaceChildren(...places.slice(state.page * PER_PAGE, (state.page + 1) * PER_PAGE).map((place) => {
       const question = viewer.questions[place];
       const image = question.image === null ? element("div", { className: "noimage", textContent: `image ${question.image_id}` }) : element("img", { src: data.images[question.image], alt: `image ${question.image_id}`, loading: "lazy" });

@@ -102,8 +102,14 @@ class Browser:
             self.tell("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def sticking_out(self) -> list[str]:
-        """What is beyond the window's or its container's edge, or is wider than it is shown: a reader has to scroll."""
-        return self.value(_STICKING_OUT)
+        """What is beyond the window's or its container's edge, or is wider than it is shown: a reader has to scroll.
+
+        What is found is looked at for up to 3 s: a busy machine may still be laying the page out.
+        """
+        end = time.monotonic() + 3
+        while (found := self.value(_STICKING_OUT)) and time.monotonic() < end:
+            time.sleep(0.05)
+        return found
 
     def picture(self, file: Path) -> None:
         file.write_bytes(base64.b64decode(self.tell("Page.captureScreenshot")["data"]))

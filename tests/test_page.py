@@ -264,7 +264,7 @@ def test_questions_are_found_by_how_two_systems_answer(shown, show, count):
     choose(shown, "a", "stage 1")
     choose(shown, "b", "dpo")
     choose(shown, "show", show)
-    assert shown.value("document.getElementById('pager').innerText").count(f"{count} questions") == 1
+    assert shown.value("document.getElementById('found').innerText").count(f"{count} questions") == 1
     assert shown.value("document.querySelectorAll('#cards .card').length") == count
 
 
