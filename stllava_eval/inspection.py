@@ -41,7 +41,7 @@ class BlindShare:
     best_of: str
     """The image-blind answers that reach most."""
     prior: float | None
-    """What the commonest training answer to each question reaches; None where no training split is prepared."""
+    """What the commonest training answer to each question reaches; None where no training split is at hand."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def inspect(rows: Sequence[BoardRow]) -> list[Inspection]:
                 _consistency(
                     row.task, {id: said for id, said in row.answers.items() if not _is_cut(questions(row).get(id))}
                 ),
-                [_share(row, metric, blind) for metric in INSPECTED[:3] if metric in row.scores],
+                [of for metric in INSPECTED[:3] if metric in row.scores for of in _share(row, metric, blind)],
                 " ".join(stopped(row)),
             )
         )
@@ -97,15 +97,18 @@ def _is_cut(of: QuestionScores | None) -> bool:
     return of is not None and of.scores["cut"] > 0
 
 
-def _share(row: BoardRow, metric: str, blind: Sequence[BoardRow]) -> BlindShare:
+def _share(row: BoardRow, metric: str, blind: Sequence[BoardRow]) -> list[BlindShare]:
+    """Of one score; empty where no image-blind answers are on the board."""
     asked = [id for id, of in questions(row).items() if metric in of.scores]
     values = {
         one.system: math.fsum(questions(one)[id].scores[metric] for id in asked) / len(asked)
         for one in blind
         if all(id in questions(one) for id in asked)
     }
+    if not values:
+        return []
     best_of = max(values, key=lambda name: values[name])
-    return BlindShare(metric, row.scores[metric].value or 0.0, values[best_of], best_of, values.get(PRIOR))
+    return [BlindShare(metric, row.scores[metric].value or 0.0, values[best_of], best_of, values.get(PRIOR))]
 
 
 def _consistency(task: str, answers: Mapping[str, str]) -> list[Consistency]:
