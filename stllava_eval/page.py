@@ -17,28 +17,10 @@ from string import Template
 from typing import Any
 
 from stllava_eval.blind import PRIOR
-from stllava_eval.home import json_text, refuse_file, write_together
+from stllava_eval.board_rows import ACCURACIES, BEST, CLOSED, FEW, GROUPS, OPEN, RANKED, BoardRow, questions
+from stllava_eval.home import refuse_file, write_together
 from stllava_eval.inspection import INSPECTED, Inspection, below, inspect, interval_text, share_text
-from stllava_eval.leaderboard import (
-    BEST,
-    CLOSED,
-    EXPLAINED,
-    FEW,
-    GROUPS,
-    NOTICE,
-    OPEN,
-    RANKED,
-    BoardRow,
-    board_csv,
-    board_json,
-    board_latex,
-    board_markdown,
-    by_task,
-    mean_text,
-    questions,
-    remarks,
-    title,
-)
+from stllava_eval.leaderboard import EXPLAINED, NOTICE, WORDS, board_files, by_task, mean_text, remarks, title
 from stllava_eval.metrics import SCORES, is_failed_request
 from stllava_eval.runs import QuestionScores, ScoreRow, categories_of, dataset_of, split_rows
 
@@ -47,14 +29,23 @@ SIDE = 200  # pixels of a thumbnail's longer side; our choice
 CUT = 400  # characters of an answer that the page shows; our choice
 
 
-def write_board(out: Path, rows: Sequence[BoardRow], images: str = "page", pathvqa_images: bool = False) -> None:
-    """Write board.md, .csv, .json, .tex and index.html into `out`.
+def write_board(
+    out: Path,
+    rows: Sequence[BoardRow],
+    images: str = "page",
+    pathvqa_images: bool = False,
+    columns: Sequence[str] = (),
+    intervals: bool = False,
+) -> None:
+    """Write the files of `leaderboard.board_files` and index.html into `out`.
 
     Args:
         out: A folder; files of these names in it are replaced.
         rows: What `board` makes of run folders.
         images: `page`: thumbnails in index.html; `folder`: in a folder `images` beside it; `none`.
         pathvqa_images: Show PathVQA's images too, unless it is the sample anyway. They belong to publishers.
+        columns: Of the files; see `leaderboard.read_columns`. The page has all.
+        intervals: Whether the LaTeX tables show them.
 
     Raises:
         InputError: The folder cannot be written; what was in it stays as it was.
@@ -65,10 +56,7 @@ def write_board(out: Path, rows: Sequence[BoardRow], images: str = "page", pathv
     write_together(
         out,
         {
-            "board.md": board_markdown(rows),
-            "board.csv": board_csv(rows),
-            "board.json": json_text(board_json(rows)),
-            "board.tex": board_latex(rows),
+            **board_files(rows, columns, intervals),
             **pictures.files,
             "index.html": text,
         },
@@ -121,8 +109,21 @@ def _page(rows: Sequence[BoardRow], pictures: _Pictures, pathvqa_images: bool) -
         keep = keep * 3 // 4
 
 
-COLUMNS = (*OPEN, "words_open", *CLOSED, "words_closed", "unparsed", "cut", "empty")
+_OPEN_ACCURACY, _CLOSED_ACCURACY = ACCURACIES
+COLUMNS = (
+    *(*OPEN, _OPEN_ACCURACY, "words_open"),
+    *(*CLOSED, _CLOSED_ACCURACY, "words_closed", "unparsed"),
+    *("cut", "empty"),
+)
 _OTHER_COLUMNS = {
+    **{
+        name: (
+            "accuracy (paper)",
+            kind,
+            "as a paper reports it, by a rule that is none of our scores",
+        )
+        for name, kind in ACCURACIES.items()
+    },
     "words_open": ("words", "open", "mean words of an answer to an open question"),
     "words_closed": ("words", "closed", "mean words of an answer to a closed question"),
     "unparsed": ("unparsed", "closed", "closed answers without a verdict, x100"),
@@ -218,7 +219,7 @@ def _row(row: BoardRow) -> dict[str, Any]:
         },
         "scores": {
             name: _figure(of)
-            for name, of in (row.scores | _more_scores(row)).items()
+            for name, of in (row.scores | _empty(row)).items()
             if name in COLUMNS and of.value is not None
         },
         "categories": categories,
@@ -228,24 +229,16 @@ def _row(row: BoardRow) -> dict[str, Any]:
 def _figure(score: ScoreRow) -> list[Any]:
     """The value, its interval, n, and mean and interval as text: every figure is rounded here, none in the page."""
     text = f"{score.value:.0f}" if score.metric == "empty" else mean_text(score)
-    plain = score.metric in ("words", "unparsed", "cut", "empty")
+    plain = score.metric in (*WORDS, "unparsed", "cut", "empty")
     spread = "" if plain else interval_text(score.low, score.high).strip()
     return [_short(score.value), _short(score.low), _short(score.high), score.n, text, spread]
 
 
-def _more_scores(row: BoardRow) -> dict[str, ScoreRow]:
-    """What the page shows besides a row's own scores: mean words by kind, and how many answers hold no text."""
+def _empty(row: BoardRow) -> dict[str, ScoreRow]:
+    """How many answers hold no text, as a figure of the first table; none of a reported row."""
     if "words" not in row.scores:
         return {}
-    made = {}
-    for kind, metric in (("open", "recall"), ("closed", "closed_accuracy")):
-        words = [of.scores["words"] for of in questions(row).values() if metric in of.scores]
-        if words:
-            mean = math.fsum(words) / len(words)
-            made[f"words_{kind}"] = replace(row.scores["words"], value=mean, n=len(words), low=None, high=None)
-    empty = sum(not row.answers[id].strip() for id in questions(row))
-    made["empty"] = replace(row.scores["words"], metric="empty", value=float(empty), low=None, high=None)
-    return made
+    return {"empty": replace(row.scores["words"], metric="empty", value=float(row.empty), low=None, high=None)}
 
 
 def _inspection(one: Inspection) -> dict[str, Any]:
