@@ -153,7 +153,7 @@ def _of_task(task: str, read: Mapping[str, Run], published: bool, blind: bool, b
             return [replace(row, remarks=(*row.remarks, remark)) for row in reported]
     prepared = read_manifest(dataset_of(task), "test")
     data = "sample" if prepared.sample else "official" if prepared.official else prepared.edition
-    rows, remarks = [], []
+    rows: list[BoardRow] = []
     for name, run in read.items():
         if task in run.tasks:
             of = run.tasks[task]
@@ -163,20 +163,26 @@ def _of_task(task: str, read: Mapping[str, Run], published: bool, blind: bool, b
             bar.update()
     shown = {(row.about.get("sha256"), row.about["images"]) for row in rows}
     rows = [replace(row, not_shown=_not_shown(row, shown)) for row in rows]
-    if published:
-        reported, remark = _published(task, data, prepared.edition)
-        rows += reported
-        remarks += [remark] if remark else []
-    if blind:
-        baselines = blind_answers(dataset_of(task))
-        remarks.append(baselines.note)
-        for label, answers in baselines.answers.items():
-            scored = score_table(task, answers)
-            rows.append(BoardRow(task, label, "blind", "", data, _overall(scored), 0, answers=answers, scored=scored))
+    reported, reason = _published(task, data, prepared.edition) if published else ([], "")
+    rows += reported + (_baselines(task, data) if blind else [])
     names = [row.system for row in rows if row.kind != "reported"]
     if twice := [name for name in names if names.count(name) > 1]:
         raise InputError(f"{twice[0]}: two rows of {task} would have this name. Rename a run folder.")
-    return [replace(row, remarks=(*row.remarks, *remarks)) for row in rows if blind or row.kind != "blind"]
+    shared = (reason,) if reason else ()
+    return [replace(row, remarks=(*shared, *row.remarks)) for row in rows if blind or row.kind != "blind"]
+
+
+def _baselines(task: str, data: str) -> list[BoardRow]:
+    """The image-blind baselines of a task; each says which training answers they are made of."""
+    baselines = blind_answers(dataset_of(task))
+    rows = []
+    for label, answers in baselines.answers.items():
+        scored = score_table(task, answers)
+        scores, remarks = _overall(scored), (baselines.note,)
+        rows.append(
+            BoardRow(task, label, "blind", "", data, scores, 0, answers=answers, scored=scored, remarks=remarks)
+        )
+    return rows
 
 
 def _not_shown(row: BoardRow, shown: set[tuple[str | None, str]]) -> tuple[str, ...]:
@@ -371,8 +377,8 @@ def _published(task: str, data: str, edition: str) -> tuple[list[BoardRow], str]
                 },
                 0,
                 about={name: row[name] for name in ("source", "table", "row")} | {"cite": ",".join(row["cite"])},
-                notes={place.split()[1]: note for place, note in row["notes"].items() if place.split()[0] == task},
-                remarks=_accuracies(row["system"], row["source"], cells),
+                notes={place.split()[1]: note for place, note in row["notes"].items() if place.split()[0] == task}
+                | _accuracies(cells),
             )
         )
     reason = (
@@ -382,12 +388,12 @@ def _published(task: str, data: str, edition: str) -> tuple[list[BoardRow], str]
     return made, "" if made else reason
 
 
-def _accuracies(system: str, source: str, cells: Mapping[str, float]) -> tuple[str, ...]:
-    """A remark on figures that a paper calls accuracy, where it has some."""
-    told = [f"{cells[name]} on {kind} questions" for name, kind in ACCURACIES.items() if name in cells]
-    if not told:
-        return ()
-    return (
-        f"{system}: an accuracy of {' and '.join(told)} is reported ({source}). The rule by which an answer is right "
-        "there and what the system was trained on are not public, so it is compared with none of our scores.",
+def _accuracies(cells: Mapping[str, float]) -> dict[str, str]:
+    """By metric, the note on figures that a paper calls accuracy, where it has some."""
+    names = [name for name in ACCURACIES if name in cells]
+    told = " and ".join(f"{cells[name]} on {ACCURACIES[name]} questions" for name in names)
+    note = (
+        f"an accuracy of {told}. The rule by which an answer is right there and what the system was trained on are not "
+        "public, so it is compared with none of our scores."
     )
+    return dict.fromkeys(names, note)

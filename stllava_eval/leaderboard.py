@@ -422,7 +422,8 @@ def score_text(scored: Scored, details: bool = False) -> str:
     table = tabulate(body, heads, tablefmt="simple", disable_numparse=True)
     signature = scored.rows[0].signature.split("|", 2)[2] if scored.rows else ""
     more = "" if details else "\n--details prints the scores of every category."
-    return f"{table}\n\n{printable(signature)}\nunanswered: {len(scored.unanswered)}{more}\n{NOTICE}"
+    counts = f"unanswered: {len(scored.unanswered)}" + (f", empty: {scored.empty}" if scored.empty else "")
+    return f"{table}\n\n{printable(signature)}\n{counts}{more}\n{NOTICE}"
 
 
 def by_task(rows: Iterable[BoardRow]) -> dict[str, list[BoardRow]]:

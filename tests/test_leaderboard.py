@@ -369,6 +369,12 @@ def test_marks_compare_the_rows_that_are_shown(prepared, tmp_path):
     assert not board(runs, chosen=["b", "image-blind"])[0].marks
 
 
+def test_a_board_without_blind_rows_says_nothing_of_training_answers(prepared, tmp_path):
+    run = small_run(tmp_path / "a", right)
+    assert "training split" in board_text(board([run], chosen=['always "no"']))
+    assert "training split" not in board_text(board([run], chosen=["a"]))
+
+
 def test_that_black_images_were_shown_is_known_where_their_row_is_left_out(prepared, tmp_path):
     same = {"checkpoint": {"name": "a", "sha256": "aaaa", "trained_on": None}}
     runs = [small_run(tmp_path / images, right, images=images, **same) for images in ("own", "other", "black")]
@@ -459,6 +465,9 @@ def test_umed_lvlms_figures_have_columns_of_their_own(official, tmp_path, shared
     text = board_text(rows)
     assert "open_reported" in text
     assert text.count("compared with none of our scores") == 4
+    chosen = board_latex(rows, ("accuracy_open_reported",))
+    assert chosen.count("compared with none of our scores") == 4
+    assert r"UMed-LVLM~\cite{zhou2025umedlvlm} & 74.9$^{c}$ & 90.4$^{d}$ \\" in chosen
     assert "open_reported" not in board_text(board([small_run(tmp_path / "b", right)]))
 
 
@@ -587,7 +596,11 @@ def test_score_prints_the_overall_means_and_by_details_every_category(prepared, 
     assert main(score) == 0
     short = capsys.readouterr().out
     assert "closed_accuracy" in short
+    assert "empty" not in short
     assert "organ=" not in short
     assert "vqarad test for tests|prompt not recorded|extract final-v1" in short
     assert main([*score, "--details"]) == 0
     assert "organ=organ 0" in capsys.readouterr().out
+    file.write_text(json.dumps({"id": "test-0-0", "answer": " "}))
+    assert main(score) == 0
+    assert "unanswered: 7, empty: 1\n" in capsys.readouterr().out
