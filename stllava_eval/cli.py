@@ -502,8 +502,7 @@ def _refuse_without_out(arguments: argparse.Namespace) -> None:
 
 
 def _leaderboard(arguments: argparse.Namespace) -> int:
-    from stllava_eval.home import write_together
-    from stllava_eval.leaderboard import board, board_files, board_json, board_text, read_columns
+    from stllava_eval.leaderboard import board, board_json, board_text, read_columns
 
     tasks = arguments.tasks.split(",") if arguments.tasks else None
     if tasks and (unknown := [task for task in tasks if task not in TASKS[:-1]]):
@@ -517,9 +516,8 @@ def _leaderboard(arguments: argparse.Namespace) -> int:
     if arguments.out is not None:
         from stllava_eval.page import write_board
 
-        write_board(arguments.out, rows, arguments.images or "page", arguments.pathvqa_images)
-        # once more, with the chosen columns, intervals and board.bib, of which write_board does not know
-        write_together(arguments.out, board_files(rows, columns, arguments.intervals))
+        images, pathvqa_images = arguments.images or "page", arguments.pathvqa_images
+        write_board(arguments.out, rows, images, pathvqa_images, columns, arguments.intervals)
     if arguments.json:
         _show_json(board_json(rows, columns))
     else:
