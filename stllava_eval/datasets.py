@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import lzma
+import math
 import os
 import pickle
 import re
@@ -27,6 +28,7 @@ from importlib.resources import files as package_files
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
+from stllava_eval import fields
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import home, loads, local, read_json, whole_file, write_json
 from stllava_eval.images import IMAGE_BYTES, decode, pixel_hash
@@ -308,17 +310,17 @@ def read_manifest(name: str, split: str, home_folder: Path | None = None) -> Man
     _known(name, split)
     path = _manifest(name, split, home_folder)
     try:
-        fields = read_json(path)
+        written = read_json(path)
     except FileNotFoundError:
         raise InputError(
             f"{name} {split} is not prepared: there is no {path}. Run {_what_to_run(name, split)}."
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}). Remove it and prepare {name} again.") from error
-    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+    if not isinstance(written, dict) or written.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a manifest of format {FORMAT}. Remove it and prepare {name} again.")
     try:
-        return Manifest(**{**fields, "notes": tuple(fields["notes"])})
+        return Manifest(**{**written, "notes": tuple(written["notes"])})
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: not a whole manifest ({error}). Remove it and prepare {name} again.") from error
 
@@ -502,6 +504,12 @@ def open_files(path: Path) -> Iterator[Files]:
                 inner = _zip(place, io.BytesIO(outer.read(archive, left)))
                 left -= outer.size(archive)
             owners |= {f"{archive}/{name}": (inner, name) for name in inner.names}
+        # Windows' own tools write a\b into an archive, which no other system takes for a folder
+        spelt = {name.replace("\\", "/"): name for name in owners}
+        if len(spelt) < len(owners):
+            twice = next(name for name in owners if spelt[name.replace("\\", "/")] != name)
+            raise InputError(f"{path}: it holds {twice} twice, with / and with \\ in the name. {REMEDY}.")
+        owners = {name: owners[inside] for name, inside in spelt.items()}
         yield Files(
             str(path),
             tuple(owners),
@@ -656,7 +664,7 @@ class _Found:
     """A row as its source has it; what the source lacks is None."""
 
     place: str  # its id, or file and number, for messages
-    id: str
+    id: str | None
     image: str | bytes  # its name in the source, or the file itself
     image_id: str | None
     question: str
@@ -669,23 +677,43 @@ def _found_rows(name: str, split: str, files: Files) -> tuple[list[_Found], list
     """The split's rows in the source's order, and notes for the manifest."""
     part = split.removesuffix("_zh")
     records, place = {"vqarad": _vqarad, "slake": _slake, "pathvqa": _pathvqa}[name](split, part, files)
-    found, broken = [], []
+    found, broken, unwrapped = [], [], []
     for number, record in enumerate(records):
+        plain = _unwrapped(name, record)
         try:
-            found.append(_found(name, record, number, place))
+            found.append(_found(name, plain, number, place))
         except InputError as error:
             broken.append(str(error))
+            continue
+        unwrapped += [f"{field} of {found[-1].place}" for field in plain if plain[field] is not record[field]]
+    # a set has all ids and kinds or none: those of some rows alone were lost on the way
+    for what, lack in (
+        ("qid", [row.place for row in found if row.id is None]),
+        ("answer_type", [row.place for row in found if row.kind is None]),
+    ):
+        if lack and (len(lack) < len(found) or (name, what) == ("slake", "answer_type")):
+            broken += [f"{lacking}: no {what}" for lacking in lack]
     if broken:
-        raise InputError(f"{files.place}: {len(broken)} broken rows. {_listed(broken)}")
-    repeated = [id for id, times in Counter(row.id for row in found).items() if times > 1]
+        raise InputError(
+            f"{files.place}: {len(broken)} broken rows. {_listed(broken)}. Correct them, or pass an unchanged copy."
+        )
+    found = [replace(row, id=row.id or f"row-{number}") for number, row in enumerate(found)]
+    repeated = [str(id) for id, times in Counter(row.id for row in found).items() if times > 1]
     if repeated:
         raise InputError(f"{files.place}: {place} has several rows of one id: {_listed(repeated)}. Ids are unique.")
     notes = []
-    unknown = [row for row in found if row.kind is None]
-    if unknown and (name, split) != ("vqarad", "test"):
-        found = [replace(row, kind=row.kind or _yes_no_kind(row.reference)) for row in found]
-        notes.append(f"kind from the answer (closed: yes or no) in {len(unknown)} rows: {place} has no answer_type")
+    if unwrapped:
+        notes.append(f"a list of one text was taken for that text in {len(unwrapped)} fields: {_listed(unwrapped)}")
+    if found and found[0].kind is None and (name, split) != ("vqarad", "test"):
+        found = [replace(row, kind=_yes_no_kind(row.reference)) for row in found]
+        notes.append(f"kind from the answer (closed: yes or no) in {len(found)} rows: {place} has no answer_type")
     return found, notes
+
+
+def _unwrapped(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its texts out of lists of one text."""
+    own = ("question", "answer", "answer_type", *DATASETS[name].categories.values())
+    return {field: fields.alone(value) if field in own else value for field, value in record.items()}
 
 
 def _vqarad(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], str]:
@@ -709,7 +737,7 @@ def _vqarad(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], 
 
 
 def _is_test(record: Mapping[str, Any]) -> bool:
-    return str(record.get("phrase_type")).startswith("test_")
+    return str(fields.alone(record.get("phrase_type"))).startswith("test_")
 
 
 def _slake(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], str]:
@@ -720,18 +748,40 @@ def _slake(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], s
     for name in files.names:
         if PurePosixPath(name).name in (f"{stem}.json", f"{part}.json", f"{part}.jsonl"):
             own, place = _json_records(files, name), name
-    own = [record for record in own if record.get("q_lang") == language]
+            if not own:
+                raise InputError(f"{files.place}: {name} holds no list of records. Download it from its authors.")
+    own = _in_language(own, language, files, place)
     if own and not _parquet_names(files, part):
         return own, place
     records, place = _parquet_records(files, part, f"SLAKE's own {stem}.json with imgs/ or imgs.zip")
-    if records and "answer_type" in records[0]:
-        return [record for record in records if record.get("q_lang", "en") == language], place
+    if any(not fields.missing(record.get("answer_type")) for record in records):
+        return _in_language(records, language, files, place), place
     if not own or [_line(record) for record in own] != [_line(record) for record in records]:
         raise InputError(
             f"{files.place}: {place} has no answer_type, and a closed answer of SLAKE need not be yes or no. "
             f"Put SLAKE's own {stem}.json with the same rows beside it, or prepare BoKelvin/SLAKE."
         )
     return [{**record, "image": copy["image"]} for record, copy in zip(own, records, strict=True)], place
+
+
+def _in_language(records: Sequence[dict[str, Any]], language: str, files: Files, place: str) -> list[dict[str, Any]]:
+    """The records of one language; a copy without `q_lang` is English.
+
+    Raises:
+        InputError: A record says neither en nor zh: it would be in no split.
+    """
+    found = []
+    for number, record in enumerate(records):
+        told = fields.alone(record.get("q_lang", "en"))
+        folded = told.strip().lower() if isinstance(told, str) else ""
+        if folded not in ("en", "zh"):
+            raise InputError(
+                f"{files.place}: {place} row {number}: q_lang {told!r:.60} is neither en nor zh. "
+                "Pass an unchanged copy."
+            )
+        if folded == language:
+            found.append(record)
+    return found
 
 
 def _pathvqa(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], str]:
@@ -745,13 +795,20 @@ def _pathvqa(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]],
 
 
 def _from_pickle(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of either pickle with the fields' usual names; a `label` holds answers and their weights."""
+    """A record of either pickle with the fields' usual names; a `label` holds answers and their weights.
+
+    Where no answer has more weight than all others, there is none.
+    """
     if "sent" not in record:
         return {**record, "image_name": record.get("image"), "image": None}
     label = record.get("label")
-    if not isinstance(label, dict) or not all(isinstance(weight, int | float) for weight in label.values()):
+    if not isinstance(label, dict) or not all(
+        isinstance(weight, int | float) and math.isfinite(weight) for weight in label.values()
+    ):
         label = {}
-    answer = max(label, key=lambda answer: label[answer], default=None)
+    most = max(label.values(), default=0)
+    best = [answer for answer, weight in label.items() if weight == most]
+    answer = best[0] if len(best) == 1 else None
     return {**record, "question": record["sent"], "answer": answer, "image_name": record.get("img_id")}
 
 
@@ -830,6 +887,7 @@ def _parquet_records(files: Files, part: str, otherwise: str) -> tuple[list[dict
     for name in names:
         content = files.read(name, PARQUET_BYTES)
         try:
+            _check_image_column(pa.BufferReader(content), f"{files.place}: {name}")
             for record in parquet_rows(pa.BufferReader(content), f"{files.place}: {name}"):
                 image = (record.get("image") or {}).get("bytes")
                 if image is not None:
@@ -838,11 +896,34 @@ def _parquet_records(files: Files, part: str, otherwise: str) -> tuple[list[dict
                         raise InputError(f"{files.place}: {part} images of more than {IMAGES_BYTES:,} bytes. {REMEDY}.")
                     record["image"]["bytes"] = shared.setdefault(image, image)
                 records.append(record)
-        except (pa.ArrowException, OSError, AttributeError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise InputError(
                 f"{files.place}: {name} is not a hub copy's parquet file ({one_line(error)}). {REMEDY}."
             ) from error
     return records, names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _check_image_column(source: Any, place: str) -> None:
+    """Refuse a parquet file whose images are something else than files; it may have none, and name them.
+
+    Raises:
+        InputError: With the column's type, and what it should be.
+        pyarrow.ArrowException, OSError: It is no parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(source)
+    kind = schema.field("image").type if "image" in schema.names else pa.null()
+    parts = list(kind) if pa.types.is_struct(kind) else [] if pa.types.is_null(kind) else None
+    if parts is None or any(part.name == "bytes" and not _holds_bytes(part.type) for part in parts):
+        raise InputError(f"{place}: its column image is {kind!s:.60}; {fields.IMAGE}. Write it so.")
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
 
 
 def parquet_rows(source: Any, place: str) -> Iterator[dict[str, Any]]:
@@ -872,55 +953,66 @@ def parquet_rows(source: Any, place: str) -> Iterator[dict[str, Any]]:
 
 
 def _found(name: str, record: Mapping[str, Any], number: int, file: str) -> _Found:
-    place = f"{file} row {number}" if record.get("qid") is None else f"qid {record['qid']}"
-    missing = [field for field in ("question", "answer") if record.get(field) is None]
-    if missing:
-        raise InputError(f"{place}: no {' and no '.join(missing)}")
-    reference = str(record["answer"])  # VQA-RAD has numbers
-    image = record.get("image")
-    file_or_name = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
-    picture = _picture(record)
-    if not isinstance(file_or_name or picture, str | bytes):
-        raise InputError(f"{place}: no image")
-    if name == "pathvqa":
-        kind: str | None = _yes_no_kind(reference)
-    else:
-        # two rows of VQA-RAD say "CLOSED "
-        kind = None if record.get("answer_type") is None else str(record["answer_type"]).strip().lower()
-    if kind not in (None, "open", "closed"):
-        raise InputError(f"{place}: answer_type {record['answer_type']!r} is neither OPEN nor CLOSED")
-    return _Found(
-        place,
-        _id(name, record, number),
-        file_or_name or picture,  # type: ignore[arg-type]
-        picture,
-        str(record["question"]),
-        reference,
-        kind,
-        # VQA-RAD's public file says test_para where data_RAD's test file says para
-        {
-            ours: str(record.get(theirs) or "").removeprefix("test_")
-            for ours, theirs in DATASETS[name].categories.items()
-        },
-    )
+    """The row in a record.
+
+    Raises:
+        InputError: A field that is read is missing, or is no text, number, id or image, with the row and the field.
+    """
+    place = f"{file} row {number}"
+    try:
+        # PathVQA has no ids of its own
+        qid = str(number) if name == "pathvqa" else fields.identity(record.get("qid"), "qid")
+        place = place if qid is None or name == "pathvqa" else f"qid {qid}"
+        if lacking := [field for field in ("question", "answer") if record.get(field) is None]:
+            raise InputError(f"no {' and no '.join(lacking)}")
+        question = fields.text(record["question"], "question")
+        if not question.strip():
+            raise InputError("question is empty")
+        reference = fields.text(record["answer"], "answer", numbers=name == "vqarad")
+        picture, image = _picture(name, record), fields.image(record.get("image"))
+        if isinstance(image, str) and picture:
+            image = None  # a path of the machine that wrote the copy
+        if not (image or picture):
+            raise InputError("no image")
+        return _Found(
+            place,
+            # data_RAD numbers VQA-RAD's questions anew
+            f"data_RAD-{qid}" if qid and name == "vqarad" and "qid_linked_id" not in record else qid,
+            image or picture or b"",
+            picture,
+            question,
+            reference,
+            _yes_no_kind(reference) if name == "pathvqa" else _kind(record.get("answer_type")),
+            {ours: _category(record.get(theirs), theirs) for ours, theirs in DATASETS[name].categories.items()},
+        )
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
 
 
-def _id(name: str, record: Mapping[str, Any], number: int) -> str:
-    """The set's own id, or the row's number; data_RAD numbers VQA-RAD's questions anew, and says so here."""
-    qid = record.get("qid")
-    if name == "pathvqa":
-        return str(number)
-    if qid is None:
-        return f"row-{number}"
-    return f"data_RAD-{qid}" if name == "vqarad" and "qid_linked_id" not in record else str(qid)
+def _kind(told: object) -> str | None:
+    """open or closed, as `answer_type` has it; two rows of VQA-RAD say "CLOSED "."""
+    if fields.missing(told):
+        return None
+    kind = fields.text(told, "answer_type").strip().lower()
+    if kind not in ("open", "closed"):
+        raise InputError(f"answer_type {told!r:.60} is neither OPEN nor CLOSED")
+    return kind
 
 
-def _picture(record: Mapping[str, Any]) -> str | None:
+def _category(told: object, field: str) -> str:
+    """A category as the set names it; VQA-RAD's public file says test_para where data_RAD's test file says para."""
+    return "" if fields.missing(told) else fields.text(told, field).removeprefix("test_")
+
+
+def _picture(name: str, record: Mapping[str, Any]) -> str | None:
     """The image's name: every set has its own field for it. OctoMed/SLAKE gives SLAKE's number alone."""
-    name = record.get("image_name") or record.get("img_name")
-    if name is None and isinstance(record.get("img_id"), int):
-        return f"xmlab{record['img_id']}/source.jpg"
-    return name if isinstance(name, str) else None
+    for field in ("image_name", "img_name"):  # SLAKE's names have a folder: xmlab1/source.jpg
+        if found := fields.image_name(record.get(field), field, folders=1 if name == "slake" else 0):
+            return found
+    if name != "slake":
+        return None
+    number = fields.identity(record.get("img_id"), "img_id")
+    return f"xmlab{number}/source.jpg" if number else None
 
 
 def _yes_no_kind(reference: str) -> str:
@@ -948,17 +1040,22 @@ def _find_images(found: Sequence[_Found], files: Files) -> tuple[list[bytes], li
             )
     by_image = {image: content[candidates[key][0]] if candidates[key] else b"" for image, key in named.items()}
     images = [by_image[row.image] if isinstance(row.image, str) else row.image for row in found]
-    missing = [f"{row.place}: no {row.image!r}" for row, image in zip(found, images, strict=True) if not image]
+    missing = [
+        f"{row.place}: no {row.image!r}" + (" (its image has this path and no bytes)" if row.image_id is None else "")
+        for row, image in zip(found, images, strict=True)
+        if not image
+    ]
     return images, missing
 
 
 def _last_two(name: str) -> str:
-    return "/".join(PurePosixPath(name).parts[-2:])
+    return fields.image_name(name, "image", folders=1) or ""
 
 
 def _row(found: _Found, image: bytes, pixels: str) -> Row:
     """A row whose kind is known; where a copy has dropped the image's name, its pixels name it."""
     assert found.kind is not None
+    assert found.id is not None
     return Row(
         found.id, image, found.image_id or pixels[:16], found.question, found.reference, found.kind, found.categories
     )

@@ -574,7 +574,14 @@ def test_pathvqa_hub_copies_name_images_by_their_pixels(tmp_path, small_pathvqa)
         pytest.param({"label": {"liver": "much"}}, "no answer", id="a weight that is no number"),
         pytest.param({"sent": None}, "no question", id="no question"),
         pytest.param({"img_id": None}, "no image", id="no image"),
-        pytest.param({"img_id": ["test_0001"]}, "no image", id="a list for an image"),
+        pytest.param({"label": {"liver": 1.0, "lung": 1.0}}, "no answer", id="two answers of one weight"),
+        pytest.param({"label": {"lung": float("nan"), "liver": 1.0}}, "no answer", id="nan for a weight"),
+        pytest.param({"label": {7: 1.0}}, "answer 7 is a number, and not a text", id="a number for an answer"),
+        pytest.param(
+            {"img_id": ["test_0001"]},
+            r"image_name \['test_0001'\] is a list of 1, and not a text",
+            id="a list for an image",
+        ),
     ],
 )
 def test_a_row_that_lacks_something_is_refused_by_its_number(tmp_path, small_pathvqa, change, what):
