@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import stat
 import tarfile
 import zipfile
@@ -21,7 +22,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files as package_files
@@ -59,7 +60,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 class Row:
     """One question about one image. The texts are exactly as distributed, VQA-RAD's tabs included."""
 
-    id: str  # the data set's own: public qid of VQA-RAD, qid of SLAKE, row number of the PathVQA split
+    id: str  # the data set's own: public qid of VQA-RAD, qid of SLAKE, row number of the official PathVQA split
     image: bytes  # encoded file as distributed
     image_id: str  # image name; the cluster of the statistics
     question: str
@@ -78,6 +79,8 @@ class Edition:
     images: int | None
     official: bool = False  # the split as its authors published it
     text: str | None = None  # first 16 hex digits of its `_text_hash`
+    ids: str | None = None  # first 16 hex digits of its `_ids_hash`
+    prefix: str = ""  # of its ids, where they are row numbers as another edition's are; no answer fits both
 
     @property
     def open(self) -> int | None:
@@ -134,7 +137,9 @@ DATASETS = {
         categories={"organ": "image_organ", "question_type": "question_type", "phrase_type": "phrase_type"},
         splits={
             "train": (
-                Edition("public train", 1797, 1027, 313, official=True, text="10ec52e1429fbbb2"),
+                Edition(
+                    "public train", 1797, 1027, 313, official=True, text="10ec52e1429fbbb2", ids="de228a16f9808fc3"
+                ),
                 Edition("data_RAD train (with frame questions)", 3064, 1823, 314, text="0005cb3367a26284"),
                 # the hub copy drops 3 repeated rows and 1 shared with the test; no kinds, 940 answers are yes or no
                 Edition("deduplicated train", 1793, 940, 313),
@@ -157,16 +162,52 @@ DATASETS = {
         },
         splits={
             "train": (
-                Edition("official train", 4919, 1943, 450, official=True, text="af4ea7976131c395"),
+                Edition(
+                    "official train", 4919, 1943, 450, official=True, text="af4ea7976131c395", ids="ac410672b60664c0"
+                ),
                 Edition("train and validation in one", 5972, 2365, 546),  # OctoMed/SLAKE
             ),
-            "validation": (Edition("official validation", 1053, 422, 96, official=True, text="a09e7ad95540d526"),),
-            "test": (Edition("official test", 1061, 416, 96, official=True, text="8530e509e563fd91"),),
-            "train_zh": (Edition("official Chinese train", 4916, 1938, 450, official=True, text="2ef053f3ba6f8045"),),
-            "validation_zh": (
-                Edition("official Chinese validation", 1046, 422, 96, official=True, text="e682e3734c1ebe39"),
+            "validation": (
+                Edition(
+                    "official validation", 1053, 422, 96, official=True, text="a09e7ad95540d526", ids="fb346c9b3a645bf5"
+                ),
             ),
-            "test_zh": (Edition("official Chinese test", 1033, 420, 96, official=True, text="4cf2b024334cbb27"),),
+            "test": (
+                Edition("official test", 1061, 416, 96, official=True, text="8530e509e563fd91", ids="bcceb71850c2e290"),
+            ),
+            "train_zh": (
+                Edition(
+                    "official Chinese train",
+                    4916,
+                    1938,
+                    450,
+                    official=True,
+                    text="2ef053f3ba6f8045",
+                    ids="ef4c13593a47789a",
+                ),
+            ),
+            "validation_zh": (
+                Edition(
+                    "official Chinese validation",
+                    1046,
+                    422,
+                    96,
+                    official=True,
+                    text="e682e3734c1ebe39",
+                    ids="13dbe52c05310502",
+                ),
+            ),
+            "test_zh": (
+                Edition(
+                    "official Chinese test",
+                    1033,
+                    420,
+                    96,
+                    official=True,
+                    text="4cf2b024334cbb27",
+                    ids="8ba276b114770a48",
+                ),
+            ),
         },
     ),
     "pathvqa": Dataset(
@@ -180,15 +221,15 @@ DATASETS = {
         splits={
             "train": (
                 Edition("original train", 19755, None, None, official=True),
-                Edition("deduplicated train", 19654, None, None),
+                Edition("deduplicated train", 19654, None, None, prefix="dedup-"),
             ),
             "validation": (
                 Edition("original validation", 6279, None, None, official=True),
-                Edition("deduplicated validation", 6259, None, None),
+                Edition("deduplicated validation", 6259, None, None, prefix="dedup-"),
             ),
             "test": (
                 Edition("official test", 6761, 3391, 858, official=True),
-                Edition("deduplicated test", 6719, 3362, None),
+                Edition("deduplicated test", 6719, 3362, None, prefix="dedup-"),
             ),
         },
     ),
@@ -198,7 +239,8 @@ DATASETS = {
 def prepare(name: str, split: str, source: str | Path | None = None, home_folder: Path | None = None) -> Manifest:
     """Check a split against its known editions and write it under `home_folder` (default `$STLLAVA_HOME`).
 
-    Where the same source has been prepared and the file is whole, nothing is done.
+    It is the edition in use afterwards, which tasks ask about; another edition that was in use is kept beside it. Where
+    the same source has been prepared, has not changed since and its file is whole, it is not read again.
 
     Args:
         name: A key of `DATASETS`.
@@ -217,7 +259,8 @@ def prepare(name: str, split: str, source: str | Path | None = None, home_folder
         done = _done(name, split, given, home_folder)
         if done is not None:
             log.info("%s %s is prepared from %s already: %s", name, split, given, _parquet(name, split, home_folder))
-            return done
+            _use(*done, home_folder)
+            return done[0]
         path, resolved = _fetch(name, split, given)
         with open_files(path) as files:
             found, notes = _found_rows(name, split, files)
@@ -230,20 +273,20 @@ def prepare(name: str, split: str, source: str | Path | None = None, home_folder
         else:
             rows = [_row(row, image, pixels[image]) for row, image in zip(found, images, strict=True)]
         edition = _edition(name, split, rows, resolved)
-        same_text = edition.text in (None, _text_hash(rows)[:16])
-        notes += _doubts(edition, rows, same_text)
+        rows = [replace(row, id=edition.prefix + row.id) for row in rows]
+        doubts = _doubts(edition, rows)
         return _write(
             name,
             split,
             rows,
             pixels,
             edition=edition.name,
-            official=edition.official and same_text,
+            official=edition.official and not doubts,
             sample=False,
             source=given,
             resolved=resolved,
             licence=dataset.licence,
-            notes=tuple(notes),
+            notes=(*notes, *_remarks(dataset.splits[split], edition, rows), *doubts),
             home_folder=home_folder,
         )
 
@@ -258,7 +301,8 @@ def prepare_on_first_use(name: str, split: str) -> None:
     if _manifest(name, split).exists():
         return
     log.warning("%s %s is not prepared yet: fetching %s from the hub", name, split, dataset.hub)
-    prepare(name, split)
+    for note in prepare(name, split).notes:
+        log.warning("%s %s: %s", name, split, note)
 
 
 def write_split(
@@ -308,7 +352,27 @@ def read_manifest(name: str, split: str, home_folder: Path | None = None) -> Man
         InputError: Nothing is prepared, or by another version; with the command to run.
     """
     _known(name, split)
-    path = _manifest(name, split, home_folder)
+    return _read_manifest(name, split, _manifest(name, split, home_folder))
+
+
+def prepared_editions(name: str, split: str, home_folder: Path | None = None) -> list[Manifest]:
+    """The manifests of all prepared editions of a split that can be read, that of the one in use first.
+
+    Raises:
+        InputError: There is no such set or split.
+    """
+    _known(name, split)
+    return [manifest for manifest, _ in _editions(name, split, home_folder)]
+
+
+def how_to_use(manifest: Manifest) -> str:
+    """The command that takes a prepared edition into use, for messages."""
+    source = manifest.resolved if local(manifest.resolved) else manifest.source
+    split = "" if manifest.split == "test" else f" --split {manifest.split}"
+    return f"`stllava-eval prepare {manifest.dataset}{split} --from {shlex.quote(source)}`"
+
+
+def _read_manifest(name: str, split: str, path: Path) -> Manifest:
     try:
         written = read_json(path)
     except FileNotFoundError:
@@ -343,7 +407,7 @@ def read_split(name: str, split: str, images: bool = True, home_folder: Path | N
     import pyarrow as pa
 
     manifest = read_manifest(name, split, home_folder)
-    with _whole_parquet(manifest, home_folder) as file:
+    with _whole_parquet(manifest, _parquet(name, split, home_folder)) as file:
         columns = [column for column in file.schema_arrow.names if images or column != "image"]
         groups = [file.read_row_group(number, columns=columns) for number in range(file.num_row_groups)]
     features = datasets.Features(
@@ -366,7 +430,7 @@ def read_rows(name: str, split: str, home_folder: Path | None = None) -> list[Ro
     manifest = read_manifest(name, split, home_folder)
     rows: list[Row] = []
     shared: dict[bytes, bytes] = {}
-    with _whole_parquet(manifest, home_folder) as file:
+    with _whole_parquet(manifest, _parquet(name, split, home_folder)) as file:
         for batch in file.iter_batches(batch_size=256):
             for record in batch.to_pylist():
                 image = record.pop("image")["bytes"]
@@ -1157,6 +1221,12 @@ def _text_hash(rows: Iterable[Row]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _ids_hash(rows: Iterable[Row]) -> str:
+    """Hex sha256 of which question and reference each id has, whatever the rows' order and letter case."""
+    lines = sorted(f"{row.id} {_line_hash(row.question, row.reference)}\n" for row in rows)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 # Checked rows to disk.
 
 
@@ -1186,13 +1256,28 @@ def _counted(rows: int, closed: int | None, images: int | None, verb: str = "has
     return f"{verb}{rows}{kinds}" + ("" if images is None else f" on {images} images")
 
 
-def _doubts(edition: Edition, rows: Sequence[Row], same_text: bool) -> list[str]:
-    """What the manifest should say of an edition that fits."""
+def _doubts(edition: Edition, rows: Sequence[Row]) -> list[str]:
+    """Why rows with an edition's counts are not that edition: each of these a note for the manifest."""
+    if edition.text is not None and edition.text != _text_hash(rows)[:16]:
+        return [f"not official: counts as the {edition.name}, but other questions, references or kinds"]
+    if edition.ids is not None and edition.ids != _ids_hash(rows)[:16]:
+        return [f"not official: the text of the {edition.name}, but under other ids, so answers of others do not fit"]
+    written_out = [row.id for row in rows if re.fullmatch(r"\[.*\]|\{.*\}|nan|<NA>", row.reference.strip())]
+    if edition.text is None and written_out:
+        return [
+            f"not official: counts as the {edition.name}, but the references of {len(written_out)} rows are lists, "
+            f"objects or missing values that were written out as text: {_listed(written_out)}"
+        ]
+    return []
+
+
+def _remarks(known: Sequence[Edition], edition: Edition, rows: Sequence[Row]) -> list[str]:
+    """What else the manifest should say of an edition that fits."""
     notes = []
     if not edition.verified:
         notes.append(f"unverified: {edition}, and what this leaves out is documented nowhere we could check")
-    if not same_text:
-        notes.append(f"not official: counts as the {edition.name}, but other questions, references or kinds")
+    if not edition.official and (own := next((other for other in known if other.official), None)):
+        notes.append(f"not the split as its authors published it: {own}")
     empty = [row.id for row in rows if not row.reference.strip()]
     if empty:
         notes.append(f"no reference in {len(empty)} rows: {_listed(empty)}")
@@ -1209,7 +1294,10 @@ def _write(
     home_folder: Path | None,
     **described: Any,
 ) -> Manifest:
-    """Parquet first, manifest last; in between there is none, so a kill leaves nothing that looks prepared."""
+    """Parquet first, manifest last; in between there is none, so a kill leaves nothing that looks prepared.
+
+    Another edition that was in use is kept.
+    """
     import pyarrow.parquet as pq
 
     path, manifest_path = _parquet(name, split, home_folder), _manifest(name, split, home_folder)
@@ -1235,7 +1323,7 @@ def _write(
             for first, end in groups:
                 file.write_table(_table(rows[first:end], pixels), row_group_size=end - first)
         sha256_file = _file_hash(unfinished)
-        manifest_path.unlink(missing_ok=True)
+        _make_room(name, split, described["edition"], home_folder)
     closed = sum(row.kind == "closed" for row in rows)
     manifest = Manifest(
         dataset=name,
@@ -1255,7 +1343,47 @@ def _write(
         **described,
     )
     write_json(manifest_path, {"format": FORMAT, **asdict(manifest)})
+    for old in (".json", ".parquet"):  # of this edition, from another source
+        _kept(path, manifest.edition).with_suffix(old).unlink(missing_ok=True)
     return manifest
+
+
+def _make_room(name: str, split: str, edition: str, home_folder: Path | None) -> None:
+    """Keep another edition that is in use under a name of its own; a sample, or the same edition, goes."""
+    path, manifest_path = _parquet(name, split, home_folder), _manifest(name, split, home_folder)
+    with suppress(InputError):  # nothing is prepared, or nothing that can be read
+        used = read_manifest(name, split, home_folder)
+        if not used.sample and used.edition != edition:
+            kept = _kept(path, used.edition)
+            with suppress(FileNotFoundError):  # a kill came between the two
+                path.replace(kept)
+            manifest_path.replace(kept.with_suffix(".json"))
+    manifest_path.unlink(missing_ok=True)
+
+
+def _kept(path: Path, edition: str) -> Path:
+    """`test.parquet` -> `test@deduplicated-test.parquet`: an edition that is prepared and not in use."""
+    return path.with_name(f"{path.stem}@{re.sub(r'[^a-zA-Z0-9_]+', '-', edition).strip('-')}.parquet")
+
+
+def _editions(name: str, split: str, home_folder: Path | None) -> list[tuple[Manifest, Path]]:
+    """The manifest and the parquet file of each prepared edition, that of the one in use first."""
+    used = _manifest(name, split, home_folder)
+    found = []
+    for path in [used, *sorted(used.parent.glob(f"{split}@*.json"))]:
+        with suppress(InputError):
+            found.append((_read_manifest(name, split, path), path.with_suffix(".parquet")))
+    return found
+
+
+def _use(manifest: Manifest, file: Path, home_folder: Path | None) -> None:
+    """Take a prepared edition into use."""
+    path = _parquet(manifest.dataset, manifest.split, home_folder)
+    if file == path:
+        return
+    _make_room(manifest.dataset, manifest.split, manifest.edition, home_folder)
+    file.replace(path)
+    file.with_suffix(".json").replace(path.with_suffix(".json"))
 
 
 def _check_rows(title: str, rows: Sequence[Row]) -> None:
@@ -1336,30 +1464,48 @@ def _alone(name: str, split: str, home_folder: Path | None) -> AbstractContextMa
     return filelock.FileLock(path)
 
 
-def _done(name: str, split: str, given: str, home_folder: Path | None) -> Manifest | None:
-    """The manifest, if this source is prepared and the file whole."""
+def _done(name: str, split: str, given: str, home_folder: Path | None) -> tuple[Manifest, Path] | None:
+    """The manifest and file of the edition that was prepared from this source, if both are as they were."""
+    source = local(given)
+    for manifest, path in _editions(name, split, home_folder):
+        same = manifest.resolved == str(source.resolve()) if source is not None else manifest.source == given
+        if same and not _changed(source, path.with_suffix(".json").stat().st_mtime):
+            with suppress(InputError), _whole_parquet(manifest, path):
+                return manifest, path
+    return None
+
+
+def _changed(source: Path | None, since: float) -> bool:
+    """Whether a file of a source on this machine was written or put there after a time (s, of its disk's clock)."""
+    if source is None:
+        return False
     try:
-        manifest = read_manifest(name, split, home_folder)
-        with _whole_parquet(manifest, home_folder):
-            pass
-    except InputError:
-        return None
-    path = local(given)
-    same = manifest.resolved == str(path.resolve()) if path is not None else manifest.source == given
-    return manifest if same else None
+        files = [source / name for name in _folder(source).names] if source.is_dir() else [source]
+        # not mtime, which unpacking an archive sets back
+        return any(max(file.stat().st_ctime, file.lstat().st_ctime) > since for file in files)
+    except OSError:  # a link to nowhere
+        return True
 
 
-def _whole_parquet(manifest: Manifest, home_folder: Path | None) -> Any:
+def _whole_parquet(manifest: Manifest, path: Path) -> Any:
     """The split's opened parquet file, if it is the one that the manifest describes."""
     import pyarrow.parquet as pq
 
-    path = _parquet(manifest.dataset, manifest.split, home_folder)
+    again = f"Run {_what_to_run(manifest.dataset, manifest.split)} again."
     if not path.exists() or _file_hash(path) != manifest.sha256_file:
         raise InputError(
-            f"{path} is not the file that was prepared: its sha256 is not the manifest's. Remove it and run "
-            f"{_what_to_run(manifest.dataset, manifest.split)} again."
+            f"{path} is not the file that was prepared: its sha256 is not the manifest's. Remove it. {again}"
         )
-    return pq.ParquetFile(path)
+    file = pq.ParquetFile(path)
+    editions = DATASETS[manifest.dataset].splits[manifest.split]
+    prefix = next((edition.prefix for edition in editions if edition.name == manifest.edition), "")
+    if prefix and not file.read_row_group(0, columns=["id"])["id"][0].as_py().startswith(prefix):
+        file.close()
+        raise InputError(
+            f"{path} was prepared by an earlier version, whose ids of the {manifest.edition} were also those of the "
+            f"official one. {again}"
+        )
+    return file
 
 
 def _file_hash(path: Path) -> str:

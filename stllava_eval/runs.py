@@ -219,6 +219,11 @@ def write_run(
     for task in sorted(by_task):
         manifest, split_rows = _prepared(dataset_of(task))
         of_task = by_task[task]
+        if unknown := sorted(of_task.keys() - {row["id"] for row in split_rows}):
+            raise InputError(
+                f"{task}: {len(unknown)} questions that were asked are not in the {manifest['edition']}, which was "
+                f"prepared meanwhile ({some(unknown)}). Prepare the split that was asked, and run again."
+            )
         asked = [row for row in split_rows if row["id"] in of_task]
         lines = [of_task[row["id"]][draw] for row in asked for draw in sorted(of_task[row["id"]])]
         preset = prompt_preset(lines)
@@ -411,11 +416,16 @@ def refuse_other_split(task: str, run: RunTask, folder: Path) -> None:
     Raises:
         InputError: What is prepared now has other rows or images, or an answer is to none of its questions.
     """
+    from stllava_eval.datasets import how_to_use, prepared_editions
+
     prepared, rows = _prepared(dataset_of(task))
     if (run.sha256_rows, run.sha256_pixels) != (prepared["sha256_rows"], prepared["sha256_pixels"]):
+        asked = (run.sha256_rows, run.sha256_pixels)
+        kept = [of for of in prepared_editions(dataset_of(task), "test") if (of.sha256_rows, of.sha256_pixels) == asked]
+        again = f"Run {how_to_use(kept[0])}" if kept else "Prepare the run's split again"
         raise InputError(
             f"{folder}: its {task} is {run.edition}, but {prepared['edition']} is prepared now, with other rows or "
-            "images. Prepare the run's split again, or run again."
+            f"images. {again}, or run again."
         )
     if run.not_asked + len(run.replies) != len(rows):
         raise InputError(
