@@ -810,7 +810,7 @@ def _slake(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], s
     stem = part.replace("validation", "validate")
     own, place = [], ""
     for name in files.names:
-        if PurePosixPath(name).name in (f"{stem}.json", f"{part}.json", f"{part}.jsonl"):
+        if PurePosixPath(name).name in (f"{stem}.json", f"{stem}.jsonl", f"{part}.json", f"{part}.jsonl"):
             own, place = _json_records(files, name), name
             if not own:
                 raise InputError(f"{files.place}: {name} holds no list of records. Download it from its authors.")
@@ -901,13 +901,19 @@ def _json_records(files: Files, name: str) -> list[dict[str, Any]]:
     """The records of a JSON or JSON-lines file; none where it holds something else."""
     content = files.read(name, TABLE_BYTES)
     try:
-        if name.endswith(".jsonl"):
+        if name.endswith(".jsonl") or _is_lines(content):
             lines = enumerate(content.splitlines(), 1)
             return _checked([_json_line(line, number) for number, line in lines if line.strip()], files, name)
         records = loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{files.place}: {name} is no JSON ({error}). Download it again.") from error
     return records if isinstance(records, list) and all(isinstance(record, dict) for record in records) else []
+
+
+def _is_lines(content: bytes) -> bool:
+    """Whether its first line is an object of its own, as in what `datasets` writes to a file named .json."""
+    first, _, others = content.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    return first.startswith(b"{") and first.rstrip().endswith(b"}") and others.lstrip().startswith(b"{")
 
 
 def _json_line(line: bytes, number: int) -> Any:

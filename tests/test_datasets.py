@@ -750,6 +750,16 @@ def test_a_list_of_one_text_is_that_text_and_the_manifest_says_so(tmp_path, smal
     )
 
 
+@pytest.mark.parametrize("name", ["validate.json", "validate.jsonl", "validation.jsonl"])
+@pytest.mark.parametrize("begin", ["", "\ufeff", "\n"], ids=["", "with a byte order mark", "with an empty line"])
+def test_records_in_lines_are_read_whatever_the_files_name_ends_with(tmp_path, small_slake, name, begin):
+    folder = slake_folder(tmp_path)
+    expected = prepare("slake", "validation", folder).sha256_file
+    (folder / "validate.json").unlink()
+    (folder / name).write_text(begin + "\n".join(map(json.dumps, slake_rows())) + "\n", encoding="utf-8")
+    assert prepare("slake", "validation", folder).sha256_file == expected
+
+
 def test_references_in_lists_of_one_text_are_the_official_split(shared, tmp_path):
     rows = [{**row, "answer": [row["answer"]]} for row in records_of(shared / "data/vqarad/testset.json")]
     manifest = prepare("vqarad", "test", vqarad_folder(shared, tmp_path, rows))
