@@ -20,7 +20,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -363,6 +363,17 @@ def prepared_editions(name: str, split: str, home_folder: Path | None = None) ->
     """
     _known(name, split)
     return [manifest for manifest, _ in _editions(name, split, home_folder)]
+
+
+def numbered_edition(name: str, split: str, ids: Collection[str]) -> Edition | None:
+    """The edition of a split without ids of its own, PathVQA's, whose row numbers these are, all of 0 to n-1.
+
+    >>> numbered_edition("pathvqa", "test", [str(number) for number in range(6719)]).name
+    'deduplicated test'
+    """
+    editions = _known(name, split).splits[split] if name == "pathvqa" else ()
+    fitting = (edition for edition in editions if edition.rows == len(ids))
+    return next((edition for edition in fitting if set(ids) == {str(number) for number in range(edition.rows)}), None)
 
 
 def how_to_use(manifest: Manifest) -> str:

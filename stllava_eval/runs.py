@@ -514,6 +514,8 @@ def score_table(
     Raises:
         InputError: The split is not prepared, or an id is not of it.
     """
+    from stllava_eval.datasets import numbered_edition
+
     manifest, rows = _prepared(dataset_of(task))
     unknown = sorted(set(answers) - {row["id"] for row in rows})
     if unknown:
@@ -523,6 +525,13 @@ def score_table(
             f"{task}: {len(unknown)} unknown ids ({some(unknown)}).{hint} Ids are the data set's own, as in "
             f"{manifest['dataset']} {manifest['split']} ({manifest['edition']}), for example {rows[0]['id']}; "
             "--ignore-unknown leaves out those of other splits."
+        )
+    other = numbered_edition(dataset_of(task), "test", answers)
+    if other is not None and other.name != manifest["edition"] and not manifest["sample"]:
+        raise InputError(
+            f"{task}: the {len(answers)} ids are the row numbers of the {other.name}, 0 to {other.rows - 1}, and "
+            f"the {manifest['edition']} is prepared now, whose numbers are other questions. Prepare that edition, whose "
+            f"ids are {other.prefix}0 to {other.prefix}{other.rows - 1}."
         )
     return _score(task, rows, answers, manifest, prompt, settings)
 

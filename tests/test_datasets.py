@@ -1113,6 +1113,23 @@ def test_a_run_is_not_scored_against_another_edition(both_pathvqa, tmp_path, cap
             assert ("unknown ids" in capsys.readouterr().err) != fits
 
 
+def test_row_numbers_of_another_edition_are_not_taken_for_ids(both_pathvqa, tmp_path, capsys):
+    from stllava_eval.cli import main
+
+    official, hub = both_pathvqa
+    (tmp_path / "a.jsonl").write_text('{"id": 0, "answer": "Liver"}\n{"id": 1, "answer": "no"}\n')  # right, of the copy
+    score = ["score", "--task", "pathvqa", "--answers", str(tmp_path / "a.jsonl")]
+    prepare("pathvqa", "test", official)
+    assert main(score) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "stllava-eval: pathvqa: the 2 ids are the row numbers of the deduplicated test, 0 to 1, and the official test "
+        "is prepared now, whose numbers are other questions. Prepare that edition, whose ids are dedup-0 to dedup-1."
+    )
+    prepare("pathvqa", "test", hub)
+    (tmp_path / "a.jsonl").write_text('{"id": "dedup-0", "answer": "Liver"}\n{"id": "dedup-1", "answer": "no"}\n')
+    assert main(score) == 0
+
+
 def test_the_command_prints_the_notes_and_which_editions_there_are(both_pathvqa, capsys):
     from stllava_eval.cli import main
 
