@@ -746,39 +746,45 @@ class _Found:
     reference: str
     kind: str | None
     categories: dict[str, str]
+    path_alone: bool  # its image has a path and no bytes
 
 
 def _found_rows(name: str, split: str, files: Files) -> tuple[list[_Found], list[str]]:
     """The split's rows in the source's order, and notes for the manifest."""
     part = split.removesuffix("_zh")
     records, place = {"vqarad": _vqarad, "slake": _slake, "pathvqa": _pathvqa}[name](split, part, files)
-    found, broken, unwrapped = [], [], []
+    found: list[_Found] = []
+    broken: dict[str, list[str]] = defaultdict(list)  # the rows, by what is wrong with them
+    unwrapped: dict[str, list[str]] = defaultdict(list)  # the rows, by the field that was a list
     for number, record in enumerate(records):
         plain = _unwrapped(name, record)
         try:
             found.append(_found(name, plain, number, place))
-        except InputError as error:
-            broken.append(str(error))
+        except _BrokenRowError as error:
+            broken[str(error)].append(error.place)
             continue
-        unwrapped += [f"{field} of {found[-1].place}" for field in plain if plain[field] is not record[field]]
+        for field in (field for field in plain if plain[field] is not record[field]):
+            unwrapped[field].append(found[-1].place)
     # a set has all ids and kinds or none: those of some rows alone were lost on the way
     for what, lack in (
         ("qid", [row.place for row in found if row.id is None]),
         ("answer_type", [row.place for row in found if row.kind is None]),
     ):
         if lack and (len(lack) < len(found) or (name, what) == ("slake", "answer_type")):
-            broken += [f"{lacking}: no {what}" for lacking in lack]
+            broken[f"no {what}"] += lack
     if broken:
+        told = [f"{_listed(rows)}: {what}" for what, rows in broken.items()]
         raise InputError(
-            f"{files.place}: {len(broken)} broken rows. {_listed(broken)}. Correct them, or pass an unchanged copy."
+            f"{files.place}: {sum(map(len, broken.values()))} broken rows. {_listed(told)}. "
+            "Correct them, or pass an unchanged copy."
         )
     found = [replace(row, id=row.id or f"row-{number}") for number, row in enumerate(found)]
     repeated = [str(id) for id, times in Counter(row.id for row in found).items() if times > 1]
     if repeated:
         raise InputError(f"{files.place}: {place} has several rows of one id: {_listed(repeated)}. Ids are unique.")
     notes = []
-    if unwrapped:
-        notes.append(f"a list of one text was taken for that text in {len(unwrapped)} fields: {_listed(unwrapped)}")
+    for field, rows in unwrapped.items():
+        notes.append(f"{field} was a list of one text in {len(rows)} rows, and that text is taken: {_listed(rows)}")
     if found and found[0].kind is None and (name, split) != ("vqarad", "test"):
         found = [replace(row, kind=_yes_no_kind(row.reference)) for row in found]
         notes.append(f"kind from the answer (closed: yes or no) in {len(found)} rows: {place} has no answer_type")
@@ -798,7 +804,7 @@ def _vqarad(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], 
         for name in files.names
         if name.endswith((".json", ".jsonl"))
         and (records := _json_records(files, name))
-        and {"image_name", "question", "answer", "answer_type"} <= records[0].keys()
+        and {"image_name", "question", "answer"} <= records[0].keys()
     }
     for name, records in tables.items():
         if any(_is_test(record) for record in records):
@@ -1033,11 +1039,19 @@ def parquet_rows(source: Any, place: str) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
+class _BrokenRowError(InputError):
+    """What is wrong with a row."""
+
+    def __init__(self, place: str, what: str) -> None:
+        super().__init__(what)
+        self.place = place
+
+
 def _found(name: str, record: Mapping[str, Any], number: int, file: str) -> _Found:
     """The row in a record.
 
     Raises:
-        InputError: A field that is read is missing, or is no text, number, id or image, with the row and the field.
+        _BrokenRowError: A field that is read is missing, or is no text, number, id or image.
     """
     place = f"{file} row {number}"
     try:
@@ -1051,23 +1065,23 @@ def _found(name: str, record: Mapping[str, Any], number: int, file: str) -> _Fou
             raise InputError("question is empty")
         reference = fields.text(record["answer"], "answer", numbers=name == "vqarad")
         picture, image = _picture(name, record), fields.image(record.get("image"))
-        if isinstance(image, str) and picture:
-            image = None  # a path of the machine that wrote the copy
         if not (image or picture):
             raise InputError("no image")
+        content = image if isinstance(image, bytes) else picture or image  # a path is the writer's, a name the set's
         return _Found(
             place,
             # data_RAD numbers VQA-RAD's questions anew
             f"data_RAD-{qid}" if qid and name == "vqarad" and "qid_linked_id" not in record else qid,
-            image or picture or b"",
+            content or b"",
             picture,
             question,
             reference,
             _yes_no_kind(reference) if name == "pathvqa" else _kind(record.get("answer_type")),
             {ours: _category(record.get(theirs), theirs) for ours, theirs in DATASETS[name].categories.items()},
+            isinstance(image, str),
         )
     except InputError as error:
-        raise InputError(f"{place}: {error}") from error
+        raise _BrokenRowError(place, str(error)) from error
 
 
 def _kind(told: object) -> str | None:
@@ -1121,11 +1135,10 @@ def _find_images(found: Sequence[_Found], files: Files) -> tuple[list[bytes], li
             )
     by_image = {image: content[candidates[key][0]] if candidates[key] else b"" for image, key in named.items()}
     images = [by_image[row.image] if isinstance(row.image, str) else row.image for row in found]
-    missing = [
-        f"{row.place}: no {row.image!r}" + (" (its image has this path and no bytes)" if row.image_id is None else "")
-        for row, image in zip(found, images, strict=True)
-        if not image
-    ]
+    lacking = [row for row, image in zip(found, images, strict=True) if not image]
+    missing = [f"{row.place}: no {row.image!r}" for row in lacking]
+    if lacking and lacking[0].path_alone:
+        missing[0] += f" in the source, and its image has a path and no bytes ({fields.IMAGE})"
     return images, missing
 
 

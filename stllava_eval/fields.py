@@ -14,7 +14,7 @@ from typing import Any
 from stllava_eval.errors import InputError
 
 SHOWN = 60  # characters of a value in a message. Our choice
-IMAGE = "an image is {bytes, path}, with the whole file (JPEG, PNG, ...) in bytes, as `datasets` writes it"
+IMAGE = "an image is {bytes, path}, with the whole file (JPEG, PNG, ...) in bytes, as on the hub"
 
 
 def missing(value: object) -> bool:

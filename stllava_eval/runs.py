@@ -530,7 +530,7 @@ def score_table(
     if other is not None and other.name != manifest["edition"] and not manifest["sample"]:
         raise InputError(
             f"{task}: the {len(answers)} ids are the row numbers of the {other.name}, 0 to {other.rows - 1}, and "
-            f"the {manifest['edition']} is prepared now, whose numbers are other questions. Prepare that edition, whose "
+            f"the {manifest['edition']} is prepared now, whose numbers are other questions. Prepare that edition; its "
             f"ids are {other.prefix}0 to {other.prefix}{other.rows - 1}."
         )
     return _score(task, rows, answers, manifest, prompt, settings)

@@ -737,9 +737,9 @@ def test_a_field_that_can_have_one_meaning_is_read(tmp_path, small_slake, change
 def test_a_list_of_one_text_is_that_text_and_the_manifest_says_so(tmp_path, small_slake):
     change = {"question": ["Is there a 1?"], "answer": ["Lung"], "answer_type": ["CLOSED"], "modality": ["CT"]}
     manifest = prepare("slake", "validation", slake_with(tmp_path, **change, q_lang=["en"]))
-    assert manifest.notes == (
-        "a list of one text was taken for that text in 5 fields: question of qid 101; answer of qid 101; "
-        "q_lang of qid 101; modality of qid 101; answer_type of qid 101",
+    assert manifest.notes == tuple(
+        f"{field} was a list of one text in 1 rows, and that text is taken: qid 101"
+        for field in ("question", "answer", "q_lang", "modality", "answer_type")
     )
     row = read_rows("slake", "validation")[1]
     assert (row.question, row.reference, row.kind, row.categories["modality"]) == (
@@ -764,9 +764,33 @@ def test_references_in_lists_of_one_text_are_the_official_split(shared, tmp_path
     rows = [{**row, "answer": [row["answer"]]} for row in records_of(shared / "data/vqarad/testset.json")]
     manifest = prepare("vqarad", "test", vqarad_folder(shared, tmp_path, rows))
     assert manifest.official
-    assert manifest.notes[0].startswith("a list of one text was taken for that text in 451 fields: answer of qid ")
+    assert len(manifest.notes) == 1
+    assert manifest.notes[0].startswith("answer was a list of one text in 451 rows, and that text is taken: qid ")
     wrapped = manifest.sha256_rows
     assert prepare("vqarad", "test", shared / "data/vqarad").sha256_rows == wrapped
+
+
+def test_rows_with_one_fault_are_named_together(tmp_path, small_slake):
+    rows = [{**row, "answer": NAN if row["qid"] < 102 else 7} for row in slake_rows()]
+    with pytest.raises(InputError) as refused:
+        prepare("slake", "validation", slake_folder(tmp_path, rows=rows))
+    assert str(refused.value) == (
+        f"{tmp_path}/slake: 3 broken rows. qid 100; qid 101: answer is nan, a missing value (pandas reads the word "
+        "None so, too), and not a text; qid 102: answer 7 is a number, and not a text. Correct them, or pass an unchanged "
+        "copy."
+    )
+
+
+def test_vqarads_own_file_without_kinds_gives_the_official_test_and_no_official_train(shared, tmp_path):
+    public = records_of(shared / "data/vqarad/VQA_RAD Dataset Public.json")
+    rows = [{key: value for key, value in row.items() if key != "answer_type"} for row in public]
+    (tmp_path / "public.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "images").symlink_to(shared / "data/vqarad/images")
+    manifest = prepare("vqarad", "test", tmp_path)
+    assert manifest.official
+    assert manifest.counts["closed"] == 272
+    with pytest.raises(InputError, match=r"found 1797 = \d+ closed"):
+        prepare("vqarad", "train", tmp_path)
 
 
 @pytest.mark.parametrize("damage", [["yes", "no"], NAN, None, {"a": 1}, True], ids=str)
@@ -830,7 +854,7 @@ def image_column(tmp_path: Path, images: list, type_: pa.DataType | None = None)
     return tmp_path / "hub"
 
 
-FORM = "an image is {bytes, path}, with the whole file (JPEG, PNG, ...) in bytes, as `datasets` writes it"
+FORM = "an image is {bytes, path}, with the whole file (JPEG, PNG, ...) in bytes, as on the hub"
 STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
@@ -850,18 +874,18 @@ STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
         (
             [{"data": b"1"}] * 3,
             None,
-            "3 broken rows. data/test-00000-of-00001.parquet row 0: image has the keys data; " + FORM,
+            "3 broken rows. {0} row 0; {0} row 1; {0} row 2: image has the keys data; an image is",
         ),
         ([{"bytes": b"", "path": "a.jpg"}, None, None], STRUCT, f"parquet row 0: image has empty bytes; {FORM}"),
         ([{"bytes": b"", "path": None}, None, None], STRUCT, f"parquet row 0: image has empty bytes; {FORM}"),
         ([{"bytes": None, "path": None}, None, None], STRUCT, f"parquet row 0: image has no bytes; {FORM}"),
         ([{"bytes": None, "path": " "}, None, None], STRUCT, f"parquet row 0: image has no bytes; {FORM}"),
-        ([None] * 3, STRUCT, "3 broken rows. data/test-00000-of-00001.parquet row 0: no image"),
-        ([None] * 3, pa.null(), "3 broken rows. data/test-00000-of-00001.parquet row 0: no image"),
+        ([None] * 3, STRUCT, "3 broken rows. {0} row 0; {0} row 1; {0} row 2: no image"),
+        ([None] * 3, pa.null(), "3 broken rows. {0} row 0; {0} row 1; {0} row 2: no image"),
         (
             [{"bytes": None, "path": "/home/a/test/1.jpg"}] * 3,
             STRUCT,
-            "row 0: no '/home/a/test/1.jpg' (its image has this path and no bytes)",
+            f"row 0: no '/home/a/test/1.jpg' in the source, and its image has a path and no bytes ({FORM})",
         ),
         ([{"bytes": b"no image", "path": None}] * 3, STRUCT, "row 0 (3 rows): 8 bytes are no JPEG"),
     ],
@@ -870,7 +894,7 @@ STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 def test_a_damaged_image_column_says_what_it_should_be(tmp_path, small_pathvqa, images, type_, told):
     with pytest.raises(InputError) as refused:
         prepare("pathvqa", "test", image_column(tmp_path, images, type_))
-    assert told in str(refused.value)
+    assert told.replace("{0}", "data/test-00000-of-00001.parquet") in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
@@ -1123,7 +1147,7 @@ def test_row_numbers_of_another_edition_are_not_taken_for_ids(both_pathvqa, tmp_
     assert main(score) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "stllava-eval: pathvqa: the 2 ids are the row numbers of the deduplicated test, 0 to 1, and the official test "
-        "is prepared now, whose numbers are other questions. Prepare that edition, whose ids are dedup-0 to dedup-1."
+        "is prepared now, whose numbers are other questions. Prepare that edition; its ids are dedup-0 to dedup-1."
     )
     prepare("pathvqa", "test", hub)
     (tmp_path / "a.jsonl").write_text('{"id": "dedup-0", "answer": "Liver"}\n{"id": "dedup-1", "answer": "no"}\n')
