@@ -776,8 +776,8 @@ def test_rows_with_one_fault_are_named_together(tmp_path, small_slake):
         prepare("slake", "validation", slake_folder(tmp_path, rows=rows))
     assert str(refused.value) == (
         f"{tmp_path}/slake: 3 broken rows. qid 100; qid 101: answer is nan, a missing value (pandas reads the word "
-        "None so, too), and not a text; qid 102: answer 7 is a number, and not a text. Correct them, or pass an unchanged "
-        "copy."
+        "None so, too), and not a text; qid 102: answer 7 is a number, and not a text. "
+        "Correct them, or pass an unchanged copy."
     )
 
 
@@ -1135,6 +1135,21 @@ def test_a_run_is_not_scored_against_another_edition(both_pathvqa, tmp_path, cap
             found = main(["score", "--task", "pathvqa", "--answers", str(tmp_path / f"{run}.jsonl")])
             assert found == (0 if fits else 2)
             assert ("unknown ids" in capsys.readouterr().err) != fits
+
+
+def test_a_run_during_which_another_edition_was_prepared_is_not_written(both_pathvqa, tmp_path):
+    from stllava_eval.extract import final_answer
+    from stllava_eval.runs import answered, write_run
+
+    prepare("pathvqa", "test", both_pathvqa[0])
+    split = read_split("pathvqa", "test", images=False).to_list()
+    rows = [answered("pathvqa", row, row["question"], final_answer("yes")) for row in split]
+    prepare("pathvqa", "test", both_pathvqa[1])
+    with pytest.raises(
+        InputError, match=r"3 questions that were asked are not in the deduplicated test, .*\(0, 1, 2\)"
+    ):
+        write_run(rows, {"checkpoint": {"name": "a", "sha256": "0"}}, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_row_numbers_of_another_edition_are_not_taken_for_ids(both_pathvqa, tmp_path, capsys):
