@@ -90,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
         name="prepare",
         help="check an official split and write it under $STLLAVA_HOME/data",
         description="Check an official split, counts and images, and write it as one Parquet file with a manifest "
-        "under $STLLAVA_HOME/data. A split with other counts is refused.",
+        "under $STLLAVA_HOME/data. A split with other counts is refused. Of several editions that are prepared, the "
+        "one named last is in use; the same call takes another into use again at once.",
         examples=[
             "stllava-eval prepare --sample",
             "stllava-eval prepare vqarad --from ~/downloads/vqa_rad",
@@ -391,11 +392,17 @@ def _prepare(arguments: argparse.Namespace) -> int:
     else:
         manifests = [datasets.prepare(arguments.dataset, arguments.split, arguments.source)]
     for manifest in manifests:
-        counts = manifest.counts
+        counts, what = manifest.counts, f"{manifest.dataset} {manifest.split}"
         _show(
-            f"{manifest.dataset} {manifest.split} ({manifest.edition}): {counts['rows']} questions = "
+            f"{what} ({manifest.edition}): {counts['rows']} questions = "
             f"{counts['closed']} closed + {counts['open']} open on {counts['images']} images"
         )
+        for note in manifest.notes:
+            _tell(f"{what}: note: {note}")
+        for other in datasets.prepared_editions(manifest.dataset, manifest.split)[1:]:
+            _tell(
+                f"{what}: the {other.edition} is kept beside it; {datasets.how_to_use(other)} takes it into use again"
+            )
     return 0
 
 

@@ -225,6 +225,11 @@ def write_run(
     for task in sorted(by_task):
         manifest, split_rows = _prepared(dataset_of(task))
         of_task = by_task[task]
+        if unknown := sorted(of_task.keys() - {row["id"] for row in split_rows}):
+            raise InputError(
+                f"{task}: {len(unknown)} questions that were asked are not in the {manifest['edition']}, which was "
+                f"prepared meanwhile ({some(unknown)}). Prepare the split that was asked, and run again."
+            )
         asked = [row for row in split_rows if row["id"] in of_task]
         lines = [of_task[row["id"]][draw] for row in asked for draw in sorted(of_task[row["id"]])]
         preset = prompt_preset(lines)
@@ -421,11 +426,16 @@ def refuse_other_split(task: str, run: RunTask, folder: Path) -> None:
     Raises:
         InputError: What is prepared now has other rows or images, or an answer is to none of its questions.
     """
+    from stllava_eval.datasets import how_to_use, prepared_editions
+
     prepared, rows = _prepared(dataset_of(task))
     if (run.sha256_rows, run.sha256_pixels) != (prepared["sha256_rows"], prepared["sha256_pixels"]):
+        asked = (run.sha256_rows, run.sha256_pixels)
+        kept = [of for of in prepared_editions(dataset_of(task), "test") if (of.sha256_rows, of.sha256_pixels) == asked]
+        again = f"Run {how_to_use(kept[0])}" if kept else "Prepare the run's split again"
         raise InputError(
             f"{folder}: its {task} is {run.edition}, but {prepared['edition']} is prepared now, with other rows or "
-            "images. Prepare the run's split again, or run again."
+            f"images. {again}, or run again."
         )
     if run.not_asked + len(run.replies) != len(rows):
         raise InputError(
@@ -528,6 +538,8 @@ def score_table(
     Raises:
         InputError: The split is not prepared, or an id is not of it.
     """
+    from stllava_eval.datasets import numbered_edition
+
     manifest, rows = _prepared(dataset_of(task), split)
     unknown = sorted(set(answers) - {row["id"] for row in rows})
     if unknown:
@@ -537,6 +549,13 @@ def score_table(
             f"{task}: {len(unknown)} unknown ids ({some(unknown)}).{hint} Ids are the data set's own, as in "
             f"{manifest['dataset']} {manifest['split']} ({manifest['edition']}), for example {rows[0]['id']}; "
             "--ignore-unknown leaves out those of other splits."
+        )
+    other = numbered_edition(dataset_of(task), split, answers)
+    if other is not None and other.name != manifest["edition"] and not manifest["sample"]:
+        raise InputError(
+            f"{task}: the {len(answers)} ids are the row numbers of the {other.name}, 0 to {other.rows - 1}, and "
+            f"the {manifest['edition']} is prepared now, whose numbers are other questions. Prepare that edition; its "
+            f"ids are {other.prefix}0 to {other.prefix}{other.rows - 1}."
         )
     return _score(task, rows, answers, manifest, prompt, settings)
 
