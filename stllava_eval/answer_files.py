@@ -1,39 +1,47 @@
 """A file of answers that others wrote -> the final answer to each question, after every line was held to its question.
 
-What people send differs: in layout, in the names of its fields, in its ids. A name that could mean two things is
-refused. Where a line carries its question, reference or image, these must be those of its id: ids of another edition
-are often ids of this one too, of other questions.
+What people send differs: in the names of its fields, in its ids, in whether it has ids at all. A name that could mean
+two things is refused. Where a row carries its question, reference or image, these must be those of its id: ids of
+another edition are often ids of this one too, of other questions. What the file does not say about prompt and images
+is called "not recorded".
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stllava_eval.errors import InputError, one_line
+from stllava_eval.answer_layouts import rows_of
+from stllava_eval.datasets import DATASETS
+from stllava_eval.errors import InputError
 from stllava_eval.extract import FINAL, SIGNATURES, Final, finals, opened, unsealed, with_opened_thoughts
-from stllava_eval.home import loads, read_bytes, read_text
-from stllava_eval.runs import dataset_of, ended, open_run, some, split_rows
+from stllava_eval.metrics import is_failed_request
+from stllava_eval.questions import PROMPTS, text
+from stllava_eval.runs import NOT_RECORDED, dataset_of, ended, open_run, prompt_of, some, split_rows
 
 log = logging.getLogger("stllava_eval")
 
 IDS = ("id", "question_id", "qid")
 ANSWERS = (
     *("answer", "text", "model_answer", "response", "prediction", "pred", "output", "generated_text"),
-    *("model_output", "model_response", "predicted_answer", "generation", "completion", "hypothesis"),
+    *("model_output", "model_response", "predicted_answer", "generation", "completion", "hypothesis", "predict"),
 )
 """Fields in which files of answers hold what the model said."""
-QUESTIONS = ("question", "prompt", "query")
-REFERENCES = ("reference", "gt_ans", "gt_answer", "ground_truth", "gold")
+QUESTIONS = ("question", "query", "prompt", "input")
+PROMPTED = ("prompt", "input")  # those with more than the question in them; lmms-eval's samples have `input`
+REFERENCES = ("reference", "gt_ans", "gt_answer", "ground_truth", "gold", "target", "label", "labels")
 PICTURES = ("image_name", "img_name", "image")
-PARQUET_BYTES = 2**30  # of a file of answers, unpacked (our choice): PathVQA's 6,761 answers of 4,096 tokens have 0.1
+IMAGE_MARK = "<image>"  # which the LLaVA family writes into its prompts
+LANGUAGES = ("q_lang", "lang")  # SLAKE's own field, and MedEvalKit's
+INDISTINCT = (
+    0.1  # of a file without ids, at most (our choice): VQA-RAD's hub copy has 26 of 451 rows, SLAKE 751 of 1,061
+)
 
 
 @dataclass(frozen=True)
@@ -43,16 +51,39 @@ class AnswerFile:
     replies: dict[str, tuple[Final, ...]]
     """By question id, in the order of their draws."""
     settings: dict[str, Any]
-    """Those of `runs.DECIDING` that are known: `extract` always, the others of a run folder's answers."""
-    prompt: str = "bare"
-    """Of a run folder's answers, the preset that was asked."""
+    """Those of `runs.DECIDING` that are known, and `extract` and `images` always."""
+    prompt: str = NOT_RECORDED
+    """The preset of `questions.PROMPTS` that was asked, `custom` with a hash, or that nobody says."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """What the model was asked, by question id; empty where nobody says."""
     left_out: int = 0
-    """Lines about questions that the split does not have, where these are to be ignored."""
+    """Rows about questions that the split does not have, where these are to be ignored."""
 
     @property
     def answers(self) -> dict[str, str]:
         """By question id, the final answer of the first reply."""
         return {name: of[0].answer for name, of in self.replies.items()}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file of answers is to be read, where its reader decides."""
+
+    extract: str | None = None
+    """The rule that takes the final answer out of each reply. None takes the answers of a run folder as they are
+    there, and `final` for every other row."""
+    answer_field: str | None = None
+    """The field that holds what the model said; None finds it, where only one field can be meant."""
+    id_field: str | None = None
+    """The field that holds the question's id; None finds it."""
+    ignore_unknown: bool = False
+    """Leave out rows whose question the split does not have, as in files that hold more than one split."""
+    split: str = "test"
+    """The prepared split that was asked."""
+    prompt: str | None = None
+    """The preset of `questions.PROMPTS` that was asked, where neither the file nor the task's name says so."""
+    images: str | None = None
+    """Which images were shown (own, other, black), where the file does not say."""
 
 
 @dataclass(frozen=True)
@@ -68,53 +99,48 @@ class _Said:
     extract: str = ""
     """The signature of the rule that took it out."""
     ours: bool = False
-    """The line is of a run folder or of lmms-eval, so opened thoughts are marked already."""
+    """The row is of a run folder or of lmms-eval, so opened thoughts are marked already."""
 
 
-def read_answers(
-    file: Path,
-    task: str,
-    extract: str | None = None,
-    answer_field: str | None = None,
-    id_field: str | None = None,
-    ignore_unknown: bool = False,
-) -> AnswerFile:
-    """Read the final answers in a file: JSON lines, a JSON array, CSV, TSV or Parquet.
+def read_answers(file: Path, task: str, reading: Reading = Reading()) -> AnswerFile:
+    """Read the final answers in a file: JSON lines, a JSON array, CSV, TSV, Parquet or an Excel sheet.
 
     Rows are ours (`id`, `answer`; of a run folder with `reply` too), of the LLaVA family (`question_id`, `text`), of
-    lmms-eval's samples of our tasks, or name their answer by one of `ANSWERS`. Rows of another task are left out.
+    lmms-eval's samples of our tasks, or name their answer by one of `ANSWERS`. Rows of another task are left out. A
+    file without ids, as MedEvalKit and VLMEvalKit write them, is read by its questions and references.
 
     Args:
         file: The file.
-        task: Whose answers are wanted.
-        extract: The rule that takes the final answer out of each reply. None takes the answers of a run folder as they
-            stand there, and `final` for every other row.
-        answer_field: The field that holds what the model said; None finds it, where only one field can be meant.
-        id_field: The field that holds the question's id; None finds it.
-        ignore_unknown: Leave out rows whose id the split does not have, as in files that hold more than one split.
+        task: Whose answers are wanted. A task with a prompt in its name (`vqarad_short`) says what was asked.
+        reading: What its reader decides.
 
     Raises:
         InputError: The file cannot be read or is empty, a row lacks an id or an answer or has several fields that may
-            be its answer, an id comes twice, a row is about another question than its id, or the answers were taken out
-            by different rules.
+            be its answer, an id comes twice, a row is about another question than its id, the answers were taken out
+            by different rules, or the file says another prompt or other images than `reading`.
     """
-    split = split_rows(dataset_of(task))
-    rows = [(place, row) for place, row in _rows(file) if row.get("task", task) == task]
-    if not rows:
-        raise InputError(f"{file}: no answers of {task}. Each line is one object with id and answer.")
-    renamed = _data_rad_ids(task, [_id(row, id_field) for _, row in rows], split)
+    split = split_rows(dataset_of(task), reading.split)
     known = {row["id"]: row for row in split}
-    questions = {name: str(row["question"]) for name, row in known.items()}
+    rows = _rows_of_task(file, task)
+    has_ids = reading.id_field or any("doc_id" in row or _id(row, None) is not None for _, row in rows)
+    if has_ids:
+        renamed = _data_rad_ids(task, [_id(row, reading.id_field) for _, row in rows], split)
+        named = [_id_and_reply(place, row, split, known, reading) for place, row in rows]
+        named = [(renamed.get(name, name), said) for name, said in named]
+    else:
+        ids = _ids_by_content(file, rows, split, reading)
+        named = [
+            (name, _reply(place, row, name, known, reading, ids=False))
+            for name, (place, row) in zip(ids, rows, strict=True)
+        ]
     found: dict[tuple[str, int], _Said] = {}
     repeated, left_out = [], 0
-    for place, row in rows:
-        name, said = _id_and_reply(place, row, split, questions, answer_field, id_field)
-        name = renamed.get(name, name)
-        if ignore_unknown and name not in known:
+    for (place, row), (name, said) in zip(rows, named, strict=True):
+        if reading.ignore_unknown and name not in known:
             left_out += 1
             continue
         if name in known:
-            _refuse_another_question(place, name, row, known[name], answer_field)
+            _refuse_another_question(place, name, row, known[name], reading.answer_field, reading.split)
         draw = row.get("draw", 0)
         draw = int(draw) if isinstance(draw, str) and draw.isdecimal() else draw
         if type(draw) is not int or draw < 0:
@@ -128,74 +154,33 @@ def read_answers(
         )
     if not found:
         raise InputError(f"{file}: none of its {left_out} ids is one of {task}, for example {split[0]['id']}.")
-    read = _answer_file(file, task, found, questions, extract)
+    read = _with_prompt(file, task, _answer_file(file, task, found, known, reading), found, known, reading.prompt)
     _warn_of_references(file, read, known)
-    return AnswerFile(read.replies, read.settings, read.prompt, left_out)
+    return replace(read, left_out=left_out)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layouts
+def _rows_of_task(file: Path, task: str) -> list[tuple[str, dict[str, Any]]]:
+    """The rows that are about the task: those of another of our tasks, or of SLAKE's Chinese half, are left out.
 
-
-def _rows(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The place, for messages, and the fields of each row."""
-    suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        return [(f"{file} row {number}", row) for number, row in enumerate(_parquet(file))]
-    try:
-        text = read_text(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error}). Pass a JSONL file of answers.") from error
-    if suffix in (".csv", ".tsv"):
-        table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",")
-        try:
-            return [(f"{file}:{table.line_num}", {str(name): cell for name, cell in row.items()}) for row in table]
-        except csv.Error as error:
-            raise InputError(f"{file}:{table.line_num}: no {suffix[1:].upper()} ({error}). Write it again.") from error
-    if text.lstrip().startswith("["):
-        return [(f"{file} item {number}", row) for number, row in enumerate(_array(file, text))]
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):  # an answer may hold other line separators
-        if not line.strip():
-            continue
-        try:
-            row = loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{file}:{number}: not JSON ({error}). Each line is one object with id and answer."
-            ) from error
-        if not isinstance(row, dict):
-            raise InputError(f"{file}:{number}: not an object. Each line is one object with id and answer.")
-        found.append((f"{file}:{number}", row))
-    return found
-
-
-def _array(file: Path, text: str) -> list[dict[str, Any]]:
-    try:
-        rows = loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON ({error}). Pass a list of objects with id and answer.") from error
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise InputError(f"{file} item {number}: not an object. Each item is one object with id and answer.")
+    Raises:
+        InputError: None is left.
+    """
+    every = rows_of(file)
+    rows = [
+        (place, row)
+        for place, row in every
+        if (named := str(row.get("task", task))) == task or dataset_of(named) not in DATASETS
+    ]
+    if dataset_of(task) == "slake":  # our SLAKE is the English half, as in the papers
+        spoken = [next((str(row[name]) for name in LANGUAGES if row.get(name)), "en") for _, row in rows]
+        rows = [row for row, language in zip(rows, spoken, strict=True) if language.lower() == "en"]
+        if other := len(spoken) - len(rows):
+            log.warning("%s: %d rows in other languages than English are left out.", file, other)
+    if not rows:
+        said = sorted({str(row["task"]) for _, row in every if "task" in row})
+        hint = f" Its rows are of {some(said)}." if said else ""
+        raise InputError(f"{file}: no answers of {task}.{hint} Each row has id and answer.")
     return rows
-
-
-def _parquet(file: Path) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        opened_file = pq.ParquetFile(pa.BufferReader(read_bytes(file)))
-        groups = range(opened_file.num_row_groups)
-        if (size := sum(opened_file.metadata.row_group(number).total_byte_size for number in groups)) > PARQUET_BYTES:
-            raise InputError(
-                f"{file}: {size:,} bytes unpacked, and at most {PARQUET_BYTES:,} are read. Pass the answers."
-            )
-        names = [name for name in opened_file.schema_arrow.names if name != "image"]  # pictures are not looked at
-        return opened_file.read(columns=names).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: no Parquet file ({one_line(error)}). Write it again.") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,20 +201,36 @@ def _id_and_reply(
     place: str,
     row: Mapping[str, Any],
     split: Sequence[Mapping[str, Any]],
-    questions: Mapping[str, str],
-    answer_field: str | None,
-    id_field: str | None,
+    known: Mapping[str, Mapping[str, Any]],
+    reading: Reading,
 ) -> tuple[str, _Said]:
     """A row's id and reply.
 
     Raises:
         InputError: It lacks one, or has several fields that may be its answer.
     """
-    if "doc_id" in row and not answer_field:
+    if "doc_id" in row and not reading.answer_field:
         return _sample(place, row, split)
-    name = _id(row, id_field)
+    name = _id(row, reading.id_field)
     if name is None:
-        raise InputError(_lacks(place, row, "id", (id_field,) if id_field else IDS))
+        raise InputError(_lacks(place, row, "id", (reading.id_field,) if reading.id_field else IDS))
+    return name, _reply(place, row, name, known, reading)
+
+
+def _reply(
+    place: str,
+    row: Mapping[str, Any],
+    name: str,
+    known: Mapping[str, Mapping[str, Any]],
+    reading: Reading,
+    ids: bool = True,
+) -> _Said:
+    """What a row says the model replied to question `name`; `ids` is false where the file has none.
+
+    Raises:
+        InputError: The row has no reply, or several fields that may be it.
+    """
+    answer_field = reading.answer_field
     if "reply" in row and "extract" in row and not answer_field:  # a run folder's
         if not all(isinstance(row[key], str) for key in ("reply", "answer", "extract")):
             raise InputError(f"{place}: no answer. A line of a run folder has reply, answer and extract, all text.")
@@ -240,12 +241,13 @@ def _id_and_reply(
             )
         final = Final(row["answer"], was_cut, tuple(map(str, forms)), row["reply"])
         asked = row["text"] if isinstance(row.get("text"), str) else None
-        return name, _Said(row["reply"], asked, ended(row), final, row["extract"], ours=True)
-    field = answer_field or _answer_field(place, row, questions.get(name, ""))
-    if not isinstance(row.get(field), str):
+        return _Said(row["reply"], asked, ended(row), final, row["extract"], ours=True)
+    question = str(known[name]["question"]) if name in known else ""
+    chosen = answer_field or _answer_field(place, row, question, ids)
+    if not isinstance(row.get(chosen), str):
         raise InputError(_lacks(place, row, "answer", (answer_field,) if answer_field else ANSWERS))
-    asked = row.get("text" if field == "answer" else "prompt")
-    return name, _Said(row[field], asked if isinstance(asked, str) else None, ended(row))
+    asked = next((row[key] for key in ("prompt", "text") if key != chosen and isinstance(row.get(key), str)), None)
+    return _Said(row[chosen], asked if asked and _folded(question) in _folded(asked) else None, ended(row))
 
 
 def _sample(place: str, row: Mapping[str, Any], split: Sequence[Mapping[str, Any]]) -> tuple[str, _Said]:
@@ -260,16 +262,21 @@ def _sample(place: str, row: Mapping[str, Any], split: Sequence[Mapping[str, Any
     name = ids[0] if ids else fallback
     if name is None or not isinstance(reply, str):
         raise InputError(f"{place}: no {'answer' if name else 'id'}. Pass the samples that lmms-eval wrote.")
-    return name, _Said(reply, ours=True)
+    asked = row.get("input")
+    return name, _Said(reply, asked if isinstance(asked, str) and asked else None, ours=True)
 
 
-def _answer_field(place: str, row: Mapping[str, Any], question: str) -> str:
+def _answer_field(place: str, row: Mapping[str, Any], question: str, ids: bool) -> str:
     """The one field that may hold what the model said.
+
+    Where a file has no ids, `answer` beside another such field was the reference that the row was found by.
 
     Raises:
         InputError: There are several.
     """
     held = [name for name in ANSWERS if name in row]
+    if not ids and len(held) > 1 and "answer" in held:
+        held.remove("answer")
     if {"text", "answer"} <= row.keys() and question and _folded(question) in _folded(row["text"]):
         held.remove("text")  # what was asked, as in a line of an older run folder
     if len(held) > 1:
@@ -289,15 +296,92 @@ def _lacks(place: str, row: Mapping[str, Any], what: str, names: Sequence[str]) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a line carries must be its question's
+# Files without ids
 
 
 def _folded(text: object) -> str:
-    return " ".join(str(text).lower().split())
+    """Lower case, single spaces, and none before a mark: copies of a data set differ in these."""
+    return re.sub(r" (?=[?.,;:!])", "", " ".join(str(text).lower().split()))
+
+
+def _asked_and_reference(place: str, row: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The question, or the prompt around it, and the reference of a row without an id."""
+    question = next((row[name] for name in QUESTIONS if isinstance(row.get(name), str)), None)
+    if question is None:
+        raise InputError(_lacks(place, row, "id", IDS))
+    references = [*REFERENCES, *(["answer"] if sum(name in row for name in ANSWERS) > 1 else [])]
+    reference = next((row[name] for name in references if isinstance(row.get(name), str | int | float)), None)
+    return _folded(question), None if reference is None else _folded(reference)
+
+
+def _ids_by_content(
+    file: Path, rows: Sequence[tuple[str, Mapping[str, Any]]], split: Sequence[Mapping[str, Any]], reading: Reading
+) -> list[str]:
+    """The id of each row of a file that has none, found by its question and reference.
+
+    Rows in the order of the split, from its first one on, are it, since every question and reference says so. In any
+    other order a row is the one that asks its question with its reference. Where several images share both, the rows
+    are taken in order: no mean over all questions depends on that, but intervals, categories and paired comparisons
+    do, so these may be few.
+
+    Raises:
+        InputError: A row has no question, its question is none of the split's, or too many rows cannot be told apart.
+    """
+    keys = [_asked_and_reference(place, row) for place, row in rows]
+    with_reference = all(reference is not None for _, reference in keys)
+    keys = keys if with_reference else [(question, None) for question, _ in keys]
+    asked = [(_folded(row["question"]), _folded(row["reference"]) if with_reference else None) for row in split]
+    whole = [next(name for name in QUESTIONS if isinstance(row.get(name), str)) not in PROMPTED for _, row in rows]
+    if len(keys) <= len(asked) and all(
+        reference == own[1] and (question == own[0] or (not alone and own[0] in question))
+        for (question, reference), own, alone in zip(keys, asked, whole, strict=False)
+    ):
+        log.warning("%s: no ids; its rows are the split's, in the split's order, by question and reference.", file)
+        return [row["id"] for row in split[: len(keys)]]
+    waiting: dict[tuple[str, str | None], list[str]] = defaultdict(list)
+    for key, row in zip(asked, split, strict=True):
+        waiting[key].append(row["id"])
+    several = {key for key, names in waiting.items() if len(names) > 1}
+    indistinct = sum(key in several for key in keys)
+    if indistinct > INDISTINCT * len(keys):
+        raise InputError(
+            f"{file}: no ids, and {indistinct} of {len(keys)} rows ask a question that several images share with its "
+            "reference, in another order than the prepared split's. Keep the order in which they were asked, name the "
+            "ids by --id-field, or prepare the copy of the data set that was asked."
+        )
+    found = []
+    for (place, _), key in zip(rows, keys, strict=True):
+        if waiting[key]:
+            found.append(waiting[key].pop(0))
+        elif reading.ignore_unknown:
+            found.append(f"{place}, a question of another split")
+        else:
+            counted = (
+                "more often than the prepared split does"
+                if key in several or key in asked
+                else ("which the prepared split does not have with this reference")
+            )
+            raise InputError(
+                f"{place}: no id, and it asks {key[0][:80]!r}, {counted}. Prepare the copy of the data set that was "
+                "asked; --ignore-unknown leaves out the rows of other splits."
+            )
+    log.warning(
+        "%s: no ids; its rows are told apart by question and reference.%s",
+        file,
+        f" {indistinct} of {len(keys)} rows share both with another image's and are taken in order, which changes no "
+        "mean over all questions."
+        if indistinct
+        else "",
+    )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a line carries must be its question's
 
 
 def _refuse_another_question(
-    place: str, name: str, row: Mapping[str, Any], known: Mapping[str, Any], answer_field: str | None
+    place: str, name: str, row: Mapping[str, Any], known: Mapping[str, Any], answer_field: str | None, split: str
 ) -> None:
     """Hold a row's question, reference and image to those of its id.
 
@@ -310,28 +394,28 @@ def _refuse_another_question(
 
     def refuse(field: str, has: str) -> None:
         raise InputError(
-            f"{place}: {field} of id {name} is {str(row[field])[:80]!r}, and the prepared split has {has!r}. "
+            f"{place}: {field} of id {name} is {str(row[field])[:80]!r}, and the prepared {split} split has {has!r}. "
             "The ids are those of another edition or split: prepare that one, or pass the ids of this one."
         )
 
-    for field in QUESTIONS:
-        told = row.get(field)
-        if isinstance(told, str) and told.strip() and _folded(known["question"]) not in _folded(told):
-            refuse(field, known["question"])
+    for name_of in QUESTIONS:
+        held = row.get(name_of)
+        if isinstance(held, str) and held.strip() and _folded(known["question"]) not in _folded(held):
+            refuse(name_of, known["question"])
     gold = (*REFERENCES, "answer") if answer_field not in (None, "answer") else REFERENCES
-    for field in gold:
-        told = row.get(field)
-        if isinstance(told, str | int | float) and _folded(told) != _folded(known["reference"]):
-            refuse(field, known["reference"])
+    for name_of in gold:
+        held = row.get(name_of)
+        if isinstance(held, str | int | float) and _folded(held) != _folded(known["reference"]):
+            refuse(name_of, known["reference"])
     own = PurePosixPath(known["image_id"])
-    for field in PICTURES:
-        told = row.get(field)
-        if not isinstance(told, str) or not own.suffix:  # the copy that was prepared has no names of images
+    for name_of in PICTURES:
+        held = row.get(name_of)
+        if not isinstance(held, str) or not own.suffix:  # the copy that was prepared has no names of images
             continue
-        path = PurePosixPath(told.replace("\\", "/"))
+        path = PurePosixPath(held.replace("\\", "/"))
         depth = min(len(path.parts), len(own.parts))
         if path.suffix and path.parts[-depth:] != own.parts[-depth:]:
-            refuse(field, known["image_id"])
+            refuse(name_of, known["image_id"])
 
 
 def _data_rad_ids(task: str, names: Sequence[str | None], split: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -361,34 +445,82 @@ def _warn_of_references(file: Path, read: AnswerFile, known: Mapping[str, Mappin
 
 
 def _answer_file(
-    file: Path, task: str, found: Mapping[tuple[str, int], _Said], questions: Mapping[str, str], extract: str | None
+    file: Path,
+    task: str,
+    found: Mapping[tuple[str, int], _Said],
+    known: Mapping[str, Mapping[str, Any]],
+    reading: Reading,
 ) -> AnswerFile:
-    """The final answer of each line, by the rule that is wanted."""
+    """The final answer of each row, by the rule that is wanted, and the settings that are known."""
+    extract = reading.extract
     rules = {said.extract or SIGNATURES[FINAL] for said in found.values()}
     if extract is None and len(rules) > 1:
         raise InputError(
             f"{file}: its answers were taken out of the replies by different rules ({', '.join(sorted(rules))}). "
             "Pass --extract with the one that is wanted."
         )
-    from stllava_eval.metrics import is_failed_request
-
     foreign = [key for key, said in found.items() if not said.ours and not is_failed_request(said.reply)]
     marked = with_opened_thoughts([found[key].reply for key in foreign], [found[key].ended for key in foreign])
     replies = {key: said.reply for key, said in found.items()} | dict(zip(foreign, marked, strict=True))
     by_id: dict[str, dict[int, Final]] = defaultdict(dict)
     for (name, draw), said in found.items():
-        asked = said.asked if said.asked is not None else questions.get(name, "")
+        asked = said.asked if said.asked is not None else str(known[name]["question"]) if name in known else ""
         if extract is None:
             held = [said.final] if said.final is not None else opened(replies[name, draw], asked)
         else:
             held = finals(unsealed(replies[name, draw]), asked, extract)
         by_id[name].update(enumerate(held, draw))
-    settings: dict[str, Any] = {}
-    prompt = "bare"
+    settings: dict[str, Any] = {"images": NOT_RECORDED}
+    prompt = NOT_RECORDED
     if file.name == "answers.jsonl" and all(said.ours for said in found.values()):
         with suppress(InputError):  # a copy that was taken out of its run folder
             of_task = open_run(file.parent).tasks.get(task)
             if of_task is not None:
-                settings, prompt = of_task.settings, of_task.prompt
+                settings, prompt = settings | of_task.settings, of_task.prompt
+    if reading.images is not None:
+        if settings["images"] not in (NOT_RECORDED, reading.images):
+            raise InputError(f"{file}: --images {reading.images}, but its run was shown {settings['images']} images.")
+        settings["images"] = reading.images
     settings = {**settings, "extract": SIGNATURES[extract] if extract else rules.pop()}
     return AnswerFile({name: tuple(of[draw] for draw in sorted(of)) for name, of in by_id.items()}, settings, prompt)
+
+
+def _with_prompt(
+    file: Path,
+    task: str,
+    read: AnswerFile,
+    found: Mapping[tuple[str, int], _Said],
+    known: Mapping[str, Mapping[str, Any]],
+    given: str | None,
+) -> AnswerFile:
+    """The file with the prompt that was asked: what its rows say, else what its reader says, by option or task name.
+
+    Raises:
+        InputError: They say different things.
+    """
+    of_task = next((preset for preset in PROMPTS if task == f"{dataset_of(task)}_{preset}"), None)
+    preset = of_task or given
+    asked = {name: said.asked for (name, _), said in found.items() if name in known}
+    texts: dict[str, str] = {}
+    if asked and all(held is not None for held in asked.values()):
+        texts = {name: str(held).replace(IMAGE_MARK, "").strip() for name, held in asked.items()}
+        texts = _spelt(texts, known)
+    said = prompt_of(task, [{**known[name], "task": task, "text": held} for name, held in texts.items()])
+    if read.prompt != NOT_RECORDED:  # of a run folder
+        said = read.prompt
+    if preset is not None:
+        if said not in (NOT_RECORDED, preset):
+            what = f"--task {task}" if of_task else f"--prompt {preset}"
+            raise InputError(f"{file}: {what}, but by its rows the prompt was {said}. Name that one.")
+        said = preset
+        texts = texts or {name: text(row, {"prompt": preset}) for name, row in known.items()}
+    return replace(read, prompt=said, texts=texts)
+
+
+def _spelt(texts: Mapping[str, str], known: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The texts as the first preset spells them that they all are but for white space; else as they are."""
+    for preset in PROMPTS:
+        own = {name: text(known[name], {"prompt": preset}) for name in texts}
+        if all(own[name].split() == held.split() for name, held in texts.items()):
+            return own
+    return dict(texts)

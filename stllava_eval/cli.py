@@ -9,14 +9,19 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from stllava_eval import __version__
 from stllava_eval.errors import InputError, of_the_disk, printable
 
 DATASETS = ("vqarad", "slake", "pathvqa")
-TASKS = (*(name + prompt for name in DATASETS for prompt in ("", "_short", "_options")), "medvqa")
+TASKS = (
+    *(name + prompt for name in DATASETS for prompt in ("", "_short", "_options")),
+    *("vqarad_options_llavamed", "medvqa"),
+)
+PROMPTS = ("bare", "short", "options", "options_llavamed")
+IMAGES = ("own", "other", "black")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--limit", type=int, metavar="N", help="first N questions of each task (default: all)")
     run.add_argument(
         "--images",
-        choices=("own", "other", "black"),
+        choices=IMAGES,
         default="own",
         help="show each question its own image, another question's, or a black one (default: own)",
     )
@@ -138,9 +143,10 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser,
         name="score",
         help="score a file of answers, without a model",
-        description="Score a file of answers (JSON lines, a JSON array, CSV, TSV, Parquet) against the prepared test "
-        "split. Rows are ours (id, answer), of the LLaVA family (question_id, text), lmms-eval's samples, or name the "
-        "answer otherwise. Ids are the data set's own; a question, reference or image in a row must be its id's.",
+        description="Score a file of answers (JSON lines, a JSON array, CSV, TSV, Parquet, xlsx) against the prepared "
+        "test split. Rows are ours (id, answer), of the LLaVA family (question_id, text), lmms-eval's samples, or name "
+        "the answer otherwise. Ids are the data set's own; a question, reference or image in a row must be its id's. "
+        "MedEvalKit's and VLMEvalKit's files have no ids and are read by question and reference.",
         examples=[
             "stllava-eval score --task vqarad --answers runs/a/answers.jsonl",
             "stllava-eval score --task slake --answers samples_slake.jsonl --json",
@@ -173,7 +179,24 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--ignore-unknown",
         action="store_true",
-        help="leave out rows whose id the test split does not have (default: refuse them)",
+        help="leave out rows whose question the split does not have (default: refuse them)",
+    )
+    score.add_argument(
+        "--split",
+        default="test",
+        help="the prepared split that was asked; test@NAME is an edition that is not in use (default: test)",
+    )
+    score.add_argument(
+        "--prompt",
+        choices=PROMPTS,
+        help="prompt that was asked, for the signature (default: what the file or the task's name says, else "
+        '"not recorded")',
+    )
+    score.add_argument(
+        "--images",
+        choices=IMAGES,
+        help="images that were shown: own, another question's, black (default: what a run folder says, else "
+        '"not recorded")',
     )
     score.add_argument(
         "--out", type=Path, metavar="RUN", help="write a run folder too, for leaderboard, compare, inspect and gate"
@@ -411,7 +434,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from stllava_eval.answer_files import read_answers
+    from stllava_eval.answer_files import Reading, read_answers
     from stllava_eval.leaderboard import score_text
     from stllava_eval.runs import score_table, some, write_answers
 
@@ -422,13 +445,22 @@ def _score(arguments: argparse.Namespace) -> int:
         )
     if arguments.system and arguments.out is None:
         raise InputError("--system names a run folder's system. Pass --out too, or leave it out.")
+    if arguments.out is not None and arguments.split != "test":
+        raise InputError(f"--out with --split {arguments.split}: a run folder is of the test split. Leave --out out.")
+    if arguments.prompt and all("_" in task for task in tasks):
+        raise InputError(
+            f"--prompt {arguments.prompt}: {', '.join(tasks)} is asked with the prompt in its name. Leave it out, or "
+            "name another task."
+        )
     files = dict(zip(tasks, given, strict=True))
-    how = (arguments.extract, arguments.answer_field, arguments.id_field, arguments.ignore_unknown)
-    answers = {task: read_answers(file, task, *how) for task, file in files.items()}
-    scored = {task: score_table(task, of.replies, of.prompt, of.settings) for task, of in answers.items()}
+    reading = Reading(**{one.name: getattr(arguments, one.name) for one in fields(Reading)})
+    answers = {task: read_answers(file, task, reading) for task, file in files.items()}
+    scored = {
+        task: score_table(task, of.replies, of.prompt, of.settings, arguments.split) for task, of in answers.items()
+    }
     for task, of in scored.items():
         if left_out := answers[task].left_out:
-            _tell(f"{task}: {left_out} rows with ids that the split does not have are left out")
+            _tell(f"{task}: {left_out} rows whose questions the split does not have are left out")
         if of.unanswered:
             _tell(f"{task}: {len(of.unanswered)} questions have no answer and are in no mean: {some(of.unanswered)}")
         if of.doubts and arguments.out is None:  # a run folder that is written says so by itself

@@ -12,6 +12,7 @@ from stllava_eval.compare import METRICS, Paired, differing, paired, refuse_unli
 from stllava_eval.errors import InputError, printable
 from stllava_eval.home import read_text
 from stllava_eval.runs import (
+    NOT_RECORDED,
     QuestionScores,
     Run,
     RunTask,
@@ -297,7 +298,9 @@ def _speed(manifests: Sequence[Mapping[str, Any]], policy: Policy) -> tuple[list
 
 def _notes(baseline: Run, candidate: Run) -> list[str]:
     notes = unlike_settings(baseline, candidate)
-    if (images := baseline.manifest.get("images")) not in (None, "own"):
+    if (images := baseline.manifest.get("images")) == NOT_RECORDED:
+        notes.append("Neither run says which images it was shown. Score with --images own if they were the questions'.")
+    elif images not in (None, "own"):
         notes.append(f"Both runs were shown {images} images: this says nothing about what the images are worth.")
     for task, of in baseline.tasks.items():
         if of.not_asked:

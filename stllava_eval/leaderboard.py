@@ -17,6 +17,7 @@ from typing import Any, Literal
 from stllava_eval.errors import InputError, printable
 from stllava_eval.runs import (
     DECIDING,
+    NOT_RECORDED,
     QuestionScores,
     Run,
     RunTask,
@@ -154,6 +155,7 @@ def _measured(task: str, name: str, data: str, of: RunTask, manifest: Mapping[st
     own = f"{dataset_of(task)} sample" if data == "sample" else dataset_of(task)
     setting = SETTINGS[2] if learnt is None else SETTINGS[1] if own in learnt else SETTINGS[0]
     images = str(manifest.get("images") or "own")
+    unknown = images == NOT_RECORDED
     about = {
         "model": manifest.get("model"),
         "checkpoint": checkpoint["name"],
@@ -169,8 +171,8 @@ def _measured(task: str, name: str, data: str, of: RunTask, manifest: Mapping[st
     }
     return BoardRow(
         task,
-        name if images == "own" else f"{name} ({images} images)",
-        "measured" if images == "own" else "blind",
+        name if images == "own" else f"{name} (images {NOT_RECORDED})" if unknown else f"{name} ({images} images)",
+        "measured" if images == "own" or unknown else "blind",
         setting,
         data,
         _overall(scored),
@@ -199,7 +201,7 @@ def _marked(rows: Sequence[BoardRow]) -> list[BoardRow]:
     alike = defaultdict(list)
     for row in rows:
         if row.kind == "measured":
-            alike[row.setting, row.about["prompt"], row.about.get("extract")].append(row)
+            alike[row.setting, row.about["prompt"], row.about["images"], row.about.get("extract")].append(row)
     for members in alike.values():
         for metric in RANKED:
             for asked, rivals in _rivals(members, metric):

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("stllava_eval")
 
 FORMAT = 1
+NOT_RECORDED = "not recorded"
+"""The prompt or the images of answers from elsewhere, where nobody says."""
 PACKAGES = ("stllava-med", "lmms-eval", "torch", "transformers", "tokenizers", "pillow", "nltk", "numpy")
 FIXED_FIELDS = ("id", "image_id", "image_sha256", "image", "question", "reference", "kind")  # the rest are categories
 
@@ -155,7 +157,7 @@ def dataset_of(task: str) -> str:
 def answered(
     task: str,
     doc: Mapping[str, Any],
-    text: str,
+    text: str | None,
     final: Final,
     generated: Answer | Failure | None = None,
     extract: str = SIGNATURES[FINAL],
@@ -166,7 +168,7 @@ def answered(
     Args:
         task: Which was asked.
         doc: The question's row.
-        text: What the model saw.
+        text: What the model saw; None where nobody says.
         final: The final answer in its reply, or the failure text of a request.
         generated: The reply's tokens, and whether it ended by itself, where that is known.
         extract: The signature of the rule that took the answer out of the reply.
@@ -321,7 +323,11 @@ def open_run(folder: Path) -> Run:
                 prompt=of["prompt"] if of["prompt"] != "custom" else _custom(task, rows),
                 not_asked=of["of"] - of["questions"],
                 replies=replies.get(task, {}),
-                texts={row["id"]: row["text"] for row in rows if row["task"] == task and of["prompt"] == "custom"},
+                texts={
+                    row["id"]: row["text"]
+                    for row in rows
+                    if row["task"] == task and of["prompt"] == "custom" and row["text"] is not None
+                },
                 settings=_settings(manifest, of),
                 at_limit=of.get("cut"),
             )
@@ -441,7 +447,7 @@ def refuse_other_split(task: str, run: RunTask, folder: Path) -> None:
 
 def _custom(task: str, rows: Iterable[Mapping[str, Any]]) -> str:
     """`custom` and a hash of what the model was asked."""
-    texts = sorted({(row["id"], row["text"]) for row in rows if row["task"] == task})
+    texts = sorted({(row["id"], row["text"]) for row in rows if row["task"] == task and row["text"] is not None})
     return f"custom {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]}"
 
 
@@ -472,13 +478,22 @@ def trained_on(checkpoint: str) -> list[str] | None:
 
 
 def prompt_preset(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Which preset of `questions.PROMPTS` gives every row's text, or `custom`."""
+    """Which preset of `questions.PROMPTS` gives the text of every row that has one; else `custom`, or not recorded."""
     from stllava_eval.questions import PROMPTS, text
 
+    asked = [row for row in rows if row["text"] is not None]
+    if not asked:
+        return NOT_RECORDED
     for preset in PROMPTS:
-        if all(row["text"] == text(row, {"prompt": preset}) for row in rows):
+        if all(row["text"] == text(row, {"prompt": preset}) for row in asked):
             return preset
     return "custom"
+
+
+def prompt_of(task: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """As `prompt_preset`, with a hash of the texts behind `custom`, which tells two such prompts apart."""
+    preset = prompt_preset(rows)
+    return preset if preset != "custom" else _custom(task, rows)
 
 
 def data_hashes() -> dict[str, str]:
@@ -496,9 +511,13 @@ def data_hashes() -> dict[str, str]:
 
 
 def score_table(
-    task: str, answers: Replies, prompt: str = "bare", settings: Mapping[str, Any] = MappingProxyType({})
+    task: str,
+    answers: Replies,
+    prompt: str = NOT_RECORDED,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    split: str = "test",
 ) -> Scored:
-    """Score final answers, by question id, against the prepared test split of `task`.
+    """Score final answers, by question id, against a prepared split of `task`.
 
     Failed requests of API adapters and missing ids are unanswered: counted and listed, in no mean. Of several replies
     to a question its score is their mean; the interval, over images, then holds both sources of spread, that of the
@@ -510,13 +529,14 @@ def score_table(
         answers: By question id.
         prompt: The preset that was asked, for the signature.
         settings: Those of `DECIDING` that are known, for the signature.
+        split: Which was asked.
 
     Raises:
         InputError: The split is not prepared, or an id is not of it.
     """
     from stllava_eval.datasets import numbered_edition
 
-    manifest, rows = _prepared(dataset_of(task))
+    manifest, rows = _prepared(dataset_of(task), split)
     unknown = sorted(set(answers) - {row["id"] for row in rows})
     if unknown:
         counted = {str(number) for number in range(len(answers))}
@@ -526,11 +546,11 @@ def score_table(
             f"{manifest['dataset']} {manifest['split']} ({manifest['edition']}), for example {rows[0]['id']}; "
             "--ignore-unknown leaves out those of other splits."
         )
-    other = numbered_edition(dataset_of(task), "test", answers)
+    other = numbered_edition(dataset_of(task), manifest["split"], answers)
     if other is not None and other.name != manifest["edition"] and not manifest["sample"]:
         raise InputError(
             f"{task}: the {len(answers)} ids are the row numbers of the {other.name}, 0 to {other.rows - 1}, and "
-            f"the {manifest['edition']} is prepared now, whose numbers are other questions. Prepare that edition; its "
+            f"the {manifest['edition']} is asked, whose numbers are other questions. Prepare that edition; its "
             f"ids are {other.prefix}0 to {other.prefix}{other.rows - 1}."
         )
     return _score(task, rows, answers, manifest, prompt, settings)
@@ -646,20 +666,20 @@ def _doubts(replies: Sequence[Final]) -> str:
     )
 
 
-def _prepared(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The manifest and the rows, without images, of the prepared test split."""
+def _prepared(name: str, split: str = "test") -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The manifest and the rows, without images, of a prepared split."""
     from stllava_eval.datasets import read_manifest, read_split
 
-    return asdict(read_manifest(name, "test")), read_split(name, "test", images=False).to_list()
+    return asdict(read_manifest(name, split)), read_split(name, split, images=False).to_list()
 
 
-def split_rows(name: str) -> list[dict[str, Any]]:
-    """The rows of the prepared test split, without images, in its order.
+def split_rows(name: str, split: str = "test") -> list[dict[str, Any]]:
+    """The rows of a prepared split, without images, in its order.
 
     Raises:
         InputError: The split is not prepared.
     """
-    return _prepared(name)[1]
+    return _prepared(name, split)[1]
 
 
 def write_answers(
@@ -674,30 +694,42 @@ def write_answers(
         files: By task; what they were read from.
 
     Raises:
-        InputError: The folder holds a run already, or a split is not prepared.
+        InputError: The folder holds a run already, a split is not prepared, or the files are of different images.
     """
-    from stllava_eval.questions import PROMPTS, text
-
     refuse_old_folder(folder)
+    shown = {task: of_task.settings["images"] for task, of_task in answers.items()}
+    if len(set(shown.values())) > 1:
+        told = ", ".join(f"{images} for {task}" for task, images in shown.items())
+        raise InputError(f"{folder}: one run is of one kind of images, not of {told}. Score them into two folders.")
     hold(folder)
     refuse_old_folder(folder)  # another process may have written it before it let go
     rows = []
     for task, of_task in answers.items():
-        name = dataset_of(task)
-        prompt = {"prompt": next((preset for preset in PROMPTS if task == f"{name}_{preset}"), "bare")}
         lacking = final_answer(
             f"[LMMS_EVAL_REQUEST_FAILED after 0 attempts] {files[task].name} has no answer", rule=NONE
         )
         rows += [
-            answered(task, row, text(row, prompt), final, extract=of_task.settings["extract"], draw=draw)
-            for row in split_rows(name)
+            answered(task, row, of_task.texts.get(row["id"]), final, extract=of_task.settings["extract"], draw=draw)
+            for row in split_rows(dataset_of(task))
             for draw, final in enumerate(of_task.replies.get(row["id"], (lacking,)))
         ]
     digest = hashlib.sha256(b"".join(read_bytes(files[task]) for task in sorted(files))).hexdigest()
     name = system or next(iter(files.values())).stem
     checkpoint = {"name": name, "sha256": digest, "trained_on": None}
-    decided_by = {"model": "answers", "named": system, "checkpoint": checkpoint, "images": "own"}
-    return write_run(rows, decided_by, folder=folder)
+    decided_by = {
+        "model": "answers",
+        "named": system,
+        "checkpoint": checkpoint,
+        "images": next(iter(shown.values())),
+    }
+    known = {  # write_run finds out about the others by itself
+        task: {name: of_task.settings[name] for name in DECIDING if name in of_task.settings}
+        for task, of_task in answers.items()
+    }
+    for of in known.values():
+        for name in ("extract", "images", "draws"):
+            of.pop(name, None)
+    return write_run(rows, decided_by, folder=folder, asked_with=known)
 
 
 def refuse_old_folder(folder: Path | None = None) -> None:

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from stllava_eval.answer_files import read_answers
+from stllava_eval.answer_files import Reading, read_answers
 from stllava_eval.cli import main
 from stllava_eval.errors import InputError
-from stllava_eval.runs import ended, score_table
+from stllava_eval.leaderboard import board
+from stllava_eval.runs import ended, open_run, score_table, split_rows, write_answers
 
 ANSWERS = {"test-0-0": "yes", "test-0-1": "the left lung", "test-1-0": "no"}
 
@@ -28,7 +29,7 @@ def test_a_line_with_two_fields_that_may_be_the_answer_is_refused_with_both_name
 def test_the_field_that_is_named_holds_the_answer(prepared, tmp_path):
     rows = [{"id": "test-0-0", "answer": "yes", "said": "no"}, {"id": "test-1-0", "answer": "yes", "said": "no"}]
     file = write(tmp_path / "a.jsonl", rows)
-    assert read_answers(file, "vqarad", answer_field="said").answers == {"test-0-0": "no", "test-1-0": "no"}
+    assert read_answers(file, "vqarad", Reading(answer_field="said")).answers == {"test-0-0": "no", "test-1-0": "no"}
     assert main(["score", "--task", "vqarad", "--answers", str(file), "--answer-field", "said", "--json"]) == 0
 
 
@@ -51,7 +52,7 @@ def test_answers_that_all_equal_their_references_are_warned_about(prepared, tmp_
 )
 def test_a_line_about_another_question_than_its_id_is_refused(prepared, tmp_path, carried, field):
     rows = [{"id": "test-1-0", "answer": "yes"}, {"id": "test-0-0", "answer": "yes", **carried}]
-    with pytest.raises(InputError, match=rf"a.jsonl:2: {field} of id test-0-0 is .* and the prepared split has"):
+    with pytest.raises(InputError, match=rf"a.jsonl:2: {field} of id test-0-0 is .* and the prepared test split has"):
         read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
 
 
@@ -121,7 +122,7 @@ def test_unknown_ids_are_refused_with_a_hint_or_left_out_if_asked(prepared, tmp_
     assert main(["score", "--task", "vqarad", "--answers", file]) == 2
     assert "1 unknown ids (train-0-0)" in capsys.readouterr().err
     assert main(["score", "--task", "vqarad", "--answers", file, "--ignore-unknown"]) == 0
-    assert "1 rows with ids that the split does not have are left out" in capsys.readouterr().err
+    assert "1 rows whose questions the split does not have are left out" in capsys.readouterr().err
     numbered = write(tmp_path / "b.jsonl", [{"id": number, "answer": "no"} for number in range(3)])
     with pytest.raises(InputError, match="They look like row numbers, 0 to n-1"):
         score_table("vqarad", read_answers(numbered, "vqarad").replies)
@@ -165,3 +166,214 @@ def test_ids_of_data_rads_files_are_the_public_ones_all_or_nothing(shared, home,
 )
 def test_whether_a_reply_was_cut_at_its_limit_is_read_from_every_spelling(row, expected):
     assert ended(row) is expected
+
+
+def official(shared, name):
+    """The English test rows of the authors' file, as MedEvalKit's results hold them, without answers."""
+    if name == "slake":
+        every = json.loads((shared / "data" / "slake" / "test.json").read_text(encoding="utf-8"))
+        return [{"lang": row["q_lang"], "question": row["question"], "answer": row["answer"]} for row in every]
+    lines = (shared / "data" / "vqarad" / "hf_mirror" / "test_answer_type.jsonl").read_text(encoding="utf-8")
+    return [{"question": row["question"], "answer": row["answer"]} for row in map(json.loads, lines.splitlines())]
+
+
+@pytest.mark.parametrize("name", ["vqarad", "slake"])
+def test_medevalkits_results_have_no_ids_and_score_the_same(shared, home, tmp_path, name, caplog):
+    from stllava_eval.datasets import prepare
+
+    prepare(name, "test", str(shared / "data" / name))
+    rows = [
+        {**row, "response": f"{row['answer']} {place % 3}", "correct": True}
+        for place, row in enumerate(official(shared, name))
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    read = read_answers(tmp_path / "results.json", name)
+    assert len(read.replies) == {"vqarad": 451, "slake": 1061}[name]
+    assert {
+        "vqarad": "26 of 451 rows share both with another image's",
+        "slake": "1033 rows in other languages than English are left out",
+    }[name] in caplog.text
+    kept = [row for row in rows if row.get("lang", "en") == "en"]
+    means = {row.metric: row.value for row in score_table(name, read.replies).rows if row.category == "all"}
+    from stllava_eval.metrics import score
+
+    split = {row["id"]: row for row in split_rows(name)}
+    own = [
+        score(answer, split[id]["reference"], split[id]["kind"], split[id]["question"])
+        for id, answer in read.answers.items()
+    ]
+    recalls = [of["recall"] for of in own if "recall" in of]
+    assert means["recall"] == pytest.approx(sum(recalls) / len(recalls), rel=1e-12)
+    said = sorted((row["question"].lower(), row["response"].lower()) for row in kept)
+    assert len(said) == len(read.replies)
+
+
+def test_rows_without_ids_in_another_order_than_the_splits_are_refused_where_many_look_alike(shared, home, tmp_path):
+    from stllava_eval.datasets import prepare
+
+    prepare("slake", "test", str(shared / "data" / "slake"))
+    rows = [{**row, "response": "x"} for row in official(shared, "slake") if row["lang"] == "en"]
+    (tmp_path / "results.json").write_text(json.dumps(rows[::-1]))
+    with pytest.raises(InputError, match="no ids, and 751 of 1061 rows ask a question that several images share"):
+        read_answers(tmp_path / "results.json", "slake")
+
+
+def test_rows_without_ids_are_refused_where_the_split_has_no_such_question(prepared, tmp_path):
+    rows = [{"question": "What organ is shown?", "answer": "the lung", "response": "x"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match="item 0: no id, and it asks 'what organ is shown\\?', which the prepared spl"):
+        read_answers(tmp_path / "a.json", "vqarad")
+
+
+def test_llama_factorys_predictions_are_read_in_the_splits_order(prepared, tmp_path):
+    rows = [
+        {"prompt": f"user\n{row['question']}\nassistant\n", "predict": f"said {place}", "label": row["reference"]}
+        for place, row in enumerate(split_rows("vqarad"))
+    ]
+    read = read_answers(write(tmp_path / "generated_predictions.jsonl", rows), "vqarad")
+    assert list(read.answers.items()) == [(row["id"], f"said {i}") for i, row in enumerate(split_rows("vqarad"))]
+    with pytest.raises(InputError, match="no id"):
+        read_answers(write(tmp_path / "b.jsonl", rows[::-1]), "vqarad")
+
+
+def test_lmms_evals_samples_of_another_task_are_held_to_our_questions(prepared, tmp_path):
+    """Without our score records the number of the row counts, and another task's rows are other questions."""
+    rows = [{"doc_id": 0, "target": "no", "input": "Is there a mass?", "filtered_resps": ["yes"], "resps": ["yes"]}]
+    with pytest.raises(InputError, match="target of id test-0-0 is 'no'"):
+        read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
+    rows[0] |= {"target": "yes", "input": "Is there a fracture?"}
+    with pytest.raises(InputError, match="input of id test-0-0 is 'Is there a fracture"):
+        read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
+
+
+def test_an_excel_sheet_of_vlmevalkit_is_read(prepared, tmp_path):
+    import openpyxl
+
+    rows = [
+        {"index": place, "question": row["question"], "answer": row["reference"], "prediction": said}
+        for place, (row, said) in enumerate(zip(split_rows("vqarad"), ["=yes", "2", None, "no"], strict=False))
+    ]
+    book = openpyxl.Workbook()
+    book.active.append(list(rows[0]))
+    for row in rows:
+        book.active.append([int(cell) if cell == "2" else cell for cell in row.values()])
+    book.save(tmp_path / "model_PathVQA_TEST.xlsx")
+    read = read_answers(tmp_path / "model_PathVQA_TEST.xlsx", "vqarad")
+    assert list(read.answers.values()) == ["=yes", "2", "", "no"]
+
+
+@pytest.mark.parametrize("content", [b"no zip", None])
+def test_what_is_no_excel_file_is_refused_in_one_line(prepared, tmp_path, content):
+    import io
+    import zipfile
+
+    if content is None:
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("xl/worksheets/sheet1.xml", b"<a>" * 10)
+        content = packed.getvalue()
+    (tmp_path / "a.xlsx").write_bytes(content)
+    with pytest.raises(InputError, match=r"a.xlsx: no Excel file \("):
+        read_answers(tmp_path / "a.xlsx", "vqarad")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("id,answer,answer\n1,yes,no\n", "two columns are named 'answer'"),
+        ("id,answer\n1,yes, it is\n", "3 cells, and the first line names 2 columns"),
+        ("id,answer\n1\n", "1 cells, and the first line names 2 columns"),
+    ],
+)
+def test_a_table_whose_cells_do_not_fit_its_columns_is_refused(prepared, tmp_path, text, why):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(InputError, match=why):
+        read_answers(tmp_path / "a.csv", "vqarad")
+
+
+def scored(capsys, *options):
+    capsys.readouterr()
+    assert main(["score", *map(str, options), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["scores"][0]["signature"]
+
+
+def test_what_nobody_says_about_prompt_and_images_is_not_recorded(prepared, tmp_path, capsys):
+    file = write(tmp_path / "a.jsonl", [{"id": name, "answer": answer} for name, answer in ANSWERS.items()])
+    given = ["--task", "vqarad", "--answers", file]
+    assert "|prompt not recorded|extract final-v1|images not recorded" in scored(capsys, *given)
+    said = scored(capsys, *given, "--prompt", "short", "--images", "black", "--out", tmp_path / "black")
+    assert "|prompt short|extract final-v1|images black" in said
+    assert main(["score", "--task", "vqarad", "--answers", str(file), "--out", str(tmp_path / "plain")]) == 0
+    run = json.loads((tmp_path / "plain" / "run.json").read_text())
+    assert (run["images"], run["tasks"]["vqarad"]["prompt"]) == ("not recorded", "not recorded")
+    assert json.loads((tmp_path / "plain" / "answers.jsonl").read_text().split("\n")[0])["text"] is None
+    again = scored(capsys, "--task", "vqarad", "--answers", tmp_path / "black" / "answers.jsonl")
+    assert again == said
+    with pytest.raises(InputError, match="--images own, but its run was shown black images"):
+        read_answers(tmp_path / "black" / "answers.jsonl", "vqarad", Reading(images="own"))
+    kinds = {row.system: row.kind for row in board([tmp_path / "black", tmp_path / "plain"])}
+    assert kinds["black (black images)"] == "blind"
+    assert kinds["plain (images not recorded)"] == "measured"
+
+
+def test_the_name_of_a_task_says_its_prompt(prepared, tmp_path, capsys):
+    file = write(tmp_path / "a.jsonl", [{"id": name, "answer": answer} for name, answer in ANSWERS.items()])
+    assert "|prompt options|" in scored(capsys, "--task", "vqarad_options", "--answers", file)
+
+
+def test_the_prompt_is_what_the_rows_say(prepared, tmp_path):
+    rows = [
+        {
+            "question_id": row["id"],
+            "prompt": f"<image>\n{row['question']}\nAnswer the question using a single word or phrase.",
+            "text": "x",
+        }
+        for row in split_rows("vqarad")
+    ]
+    file = write(tmp_path / "a.jsonl", rows)
+    assert read_answers(file, "vqarad").prompt == "short"
+    with pytest.raises(InputError, match="--prompt bare, but by its rows the prompt was short"):
+        read_answers(file, "vqarad", Reading(prompt="bare"))
+    other = [{**row, "prompt": f"You are a doctor. {row['prompt']}"} for row in rows]
+    read = read_answers(write(tmp_path / "b.jsonl", other), "vqarad")
+    assert read.prompt.startswith("custom ")
+    write_answers(tmp_path / "run", None, {"vqarad": read}, {"vqarad": tmp_path / "b.jsonl"})
+    assert open_run(tmp_path / "run").tasks["vqarad"].prompt == read.prompt
+
+
+def test_another_split_than_the_test_is_scored_and_never_a_run_folder(prepared, tmp_path, capsys):
+    from conftest import png
+
+    from stllava_eval.datasets import Row, write_split
+
+    rows = [Row("v-0", png((1, 2, 3)), "v.png", "Is it?", "yes", "closed", {})]
+    write_split("vqarad", "validation", rows, edition="t", official=False, sample=True, source="", licence="")
+    file = write(tmp_path / "a.jsonl", [{"id": "v-0", "answer": "yes"}])
+    given = ["--task", "vqarad", "--answers", str(file), "--split", "validation"]
+    assert "|vqarad validation t|" in scored(capsys, *given)
+    assert main(["score", *given, "--out", str(tmp_path / "run")]) == 2
+    assert "a run folder is of the test split" in capsys.readouterr().err
+
+
+def test_llavameds_own_prompt_has_its_suffix_on_every_closed_question_in_the_references_case(shared, home):
+    """By the prompts in microsoft/LLaVA-Med's published answers: five of them, and the counts of both brackets."""
+    from collections import Counter
+
+    from stllava_eval.datasets import prepare
+    from stllava_eval.questions import text
+
+    prepare("vqarad", "test", str(shared / "data" / "vqarad"))
+    rows = {row["id"]: row for row in split_rows("vqarad")}
+    asked = {name: text(row, {"prompt": "options_llavamed"}) for name, row in rows.items()}
+    suffix = "Please choose from the following two options:"
+    assert asked["1747"] == (
+        f"Are pleural opacities located on the left, right, or both sides of the lung? {suffix} [Yes, No]"
+    )
+    assert asked["243"] == f"Are there multiple or just 1 metastatic focus? {suffix} [yes, no]"
+    assert asked["988"] == f"Is the heart enlarged? {suffix} [yes, no]"
+    assert asked["1354"] == f"Is the heart enlarged? {suffix} [Yes, No]"
+    assert asked["1672"] == "Is the spleen present?"
+    yes_no = [name for name, row in rows.items() if row["reference"].lower() in ("yes", "no")]
+    closed = [name for name in yes_no if rows[name]["kind"] == "closed"]
+    assert Counter(asked[name][-9:] for name in closed) == {"[Yes, No]": 171, "[yes, no]": 80}
+    assert sum(held.endswith("]") for held in asked.values()) == 272

@@ -376,7 +376,12 @@ def test_answers_from_elsewhere_are_held_against_a_runs(questions, tmp_path):
     lines = (run / "answers.jsonl").read_text()
     (tmp_path / "answers.jsonl").write_text(lines)
     out = tmp_path / "elsewhere"
-    assert main(["score", "--task", "vqarad", "--answers", str(tmp_path / "answers.jsonl"), "--out", str(out)]) == 0
+    score = ["score", "--task", "vqarad", "--answers", str(tmp_path / "answers.jsonl")]
+    assert main([*score, "--out", str(tmp_path / "unsaid")]) == 0
+    unsaid = gate(tmp_path / "unsaid", run, read_policy())
+    assert (unsaid.verdict, unsaid.exit_code) == ("cannot decide", 2)
+    assert any("images" in why and "not recorded" in why for why in unsaid.reasons)
+    assert main([*score, "--images", "own", "--out", str(out)]) == 0
     found = gate(out, run, read_policy())
     assert found.verdict == "pass"
     assert "decoding differs: 'greedy' and None" in found.notes

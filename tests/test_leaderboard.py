@@ -355,7 +355,7 @@ def test_a_terminal_board_prints_the_signature_of_each_row(prepared, tmp_path):
 def test_a_row_is_named_by_the_system_that_was_given(prepared, tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"id": "test-0-0", "answer": "yes"}))
-    score = ["score", "--task", "vqarad", "--answers", str(file)]
+    score = ["score", "--task", "vqarad", "--answers", str(file), "--images", "own"]
     assert main([*score, "--system", "MedVInT", "--out", str(tmp_path / "one")]) == 0
     assert main([*score, "--out", str(tmp_path / "two")]) == 0
     rows = board([tmp_path / "one", tmp_path / "two"])
@@ -373,6 +373,6 @@ def test_score_prints_the_overall_means_and_by_details_every_category(prepared, 
     short = capsys.readouterr().out
     assert "closed_accuracy" in short
     assert "organ=" not in short
-    assert "vqarad test for tests|prompt bare|extract final-v1" in short
+    assert "vqarad test for tests|prompt not recorded|extract final-v1" in short
     assert main([*score, "--details"]) == 0
     assert "organ=organ 0" in capsys.readouterr().out

@@ -191,7 +191,10 @@ def test_answers_of_several_tasks_make_one_run(prepared, tmp_path, capsys):
     files = ["--task", "vqarad", "--answers", str(tmp_path / "vqarad.jsonl")]
     files += ["--task", "slake_short", "--answers", str(tmp_path / "slake_short.jsonl")]
     out = tmp_path / "run"
-    assert main(["score", *files, "--system", "MedVInT", "--out", str(out), "--json"]) == 0
+    shown = ["--prompt", "bare", "--images", "own"]
+    assert main(["score", *files[4:], *shown]) == 2
+    assert "--prompt bare: slake_short is asked with the prompt in its name" in capsys.readouterr().err
+    assert main(["score", *files, *shown, "--system", "MedVInT", "--out", str(out), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert {row["task"] for row in shown["scores"]} == {"vqarad", "slake_short"}
     assert {task: len(ids) for task, ids in shown["unanswered"].items()} == {"vqarad": 4, "slake_short": 4}
