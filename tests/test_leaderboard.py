@@ -493,7 +493,7 @@ def test_words_are_counted_by_kind_and_empty_answers_told(prepared, tmp_path):
 
 def test_a_board_of_reported_rows_too_prints_the_versions_of_measured_scores(official, tmp_path):
     text = board_text(board([small_run(tmp_path / "a", right)], published=True))
-    assert "versions: recall_llavamed v1, f1_llavamed v1, recall v1" in text
+    assert "versions: recall_llavamed v1, f1_llavamed v1, recall v2" in text
 
 
 def test_the_command_writes_the_same_bytes_twice(prepared, tmp_path):
