@@ -129,7 +129,20 @@ _WORD = re.compile(r"<\w+>|[^\W_][^\W_]*(?:'[^\W_]+)?")
 
 @dataclass(frozen=True)
 class _Claim:
-    """What a question claims: `heads`, as stems, said of `keys`; `value` -1 where it is denied or called abnormal."""
+    """What a question claims.
+
+    Args:
+        kind: Which words answer it: those of normal and abnormal, those of a deviation, members of a family, others.
+        heads: What is said to be there or to be so, as stems; two where the question joins them by "or".
+        keys: The stems of what it is said of.
+        value: 1, or -1 where the claim is denied or calls something abnormal (and 1 where both).
+        denied: The question itself denies, as "Is there no effusion?" does.
+        known: The stems of all words of the question.
+        sides: Left or right, upper or lower, if the question names one of two.
+        compared: The claim's stems in their order, of a comparison with "than".
+        exists: It is said to be there ("Is there ...?"), not to be so ("Is it ...?").
+        placed: The question says where.
+    """
 
     kind: Literal["normal", "deviant", "family", "plain"]
     heads: tuple[str, ...]
@@ -368,6 +381,7 @@ _RHETORICAL = re.compile(r"(?:is|are|was|were|does|do|did|has|have|can|could|wil
 
 @remembered
 def _claim(question: str) -> _Claim | None:
+    """The claim of a yes/no question; None where it has no words of its own."""
     text = spelled(question)
     text = text.partition("?")[0] if "?" in text else text
     if _RHETORICAL.match(text):
@@ -398,6 +412,7 @@ def _claim(question: str) -> _Claim | None:
 
 
 def _up_to_preposition(words: list[str]) -> list[str]:
+    """The words before the first preposition that follows a word with a meaning of its own."""
     for place, word in enumerate(words):
         if word in _PREPOSITIONS and any(one not in _SCAFFOLD for one in words[:place]):
             return words[:place]
