@@ -15,7 +15,7 @@ from typing import Any
 
 from figures import write
 from nltk.stem import PorterStemmer, SnowballStemmer
-from verdict import lines, official
+from verdict import lines, official, training
 
 from stllava_eval import blind
 from stllava_eval.metrics import commonest_words, exact_match, f1, folded_words, recall
@@ -65,15 +65,17 @@ def main() -> None:
         name, _, file = given.partition("=")
         figures[name] = means([row for row in lines(Path(file)) if row["kind"] == "open"])
     for name in ("vqarad", "slake"):
-        train, test = official(name)
-        rows = [row for row in test if row["kind"] == "open" and folded_words(row["reference"])]
-        answers = [row["reference"] for row in train if row["kind"] == "open"]
-        prior = blind.prior(train, test)
+        train = training(name)
+        rows = [row for row in official(name) if row["kind"] == "open" and folded_words(row["reference"])]
+        answers = list(train.kinds["open"].elements())
         given = {
             f"{count} commonest words": {row["id"]: commonest_words(answers, count) for row in rows}
             for count in blind.WORD_COUNTS
         }
-        given |= {blind.PRIOR: prior, "other number": {row["id"]: other_number(row["reference"]) for row in rows}}
+        given |= {
+            blind.PRIOR: train.commonest(rows),
+            "other number": {row["id"]: other_number(row["reference"]) for row in rows},
+        }
         for label, of in given.items():
             figures[f"{name}, {label}"] = means([row | {"answer": of[row["id"]]} for row in rows])
     write(figures, arguments.json)

@@ -18,6 +18,7 @@ from typing import Any
 from figures import write
 
 from stllava_eval import blind, verdict_v1
+from stllava_eval.errors import InputError
 from stllava_eval.metrics import chosen, closed_accuracy, closed_accuracy_v1, commonest_words, score, unparsed
 
 HERE = Path(__file__).resolve().parents[1]
@@ -66,35 +67,36 @@ def accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def official(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The training and the test rows of a data set."""
-    folder = SHARED / "data" / name
-    files = ("trainset.json", "testset.json") if name == "vqarad" else ("train.json", "test.json")
-    both = []
-    for file in files:
-        rows = [row for row in json.loads((folder / file).read_text()) if row.get("q_lang", "en") == "en"]
-        both.append(
-            [
-                {
-                    "id": str(place),
-                    "question": " ".join(row["question"].split()),
-                    "reference": str(row["answer"]).strip(),
-                    "kind": row["answer_type"].strip().lower(),
-                }
-                for place, row in enumerate(rows)
-            ]
-        )
-    return both[0], both[1]
+def official(name: str) -> list[dict[str, Any]]:
+    """The test rows of a data set, English ones."""
+    file = SHARED / "data" / name / ("testset.json" if name == "vqarad" else "test.json")
+    rows = [row for row in json.loads(file.read_text(encoding="utf-8")) if row.get("q_lang", "en") == "en"]
+    return [
+        {
+            "id": str(place),
+            "question": " ".join(row["question"].split()),
+            "reference": str(row["answer"]).strip(),
+            "kind": row["answer_type"].strip().lower(),
+        }
+        for place, row in enumerate(rows)
+    ]
+
+
+def training(name: str) -> blind.TrainingAnswers:
+    """The answer counts of the official training split."""
+    counts = blind.shipped_answers(name)
+    if counts is None:
+        raise InputError(f"{name}: no counts of its training answers come with the package.")
+    return counts
 
 
 def blind_rows(name: str) -> dict[str, dict[str, Any]]:
-    train, test = official(name)
-    open_answers = [row["reference"] for row in train if row["kind"] == "open"]
+    train, closed = training(name), [row for row in official(name) if row["kind"] == "closed"]
+    open_answers = list(train.kinds["open"].elements())
     constants = {f'always "{one}"': one for one in (*blind.CONSTANTS, *LONGER_CONSTANTS)}
     constants |= {f"{count} commonest words": commonest_words(open_answers, count) for count in blind.WORD_COUNTS}
-    answers = {label: {row["id"]: one for row in test} for label, one in constants.items()}
-    answers[blind.PRIOR] = blind.prior(train, test)
-    closed = [row for row in test if row["kind"] == "closed"]
+    answers = {label: {row["id"]: one for row in closed} for label, one in constants.items()}
+    answers[blind.PRIOR] = train.commonest(closed)
     return {label: accuracy([row | {"answer": given[row["id"]]} for row in closed]) for label, given in answers.items()}
 
 

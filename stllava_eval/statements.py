@@ -281,12 +281,15 @@ def _of_family(words: Sequence[str], claim: _Claim) -> bool | None:
     (head,) = claim.heads
     family = next(members for members in _FAMILIES if head in members.values())
     found = [(place, family[word]) for place, word in enumerate(words) if word in family]
-    for place, member in found:
-        if member == head:
-            if not claim.keys <= {stem(word) for word in words} and not _plain_before(words, claim, place):
-                return None
-            return (_polarity(words, place) > 0) == (claim.value > 0)
-    if found and _polarity(words, place := found[0][0]) > 0 and (place < 2 or _NAMING & set(words[:place])):
+    if not found:
+        return None
+    own = [place for place, member in found if member == head]
+    place = own[0] if own else found[0][0]
+    named = place < 2 or not _NAMING.isdisjoint(words[:place])
+    plain = _plain_before(words, claim, place)
+    if own and (named or plain) and (plain or claim.keys <= {stem(word) for word in words}):
+        return (_polarity(words, place) > 0) == (claim.value > 0)
+    if not own and named and _polarity(words, place) > 0:
         return claim.value < 0
     return None
 
