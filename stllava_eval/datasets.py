@@ -345,6 +345,11 @@ def write_split(
         )
 
 
+def is_prepared(name: str, split: str, home_folder: Path | None = None) -> bool:
+    """Return whether a split has been written under `home_folder` (default `$STLLAVA_HOME`), whole or damaged."""
+    return _manifest(name, split, home_folder).exists()
+
+
 def read_manifest(name: str, split: str, home_folder: Path | None = None) -> Manifest:
     """The manifest of a prepared split.
 

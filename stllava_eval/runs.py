@@ -49,6 +49,8 @@ FORMAT = 1
 NOT_RECORDED = "not recorded"
 """The prompt or the images of answers from elsewhere, where nobody says."""
 PACKAGES = ("stllava-med", "lmms-eval", "torch", "transformers", "tokenizers", "pillow", "nltk", "numpy")
+NOT_ASKED = "[LMMS_EVAL_REQUEST_FAILED after 0 attempts]"
+"""What begins the place of a reply to a question that a file of answers lacks: nobody can say that it was asked."""
 FIXED_FIELDS = ("id", "image_id", "image_sha256", "image", "question", "reference", "kind")  # the rest are categories
 
 
@@ -89,6 +91,8 @@ class Scored:
     """Ids of questions without an answer: they are in no mean."""
     questions: dict[str, QuestionScores]
     """Of the answered ones by id, in the split's order."""
+    empty: int = 0
+    """Replies whose final answer is empty, but for those that were cut in their thought."""
     doubts: str = ""
     """Why the means may say little about the model: half of its replies or more are empty, cut or refusals."""
 
@@ -645,7 +649,13 @@ def _score(
     order = list(SCORES)
     table.sort(key=lambda row: (row.category != "all", row.category, order.index(row.metric)))
     unanswered = [row["id"] for row in rows if row["id"] not in questions]
-    return Scored(table, unanswered, questions, _doubts([of for given in answers.values() for of in _finals(given)]))
+    replies = [of for given in answers.values() for of in _finals(given)]
+    return Scored(table, unanswered, questions, sum(map(_is_empty, replies)), _doubts(replies))
+
+
+def _is_empty(final: Final) -> bool:
+    """Return whether a reply ended and has no answer; one that was cut in its thought is counted apart."""
+    return not final.cut and not final.answer.strip()
 
 
 def _doubts(replies: Sequence[Final]) -> str:
@@ -654,7 +664,7 @@ def _doubts(replies: Sequence[Final]) -> str:
 
     asked = [final for final in replies if not is_failed_request(final.answer)]
     cut = sum(final.cut for final in asked)
-    empty = sum(not final.cut and not final.answer.strip() for final in asked)
+    empty = sum(map(_is_empty, asked))
     refused = sum(is_refusal(final.answer) for final in asked)
     if not asked or 2 * (cut + empty + refused) < len(asked):
         return ""
@@ -705,9 +715,7 @@ def write_answers(
     refuse_old_folder(folder)  # another process may have written it before it let go
     rows = []
     for task, of_task in answers.items():
-        lacking = final_answer(
-            f"[LMMS_EVAL_REQUEST_FAILED after 0 attempts] {files[task].name} has no answer", rule=NONE
-        )
+        lacking = final_answer(f"{NOT_ASKED} {files[task].name} has no answer", rule=NONE)
         rows += [
             answered(task, row, of_task.texts.get(row["id"]), final, extract=of_task.settings["extract"], draw=draw)
             for row in split_rows(dataset_of(task))
