@@ -446,7 +446,7 @@ def _numbers_of_its_edition(
     prepared = read_manifest(dataset_of(task), split)
     if dataset_of(task) == "pathvqa" and not carried and not numbered_edition("pathvqa", prepared.split, numbers):
         log.warning(
-            "%s: its ids are row numbers of a data set with two editions, and no row carries a question, a reference or "
+            "%s: its ids are row numbers of a data set with two editions, and no row has a question, a reference or "
             "an image. They are taken as those of the %s.",
             task,
             prepared.edition,
