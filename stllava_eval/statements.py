@@ -29,20 +29,48 @@ NORMAL = dict.fromkeys(word_set("normal normally unremarkable healthy typical in
 
 # What a normal organ is not. Each denies "normal", and "normal" denies each; two of them say nothing of one another.
 _DEVIANT = re.compile(
-    r"enlarg|dilat|widen|swollen|swell|deviat|devi$|displac|fractur|thicken|flatten|atroph|collaps|distend|narrow|"
-    r"hyperinfl|hypoinfl|obstruct"
+    r"enlarg|dilat|widen|swollen|swell|deviat|displac|shift|fractur|thicken|flatten|blunt|atroph|collaps|distend|narrow|"
+    r"elevat|increas|decreas|hyperinfl|hypoinfl|obstruct"
 )
 
+
+def _members(text: str) -> dict[str, str]:
+    """Each word of a family -> the member that it names: the members are divided by "|", the names by white space."""
+    return {word: member.split()[0] for member in text.split("|") for word in member.split()}
+
+
 _FAMILIES = (
-    {"ct": "ct", "mri": "mri", "xray": "xray", "ultrasound": "ultrasound", "pet": "pet"},
-    {"axial": "axial", "transverse": "axial", "coronal": "coronal", "sagittal": "sagittal"},
-    {"t1": "t1", "t2": "t2", "flair": "flair"},
-    {"male": "male", "man": "male", "female": "female", "woman": "female"},
+    _members("ct|mri|xray|ultrasound|pet"),
+    _members("axial transverse|coronal|sagittal"),
+    _members("t1|t2|flair"),
+    _members("male man|female woman"),
 )
 """Of each family an image or a patient has one member: to name another one is to deny the first."""
 
+_PROPERTIES = (
+    _members("homogeneous homogenous|heterogeneous heterogenous inhomogeneous"),
+    _members("welldefined|illdefined"),
+    _members("cystic|solid"),
+    _members("benign|malignant"),
+    _members("hyperdense|hypodense|isodense"),
+    _members("hyperintense|hypointense|isointense"),
+    _members("unilateral|bilateral"),
+    _members("symmetric symmetrical|asymmetric asymmetrical"),
+)
+"""Of each, a structure has one: to give it another one is to deny the first."""
+
 _NAMING = word_set("is was are be shows appears seems looks")  # "this is a CT" says what it is, "after the CT" does not
-_OTHER_SIDE = {"left": "right", "right": "left", "upper": "lower", "lower": "upper"}
+_BELOW = word_set("below under underneath beneath")
+_OTHER_SIDE = {
+    **{"left": word_set("right"), "right": word_set("left"), "upper": word_set("lower"), "lower": word_set("upper")},
+    **{"anterior": word_set("posterior"), "posterior": word_set("anterior")},
+    **{"inside": word_set("outside"), "outside": word_set("inside")},
+    **{"above": _BELOW, **dict.fromkeys(_BELOW, word_set("above"))},
+}
+# "both" claims something of two; a statement of one denies it or leaves it open
+_ONLY = word_set("only just unilateral unilaterally")
+_ONE = _ONLY | word_set("left right 1 single")
+_EACH = word_set("both bilateral bilaterally each either all")
 _DENIALS = word_set("no not none <denied> <lacking> <absent> <excluded>")
 _INFERRING = word_set("indicates indicate suggests suggest means shows represents is are was")
 
@@ -55,6 +83,11 @@ _PLACING = word_set("in within on under inside outside around of at")
 _SHOWING = word_set(
     """there has have had with see sees show shows showing demonstrate demonstrates demonstrating reveal reveals contain
     contains exhibit exhibits display displays displaying"""
+)
+# What says where in an organ something is; it names no other organ.
+_POSITIONS = word_set(
+    """left right upper lower middle mid lobe lobes zone zones base bases apex apices region regions side sides quadrant
+    field fields segment segments portion part parts area areas level hemisphere xray ct mri ultrasound"""
 )
 _STATING = (
     _AUXILIARIES
@@ -85,12 +118,25 @@ _SCAFFOLD = (
 """Words that carry no claim of their own: they stand around it in questions and in answers."""
 
 _SPELLINGS = (
+    (re.compile(r"\b(?:abnormally|unusually|too) (?:large|big)\b|\b(?:larger|bigger) than normal\b"), " enlarged "),
     (re.compile(r"\bx[- ]?rays?\b|\bradiographs?\b|\bcxr\b"), " xray "),
     (re.compile(r"\bmagnetic resonance(?: imaging| images?)?\b|\bmr\b(?: imaging\b)?"), " mri "),
     (re.compile(r"\bcomputed tomography\b|\bcat scan\b"), " ct "),
     (re.compile(r"\bcardiomegaly\b|\bcardiac enlargement\b|\benlargement of the heart\b"), " enlarged heart "),
+    (re.compile(r"\b(?:cardiac|heart) (?:silhouette|shadow|size)\b|\bcardiac contours?\b"), " heart "),
+    (re.compile(r"\b(?:enlarged lymph nodes?|enlargement of (?:the )?lymph nodes|lymphadenopathy)\b"), " adenopathy "),
+    (
+        re.compile(r"\b(?:well|sharply|clearly)[- ](?:circumscribed|defined|demarcated|delineated|marginated)\b"),
+        " welldefined ",
+    ),
+    (re.compile(r"\b(?:ill|poorly)[- ](?:circumscribed|defined|demarcated|delineated|marginated)\b"), " illdefined "),
     (re.compile(r"\bsaggital\b"), " sagittal "),
-    (re.compile(r"\bwithin (?:the )?normal (?:size )?limits\b"), " normal "),
+    (
+        re.compile(
+            r"\b(?:within (?:the )?normal (?:size )?(?:limits|range)|(?:within|at) the (?:upper |lower )?limits? of normal)\b"
+        ),
+        " normal ",
+    ),
     (re.compile(r"\bcan ?not\b|\bcan't\b"), " can not "),
     (re.compile(r"\bwon't\b"), " will not "),
     (re.compile(r"\b(it|that|there|this|he|she|what)'s\b"), r"\1 is"),
@@ -133,24 +179,28 @@ class _Claim:
 
     Args:
         kind: Which words answer it: those of normal and abnormal, those of a deviation, members of a family, others.
+        property: The word of the head.
         heads: What is said to be there or to be so, as stems; two where the question joins them by "or".
         keys: The stems of what it is said of.
         value: 1, or -1 where the claim is denied or calls something abnormal (and 1 where both).
         denied: The question itself denies, as "Is there no effusion?" does.
         known: The stems of all words of the question.
-        sides: Left or right, upper or lower, if the question names one of two.
+        sides: Left or right, upper or lower, above or below, ..., if the question names one of two.
+        both: It is said of both of two.
         compared: The claim's stems in their order, of a comparison with "than".
         exists: It is said to be there ("Is there ...?"), not to be so ("Is it ...?").
         placed: The question says where.
     """
 
     kind: Literal["normal", "deviant", "family", "plain"]
+    property: str
     heads: tuple[str, ...]
     keys: frozenset[str]
     value: int
     denied: bool
     known: frozenset[str]
     sides: frozenset[str]
+    both: bool
     compared: tuple[str, ...]
     exists: bool
     placed: bool
@@ -173,12 +223,13 @@ def stem(word: str) -> str:
     >>> [stem(word) for word in ("calcifications", "calcified", "masses", "lesion")]
     ['calc', 'calc', 'mass', 'lesion']
     """
-    return _ENDING.sub("", singular(word))
+    return _DOUBLED.sub(r"\1", _ENDING.sub("", singular(word)))
 
 
 _ENDING = re.compile(
-    r"(?<=\w{4})(?:ification|ified|ation|ating|ated|ement|ment|ening|ened|ion|ing|ied|ity|ed|ly|er|al|ic|e|y)$"
+    r"(?<=\w{4})(?:ification|ified|ation|ating|ated|ement|ment|ening|ened|ion|ing|ied|ity|ed|ly|er|al|ic|a|e|y)$"
 )
+_DOUBLED = re.compile(r"([bdgmnprt])\1$")  # "flatt" of "flattened" is "flat"
 
 
 def _words(text: str) -> list[str]:
@@ -208,6 +259,14 @@ def affirms(clause: str, question: str) -> bool | None:
         return None
     if claim.compared:
         return _compared(stems, claim)
+    said = _read(words, stems, claim)
+    if said is not None and claim.both and _EACH.isdisjoint(words) and not _ONE.isdisjoint(words):
+        if said:  # of "both" one alone affirms nothing, and "only" one denies it
+            return None if _ONLY.isdisjoint(words) else False
+    return said
+
+
+def _read(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> bool | None:
     if claim.kind == "family":
         return _of_family(words, claim)
     if claim.kind == "normal":
@@ -216,7 +275,7 @@ def affirms(clause: str, question: str) -> bool | None:
     said = _of_heads(words, stems, claim)
     if said is None and claim.kind == "deviant" and claim.value > 0 and _normality(words, stems, claim) == 1:
         return False  # what is normal is not enlarged, dilated or fractured
-    return said
+    return _of_contrary(words, stems, claim) if said is None and claim.kind == "plain" else said
 
 
 def _states(words: Sequence[str], claim: _Claim) -> bool:
@@ -225,10 +284,21 @@ def _states(words: Sequence[str], claim: _Claim) -> bool:
     A list of words that names everything states nothing, even if "is" is among them.
     """
     if _STATING.isdisjoint(words):
-        return _plain_before(words, claim, len(words))
+        return _plain_before(words, claim, len(words)) or _names_one(words, claim)
     return sum(word not in _SCAFFOLD and stem(word) not in claim.known for word in words) <= _LONGEST
 
 
+def _names_one(words: Sequence[str], claim: _Claim) -> bool:
+    """Is it a bare label: "MRI" of the question's family, or "Normal chest X-ray"?"""
+    if claim.kind == "family":
+        family = next(members for members in _FAMILIES if claim.heads[0] in members.values())
+        return len({family.get(word) for word in words if word not in _SCAFFOLD}) == 1 and words[0] in family
+    image = _FAMILIES[0].keys() | _IMAGES
+    return claim.kind == "normal" and words[0] in NORMAL and words[-1] in image and len(words) <= _LABEL
+
+
+_IMAGES = word_set("image picture scan film study photo view")
+_LABEL = 4  # words of a label that are read as one (our choice): "Normal frontal chest radiograph"
 _LONGEST = 12  # words of its own in a clause that is read (our choice): sentences of models have fewer
 
 
@@ -263,7 +333,7 @@ def _normality(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> int
     """1 where the clause calls the claim's subject normal, -1 where abnormal, None where it calls it neither."""
     for place, word in enumerate(words):
         sign = NORMAL.get(word)
-        if sign is None and claim.kind == "normal" and _DEVIANT.match(stems[place]):
+        if sign is None and claim.kind == "normal" and _DEVIANT.match(word):
             if _polarity(words, place) < 0:
                 return None  # an organ that is not enlarged may be abnormal in another way
             sign = -1
@@ -294,6 +364,19 @@ def _of_family(words: Sequence[str], claim: _Claim) -> bool | None:
     return None
 
 
+def _of_contrary(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> bool | None:
+    """Does the clause give the subject another property of the same family? Then the claim's is denied."""
+    family = next((one for one in _PROPERTIES if claim.property in one), None)
+    if family is None:
+        return None
+    own = family[claim.property]
+    for place, word in enumerate(words):
+        if word in family and _about(words, stems, claim, place):
+            same, affirmed = family[word] == own, _polarity(words, place) > 0
+            return (same == affirmed) == (claim.value > 0) if same or affirmed else None
+    return None
+
+
 def _compared(stems: Sequence[str], claim: _Claim) -> bool | None:
     """A comparison is affirmed by its words in their order, and denied where they stand in another."""
     said = tuple(word for word in stems if word in set(claim.compared))
@@ -313,7 +396,7 @@ def _about(words: Sequence[str], stems: Sequence[str], claim: _Claim, place: int
         return False
     if claim.placed or not complete:
         at = next((at for at, word in enumerate(words) if at > place and word in _PLACING), None)
-        where = [stem(word) for word in words[at:] if word not in _SCAFFOLD] if at is not None else []
+        where = [stem(word) for word in words[at:] if word not in _SCAFFOLD | _POSITIONS] if at is not None else []
         if where and not claim.known & set(where):
             return False
     return complete or _plain_before(words, claim, place)
@@ -340,7 +423,10 @@ def _plain_before(words: Sequence[str], claim: _Claim, place: int) -> bool:
 
 def _elsewhere(words: Sequence[str], claim: _Claim) -> bool:
     """Does the clause speak of the other side alone?"""
-    return any(_OTHER_SIDE[side] in words and side not in words for side in claim.sides) and not claim.compared
+    said = set(words)
+    return not claim.compared and any(
+        side in claim.sides and not other.isdisjoint(said) and side not in said for side, other in _OTHER_SIDE.items()
+    )
 
 
 _GOES_ON = word_set("and as which that who since when with")  # what follows says something else
@@ -427,7 +513,7 @@ def _claim_of(content: list[str], core: list[str], whole: list[str], denied_behi
     head = content[-1]
     if normal := [word for word in content if word in NORMAL]:
         kind, head = "normal", normal[-1]
-    elif deviant := [word for word in content if _DEVIANT.match(stem(word))]:
+    elif deviant := [word for word in content if _DEVIANT.match(word)]:
         kind, head = "deviant", deviant[-1]
     elif not exists and (members := [word for word in content if any(word in family for family in _FAMILIES)]):
         kind, head = "family", members[-1]
@@ -450,12 +536,14 @@ def _claim_of(content: list[str], core: list[str], whole: list[str], denied_behi
     compared = tuple(stem(word) for word in content) if "than" in whole else ()
     return _Claim(
         kind,
+        head,
         tuple(stems),
         frozenset(keys),
         value,
         denied,
         frozenset(stem(word) for word in whole),
-        frozenset(_OTHER_SIDE.keys() & set(whole)) if not {"left", "right"} <= set(whole) else frozenset(),
+        frozenset(side for side, other in _OTHER_SIDE.items() if side in whole and other.isdisjoint(whole)),
+        "both" in whole,
         compared,
         exists,
         exists and any(word in _PREPOSITIONS for word in core[place + 1 :]),

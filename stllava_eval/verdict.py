@@ -69,7 +69,7 @@ _OPTIONS_AGAIN = re.compile(
 )
 _SENTENCE = re.compile(r"[^.!?\n;]+(?:\.(?=\w)[^.!?\n;]+)*[.!?\n;]*")
 _CLAUSES = re.compile(
-    r",|\s+-+\s+(?!(?:none|absent|negative|<absent>)\b)|[–—]|\(|\)|\b(?:but|although|though|however|while|whereas|because|so|therefore)\b"
+    r",|\s+-+\s+(?!(?:none|absent|negative|<absent>)\b)|[–—]|\(|\)|\b(?:but|although|though|however|while|whereas|because|(?<!think )(?<!believe )(?<!seems )(?<!appears )(?<!suppose )so|therefore)\b"
     r"|\band (?=(?:there|it|this|these|the|i|we|no|yes)\b)"
 )
 _LISTED = re.compile(r"(?:\b(?:no|not)\b|<denied>|<lacking>)[^.;]*?(?:,[^.;]*)+\b(?:or|nor)\b")
@@ -107,14 +107,14 @@ def _clauses(sentence: str) -> list[str]:
 _LEAD = re.compile(
     r"^(?:(?:final |the |my |short )*(?:answer|verdict|conclusion|response)(?: to (?:the|this|your) question)?"
     r"(?: is| would be)?(?: most likely| likely| probably)?|(?:i|we) (?:think|believe|would say|would answer)(?: that)?"
-    r"|i'd say|in (?:conclusion|summary|short)|overall|thus|hence|then|and|well|ok|okay|actually|most likely|likely"
-    r"|probably|very likely|sorry|in this (?:image|case)|\(?[a-d1-9][).:])\s*[:=-]*\s*|^[\s:=>'()\[\]-]+"
+    r"|i'd say|in (?:conclusion|summary|short)|overall|thus|hence|then|and|well|ok|okay|actually"
+    r"|(?:(?:most|very|quite) )?(?:likely|probably)|(?:definitely|certainly|absolutely|of course|indeed)(?=,? \w)|sorry|in this (?:image|case)|\(?[a-d1-9][).:])\s*[:=,-]*\s*|^[\s:=>'()\[\]-]+"
 )
 _END = r"[\s:'\])]*(?:$|:)"
 _IT_IS = r"(?:that|this|it|the statement|this statement|the claim) (?:is|'s)"
 _YES = re.compile(
     rf"(?:yes|yeah|yep|yup|yea)\b|(?:true|correct|affirmative){_END}|{_IT_IS} (?:true|correct|right){_END}"
-    rf"|i (?:think|believe) so{_END}"
+    rf"|(?:i (?:would )?(?:think|believe|suppose)|it (?:seems|appears)) so{_END}"
 )
 _NO = re.compile(
     # "no" is a verdict at the end of its clause and before a clause of its own, else it denies the noun that follows
@@ -122,15 +122,15 @@ _NO = re.compile(
     r"| (?:there|its?|it's|this|that|these|those|the|i|we|they|he|she|because|since|as|not)\b)"
     rf"|(?:false|untrue|incorrect){_END}"
     rf"|{_IT_IS} (?:false|incorrect|untrue|wrong|not (?:true|correct|right)){_END}"
-    rf"|(?:definitely|certainly|absolutely|of course|probably|(?:most |very )?likely|clearly) not{_END}"
-    rf"|not (?:really|at all|likely|exactly|that i can (?:see|tell)){_END}"
-    rf"|i (?:think not|(?:do not|don't) (?:think|believe) so){_END}"
+    rf"|(?:definitely|certainly|absolutely|of course|(?:(?:most|very) )?(?:probably|likely)|clearly) not{_END}"
+    rf"|not (?:really|at all|likely|exactly|quite|entirely|fully|completely|that i can (?:see|tell)){_END}"
+    rf"|i (?:(?:would )?think not|(?:do not|don't|would not|wouldn't) (?:think|believe) so){_END}"
 )
 # What is a verdict only where it is the whole answer: "Sure!" may begin any, and "positive" may describe anything.
 _SEEN = r"(?:present|seen|visible|noted|visuali[sz]ed|shown|detected|identified|found|evident|there|observed)"
 _ALONE = re.compile(
     rf"(?P<yes>y|positive|likely|(?:is |are |it is |they are )?{_SEEN})"
-    rf"|(?P<no>n|<absent>|none|(?:none|<denied>|not) (?:(?:is|are|was|were|to be) )?{_SEEN})"
+    rf"|(?P<no>n|(?:(?:it|this|that) (?:is|seems|appears) )?(?:(?:very|highly|most|rather|quite) )?<absent>|none|(?:none|<denied>|not) (?:(?:is|are|was|were|to be) )?{_SEEN})"
     r"|(?P<sure>absolutely|definitely|certainly|of course|indeed|sure)"
 )
 _ELLIPSIS = re.compile(
@@ -196,7 +196,8 @@ def yes_or_no(answer: str, question: str) -> bool | None:
     if declines and any(_DISCLAIMERS.search(sentence) for sentence in kept):
         return None
     whole = len(clauses) == 1
-    alone = _alone(clauses[0], whole, denied) if whole or (kept and len(_clauses(kept[0])) == 1) else None
+    opening = _clauses(_LEAD.sub("", kept[0])) if kept else []
+    alone = _alone(opening[0], whole, denied) if len(opening) == 1 else None
     return _agreed([alone, *(affirms(clause, question) for clause in clauses)])
 
 
@@ -283,6 +284,8 @@ _SYNONYMS = {
     "anomaly": "abnormal",
     "unremarkable": "normal",
     "bilaterally": "bilateral",
+    "hyperinflated": "hyperinflation",
+    "hypoinflated": "hypoinflation",
     "hyperdensity": "hyperdense",
     "hypodensity": "hypodense",
     "pulmonary": "lung",
@@ -295,7 +298,7 @@ _LARGER, _SMALLER = (
     frozenset({"bigger", "larger", "greater", "biggest", "largest"}),
     frozenset({"smaller", "smallest", "lesser"}),
 )
-_DENYING = re.compile(r"\b(?:not|no|rather <than>|instead of|unlike|as opposed to|different from)\b|<denied>|<lacking>")
+_DENYING = re.compile(r"\b(?:not|no|instead of|unlike|as opposed to|different from)\b|\brather <than>|<denied>|<lacking>")
 
 
 def _canonical(words: Iterable[str]) -> list[str]:
@@ -312,11 +315,13 @@ def _choice(answer: str, options: Sequence[str], question: str) -> str | None:
             if not kept:
                 return None
             continue
-        for clause in _option_clauses(sentence):
-            named, others = _named(clause, pattern, option_of, question)
-            kept |= named
-            denied |= others
-    if len(kept) != 1 and "both" in kept:
+        for part in _EXPLAINED.split(sentence):
+            names = [_named(clause, pattern, option_of, question) for clause in _option_clauses(part)]
+            kept = kept.union(*(named for named, _ in names))
+            denied = denied.union(*(others for _, others in names))
+            if any(named for named, _ in names):
+                break
+    if len(kept) != 1 and ("both" in kept or ("both" in options and kept == set(options) - {"both"})):
         return "both"
     kept -= denied if len(kept - denied) == 1 else set()
     if len(kept) == 1:
@@ -336,7 +341,15 @@ def _option_clauses(sentence: str) -> list[str]:
     return [clause for clause in _OPTION_CLAUSES.split(_PLAIN_VERDICT.sub("", spelled(sentence))) if clause.strip()]
 
 
-_OPEN_CHOICE = re.compile(r"\b(?:could be|may be|might be|cannot|can not|whether|possibly)\b")
+_OPEN_CHOICE = re.compile(
+    r"\b(?:could be|may be|might be|cannot|can not|whether|possibly)\b"
+    r"|(?<!answer )(?<!choice )\bwould (?:be|appear|look|have|show)\b"  # what another image would show
+)
+# What explains a choice begins here. It is read only where nothing is chosen before it.
+_EXPLAINED = re.compile(
+    r"\b(?:because|since|given that|due to|where|as (?=(?:the|it|there|this|these|indicated|evidenced|seen|shown)\b))"
+    r"|\((?!\w\))"
+)
 
 
 def _named(
@@ -396,7 +409,9 @@ def _of_comparison(text: str, found: list[tuple[int, int, str]], question: str) 
     """Of "A is bigger than B" A, if what is asked for is the bigger one; B, if it is the smaller one."""
     at = text.index("<than>")
     asked, said = set(folded_words(question)), set(text[:at].split())
-    turned = bool((asked & _LARGER and said & _SMALLER) or (asked & _SMALLER and said & _LARGER))
+    larger, smaller = bool(asked & _LARGER), bool(asked & _SMALLER)
+    # where the question names both, they are its options, and what is asked for is neither
+    turned = larger != smaller and bool(said & (_SMALLER if larger else _LARGER))
     return [one for one in found if (one[0] > at) == turned]
 
 
