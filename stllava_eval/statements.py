@@ -142,7 +142,8 @@ _SPELLINGS = (
     (re.compile(r"\b(it|that|there|this|he|she|what)'s\b"), r"\1 is"),
     (re.compile(r"n't\b"), " not "),
     # "no" that denies nothing in the image
-    (re.compile(r"\b(?:no|without(?: a)?) (?:doubt|question)\b|\bnot only\b|\bno longer\b"), " "),
+    (re.compile(r"\b(?:no|without(?: a)?) (?:doubt|question)\b|\bnot only\b"), " "),
+    (re.compile(r"\bno longer\b(?! than)"), " not "),
     (re.compile(r"\b(neither|not|no|never)\b(.*?)\bnor\b"), r"\1\2or"),
     (re.compile(r"\bnever\b"), " not "),
     # denials that stand before what they deny, and such as stand behind it
@@ -152,7 +153,8 @@ _SPELLINGS = (
     ),
     (
         re.compile(
-            r"\b(?:lacks|negative for|fails? to|failed to|rules? out|excludes?|neither|nor|nothing|non(?=[- ]))\b"
+            r"\b(?:rather than|instead of|as opposed to|inconsistent with|doubt|(?:argues?|speaks?|evidence) against|"
+            r"ruling out|excluding|lacks|negative for|fails? to|failed to|rules? out|excludes?|neither|nor|nothing|non(?=[- ]))\b"
         ),
         " <denied> ",
     ),
@@ -160,7 +162,8 @@ _SPELLINGS = (
     (re.compile(r"\b(?:absent|negative|unlikely|nowhere|missing|invisible|removed|resected)\b"), " <absent> "),
 )
 _OPEN = re.compile(
-    r"\b(?:may|might|could be|could have|possibl[ey]|possibility|maybe|perhaps|suspect(?:ed|s)?|suspicio(?:n|us)|"
+    r"\b(?:hardly|barely|scarcely|far from|anything but|doubtful|more likely .*than|"
+    r"may|might|could be|could have|possibl[ey]|possibility|maybe|perhaps|suspect(?:ed|s)?|suspicio(?:n|us)|"
     r"unclear|uncertain|unsure|equivocal|indeterminate|questionable|whether|if|difficult|hard to|too \w+ to|resolved|"
     r"presence or absence|not (?:\w+ )?(?:sure|certain|clear (?:whether|if))|concern for|concerning for|should|"
     r"please|would)\b"
@@ -293,11 +296,10 @@ def _names_one(words: Sequence[str], claim: _Claim) -> bool:
     if claim.kind == "family":
         family = next(members for members in _FAMILIES if claim.heads[0] in members.values())
         return len({family.get(word) for word in words if word not in _SCAFFOLD}) == 1 and words[0] in family
-    image = _FAMILIES[0].keys() | _IMAGES
-    return claim.kind == "normal" and words[0] in NORMAL and words[-1] in image and len(words) <= _LABEL
+    return claim.kind == "normal" and words[0] in NORMAL and words[-1] in _IMAGED and len(words) <= _LABEL
 
 
-_IMAGES = word_set("image picture scan film study photo view")
+_IMAGED = word_set("image picture scan film study photo view examination") | _FAMILIES[0].keys()
 _LABEL = 4  # words of a label that are read as one (our choice): "Normal frontal chest radiograph"
 _LONGEST = 12  # words of its own in a clause that is read (our choice): sentences of models have fewer
 
@@ -343,6 +345,8 @@ def _normality(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> int
         whole = claim.kind == "normal" and not claim.keys
         if whole and value < 0:
             return value  # a part that is abnormal makes the image abnormal
+        if whole and _IMAGED.isdisjoint(words) and not _plain_before(words, claim, place):
+            return None  # what one organ is, the image need not be
         return value if _about(words, stems, claim, len(words) if whole else place) else None
     return None
 

@@ -130,12 +130,13 @@ _NO = re.compile(
 _SEEN = r"(?:present|seen|visible|noted|visuali[sz]ed|shown|detected|identified|found|evident|there|observed)"
 _ALONE = re.compile(
     rf"(?P<yes>y|positive|likely|(?:is |are |it is |they are )?{_SEEN})"
-    rf"|(?P<no>n|(?:(?:it|this|that) (?:is|seems|appears) )?(?:(?:very|highly|most|rather|quite) )?<absent>|none|(?:none|<denied>|not) (?:(?:is|are|was|were|to be) )?{_SEEN})"
+    rf"|(?P<no>n|(?:(?:it|this|that) (?:is|seems|appears) )?(?:(?:very|highly|most|rather|quite) )?<absent>|none|(?:(?:it|they|this|that) )?(?:(?:is|are|can|could) )?"
+    rf"(?:none|<denied>|not) (?:(?:is|are|was|were|to be|be) )?{_SEEN})"
     r"|(?P<sure>absolutely|definitely|certainly|of course|indeed|sure)"
 )
 _ELLIPSIS = re.compile(
     r"(?:it|there|this|that|they|these|those|he|she|i|you|we) (?:is|are|was|were|does|do|did|has|have|can|could)"
-    r"(?P<denied> not)?"
+    r"(?P<denied> not)?(?: any| one)?"
 )
 
 
@@ -298,7 +299,9 @@ _LARGER, _SMALLER = (
     frozenset({"bigger", "larger", "greater", "biggest", "largest"}),
     frozenset({"smaller", "smallest", "lesser"}),
 )
-_DENYING = re.compile(r"\b(?:not|no|instead of|unlike|as opposed to|different from)\b|\brather <than>|<denied>|<lacking>")
+_DENYING = re.compile(
+    r"\b(?:not|no|instead of|unlike|as opposed to|different from|differs? from)\b|\brather <than>|<denied>|<lacking>"
+)
 
 
 def _canonical(words: Iterable[str]) -> list[str]:
@@ -310,7 +313,12 @@ def _choice(answer: str, options: Sequence[str], question: str) -> str | None:
     pattern, option_of = _naming(tuple(options))
     kept: set[str] = set()
     denied: set[str] = set()
-    for sentence in _sentences(answer):
+    sentences = _sentences(answer)
+    declines = any(_REFUSALS.search(sentence) for sentence in sentences)
+    labels = {label for sentence in sentences if not declines and (label := _label(sentence, pattern, option_of))}
+    if len(labels) == 1:
+        return labels.pop()  # "Abnormal. The heart is enlarged, the lungs are normal.": what explains it is not read
+    for sentence in sentences:
         if _REFUSALS.search(sentence):
             if not kept:
                 return None
@@ -330,6 +338,19 @@ def _choice(answer: str, options: Sequence[str], question: str) -> str | None:
     return left[0] if not kept and denied and len(left) == 1 else None
 
 
+def _label(sentence: str, pattern: re.Pattern[str], option_of: dict[str, str]) -> str | None:
+    """The option that is all that a sentence says before it explains itself; else None."""
+    clauses = _option_clauses(_EXPLAINED.split(sentence, maxsplit=1)[0])
+    text = " ".join(_canonical(_TOKEN.findall(clauses[0]))) if clauses else ""
+    found = pattern.findall(text)
+    bare = len(found) == 1 and _LABELS.issuperset(pattern.sub(" ", text).split())
+    return option_of[found[0]] if bare else None
+
+
+_LABELS = frozenset(
+    {"the", "a", "an", "it", "is", "this", "answer", "option", "image", "scan", "side", "view", "final"}
+)
+
 _PLAIN_VERDICT = re.compile(r"^(?:yes|no)\b *[,:-]")  # chooses no option and denies none: "No, the patient is male."
 _OPTION_CLAUSES = re.compile(
     r",(?= *(?:(?:not|but|while|whereas|rather|instead|it|this|that)|(?:the )?\w+(?: \w+)? (?:is|are))\b)"
@@ -337,8 +358,19 @@ _OPTION_CLAUSES = re.compile(
 )
 
 
+_AND = re.compile(r"\band (?=(?:the )?\w+(?: \w+)? (?:is|are)\b)")
+_VERB = re.compile(r"\b(?:is|are|shows?|has|have|looks?|appears?)\b")
+
+
 def _option_clauses(sentence: str) -> list[str]:
-    return [clause for clause in _OPTION_CLAUSES.split(_PLAIN_VERDICT.sub("", spelled(sentence))) if clause.strip()]
+    clauses: list[str] = []
+    for clause in _OPTION_CLAUSES.split(_PLAIN_VERDICT.sub("", spelled(sentence))):
+        joint = _AND.search(clause)
+        if joint and _VERB.search(clause[: joint.start()]):  # "the lungs are clear and the heart is enlarged"
+            clauses += [clause[: joint.start()], clause[joint.end() :]]
+        else:
+            clauses.append(clause)
+    return [clause for clause in clauses if clause.strip()]
 
 
 _OPEN_CHOICE = re.compile(
@@ -348,7 +380,7 @@ _OPEN_CHOICE = re.compile(
 # What explains a choice begins here. It is read only where nothing is chosen before it.
 _EXPLAINED = re.compile(
     r"\b(?:because|since|given that|due to|where|as (?=(?:the|it|there|this|these|indicated|evidenced|seen|shown)\b))"
-    r"|\((?!\w\))"
+    r"|\((?!\w\))|, as\b(?! (?:well|opposed|compared))"
 )
 
 
@@ -370,12 +402,24 @@ def _named(
     kept: set[str] = set()
     denied: set[str] = set()
     turned = _turned(text, question, option_of)
-    for start, _, option in found:
-        (denied if bool(_DENYING.search(text[:start])) != turned else kept).add(option)
+    behind = False
+    for place, (start, end, option) in reversed(list(enumerate(found))):
+        after = text[end : found[place + 1][0] if place + 1 < len(found) else None]
+        if place + 1 == len(found) or not _JOINTS.issuperset(after.split()):
+            behind = _DENIED_BEHIND.match(after) is not None  # of "A and B are not seen" A is denied too
+        (denied if (bool(_DENYING.search(text[:start])) != behind) != turned else kept).add(option)
     return kept, denied
 
 
+_DENIED_BEHIND = re.compile(
+    r"(?: (?!(?:and|as|which|that|who|since|when|with|<than>)\b)[\w<>]+){0,3}? "
+    r"(?:(?:is|are|was|were|be|do|does|did|has|have|can|could) not\b|<absent>)"
+    r"| no(?= ,|$)"
+)
+
+
 _MORE_THAN_ONE = re.compile(r"\bmore than (?:one|1)\b")
+_SIZES = dict.fromkeys(_LARGER, 1) | dict.fromkeys(_SMALLER, -1)
 _THAN = re.compile(r"\b(?:than|compared (?:to|with)|relative to)\b")
 _TOKEN = re.compile(r"<\w+>|,|[^\W_]+")
 
@@ -416,10 +460,13 @@ def _of_comparison(text: str, found: list[tuple[int, int, str]], question: str) 
 
 
 def _turned(text: str, question: str, option_of: dict[str, str]) -> bool:
-    """Does the clause call an option normal where the question asks for the abnormal one, or the other way round?"""
-    asked = {NORMAL[word] for word in folded_words(question) if word in NORMAL}
-    said = {NORMAL[word] for word in text.split() if word in NORMAL and word not in option_of}
-    return len(asked) == len(said) == 1 and asked != said
+    """Does the clause call an option normal where the question asks for the abnormal one, or smaller for the bigger?"""
+    for values in (NORMAL, {} if "<than>" in text else _SIZES):
+        asked = {values[word] for word in folded_words(question) if word in values}
+        said = {values[word] for word in text.split() if word in values and word not in option_of}
+        if len(asked) == len(said) == 1:
+            return asked != said
+    return False
 
 
 @lru_cache(maxsize=1024)
