@@ -117,49 +117,68 @@ _SCAFFOLD = (
 )
 """Words that carry no claim of their own: they stand around it in questions and in answers."""
 
-_SPELLINGS = (
-    (re.compile(r"\b(?:abnormally|unusually|too) (?:large|big)\b|\b(?:larger|bigger) than normal\b"), " enlarged "),
-    (re.compile(r"\bx[- ]?rays?\b|\bradiographs?\b|\bcxr\b"), " xray "),
-    (re.compile(r"\bmagnetic resonance(?: imaging| images?)?\b|\bmr\b(?: imaging\b)?"), " mri "),
-    (re.compile(r"\bcomputed tomography\b|\bcat scan\b"), " ct "),
-    (re.compile(r"\bcardiomegaly\b|\bcardiac enlargement\b|\benlargement of the heart\b"), " enlarged heart "),
-    (re.compile(r"\b(?:cardiac|heart) (?:silhouette|shadow|size)\b|\bcardiac contours?\b"), " heart "),
-    (re.compile(r"\b(?:enlarged lymph nodes?|enlargement of (?:the )?lymph nodes|lymphadenopathy)\b"), " adenopathy "),
-    (
-        re.compile(r"\b(?:well|sharply|clearly)[- ](?:circumscribed|defined|demarcated|delineated|marginated)\b"),
-        " welldefined ",
-    ),
-    (re.compile(r"\b(?:ill|poorly)[- ](?:circumscribed|defined|demarcated|delineated|marginated)\b"), " illdefined "),
-    (re.compile(r"\bsaggital\b"), " sagittal "),
-    (
-        re.compile(
-            r"\b(?:within (?:the )?normal (?:size )?(?:limits|range)|(?:within|at) the (?:upper |lower )?limits? of normal)\b"
+_EDGES = r"(?:circumscribed|defined|demarcated|delineated|marginated)\b"
+_SPELLINGS = tuple(
+    (tuple(needles.split()), re.compile(pattern), spelling)
+    # A pattern matches nothing where none of its needles is in the text: to look for these is much faster.
+    for needles, pattern, spelling in (
+        (
+            "large big",
+            r"\b(?:abnormally|unusually|too) (?:large|big)\b|\b(?:larger|bigger) than normal\b",
+            " enlarged ",
         ),
-        " normal ",
-    ),
-    (re.compile(r"\bcan ?not\b|\bcan't\b"), " can not "),
-    (re.compile(r"\bwon't\b"), " will not "),
-    (re.compile(r"\b(it|that|there|this|he|she|what)'s\b"), r"\1 is"),
-    (re.compile(r"n't\b"), " not "),
-    # "no" that denies nothing in the image
-    (re.compile(r"\b(?:no|without(?: a)?) (?:doubt|question)\b|\bnot only\b"), " "),
-    (re.compile(r"\bno longer\b(?! than)"), " not "),
-    (re.compile(r"\b(neither|not|no|never)\b(.*?)\bnor\b"), r"\1\2or"),
-    (re.compile(r"\bnever\b"), " not "),
-    # denials that stand before what they deny, and such as stand behind it
-    (
-        re.compile(r"\b(?:free of|free from|absence of|lack of|lacking|devoid of|without)\b"),
-        " <lacking> ",
-    ),
-    (
-        re.compile(
-            r"\b(?:rather than|instead of|as opposed to|inconsistent with|doubt|(?:argues?|speaks?|evidence) against|"
-            r"ruling out|excluding|lacks|negative for|fails? to|failed to|rules? out|excludes?|neither|nor|nothing|non(?=[- ]))\b"
+        ("ray radiograph cxr", r"\bx[- ]?rays?\b|\bradiographs?\b|\bcxr\b", " xray "),
+        ("resonance mr", r"\bmagnetic resonance(?: imaging| images?)?\b|\bmr\b(?: imaging\b)?", " mri "),
+        ("tomography cat", r"\bcomputed tomography\b|\bcat scan\b", " ct "),
+        (
+            "cardiomegaly enlargement",
+            r"\bcardiomegaly\b|\bcardiac enlargement\b|\benlargement of the heart\b",
+            " enlarged heart ",
         ),
-        " <denied> ",
-    ),
-    (re.compile(r"\b(?:excluded|ruled out)\b"), " <excluded> "),
-    (re.compile(r"\b(?:absent|negative|unlikely|nowhere|missing|invisible|removed|resected)\b"), " <absent> "),
+        ("cardiac heart", r"\b(?:cardiac|heart) (?:silhouette|shadow|size)\b|\bcardiac contours?\b", " heart "),
+        (
+            "lymph",
+            r"\b(?:enlarged lymph nodes?|enlargement of (?:the )?lymph nodes|lymphadenopathy)\b",
+            " adenopathy ",
+        ),
+        ("well sharply clearly", rf"\b(?:well|sharply|clearly)[- ]{_EDGES}", " welldefined "),
+        ("ill poorly", rf"\b(?:ill|poorly)[- ]{_EDGES}", " illdefined "),
+        ("saggital", r"\bsaggital\b", " sagittal "),
+        (
+            "normal",
+            r"\bwithin (?:the )?normal (?:size )?(?:limits|range)\b"
+            r"|\b(?:within|at) the (?:upper |lower )?limits? of normal\b",
+            " normal ",
+        ),
+        ("can", r"\bcan ?not\b|\bcan't\b", " can not "),
+        ("won't", r"\bwon't\b", " will not "),
+        ("'s", r"\b(it|that|there|this|he|she|what)'s\b", r"\1 is"),
+        ("n't", r"n't\b", " not "),
+        # "no" that denies nothing in the image
+        ("no without", r"\b(?:no|without(?: a)?) (?:doubt|question)\b|\bnot only\b", " "),
+        ("longer", r"\bno longer\b(?! than)", " not "),
+        ("nor", r"\b(neither|not|no|never)\b(.*?)\bnor\b", r"\1\2or"),
+        ("never", r"\bnever\b", " not "),
+        # denials that stand before what they deny, and such as stand behind it
+        (
+            "free absence lack devoid without",
+            r"\b(?:free of|free from|absence of|lack of|lacking|devoid of|without)\b",
+            " <lacking> ",
+        ),
+        (
+            "than instead opposed inconsistent doubt against rul exclud lack negative fail nor neither nothing non",
+            r"\b(?:rather than|instead of|as opposed to|inconsistent with|doubt|(?:argues?|speaks?|evidence) against"
+            r"|ruling out|excluding|lacks|negative for|fails? to|failed to|rules? out|excludes?|neither|nor|nothing"
+            r"|non(?=[- ]))\b",
+            " <denied> ",
+        ),
+        ("excluded ruled", r"\b(?:excluded|ruled out)\b", " <excluded> "),
+        (
+            "absent negative unlikely nowhere missing invisible removed resected",
+            r"\b(?:absent|negative|unlikely|nowhere|missing|invisible|removed|resected)\b",
+            " <absent> ",
+        ),
+    )
 )
 _OPEN = re.compile(
     r"\b(?:hardly|barely|scarcely|far from|anything but|doubtful|more likely .*than|"
@@ -209,11 +228,15 @@ class _Claim:
     placed: bool
 
 
+@remembered
 def spelled(text: str) -> str:
     """`text`, folded, with one spelling for modalities, contractions and denials."""
     text = folded(text)
-    for pattern, spelling in _SPELLINGS:
-        text = pattern.sub(spelling, text)
+    for needles, pattern, spelling in _SPELLINGS:
+        for needle in needles:
+            if needle in text:
+                text = pattern.sub(spelling, text)
+                break
     return " ".join(text.split())
 
 
@@ -263,9 +286,8 @@ def affirms(clause: str, question: str) -> bool | None:
     if claim.compared:
         return _compared(stems, claim)
     said = _read(words, stems, claim)
-    if said is not None and claim.both and _EACH.isdisjoint(words) and not _ONE.isdisjoint(words):
-        if said:  # of "both" one alone affirms nothing, and "only" one denies it
-            return None if _ONLY.isdisjoint(words) else False
+    if said and claim.both and _EACH.isdisjoint(words) and not _ONE.isdisjoint(words):
+        return None if _ONLY.isdisjoint(words) else False  # one of both affirms nothing, and "only" one denies it
     return said
 
 
@@ -335,7 +357,7 @@ def _normality(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> int
     """1 where the clause calls the claim's subject normal, -1 where abnormal, None where it calls it neither."""
     for place, word in enumerate(words):
         sign = NORMAL.get(word)
-        if sign is None and claim.kind == "normal" and _DEVIANT.match(word):
+        if sign is None and claim.kind == "normal" and _DEVIANT.match(word) and stems[place] not in claim.known:
             if _polarity(words, place) < 0:
                 return None  # an organ that is not enlarged may be abnormal in another way
             sign = -1

@@ -33,6 +33,7 @@ _REFUSALS = re.compile(
     r"|\b(?:cannot|can't|can not) be (?:answered|assessed|determined)\b"
     r"|\b(?:not possible|impossible) to (?:answer|assess|determine|say|tell)\b"
     r"|\b(?:no|without|lack the|lack any|do(?:es)? not have (?:the|any)) (?:ability|access|means|possibility|way)\b"
+    r"|\bno (?:image|picture|scan|x-?ray)s? (?:is|are|was|were|has been|have been) (?:attached|provided|uploaded)\b"
     # Gemini's filter kept the answer back: the system declined (lmms_eval/models/{simple,chat}/gemini.py).
     r"|^\[safety_blocked:"
 )
@@ -54,7 +55,13 @@ def is_refusal(answer: str) -> bool:
     (True, False)
     """
     text = folded(answer)
+    if not any(needle in text for needle in _DECLINING):
+        return False  # saves the search of the patterns, none of which matches then
     return _REFUSALS.search(text) is not None or _DISCLAIMERS.search(text) is not None
+
+
+_DECLINING = ("no", "n't", "can't", "unable", "sorry", "impossible", "without", "lack", "as a", "[safety")
+"""What every refusal has one of ("no" is in "not" and "cannot")."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,7 +76,9 @@ _OPTIONS_AGAIN = re.compile(
 )
 _SENTENCE = re.compile(r"[^.!?\n;]+(?:\.(?=\w)[^.!?\n;]+)*[.!?\n;]*")
 _CLAUSES = re.compile(
-    r",|\s+-+\s+(?!(?:none|absent|negative|<absent>)\b)|[–—]|\(|\)|\b(?:but|although|though|however|while|whereas|because|(?<!think )(?<!believe )(?<!seems )(?<!appears )(?<!suppose )so|therefore)\b"
+    r",|\s+-+\s+(?!(?:none|absent|negative|<absent>)\b)|[–—]|\(|\)"
+    r"|\b(?:but|although|though|however|while|whereas|because|therefore"
+    r"|(?<!think )(?<!believe )(?<!suppose )(?<!seems )(?<!appears )so)\b"
     r"|\band (?=(?:there|it|this|these|the|i|we|no|yes)\b)"
 )
 _LISTED = re.compile(r"(?:\b(?:no|not)\b|<denied>|<lacking>)[^.;]*?(?:,[^.;]*)+\b(?:or|nor)\b")
@@ -108,7 +117,8 @@ _LEAD = re.compile(
     r"^(?:(?:final |the |my |short )*(?:answer|verdict|conclusion|response)(?: to (?:the|this|your) question)?"
     r"(?: is| would be)?(?: most likely| likely| probably)?|(?:i|we) (?:think|believe|would say|would answer)(?: that)?"
     r"|i'd say|in (?:conclusion|summary|short)|overall|thus|hence|then|and|well|ok|okay|actually"
-    r"|(?:(?:most|very|quite) )?(?:likely|probably)|(?:definitely|certainly|absolutely|of course|indeed)(?=,? \w)|sorry|in this (?:image|case)|\(?[a-d1-9][).:])\s*[:=,-]*\s*|^[\s:=>'()\[\]-]+"
+    r"|(?:(?:most|very|quite) )?(?:likely|probably)|(?:definitely|certainly|absolutely|of course|indeed)(?=,? \w)"
+    r"|sorry|in this (?:image|case)|\(?[a-d1-9][).:])\s*[:=,-]*\s*|^[\s:=>'()\[\]-]+"
 )
 _END = r"[\s:'\])]*(?:$|:)"
 _IT_IS = r"(?:that|this|it|the statement|this statement|the claim) (?:is|'s)"
@@ -130,8 +140,9 @@ _NO = re.compile(
 _SEEN = r"(?:present|seen|visible|noted|visuali[sz]ed|shown|detected|identified|found|evident|there|observed)"
 _ALONE = re.compile(
     rf"(?P<yes>y|positive|likely|(?:is |are |it is |they are )?{_SEEN})"
-    rf"|(?P<no>n|(?:(?:it|this|that) (?:is|seems|appears) )?(?:(?:very|highly|most|rather|quite) )?<absent>|none|(?:(?:it|they|this|that) )?(?:(?:is|are|can|could) )?"
-    rf"(?:none|<denied>|not) (?:(?:is|are|was|were|to be|be) )?{_SEEN})"
+    r"|(?P<no>n|none|(?:(?:it|this|that) (?:is|seems|appears) )?(?:(?:very|highly|most|rather|quite) )?<absent>"
+    r"|(?:(?:it|they|this|that) )?(?:(?:is|are|can|could) )?(?:none|<denied>|not) (?:(?:is|are|was|were|to be|be) )?"
+    rf"{_SEEN})"
     r"|(?P<sure>absolutely|definitely|certainly|of course|indeed|sure)"
 )
 _ELLIPSIS = re.compile(
