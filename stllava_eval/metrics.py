@@ -86,6 +86,7 @@ def _counts_llavamed(text: str) -> Counter[str]:
     return Counter(normalize_llavamed(normalize_llavamed(text)).split())
 
 
+@remembered
 def _hits_llavamed(answer: str, reference: str) -> int:
     """How many words of the answer are in the reference: each of its repetitions is one more hit."""
     wanted = _counts_llavamed(reference)

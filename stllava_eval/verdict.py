@@ -55,13 +55,32 @@ def is_refusal(answer: str) -> bool:
     (True, False)
     """
     text = folded(answer)
-    if not any(needle in text for needle in _DECLINING):
+    if not any(needle in text for needle in _DECLINING) or not any(needle in text for needle in _DECLINED):
         return False  # saves the search of the patterns, none of which matches then
     return _REFUSALS.search(text) is not None or _DISCLAIMERS.search(text) is not None
 
 
-_DECLINING = ("no", "n't", "can't", "unable", "sorry", "impossible", "without", "lack", "as a", "[safety")
-"""What every refusal has one of ("no" is in "not" and "cannot")."""
+# What every refusal has one of ("no" is in "not" and "cannot"), and what it says of which it declines.
+_DECLINING = ("no", "n't", "unable", "sorry", "impossible", "without", "lack", "as a", "[safety")
+_DECLINED = (
+    *("know", "answer", "analy", "assess", "assist", "comment", "comply", "determine", "diagnose", "help", "interpret"),
+    *(
+        "offer",
+        "provide",
+        "say",
+        "tell",
+        "access",
+        "open",
+        "process",
+        "see",
+        "view",
+        "ability",
+        "means",
+        "possib",
+        "way",
+    ),
+    *("attached", "uploaded", "sorry", "qualified", "not a ", "as a", "[safety"),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,7 +219,8 @@ def yes_or_no(answer: str, question: str) -> bool | None:
     denied = denies_in_its_claim(question)
     if verdicts and not denied:
         return _agreed(verdicts)
-    clauses = [clause for sentence in kept for clause in _clauses(sentence)]
+    each = [_clauses(sentence) for sentence in kept]
+    clauses = [clause for of_sentence in each for clause in of_sentence]
     if verdicts := verdicts or [said for clause in clauses if (said := _said(clause)) is not None]:
         # "No, there is no effusion" to "Is there no effusion?" can mean either
         stated = _agreed(affirms(clause, question) for clause in clauses) if denied else None
@@ -208,7 +228,9 @@ def yes_or_no(answer: str, question: str) -> bool | None:
     if declines and any(_DISCLAIMERS.search(sentence) for sentence in kept):
         return None
     whole = len(clauses) == 1
-    opening = _clauses(_LEAD.sub("", kept[0])) if kept else []
+    opening = each[0] if each else []
+    if len(opening) > 1 and (shorter := _LEAD.sub("", kept[0], count=1)) != kept[0]:
+        opening = _clauses(shorter)  # "Indeed, it is."
     alone = _alone(opening[0], whole, denied) if len(opening) == 1 else None
     return _agreed([alone, *(affirms(clause, question) for clause in clauses)])
 
