@@ -21,7 +21,7 @@ from stllava_eval.words import DIGITS, folded, remembered, singular, word_set
 NORMAL = dict.fromkeys(word_set("normal normally unremarkable healthy typical intact clear"), 1) | dict.fromkeys(
     word_set(
         """abnormal abnormality abnormalities unhealthy atypical diseased pathology pathologies pathologic pathological
-        anomaly anomalies"""
+        wrong anomaly anomalies"""
     ),
     -1,
 )
@@ -56,6 +56,7 @@ _PROPERTIES = (
     _members("hyperintense|hypointense|isointense"),
     _members("unilateral|bilateral"),
     _members("symmetric symmetrical|asymmetric asymmetrical"),
+    _members("midline central centered|deviated deviation displaced displacement shifted shift"),
 )
 """Of each, a structure has one: to give it another one is to deny the first."""
 
@@ -74,6 +75,7 @@ _EACH = word_set("both bilateral bilaterally each either all")
 _DENIALS = word_set("no not none <denied> <lacking> <absent> <excluded>")
 _INFERRING = word_set("indicates indicate suggests suggest means shows represents is are was")
 
+_CONCLUDING = word_set("indicates indicating suggests suggesting represents representing reflecting")
 _AUXILIARIES = word_set("is are was were be been being am has have had does do did can could will would should")
 _PREPOSITIONS = word_set(
     """in on of at within under along near from to around between with by for outside underneath beneath above below
@@ -90,10 +92,7 @@ _POSITIONS = word_set(
     field fields segment segments portion part parts area areas level hemisphere xray ct mri ultrasound"""
 )
 _STATING = (
-    _AUXILIARIES
-    | (_SHOWING - {"with"})
-    | _DENIALS
-    | word_set("appears appear looks look seems seem indicates suggests")
+    _AUXILIARIES | (_SHOWING - {"with"}) | _DENIALS | word_set("appears appear looks look seems seem") | _CONCLUDING
 )
 _SCAFFOLD = (
     _AUXILIARIES
@@ -300,7 +299,7 @@ def _read(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> bool | N
     said = _of_heads(words, stems, claim)
     if said is None and claim.kind == "deviant" and claim.value > 0 and _normality(words, stems, claim) == 1:
         return False  # what is normal is not enlarged, dilated or fractured
-    return _of_contrary(words, stems, claim) if said is None and claim.kind == "plain" else said
+    return _of_contrary(words, stems, claim) if said is None else said
 
 
 def _states(words: Sequence[str], claim: _Claim) -> bool:
@@ -397,8 +396,9 @@ def _of_contrary(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> b
         return None
     own = family[claim.property]
     for place, word in enumerate(words):
-        if word in family and _about(words, stems, claim, place):
-            same, affirmed = family[word] == own, _polarity(words, place) > 0
+        same = family.get(word) == own
+        if word in family and (same or stems[place] not in claim.known) and _about(words, stems, claim, place):
+            affirmed = _polarity(words, place) > 0
             return (same == affirmed) == (claim.value > 0) if same or affirmed else None
     return None
 
@@ -435,7 +435,9 @@ def _plain_before(words: Sequence[str], claim: _Claim, place: int) -> bool:
     before = list(words[:place])
     if claim.exists and claim.kind != "normal":
         # what shows it does not belong to it: "the lungs show an effusion"
-        start = max((at for at, word in enumerate(before) if word in _SHOWING or word.startswith("<")), default=-1)
+        start = max(
+            (at for at, word in enumerate(before) if word in _SHOWING | _CONCLUDING or word.startswith("<")), default=-1
+        )
         before = before[start + 1 :]
     return all(
         word in _SCAFFOLD

@@ -453,7 +453,7 @@ _DENIED_BEHIND = re.compile(
 
 _MORE_THAN_ONE = re.compile(r"\bmore than (?:one|1)\b")
 _SIZES = dict.fromkeys(_LARGER, 1) | dict.fromkeys(_SMALLER, -1)
-_THAN = re.compile(r"\b(?:than|compared (?:to|with)|relative to)\b")
+_THAN = re.compile(r"\b(?:than|compared (?:to|with)|relative to|followed by)\b")
 _TOKEN = re.compile(r"<\w+>|,|[^\W_]+")
 
 
