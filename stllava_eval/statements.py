@@ -142,6 +142,8 @@ _SPELLINGS = tuple(
         ),
         ("well sharply clearly", rf"\b(?:well|sharply|clearly)[- ]{_EDGES}", " welldefined "),
         ("ill poorly", rf"\b(?:ill|poorly)[- ]{_EDGES}", " illdefined "),
+        ("right", r"(?<!the )\bright (?=(?:above|behind|below|beside|in front|next to|under)\b)", ""),  # names no side
+        ("resolved", r"\b(?:has|have) (?:(?:completely|fully|now|since) )?resolved\b", " <absent> "),
         ("saggital", r"\bsaggital\b", " sagittal "),
         (
             "normal",

@@ -301,6 +301,8 @@ def _without_fillers(words: Sequence[str]) -> tuple[str, ...]:
 
 # An option by another name. Our choice: what radiologists call the options of VQA-RAD and SLAKE.
 _SYNONYMS = {
+    "l": "left",
+    "r": "right",
     "transverse": "axial",
     "woman": "female",
     "girl": "female",
@@ -430,7 +432,7 @@ def _named(
     found = _without_lists(text, found)
     if "<than>" in marked and not _DENYING.search(text):
         found = _of_comparison(text, found, question)
-    if _OPEN_CHOICE.search(clause):
+    if _OPEN_CHOICE.search(clause) or _spares(text, question, option_of):
         return set(), set()
     kept: set[str] = set()
     denied: set[str] = set()
@@ -490,6 +492,14 @@ def _of_comparison(text: str, found: list[tuple[int, int, str]], question: str) 
     # where the question names both, they are its options, and what is asked for is neither
     turned = larger != smaller and bool(said & (_SMALLER if larger else _LARGER))
     return [one for one in found if (one[0] > at) == turned]
+
+
+def _spares(text: str, question: str, option_of: dict[str, str]) -> bool:
+    """Does the clause call something normal, where the question is about what is not: "the left side is normal"?"""
+    values = {NORMAL[word] for word in text.split() if word in NORMAL}
+    return (
+        values == {1} and NORMAL.keys().isdisjoint({*folded_words(question), *option_of}) and not _DENYING.search(text)
+    )
 
 
 def _turned(text: str, question: str, option_of: dict[str, str]) -> bool:
