@@ -16,7 +16,8 @@ from typing import Literal
 
 from stllava_eval.words import DIGITS, folded, remembered, singular, word_set
 
-# The lists of this module are our choice, made on the development half of tests/hand_read_verdicts.jsonl.
+# The lists of this module are our choice, made on the development part of tests/hand_read_verdicts.jsonl and extended by
+# what tests/independent_read_verdicts.jsonl showed to be missing.
 
 NORMAL = dict.fromkeys(word_set("normal normally unremarkable healthy typical intact clear"), 1) | dict.fromkeys(
     word_set(

@@ -364,7 +364,9 @@ def _choice(answer: str, options: Sequence[str], question: str) -> str | None:
             denied = denied.union(*(others for _, others in names))
             if any(named for named, _ in names):
                 break
-    if len(kept) != 1 and ("both" in kept or ("both" in options and kept == set(options) - {"both"})):
+    if len(kept) != 1 and (
+        "both" in kept or ("both" in options and len(kept) == 2 and _LEFT_AND_RIGHT.search(folded(answer)))
+    ):
         return "both"
     kept -= denied if len(kept - denied) == 1 else set()
     if len(kept) == 1:
@@ -412,6 +414,7 @@ _OPEN_CHOICE = re.compile(
     r"\b(?:could be|may be|might be|cannot|can not|whether|possibly)\b"
     r"|(?<!answer )(?<!choice )\bwould (?:be|appear|look|have|show)\b"  # what another image would show
 )
+_LEFT_AND_RIGHT = re.compile(r"\b(left|right)(?: \w+)? and (?:(?:on )?(?:the )?)?(?!\1)(?:left|right)\b")
 # What explains a choice begins here. It is read only where nothing is chosen before it.
 _EXPLAINED = re.compile(
     r"\b(?:because|since|given that|due to|where|as (?=(?:the|it|there|this|these|indicated|evidenced|seen|shown)\b))"
