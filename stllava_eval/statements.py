@@ -16,12 +16,12 @@ from typing import Literal
 
 from stllava_eval.words import DIGITS, folded, remembered, singular, word_set
 
-# The lists of this module are our choice, made on the development part of tests/hand_read_verdicts.jsonl and extended by
-# what tests/independent_read_verdicts.jsonl showed to be missing.
+# The lists of this module are our choice, made on the development part of tests/hand_read_verdicts.jsonl; what
+# tests/independent_read_verdicts.jsonl showed to be missing was added.
 
-NORMAL = dict.fromkeys(word_set("normal normally unremarkable healthy typical intact clear"), 1) | dict.fromkeys(
+NORMAL = dict.fromkeys(word_set("normal normally unremarkable healthy intact clear"), 1) | dict.fromkeys(
     word_set(
-        """abnormal abnormality abnormalities unhealthy atypical diseased pathology pathologies pathologic pathological
+        """abnormal abnormality abnormalities unhealthy diseased pathology pathologies pathologic pathological
         wrong anomaly anomalies"""
     ),
     -1,
@@ -112,7 +112,7 @@ _SCAFFOLD = (
         represents used use given received receive taken made displayed imaged clearly definite obvious
         significant acute mild mildly moderate moderately severe severely small large slight slightly
         minimal subtle marked markedly multiple several single new visible likely probably overall
-        particular x however therefore"""
+        particular x however therefore impression interpretation assessment conclusion"""
     )
 )
 """Words that carry no claim of their own: they stand around it in questions and in answers."""
@@ -144,6 +144,14 @@ _SPELLINGS = tuple(
         ("well sharply clearly", rf"\b(?:well|sharply|clearly)[- ]{_EDGES}", " welldefined "),
         ("ill poorly", rf"\b(?:ill|poorly)[- ]{_EDGES}", " illdefined "),
         ("right", r"(?<!the )\bright (?=(?:above|behind|below|beside|in front|next to|under)\b)", ""),  # names no side
+        ("clear", r"\bclear of\b", " clear <lacking> "),
+        (
+            # "clear lungs" are normal, "clear evidence" calls nothing normal
+            "clear",
+            r"\bclear (?!(?:and|as|at|bilateral\w*|but|chest|except|fields?|for|from|in|lungs?|of|on|or|throughout|to"
+            r"|with|without)\b|<)",
+            "",
+        ),
         ("resolved", r"\b(?:has|have) (?:(?:completely|fully|now|since) )?resolved\b", " <absent> "),
         ("saggital", r"\bsaggital\b", " sagittal "),
         (
@@ -191,7 +199,7 @@ _OPEN = re.compile(
     r"|\b(?:not|never) (?:be(?:en)? )?(?:<excluded>|rule out|<denied>|confirmed|determined|assessed|evaluated|"
     r"answered)"
     r"|(?:\bnot|<denied>|\bno) (?:\w+ )?(?:determine|tell|exclude|rule|assess|evaluate|confirm|say|know|way|"
-    r"information|ability)\b"
+    r"information|ability|answer|conclusion|diagnosis|verdict)\b"
 )
 """What leaves the matter open."""
 _WORD = re.compile(r"<\w+>|[^\W_][^\W_]*(?:'[^\W_]+)?")
@@ -323,7 +331,11 @@ def _names_one(words: Sequence[str], claim: _Claim) -> bool:
     return claim.kind == "normal" and words[0] in NORMAL and words[-1] in _IMAGED and len(words) <= _LABEL
 
 
-_IMAGED = word_set("image picture scan film study photo view examination") | _FAMILIES[0].keys()
+_IMAGED = (
+    word_set("image picture scan film study photo view examination")
+    | word_set("chest thorax brain abdomen pelvis cardiopulmonary intracranial")  # what such an image is of
+    | _FAMILIES[0].keys()
+)
 _LABEL = 4  # words of a label that are read as one (our choice): "Normal frontal chest radiograph"
 _LONGEST = 12  # words of its own in a clause that is read (our choice): sentences of models have fewer
 

@@ -148,7 +148,8 @@ _YES = re.compile(
 _NO = re.compile(
     # "no" is a verdict at the end of its clause and before a clause of its own, else it denies the noun that follows
     r"(?:nope|nah)\b|no(?=[\s:'\])]*(?:$|:)"
-    r"| (?:there|its?|it's|this|that|these|those|the|i|we|they|he|she|because|since|as|not)\b)"
+    r"| (?:there|its?|it's|this|that|these|those|the|i|we|they|he|she|because|since|as|not)\b"
+    r"| to (?:this|that|the|your) question\b)"
     rf"|(?:false|untrue|incorrect){_END}"
     rf"|{_IT_IS} (?:false|incorrect|untrue|wrong|not (?:true|correct|right)){_END}"
     rf"|(?:definitely|certainly|absolutely|of course|(?:(?:most|very) )?(?:probably|likely)|clearly) not{_END}"

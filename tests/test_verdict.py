@@ -96,6 +96,10 @@ MEDIASTINUM = "Is this image taken above the diaphragm?"
         ("Is the mass homogenous?", "The liver is heterogeneous.", None),
         ("Is the trachea midline?", "The trachea is deviated.", "no"),
         ("Is this image normal?", "The heart is normal.", None),
+        ("Is this image abnormal?", "There is no clear evidence of an abnormality.", "no"),
+        ("Is this image normal?", "No clear answer can be given.", None),
+        ("Is this image normal?", "Impression: No acute cardiopulmonary abnormality.", "yes"),
+        ("Is the lung normal?", "The lungs are clear of consolidation.", "yes"),
         ("Is this image normal?", "The chest X-ray is normal.", "yes"),
     ],
 )
@@ -331,6 +335,7 @@ YES_AND_NO = [  # a right answer and its opposite
     ("Affirmative.", "Negative."),
     ("Definitely yes.", "Definitely not."),
     ("Most probably yes.", "Most probably not."),
+    ("I would answer yes to this question.", "I would answer no to this question."),
 ]
 OF_A_CHOICE = ["{0}", "It is {0}.", "{0}, not {1}", "The image shows {0}.", "The answer is {0}.", "{0} rather than {1}"]
 OF_A_CHOICE += [
@@ -341,7 +346,7 @@ OF_A_CHOICE += [
 ]
 
 
-def test_right_answers_in_ten_wordings_are_right_on_the_official_tests_and_their_opposites_wrong():
+def test_right_answers_in_many_wordings_are_right_on_the_official_tests_and_their_opposites_wrong():
     left_out = []
     for file in ("data/vqarad/testset.json", "data/slake/test.json"):
         if not (SHARED / file).is_file():
