@@ -947,7 +947,8 @@ def _check(arguments: argparse.Namespace) -> int:
     paired = [file for file in files if is_pairs(file)]
     if paired and (len(files) > 1 or out):
         raise InputError(f"{paired[0]}: it holds pairs. Check it by itself, without --write.")
-    every = pair_problems(files[0], images, encoder, most) if paired else problems(files, images, encoder, most)
+    given = images, encoder, most, True, lambda line: print(line, file=sys.stderr)
+    every = pair_problems(files[0], *given) if paired else problems(files, *given)
     for problem in every:
         print(printable(str(problem)))
     if every:

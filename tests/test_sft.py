@@ -261,7 +261,7 @@ def test_a_file_with_a_problem_is_refused(small, tmp_path):
     file = tmp_path / "bad.json"
     record = {"id": "a", "conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": ""}]}
     file.write_text(json.dumps([record, record]))
-    with pytest.raises(InputError, match=r"bad\.json:1: a: turn 2 is empty\..* \(2 more: `stllava-train check .*`\)"):
+    with pytest.raises(InputError, match=r"bad\.json:1: a: turn 2 is empty\..* \(1 more: `stllava-train check .*`\)"):
         work_of(small(), file)
     with pytest.raises(InputError, match=r"\(2 more: `stllava-train check \S+bad\.json --images \S+`\)"):
         open_work(small(), [file], tmp_path, progress=False)
@@ -747,7 +747,7 @@ def test_test_images_are_refused_unless_allowed(small, data, prepared):
 def test_a_dry_run_tells_tokens_steps_weights_and_memory(small, data):
     text = report(work_of(small(), data))
     for part in (
-        "10 conversations about 8 images, 30 rounds",
+        "10 conversations about 8 images (2 about none), 30 rounds",
         "5 steps of 4 conversations: 2 epochs",
         "projector: full, 6,272 of 6,272 weights trained",
         "by arithmetic, on one device: 0.0 GiB",
@@ -778,11 +778,11 @@ def test_a_file_that_is_named_twice_is_refused(data, tmp_path, recipe_file, monk
         assert capsys.readouterr().err == "stllava-train: a data file comes twice. Name each once.\n"
 
 
-def test_ids_that_stand_in_two_files_are_refused(small, data, tmp_path):
+def test_conversations_that_stand_in_two_files_are_refused(small, data, tmp_path):
     copy = data.parent / "copy_data.json"
     copy.write_bytes(data.read_bytes())
     with pytest.raises(
-        InputError, match=r"data\.json:2: c0: its id stands at .*data\.json:2 too\..* \(10 ids stand twice\)"
+        InputError, match=r"copy_data\.json:2: c0: its id, image and rounds are those of .*data\.json:2\..* \(9 more: "
     ):
         open_work(small(), [data, copy], progress=False)
 
