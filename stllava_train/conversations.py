@@ -14,7 +14,7 @@ from typing import Any
 
 from stllava_eval.errors import InputError
 from stllava_eval.home import once, read_text
-from stllava_train.record import FOREIGN, Turn, read_picture, read_turns, short
+from stllava_train.record import Turn, read_picture, read_turns, short, tags
 
 NOTHING, ANSWER, QUESTION = 0, 1, 2  # what a token is learnt as
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>")
@@ -225,10 +225,10 @@ def _text(number: int, turn: Turn, has_image: bool, wrong: list[str]) -> str:
         wrong.append(f"{name} holds {named[0]}, which the tokenizer would take for its own. Reword it.")
     if role := ROLE.search(text):
         wrong.append(f"{name} holds {role[0]}, which would read as the start of a turn. Reword it.")
-    if tag := FOREIGN.search(text):
+    if others := tags(text):
         cure = "Take it out: its image comes first." if has_image else "Name its image, or leave the record out."
         wrong.append(
-            f"{name} holds {short(tag[0])}, which stands for no image here and would be learnt as text. {cure}"
+            f"{name} holds {short(others[0])}, which stands for no image here and would be learnt as text. {cure}"
         )
     if any("\ud800" <= sign <= "\udfff" for sign in text):
         wrong.append(f"{name} holds half a character. Mend its encoding.")

@@ -44,15 +44,24 @@ _MORE = re.compile(
 )
 # The places that other families' texts keep for a picture: <IMAGE>, <image1>, <|image_pad|>, <ImageHere>, [IMG], ...
 # `<|...|>` is always a token of a tokenizer
-FOREIGN = re.compile(
+_TAGS = re.compile(
     r"<\|[^<>|\n]{1,40}\|>"
     r"|<[/|]?\s?(?:\w{1,30}_)?(?:image|img|picture|photo|figure|vision|visual|video|audio|media)[\w\s:.-]{0,30}[/|]?>"
     r"|<img\b[^<>]*>|</?im_(?:start|end|patch|sep)>|<(?:bbox|ref-object)>"
     r"|&lt;/?(?:image|img)\w{0,20}&gt;"
     r"|\[/?(?:img|image|video)(?:[_ ]?\w{1,10})?\]|\{\{?\s?(?:image|img)\w{0,20}\s?\}"
-    r"|!\[[^\]\n]*\]\([^)\n]+\)|data:image/",
+    r"|!\[[^\]\n]{0,200}\]\([^)\n]{1,300}\)|data:image/",
     re.IGNORECASE,
 )
+
+
+def tags(text: str) -> list[str]:
+    """The places for a picture in a text, as any family writes them, at most 40 characters of each.
+
+    >>> tags("<|image_pad|>Where? [IMG]")
+    ['<|image_pad|>', '[IMG]']
+    """
+    return [tag[0][:40] for tag in _TAGS.finditer(text)]
 
 
 @dataclass(frozen=True)

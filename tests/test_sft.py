@@ -263,7 +263,7 @@ def test_a_file_with_a_problem_is_refused(small, tmp_path):
     file.write_text(json.dumps([record, record]))
     with pytest.raises(InputError, match=r"bad\.json:1: a: turn 2 is empty\..* \(1 more: `stllava-train check .*`\)"):
         work_of(small(), file)
-    with pytest.raises(InputError, match=r"\(2 more: `stllava-train check \S+bad\.json --images \S+`\)"):
+    with pytest.raises(InputError, match=r"\(1 more: `stllava-train check \S+bad\.json --images \S+`\)"):
         open_work(small(), [file], tmp_path, progress=False)
 
 
