@@ -203,7 +203,7 @@ def test_a_film_is_missing_and_says_so(tmp_path):
     film = io.BytesIO()
     frames = [Image.new("L", (8, 8), shade) for shade in (0, 99)]
     frames[0].save(film, "GIF", save_all=True, append_images=frames[1:])
-    with pytest.raises(pmc._MissingError, match="^an image of several frames$"):
+    with pytest.raises(pmc._MissingError, match=r"^an image of several frames$"):
         pmc._keep(film.getvalue(), tmp_path / "a.gif")
 
 
