@@ -18,6 +18,7 @@ from stllava_train.record import Turn, read_picture, read_turns, short, tags
 
 NOTHING, ANSWER, QUESTION = 0, 1, 2  # what a token is learnt as
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>")
+HALF = re.compile("[\ud800-\udfff]")  # a character cut in two
 ROLE = re.compile(r"\b(?:V?USER|ASSISTANT):")
 
 
@@ -230,7 +231,7 @@ def _text(number: int, turn: Turn, has_image: bool, wrong: list[str]) -> str:
         wrong.append(
             f"{name} holds {short(others[0])}, which stands for no image here and would be learnt as text. {cure}"
         )
-    if any("\ud800" <= sign <= "\udfff" for sign in text):
+    if HALF.search(text):
         wrong.append(f"{name} holds half a character. Mend its encoding.")
     return text
 

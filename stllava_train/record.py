@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -29,13 +30,14 @@ _ABOUT_PICTURES = re.compile(
 )
 _PICTURE_FILE = re.compile(
     r"[^\n]{1,500}\.(?:jpe?g|png|bmp|gif|tiff?|webp|dcm|dicom|nii|nii\.gz|mha|nrrd|svs|jp2|heic|avif|mp4|avi|mov|npy)"
-    r"(?:[?#]\S*)?",
+    r"(?:[?#]\S*)?"
+    r"|(?:data:image/|iVBORw0KGgo|/9j/4|R0lGOD|UklGR)\S*",  # or the picture itself, in base64
     re.IGNORECASE,
 )
 # Keys that say what is learnt, or how strongly: trl, ms-swift (`loss`), OpenAI (`weight`), axolotl (`train`) and others
 _LEARNT = re.compile(
-    r"(?:no_|skip_|is_|only_)?(?:loss|train|mask|supervis|learn|ignore)\w*|labels?"
-    r"|(?:(?:loss|sample|turn|token|example|row|instance)_)?(?:weights?|masks?)"
+    r"(?:no_|skip_|is_|only_)?(?:loss|train|mask|supervis|learn|ignore)\w*|labels?|ask|repeats?"
+    r"|(?:(?:loss|sampling|sample|turn|token|example|row|instance)_)?(?:weights?|masks?)"
 )
 # Keys with more to learn from or to be shown, which we do not read
 _MORE = re.compile(
@@ -61,6 +63,8 @@ def tags(text: str) -> list[str]:
     >>> tags("<|image_pad|>Where? [IMG]")
     ['<|image_pad|>', '[IMG]']
     """
+    if not any(sign in text for sign in "<[{&!:"):  # what each of them has; a mix of 665k conversations is read at once
+        return []
     return [tag[0][:40] for tag in _TAGS.finditer(text)]
 
 
@@ -131,6 +135,8 @@ def _turn(number: int, turn: Any, wrong: list[str]) -> Turn:
     if role != due:
         right = "human" if due == "question" else "gpt"
         wrong.append(f"{name} is from {short(given)}, not from {right}. They take turns, human first.")
+    if len([key for key in ("value", "content") if turn.get(key) is not None]) > 1:
+        wrong.append(f"{name} has value and content. Keep one of the two.")
     _refuse_learnt(turn, due, f"{name}'s", wrong)
     pictures = [
         file for key, value in turn.items() if _snake(key) in PICTURES for file in _files(value, f"{name}'s", wrong)
@@ -153,21 +159,15 @@ def _part(part: Any, name: str, wrong: list[str]) -> tuple[str, str, list[str]]:
     if isinstance(part, str):
         return "text", part, []
     fields = part if isinstance(part, dict) else {}
-    kind = fields.get("type")
+    kind, text = fields.get("type"), fields.get("text")
+    text = text if isinstance(text, str) else ""
+    files = [file for key in fields if _snake(key) in NAMED_IN for file in _files(fields[key], f"{name}'s", wrong)]
+    if files or kind in ("image", "image_url", "input_image"):
+        return "image", text, files
     if kind in (None, "text", "input_text", "output_text") and isinstance(fields.get("text"), str):
-        return "text", fields["text"], []
-    if kind in ("image", "image_url", "input_image") or (kind is None and _pictured(fields)):
-        return (
-            "image",
-            "",
-            [file for key in fields if _snake(key) in NAMED_IN for file in _files(fields[key], f"{name}'s", wrong)],
-        )
+        return "text", text, []
     wrong.append(f"{name} has the part {short(part)}, and only parts of text and of one image are read.")
     return "", "", []
-
-
-def _pictured(part: dict[str, Any]) -> bool:
-    return any(_snake(key) in PICTURES for key in part)
 
 
 def read_picture(record: dict[str, Any], turns: list[Turn], wrong: list[str]) -> str | None:
@@ -201,28 +201,38 @@ def read_picture(record: dict[str, Any], turns: list[Turn], wrong: list[str]) ->
         elif turn.tags > 1:
             wrong.append(f"turn {number + 1} holds {turn.tags} images, and one is read. Make a record of each.")
     if len(wrong) == before:
-        _refuse_strays(record, distinct, wrong)
+        lists = [record[key] for key in TURNS if isinstance(record.get(key), list)]
+        said = [turn for of in lists for turn in of if isinstance(turn, dict) and _role(turn) not in SYSTEM]
+        inner = [(f"turn {number}'s", turn) for number, turn in enumerate(said, 1)]
+        for whose, fields in (("its", record), *inner):
+            _refuse_strays(fields, whose, distinct, wrong)
     return distinct[0] if len(distinct) == 1 and not _is_address(distinct[0]) else None
 
 
-def _refuse_strays(record: dict[str, Any], pictures: list[str], wrong: list[str]) -> None:
+def _refuse_strays(fields: dict[str, Any], whose: str, pictures: list[str], wrong: list[str]) -> None:
     """Keys that name a picture and that nobody reads.
 
     Beside a picture, what speaks of it is let pass (its size, its id, the name of the same file in another folder).
     """
-    known = {_base(file) for file in pictures}
-    for key, value in record.items():
-        if _snake(key) in PICTURES or key in TURNS or value in (None, "", [], {}, False, 0):
+    for key, value in fields.items():
+        read = _snake(key) in PICTURES or key in (*TURNS, "from", "role", "value", "content")
+        if read or value in (None, "", [], {}, False, 0):
             continue
         files = [text for text in _texts(value) if _PICTURE_FILE.fullmatch(text.strip())]
         about = _ABOUT_PICTURES.search(_snake(key))
-        others = [file for file in files if _base(file) not in known and not _is_address(file)]
+        others = [file for file in files if not _is_address(file) and not any(_same(file, one) for one in pictures)]
         if (about and others) if pictures else (about or files):
             wrong.append(
-                f"its {key} is {short(value)}, which names a picture that is not read. Name its one file under image, "
-                "or leave the record out."
+                f"{whose} {key} is {short(value)}, which names a picture that is not read. Name its one file under "
+                "image, or leave the record out."
             )
-            return
+
+
+def _same(file: str, other: str) -> bool:
+    """Whether two names end alike, suffixes aside: of one file in two folders, or in two formats."""
+    one, two = (re.split(r"[/\\]", re.sub(r"\.\w+$", "", name)) for name in (file, other))
+    least = min(len(one), len(two))
+    return one[-least:] == two[-least:]
 
 
 def _refuse_learnt(fields: dict[str, Any], due: str | None, whose: str, wrong: list[str]) -> None:
@@ -294,10 +304,7 @@ def _is_address(file: str) -> bool:
     return file.startswith(("http://", "https://", "s3://", "gs://"))
 
 
-def _base(file: str) -> str:
-    return re.split(r"[/\\]", file)[-1].rpartition(".")[0] or file
-
-
+@lru_cache(4096)
 def _snake(key: str) -> str:
     """imagePath, Image-Path -> image_path."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[-\s.]+", "_", key).lower()

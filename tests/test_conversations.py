@@ -261,6 +261,8 @@ def test_a_key_for_pictures_without_one_is_text_alone(folder, nothing):
         pytest.param({"meta": {"study": ["x.png"]}}, "its meta is .*, which names a picture", id="deep inside"),
         pytest.param({"image_id": 7}, "its image_id is 7, which names a picture", id="an id of an image"),
         pytest.param({"videos": ["x.mp4"]}, "its videos is .*, which names a picture", id="a video"),
+        pytest.param({"content64": "iVBORw0KGgo" * 9}, "its content64 is .*, which names a picture", id="base64"),
+        pytest.param({"image": "x.png", "image2": "b/x.png", "image3": "y.png"}, "its image3 is .*, which", id="third"),
         pytest.param({"image": "x.png", "image2": "y.png"}, "its image2 is .*, which names a picture", id="a second"),
         pytest.param({"image": "x.png", "videos": ["x2.mp4"]}, "its videos is ", id="a video beside a picture"),
     ],
@@ -334,6 +336,7 @@ PLACE = {"type": "image"}
         pytest.param([{"type": "input_image", "image_url": "x.png"}, QUESTION_TEXT], {}, id="OpenAI's responses"),
         pytest.param([{"image": "x.png"}, {"text": "Where?"}], {}, id="Qwen's first"),
         pytest.param([PLACE, "Where?"], {"image": "x.png"}, id="a text as a part"),
+        pytest.param([{"type": "text", "text": "Where?", "image": "x.png"}], {}, id="both in one part"),
     ],
 )
 def test_messages_are_read_as_conversations_are(folder, content, others):
@@ -367,6 +370,8 @@ def test_a_picture_that_a_turn_names_is_the_records(folder):
     one = record("Q?", "A.")
     one["conversations"][0]["image"] = "x.png"
     assert read_conversations(write(folder, one))[0][0].image == folder / "x.png"
+    one["conversations"][0] = {"from": "human", "value": "Q?", "scan": "x.png"}
+    assert problems(folder, one)[0].startswith('turn 1\'s scan is "x.png", which names a picture that is not read.')
     late = record("Q?", "A.", "B?", "C.")
     late["conversations"][2]["images"] = ["x.png"]
     assert problems(folder, late) == ["turn 3 holds an image. It belongs into the first turn."]
@@ -405,6 +410,9 @@ def test_an_empty_system_text_changes_nothing(folder):
         pytest.param(
             1, {"reasoning_content": "x"}, 'turn 2\'s reasoning_content is "x", which would not', id="thoughts"
         ),
+        pytest.param(0, {"ask": False}, "turn 1's ask is false, and the recipe's sq_r", id="our template's own flag"),
+        pytest.param(1, {"content": "B."}, "turn 2 has value and content", id="two texts"),
+        pytest.param(None, {"repeat": 3}, "its repeat is 3", id="more often"),
         pytest.param(None, {"tools": ["x"]}, "its tools is .*, which would not be learnt", id="tools"),
         pytest.param(None, {"history": [["a", "b"]]}, "its history is ", id="earlier rounds"),
         pytest.param(None, {"rejected_response": "x"}, "its rejected_response is .*pairs --from", id="a pair"),
@@ -508,3 +516,13 @@ def test_a_checkpoint_without_the_templates_is_refused_with_what_can_be_done(pro
     Mistral.chat_template = {"default": "", "v1": ""}
     with pytest.raises(InputError, match=r"template 'v1_sq': the checkpoint has default, v1\. Choose v1\."):
         Encoder(Mistral(), "v1_sq", 4)
+
+
+def test_files_of_one_name_in_two_folders_are_two_pictures(folder):
+    """As SLAKE's are: each is called source.jpg."""
+    (folder / "a").mkdir()
+    (folder / "a" / "source.png").write_bytes((folder / "x.png").read_bytes())
+    one = record("Q?", "A.", image="a/source.png", image_before="b/source.png")
+    assert problems(folder, one)[0].startswith("its image_before is ")
+    ((read,), _) = read_conversations(write(folder, record("Q?", "A.", image="a/source.png", image_raw="a/source.dcm")))
+    assert read.image == folder / "a" / "source.png"
