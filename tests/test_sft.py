@@ -257,6 +257,38 @@ def test_conversations_that_nothing_can_be_learnt_from_are_refused(small, data):
         work_of(recipe, data)
 
 
+@pytest.mark.parametrize("layout", ["LLaMA-Factory", "Qwen", "image_path"])
+def test_the_same_conversations_are_learnt_alike_in_every_layout(small, data, layout):
+    written = []
+    for record in json.loads(data.read_text()):
+        image = record.pop("image", None)
+        texts = [turn["value"].replace("<image>\n", "") for turn in record["conversations"]]
+        if layout == "image_path":
+            for turn, text in zip(record["conversations"], texts, strict=True):
+                turn["value"] = text
+            written.append(record | {"image_path": image})
+            continue
+        contents: list = list(texts)
+        if image and layout == "Qwen":
+            contents[0] = [{"type": "image", "image": image}, {"type": "text", "text": texts[0]}]
+        elif image:
+            contents[0] = f"<image>{texts[0]}"
+        roles = ("user", "assistant")
+        turns = [{"role": roles[number % 2], "content": content} for number, content in enumerate(contents)]
+        others = {"id": record["id"], "unordered": record["unordered"], "images": [image] * bool(image)}
+        written.append(
+            {"messages": turns} | {key: others[key] for key in others if layout != "Qwen" or key != "images"}
+        )
+    file = data.parent / f"{layout}.json"
+    file.write_text(json.dumps(written))
+    batches = [
+        work_of(small(), one).collator([{"place": place, "epoch": 0} for place in range(10)]) for one in (data, file)
+    ]
+    assert batches[0]["pixel_values"].shape[0] == 8
+    assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
+    assert batches[0].keys() == batches[1].keys()
+
+
 def test_a_file_with_a_problem_is_refused(small, tmp_path):
     file = tmp_path / "bad.json"
     record = {"id": "a", "conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": ""}]}
