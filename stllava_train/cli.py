@@ -897,8 +897,9 @@ def _add_check(commands: Any) -> None:
         "check",
         help="list everything that is wrong with training data",
         description="List every problem of files of conversations, or of one file of pairs: their form, images that "
-        "cannot be decoded, records that are too long, duplicates, and images that are in a prepared test split or "
-        "look like one of it. The exit code is 0 where there is none, 1 where there are some, 2 for a wrong call.",
+        "cannot be decoded, records that are too long, duplicates, pairs that contradict each other, and images that "
+        "are in a prepared test split or look like one of it. The exit code is 0 where there is none, 1 where there "
+        "are some, 2 for a wrong call.",
         epilog="examples:\n  stllava-train check data/train.json --images data/images\n"
         "  stllava-train check a.json b.jsonl --images images --checkpoint ZachSun/stllava-med-7b --write sound.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
