@@ -26,7 +26,7 @@ NAMED_IN = (*PICTURES, "path", "file", "url", "name")  # keys of an object that 
 
 # Keys of other names that speak of a picture, and values that name one
 _ABOUT_PICTURES = re.compile(
-    r"(?:^|_)(?:image|img|picture|photo|figure|media|scan|slide|slice|frame|dicom|pixel|video|audio)s?\d*(?:_|$)"
+    r"(?:^|_)(?:image|img|pic|picture|photo|figure|media|scan|slide|slice|frame|dicom|pixel|video|audio)s?\d*(?:_|$)"
 )
 _PICTURE_FILE = re.compile(
     r"[^\n]{1,500}\.(?:jpe?g|png|bmp|gif|tiff?|webp|dcm|dicom|nii|nii\.gz|mha|nrrd|svs|jp2|heic|avif|mp4|avi|mov|npy)"
