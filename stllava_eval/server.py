@@ -306,7 +306,7 @@ class Endpoint:
             elif model not in served:  # `transformers serve` lists what is cached, not what it serves: ask
                 hello: Request = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
                 outcome, _, _ = await self._insist(client, model, hello)
-                self.hello = outcome if isinstance(outcome, Reply) else outcome and outcome.came
+                self.hello = outcome.came if isinstance(outcome, Trouble) else outcome
                 if isinstance(outcome, Trouble) and outcome.ends_the_run:
                     raise InputError(outcome.ends_the_run)
                 refused = isinstance(outcome, Trouble) and outcome.status in (400, 404, 422)

@@ -538,7 +538,8 @@ def _print_outcomes(counts: Mapping[str, int], rows: Sequence[Mapping[str, Any]]
             if row["outcome"] == outcome and row["why"]:
                 whys.setdefault(row["why"], []).append(row["id"])
         for why, ids in sorted(whys.items(), key=lambda item: -len(item[1]))[:WHYS]:
-            named = ", ".join(dict.fromkeys(ids[:WHYS])) + (", ..." if len(ids) > WHYS else "")
+            once = list(dict.fromkeys(ids))  # a question is asked in two orders
+            named = ", ".join(once[:WHYS]) + (", ..." if len(once) > WHYS else "")
             print(printable(f"    {why}: {len(ids):,} ({named})"))
 
 
