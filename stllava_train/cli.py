@@ -465,7 +465,11 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
             verdicts: Iterable[Verdict] = exact_verdicts(due, truths)
         else:
             verdicts = _verdicts_of_a_server(model, address, arguments, preset, images, price, due, ledger)
-        counts = judge.judge(ledger, due, verdicts)
+        try:
+            counts = judge.judge(ledger, due, verdicts)
+        except (InputError, KeyboardInterrupt):  # the file is left as short as it can be, each verdict once
+            judge.finish(ledger, candidates, False)
+            raise
         missing = len(due) - counts.total()
         left = {"failed": counts["failed"], "not_asked": missing}
         judge.finish(ledger, candidates, not missing and not counts["failed"], {model: left})

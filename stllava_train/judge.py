@@ -7,8 +7,8 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -481,7 +481,7 @@ class EndpointJudge:
         """(outcome, why nothing is scored, scores)."""
         more = "Raise --max-tokens, or give --reasoning to a model that thinks"
         if isinstance(reply, Failure):
-            if reply.came is not None and reply.came.cut and not reply.refused:
+            if reply.came is not None and reply.came.cut and not (reply.refused or reply.again):
                 return "unparsable", f"its reply is empty at the limit of {limit} tokens. {more}", None
             if reply.refused or _final(reply.status):
                 return "refused", reply.reason, None
@@ -657,7 +657,12 @@ def judge(ledger: Ledger, asked: Sequence[Asked], verdicts: Iterable[Verdict], p
     counts: Counter[str] = Counter()
     cost = 0.0
     hidden = None if progress else True  # None: where stderr is no terminal
-    with tqdm(total=len(asked), desc="judging", unit="verdict", disable=hidden, file=sys.stderr) as bar:
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(total=len(asked), desc="judging", unit="verdict", disable=hidden, file=sys.stderr)
+        )
+        if isinstance(verdicts, Generator):
+            stack.enter_context(closing(verdicts))  # then no request of it is under way any more, whatever ends it
         for verdict in verdicts:
             ledger.add([row_of(verdict)])
             counts[verdict.outcome] += 1

@@ -289,7 +289,7 @@ class Pipeline:
         whys = [f"{failed} failed twice"] * bool(failed) + [f"{not_asked} not asked, by the budget"] * bool(not_asked)
         if not any(row.get("outcome") == "scored" for row in read_rows(stage.made)):
             raise InputError(f"{stage.name}: nothing is judged ({', '.join(whys)}). Raise budget=, or see the judge.")
-        print(printable(f"{stage.name}: {failed + not_asked:,} questions are left out ({', '.join(whys)})"))
+        print(printable(f"{stage.name}: left out of the pairs: {', '.join(whys)}"))
         return 0, failed + not_asked
 
     @staticmethod

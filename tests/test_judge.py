@@ -37,7 +37,6 @@ from stllava_train.exact import exact_verdicts, sample_truths
 from stllava_train.judge import EndpointJudge, judge, open_verdicts, still_due
 from stllava_train.ledger import read_manifest, read_rows
 from stllava_train.prices import Price, forecast, image_tokens, read_price
-from stllava_train.scores import read_scores, read_scores_authors
 from stllava_train.verdicts import AUTHORS_RULE, Rule, Verdict, fates, preferences, read_verdicts, row_of
 
 PIXELS = [pixel_hash(decode(png((50 * number, 10, 20)))) for number in range(5)]
@@ -121,6 +120,32 @@ def test_an_image_is_sent_as_a_file_that_judges_read(kind, expected):
     assert decode(base64.b64decode(data)).size == (40, 30)
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "sent"),
+    [
+        ("PNG", (3000, 1500), (2048, 1024)),
+        ("JPEG", (1500, 4096), (750, 2048)),
+        ("PNG", (2048, 2048), (2048, 2048)),
+        ("WEBP", (2049, 2), (2048, 2)),
+        ("PNG", (9000, 1), (2048, 1)),
+    ],
+)
+def test_a_large_image_is_sent_as_large_as_its_estimate_assumes(kind, size, sent):
+    import base64
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (9, 99, 9)).save(buffer, kind)
+    start, _, data = image_url(buffer.getvalue()).partition(",")
+    assert start == f"data:image/{'jpeg' if kind == 'JPEG' else 'png'};base64"
+    picture = decode(base64.b64decode(data))
+    assert picture.size == sent
+    assert picture.getpixel((0, 0)) == pytest.approx((9, 99, 9), abs=2)
+    assert image_tokens(*sent) == image_tokens(*size)
+
+
 def test_several_answers_are_asked_about_two_by_two_in_both_orders():
     (one,) = candidates(1, ("a", "b", "c"))
     assert [asked.shown for asked in questions([one], True)] == [(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)]
@@ -178,60 +203,15 @@ def test_a_judge_that_obeys_answers_is_not_saved_by_the_order(images):
 # --- what is read -----------------------------------------------------------------------------------------------------
 
 
-def test_replies_of_the_golden_table_are_read_sensibly_and_as_the_authors_read_them(shared):
-    golden = json.loads((shared / "golden" / "g_prompts" / "prompts.json").read_text())
-    sensible = {
-        "Answer 1: 8": None,
-        "-1 5": None,
-        "8, 6": (8, 6),
-        "**8 6**": (8, 6),
-        "8/10 6/10": (8, 6),
-        " 8 6": (8, 6),
-        "8 6 ": (8, 6),
-        "9  7": (9, 7),
-        "8\t6": (8, 6),
-        "\n8 6": (8, 6),
-    }
-    for case in golden["parse_score_original"]:
-        reply, skipped = case["reply"], case["original_decision"] == "skipped"
-        scores = None if skipped else tuple(case["scores"])
-        assert read_scores_authors(reply) == scores, reply
-        assert read_scores(reply) == sensible.get(reply, scores), reply
-
-
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("Answer 1: 8\nAnswer 2: 6", (8, 6)),
-        ("Answer 1: 8, Answer 2: 6.\nAnswer 1 is better.", (8, 6)),
-        ("Score for Answer 1: 8\nScore for Answer 2: 9", (8, 9)),
-        ("8 out of 10, 6 out of 10", (8, 6)),
-        ("Scores: 8 and 6.5", (8, 6.5)),
-        ("```\n8 6\n```", (8, 6)),
-        ('{"score_1": 8, "score_2": 6, "reason": "3 4"}', (8, 6)),
-        ('```json\n{"score_1": 8, "score_2": 6, "reason": ""}\n```', (8, 6)),
-        ('{"score_1": true, "score_2": 6}', None),
-        ('{"score_1": 80, "score_2": 60}', None),
-        ("Answer 2: 6\nAnswer 1: 8", None),  # which is whose is not guessed
-        ("I see 2 nodules and 3 masses.", None),
-        ("I would give 8 to the first and 6 to the second.", None),
-        ("8", None),
-        ("8 6 7", None),
-        ("8\n6", None),
-        ("80 60", None),
-        ("0 5", None),
-        ("11 5", None),
-        ("", None),
-        ("[" * 5000, None),
-        ("9" * 5000 + " 5", None),
-        ("Answer 1" + " " * 100_000, None),  # no pattern takes long for it
-        ("Answer 1 : 8" + " " * 100_000 + "Answer 2: 6", (8, 6)),
-        ('{"score_1": 1' + "0" * 400 + ', "score_2": 6}', None),
-        ('{"score_1": NaN, "score_2": 6}', None),
-    ],
-)
-def test_scores_in_a_reply(reply, expected):
-    assert read_scores(reply) == expected
+@pytest.mark.parametrize("preset", [OURS, AUTHORS])
+@pytest.mark.parametrize("form", ["1. {}\n2. {}", "Score 1: {}\nScore 2: {}", "1 {}\n2 {}"])
+def test_a_fair_judge_that_numbers_its_scores_prefers_no_place(images, preset, form):
+    """Read as the scores 1 and 8, every verdict would be for the second place, and pairs the wrong way round."""
+    with FaultServer(reply=lambda request: form.format(*fair(request).split()[:2])) as there:
+        found = verdicts(there.url, candidates(2, ("right", "left")), images, preset)
+    rule = AUTHORS_RULE if preset is AUTHORS else Rule()
+    fate = {(one.fate, one.chosen) for one in preferences(candidates(2, ("right", "left")), found, rule)}
+    assert fate == ({("not scored", None)} if preset is AUTHORS or form.startswith("1 ") else {("preferred", 0)})
 
 
 def test_each_verdict_says_who_what_when_and_what_it_cost(images):
@@ -492,9 +472,10 @@ def run(url: str, some, images, written, out, price=None, preset=OURS, budget=No
         due = still_due(asked_of(some), MODEL, ledger, preset)
         left = None if budget is None else budget - module.spent(ledger.rows.values(), MODEL, price)
         found = by.verdicts(due, left, ledger.rows, lambda verdict: ledger.add([row_of(verdict)]))
-        counts = judge(ledger, due, found, progress=False)
-        module.finish(ledger, some)
-    return counts
+        try:
+            return judge(ledger, due, found, progress=False)
+        finally:
+            module.finish(ledger, some)
 
 
 def cost(path) -> float:
@@ -588,9 +569,10 @@ def batched(url: str, some, images, written, out, budget=None, price=PRICE) -> C
         due = still_due(asked_of(some), MODEL, ledger, OURS)
         mark = lambda verdict: ledger.add([row_of(verdict)])  # noqa: E731
         found = by.batch_verdicts(due, out.with_suffix(".batches.json"), ledger.rows, budget, mark)
-        counts = judge(ledger, due, found, progress=False)
-        module.finish(ledger, some)
-    return counts
+        try:
+            return judge(ledger, due, found, progress=False)
+        finally:
+            module.finish(ledger, some)
 
 
 def test_a_batch_is_handed_in_once_and_read_when_it_has_ended(images, written, tmp_path, capfd):
