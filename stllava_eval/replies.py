@@ -49,6 +49,10 @@ class Bill:
             return replace(self, unknown=self.unknown + 1)
         if came is None:
             return self
+        return self.plus_reply(came)
+
+    def plus_reply(self, came: Reply) -> Bill:
+        """Return this and what a reply is billed, by the server's count."""
         return replace(self, prompt_tokens=self.prompt_tokens + came.prompt_tokens, tokens=self.tokens + came.tokens)
 
 
@@ -78,8 +82,8 @@ class Reply:
 class Failure:
     """A request without an answer: why, on one line that never holds the key, after how many attempts, and whether the
     model or a filter declined it. Tokens are counted, and paid, where a reply came that is no answer. `status` is the
-    HTTP status of the error, `again` whether another attempt may succeed, `came` the reply that is no answer, without its
-    text, and `before` the bill of everything else."""
+    HTTP status of the error; `again` says whether another attempt may succeed; `came` is the reply that is no answer,
+    without its text, and `before` the bill of everything else."""
 
     reason: str
     attempts: int

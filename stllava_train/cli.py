@@ -437,10 +437,9 @@ def _judge(arguments: argparse.Namespace) -> int:
 def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Candidate], images: Path) -> bool:
     """Whether everything has a verdict now."""
     from stllava_eval.server import THOUGHT
-    from stllava_train import judge
+    from stllava_train import judge, prices
     from stllava_train.asking import PRESETS, questions
     from stllava_train.exact import EXACT, exact_verdicts, sample_truths
-    from stllava_train.prices import forecast, read_price
     from stllava_train.verdicts import PERSON
 
     preset = PRESETS[arguments.preset]
@@ -454,9 +453,9 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
         raise InputError(
             f"--judge {name}: exact has no server, and a name that begins with {PERSON} is a person's: --human NAME."
         )
-    price = read_price(model, arguments.prices)
+    price = prices.read_price(model, arguments.prices)
     if arguments.dry_run:
-        print(forecast(model, asked, images, price, sum(preset.room)))
+        print(prices.forecast(model, asked, images, price, sum(preset.room)))
         return True
     truths = sample_truths() if model == EXACT else {}
     with judge.open_verdicts(arguments.out, arguments.candidates, arguments.preset) as ledger:
@@ -474,7 +473,7 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
         left = {"failed": counts["failed"], "not_asked": missing}
         judge.finish(ledger, candidates, not missing and not counts["failed"], {model: left})
         rows = [ledger.rows[one.key(model)] for one in due if one.key(model) in ledger.rows]
-        spent = judge.spent(ledger.rows.values())
+        spent = prices.spent(ledger.rows.values())
         estimated = sum(row.get("estimated", 0.0) for row in ledger.rows.values())
     print(printable(f"{arguments.out}: {model}: {_counted(counts.total(), 'new verdict')}"))
     _print_outcomes(counts, rows)
@@ -498,7 +497,7 @@ def _verdicts_of_a_server(
 ) -> Iterable[Verdict]:
     """The verdicts of a model behind a server, which is not called where nothing is due."""
     from stllava_eval.server import Endpoint
-    from stllava_train import judge
+    from stllava_train import judge, prices
     from stllava_train.batches import batches_under_way
     from stllava_train.verdicts import row_of
 
@@ -523,7 +522,7 @@ def _verdicts_of_a_server(
 
         return verdicts_by_ray(due, preset, images, price, arguments.workers, how, model, ledger.rows)
     by = judge.EndpointJudge(Endpoint(**how), preset, images, price)
-    left = None if arguments.budget is None else arguments.budget - judge.spent(ledger.rows.values(), model, price)
+    left = None if arguments.budget is None else arguments.budget - prices.spent(ledger.rows.values(), model, price)
 
     def mark(verdict: Verdict) -> None:
         ledger.add([row_of(verdict)])

@@ -23,8 +23,8 @@ from stllava_train.asking import FORM, Asked, Preset, image_url, prompt, read_im
 from stllava_train.batches import Batches
 from stllava_train.candidates import Candidate
 from stllava_train.ledger import Ledger, Row, read_manifest
-from stllava_train.prices import Price, Purse, estimated_reply, estimated_tokens
-from stllava_train.scores import enumerates, read_scores, read_scores_authors
+from stllava_train.prices import Price, Purse, cost_of, estimated_tokens, paid, spent
+from stllava_train.scores import read_verdict
 from stllava_train.verdicts import Verdict, row_of, verdict_of
 
 if TYPE_CHECKING:
@@ -65,18 +65,6 @@ def still_due(asked: Iterable[Asked], judge: str, ledger: Ledger, preset: Preset
         if row is None or row["outcome"] == "failed" or more:
             due.append(one)
     return due
-
-
-def spent(rows: Iterable[Row], judge: str = "", price: Price | None = None) -> float:
-    """What verdicts have cost, in USD; those of `judge` without a cost, of an earlier call without a price, by it."""
-    verdicts = map(verdict_of, rows)
-    return sum(_paid(one, price if one.judge == judge else None) or 0.0 for one in verdicts)
-
-
-def _paid(verdict: Verdict, price: Price | None) -> float | None:
-    if verdict.cost is None and price is not None:
-        return price.of(*(verdict.tokens or (0, 0)))
-    return verdict.cost
 
 
 # --- what a server takes ----------------------------------------------------------------------------------------------
@@ -244,17 +232,10 @@ class EndpointJudge:
                     one, how = wave.asked[place], wave.how[place]
                     wave.come.add(place)
                     verdict = self._verdict(one, reply, how, rows)
-                    if isinstance(reply, Failure) and (other := how.adapted(reply)) is not None:
-                        self.how = self.how.both(other)
+                    if isinstance(reply, Failure) and self._adapts(how, reply, row.scored):
                         wave.settle(place, replace(verdict, outcome="failed"), mark)
                         again.append(one)
                         continue
-                    if isinstance(reply, Failure) and not row.scored and how.too_much(reply):
-                        wave.settle(place, replace(verdict, outcome="failed"), mark)
-                        raise InputError(
-                            f"{self.name}: the server refuses replies of {self.limit} tokens ({reply.reason}). Give it "
-                            "fewer with --max-tokens."
-                        )
                     wave.settle(place, verdict)
                     self.most = max(self.most, reply.prompt_tokens)
                     row.add(verdict)
@@ -265,6 +246,22 @@ class EndpointJudge:
                 return
             due = again + [one for place, one in enumerate(wave.asked) if place not in wave.come] + due[at_once:]
             at_once = 1 if again else max(1, len(due) if row.scored else row.left)
+
+    def _adapts(self, how: How, refusal: Failure, scored: bool) -> bool:
+        """Whether a refusal names something that can be left out, which then is.
+
+        Raises:
+            InputError: It names the limit of a reply, before any reply was scored.
+        """
+        if (other := how.adapted(refusal)) is not None:
+            self.how = self.how.both(other)
+            return True
+        if not scored and how.too_much(refusal):
+            raise InputError(
+                f"{self.name}: the server refuses replies of {self.limit} tokens ({refusal.reason}). Give it fewer "
+                "with --max-tokens."
+            )
+        return False
 
     def batch_verdicts(
         self,
@@ -292,34 +289,15 @@ class EndpointJudge:
         """
         self._check_budget(budget)
         batches = Batches(self.endpoint, file, self.name)
-        known = {_custom_id(key) for key in earlier}
         due = {_custom_id(one.key(self.name)): one for one in asked}
         before = spent(earlier.values())
 
         def left() -> float | None:
             return None if budget is None else budget - (spent(earlier.values()) - before)
 
-        not_begun = {}
-        for batch in batches.ended():
-            if error := batches.error(batch):
-                not_begun[batch] = error
-            limit = batches.limit(batch, self.limit)
-            how = replace(self.how, thought=limit - self.preset.max_tokens)
-            replies = dict(batches.replies(batch, limit))
-            if others := len(replies.keys() - due.keys() - known):
-                raise InputError(
-                    f"{file}: {batch} has replies to {others} questions that are not asked now. Call with the "
-                    "--sample, --repeat and --preset that it was handed in with."
-                )
-            for name, reply in replies.items():
-                one = due.get(name)
-                if one is None or (earlier.get(one.key(self.name)) or {}).get("batch") == batch:
-                    continue  # it was written before a kill that came before the batch was noted as read
-                del due[name]
-                yield self._verdict(one, reply, how, earlier, batch)
-            batches.forget(batch)
-        if not_begun:
-            raise InputError(_not_begun(self.name, not_begun))
+        for verdict in self._ended(batches, due, earlier):
+            del due[_custom_id(verdict.key)]
+            yield verdict
         if due and not batches.under_way:
             self._check_batch(due.values(), left())
             for verdict in self._first_ones(list(due.values()), left, earlier, mark):
@@ -332,6 +310,34 @@ class EndpointJudge:
                 batches.hand_in(requests, self.limit)
         if batches.under_way:
             print(f"{self.name}: {batches.state()}. Call again later, within a day.", file=sys.stderr)
+
+    def _ended(self, batches: Batches, due: Mapping[str, Asked], earlier: Mapping[Key, Row]) -> Iterator[Verdict]:
+        """Verdicts out of the batches that have ended; each batch is read once.
+
+        Raises:
+            InputError: One has replies to other questions, or was not begun.
+        """
+        known = {_custom_id(key) for key in earlier}
+        not_begun = {}
+        for batch in batches.ended():
+            if error := batches.error(batch):
+                not_begun[batch] = error
+            limit = batches.limit(batch, self.limit)
+            how = replace(self.how, thought=limit - self.preset.max_tokens)
+            replies = dict(batches.replies(batch, limit))
+            if others := len(replies.keys() - due.keys() - known):
+                raise InputError(
+                    f"{batches.file}: {batch} has replies to {others} questions that are not asked now. Call with the "
+                    "--sample, --repeat and --preset that it was handed in with."
+                )
+            for name, reply in replies.items():
+                one = due.get(name)
+                if one is None or (earlier.get(one.key(self.name)) or {}).get("batch") == batch:
+                    continue  # it was written before a kill that came before the batch was noted as read
+                yield self._verdict(one, reply, how, earlier, batch)
+            batches.forget(batch)
+        if not_begun:
+            raise InputError(_not_begun(self.name, not_begun))
 
     def _first_ones(
         self,
@@ -390,12 +396,12 @@ class EndpointJudge:
     ) -> Verdict:
         text = reply.text if isinstance(reply, Reply) else None
         limit = self.preset.max_tokens + how.thought
-        outcome, why, scores = self._read(reply, limit)
+        outcome, why, scores = read_verdict(reply, self.preset.strict, limit)
         came = reply if isinstance(reply, Reply) else reply.came
         cut = came is not None and came.cut and outcome == "unparsable"
         verdict = self._blank(asked, earlier)
         return replace(
-            self._paid(verdict, asked, reply.before, came, limit, batch is not None),
+            self._paid(verdict, asked, reply.before, came, limit, self.price.batch if batch and self.price else 1.0),
             outcome=outcome,
             scores=scores,
             reply=text,
@@ -430,73 +436,20 @@ class EndpointJudge:
             date=now(),
             prompt_sha256=hashlib.sha256(prompt(*asked.texts(), self.preset.guarded).encode()).hexdigest(),
             tokens=before.tokens if before else None,
-            cost=_paid(before, self.price) if before else None,
+            cost=cost_of(before, self.price) if before else None,
             estimated=before.estimated if before else 0.0,
             unsettled=before.unsettled if before else None,
             batch=before.batch if before else None,
         )
 
     def _paid(
-        self, verdict: Verdict, asked: Asked, before: Bill, came: Reply | None, limit: int, in_batch: bool = False
+        self, verdict: Verdict, asked: Asked, before: Bill, came: Reply | None, limit: int, share: float = 1.0
     ) -> Verdict:
-        """The verdict with what its requests have come to.
-
-        Args:
-            verdict: With what earlier calls have.
-            asked: The question.
-            before: All attempts but for the reply that came.
-            came: That reply, whether it answers or not.
-            limit: Tokens that it was allowed.
-            in_batch: It came with a batch.
-        """
+        """As `prices.paid`."""
         if self._hello is not None and came is not None:
-            hello, self._hello = self._hello, None
-            before = replace(
-                before, prompt_tokens=before.prompt_tokens + hello.prompt_tokens, tokens=before.tokens + hello.tokens
-            )
-        counted = [before.prompt_tokens, before.tokens]
-        if came is not None:
-            counted = [counted[0] + came.prompt_tokens, counted[1] + came.tokens]
-        tokens = [now + then for now, then in zip(counted, verdict.tokens or (0, 0), strict=True)]
-        verdict = replace(verdict, tokens=(tokens[0], tokens[1]) if any(tokens) else None)
-        if self.price is None:
-            return verdict
-        requests, open_cost = verdict.unsettled or (0, 0.0)
-        share = self.price.batch if in_batch else 1.0
-        cost = (verdict.cost or 0.0) - open_cost + self.price.of(before.prompt_tokens, before.tokens) * share
-        estimated = verdict.estimated - open_cost
-        requests += before.unknown
-        if came is None:
-            if before.unknown:
-                most = max(self.most, estimated_tokens(asked, self.images))
-                open_cost += before.unknown * self.price.of(most, limit)
-            unsettled = (requests, open_cost) if requests else None
-            return replace(verdict, cost=cost + open_cost, estimated=estimated + open_cost, unsettled=unsettled)
-        prompt_tokens = came.prompt_tokens or estimated_tokens(asked, self.images)
-        each = self.price.of(prompt_tokens, estimated_reply(came, limit))
-        estimated += requests * each + (each - self.price.of(came.prompt_tokens, came.tokens)) * share
-        return replace(verdict, cost=cost + each * (share + requests), estimated=max(0.0, estimated), unsettled=None)
-
-    def _read(self, reply: Reply | Failure, limit: int) -> tuple[str, str | None, tuple[float, float] | None]:
-        """(outcome, why nothing is scored, scores)."""
-        more = "Raise --max-tokens, or give --reasoning to a model that thinks"
-        if isinstance(reply, Failure):
-            if reply.came is not None and reply.came.cut and not (reply.refused or reply.again):
-                return "unparsable", f"its reply is empty at the limit of {limit} tokens. {more}", None
-            if reply.refused or _final(reply.status):
-                return "refused", reply.reason, None
-            return ("failed" if reply.came is None or reply.again else "unparsable"), reply.reason, None
-        from stllava_eval.metrics import is_refusal
-
-        numbered = self.preset.strict and enumerates(reply.text)
-        scores = None if numbered else (read_scores_authors if self.preset.strict else read_scores)(reply.text)
-        if scores is not None:
-            return "scored", None, scores
-        if is_refusal(reply.text):
-            return "refused", "a refusal", None
-        if reply.cut:
-            return "unparsable", f"its reply was cut at {limit} tokens, before its scores. {more}", None
-        return "unparsable", "its first line numbers the answers" if numbered else "no two scores", None
+            before, self._hello = before.plus_reply(self._hello), None
+        estimate = partial(estimated_tokens, asked, self.images)
+        return paid(verdict, before, came, self.price, estimate, self.most, limit, share)
 
 
 class _Wave:
@@ -552,7 +505,7 @@ class _Wave:
     def _new(self, verdict: Verdict) -> float:
         """What a verdict costs more than the one before it."""
         row = self.earlier.get(verdict.key)
-        before = _paid(verdict_of(row), self.judge.price) if row else None
+        before = cost_of(verdict_of(row), self.judge.price) if row else None
         return (verdict.cost or 0.0) - (before or 0.0)
 
 
@@ -622,16 +575,6 @@ def _not_begun(judge: str, wrong: Mapping[str, str]) -> str:
     )
     return (
         f"{judge}: {batch} was not begun ({said}). Nothing of it was asked or paid. {what}; the next call hands it in."
-    )
-
-
-def _final(status: int | None) -> bool:
-    """Whether an error of this HTTP status comes again with the same question: 400, 413, 422 and their like.
-
-    Not with another key (401, 402, 403), another address (404, 405, 407) or at another time (408, 409, 425, 429).
-    """
-    return (
-        status is not None and 400 <= status < 500 and status not in (401, 402, 403, 404, 405, 407, 408, 409, 425, 429)
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -12,10 +12,12 @@ from stllava_eval.errors import InputError
 from stllava_eval.home import read_text
 from stllava_eval.images import opened
 from stllava_train.asking import LONGEST_SIDE, Asked, prompt, read_image
+from stllava_train.ledger import Row
 from stllava_train.recipe import read_yaml
+from stllava_train.verdicts import Verdict, verdict_of
 
 if TYPE_CHECKING:
-    from stllava_eval.replies import Reply
+    from stllava_eval.replies import Bill, Reply
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,65 @@ def forecast(model: str, asked: Sequence[Asked], folder: Path, price: Price | No
         about, most = (price.of(tokens, count * len(asked)) for count in (REPLY_TOKENS, max_tokens))
         lines.append(f"about {about:,.2f} USD, at most about {most:,.2f}; in a batch {about * price.batch:,.2f}")
     return "\n".join(lines)
+
+
+def paid(
+    verdict: Verdict,
+    before: Bill,
+    came: Reply | None,
+    price: Price | None,
+    estimate: Callable[[], float],
+    most: float,
+    limit: int,
+    share: float = 1.0,
+) -> Verdict:
+    """The verdict with what further requests for it have come to.
+
+    A request whose reply never came is counted at the most that it can have cost. Once a reply to the same question has
+    come, it is counted as much as that one.
+
+    Args:
+        verdict: With what earlier requests have come to.
+        before: The bill of all attempts but for the reply that came.
+        came: That reply, whether it answers or not.
+        price: None where none is known; then the tokens alone are added.
+        estimate: Tokens of the prompt, about.
+        most: Tokens of the dearest prompt so far.
+        limit: Tokens that a reply is allowed.
+        share: Of the price, in a batch.
+    """
+    counted = before if came is None else before.plus_reply(came)
+    then = verdict.tokens or (0, 0)
+    tokens = (then[0] + counted.prompt_tokens, then[1] + counted.tokens)
+    verdict = replace(verdict, tokens=tokens if any(tokens) else None)
+    if price is None:
+        return verdict
+    requests, open_cost = verdict.unsettled or (0, 0.0)
+    cost = (verdict.cost or 0.0) - open_cost + price.of(before.prompt_tokens, before.tokens) * share
+    estimated = verdict.estimated - open_cost
+    requests += before.unknown
+    if came is None:
+        if before.unknown:
+            open_cost += before.unknown * price.of(max(most, estimate()), limit)
+        unsettled = (requests, open_cost) if requests else None
+        return replace(verdict, cost=cost + open_cost, estimated=estimated + open_cost, unsettled=unsettled)
+    each = price.of(came.prompt_tokens or estimate(), estimated_reply(came, limit))
+    estimated += requests * each + (each - price.of(came.prompt_tokens, came.tokens)) * share
+    cost += each * (share + requests)
+    return replace(verdict, cost=max(0.0, cost), estimated=max(0.0, estimated), unsettled=None)
+
+
+def cost_of(verdict: Verdict, price: Price | None) -> float | None:
+    """What a verdict has cost, in USD; by the price where it comes from a call without one."""
+    if verdict.cost is None and price is not None:
+        return price.of(*(verdict.tokens or (0, 0)))
+    return verdict.cost
+
+
+def spent(rows: Iterable[Row], judge: str = "", price: Price | None = None) -> float:
+    """What verdicts have cost, in USD; those of `judge` without a cost, of an earlier call without a price, by it."""
+    verdicts = map(verdict_of, rows)
+    return sum(cost_of(one, price if one.judge == judge else None) or 0.0 for one in verdicts)
 
 
 class Purse:

@@ -9,11 +9,55 @@ from collections.abc import Sequence
 from typing import Any
 
 from stllava_eval.extract import outside_thoughts
+from stllava_eval.metrics import is_refusal
+from stllava_eval.replies import Failure, Reply
 
 Scores = tuple[float, float]
 """Of Answer 1 and Answer 2."""
 
+MORE_ROOM = "Raise --max-tokens, or give --reasoning to a model that thinks"
 LONGEST_LINE = 200  # characters of a line that holds scores and nothing else (our choice)
+
+
+def read_verdict(reply: Reply | Failure, strict: bool, limit: int) -> tuple[str, str | None, Scores | None]:
+    """(outcome, one of `verdicts.OUTCOMES`; why nothing is scored; the scores) of what came back from a judge.
+
+    A question without a reply has *failed* and may be asked again. A reply is never asked for again, as it is paid:
+    without scores it is *unparsable*. A question that the server itself refuses is *refused* as one that the model
+    declines.
+
+    Args:
+        reply: What came.
+        strict: Scores are read as the authors' code does; but where the first line numbers the answers, there are none.
+        limit: Tokens that the reply was allowed, in the reason of one that was cut.
+    """
+    if isinstance(reply, Failure):
+        if reply.came is not None and reply.came.cut and not (reply.refused or reply.again):
+            return "unparsable", f"its reply is empty at the limit of {limit} tokens. {MORE_ROOM}", None
+        if reply.refused or _final(reply.status):
+            return "refused", reply.reason, None
+        return ("failed" if reply.came is None or reply.again else "unparsable"), reply.reason, None
+    numbered = strict and enumerates(reply.text)
+    read = read_scores_authors if strict else read_scores
+    scores = None if numbered else read(reply.text)
+    if reply.cut and scores != read(f"{reply.text}0"):  # a number was cut, perhaps
+        scores = None
+    if scores is not None:
+        return "scored", None, scores
+    if is_refusal(reply.text):
+        return "refused", "a refusal", None
+    if reply.cut:
+        return "unparsable", f"its reply was cut at {limit} tokens, before its scores. {MORE_ROOM}", None
+    return "unparsable", "its first line numbers the answers" if numbered else "no two scores", None
+
+
+# Of HTTP 4xx, those that may pass with another key, at another address, or at another time
+PASSING = {401, 402, 403, 404, 405, 407, 408, 409, 425, 429}
+
+
+def _final(status: int | None) -> bool:
+    """Whether an error of this HTTP status comes again with the same question, as 400, 413 and 422 do."""
+    return status is not None and 400 <= status < 500 and status not in PASSING
 
 
 def read_scores(reply: str) -> Scores | None:

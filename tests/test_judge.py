@@ -36,7 +36,7 @@ from stllava_train.candidates import Candidate
 from stllava_train.exact import exact_verdicts, sample_truths
 from stllava_train.judge import EndpointJudge, judge, open_verdicts, still_due
 from stllava_train.ledger import read_manifest, read_rows
-from stllava_train.prices import Price, forecast, image_tokens, read_price
+from stllava_train.prices import Price, forecast, image_tokens, read_price, spent
 from stllava_train.verdicts import AUTHORS_RULE, Rule, Verdict, fates, preferences, read_verdicts, row_of
 
 PIXELS = [pixel_hash(decode(png((50 * number, 10, 20)))) for number in range(5)]
@@ -470,7 +470,7 @@ def run(url: str, some, images, written, out, price=None, preset=OURS, budget=No
     by = EndpointJudge(Endpoint(url, MODEL, **endpoint), preset, images, price)
     with open_verdicts(out, written, "ours") as ledger:
         due = still_due(asked_of(some), MODEL, ledger, preset)
-        left = None if budget is None else budget - module.spent(ledger.rows.values(), MODEL, price)
+        left = None if budget is None else budget - spent(ledger.rows.values(), MODEL, price)
         found = by.verdicts(due, left, ledger.rows, lambda verdict: ledger.add([row_of(verdict)]))
         try:
             return judge(ledger, due, found, progress=False)

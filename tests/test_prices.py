@@ -66,7 +66,7 @@ def out(tmp_path):
 # --- replies without scores -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", ["", None, "I think that"])
+@pytest.mark.parametrize("content", ["", None, "I think that", "8 1", "<think>8 6"])
 def test_a_judge_that_thinks_up_to_its_limit_is_paid_once_and_gets_more_room_when_asked(images, written, out, content):
     some = candidates(4)
     with FaultServer(reply=lambda request: completes({"content": content}, "length", THINKS)) as there:
