@@ -353,9 +353,10 @@ class EndpointJudge:
         """
         row = _Row(self.name, earlier, {one.key(self.name) for one in due})
         for one in due:
-            verdict = next(self.verdicts([one], left(), earlier, mark), None)
-            if verdict is None:
+            verdicts = list(self.verdicts([one], left(), earlier, mark))
+            if not verdicts:
                 raise InputError("--budget: too little is left for a question. Raise it.")
+            (verdict,) = verdicts
             row.add(verdict)
             yield verdict
             if verdict.outcome == "scored":
