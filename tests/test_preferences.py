@@ -123,7 +123,7 @@ def test_two_judges_are_finished_when_both_are(drawn, folder):
     assert read_manifest(judged)["finished"]
 
 
-def test_the_cost_is_told_and_how_much_of_it_is_an_estimate(drawn, folder, capfd):
+def test_the_cost_is_printed_and_how_much_of_it_is_an_estimate(drawn, folder, capfd):
     (folder / "prices.yaml").write_text(f"{MODEL}: {{prompt: 100, reply: 100}}")
     with FaultServer(reply=lambda request: completes({"content": longer(request)})) as there:
         call = ["judge", str(drawn), "--judge", f"{MODEL}@{there.url}", "--out", str(folder / "judged.jsonl")]

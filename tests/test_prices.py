@@ -381,17 +381,31 @@ def test_a_kill_between_writing_verdicts_and_noting_the_batch_as_read_pays_nothi
         assert cost(out) - before == pytest.approx(PRICE.of(PROMPT_TOKENS, 3), rel=1e-9)
 
 
-def test_a_batch_that_was_not_begun_says_why_and_is_not_handed_in_by_the_same_call(images, written, out):
-    data = [{"code": "token_limit_exceeded", "message": "Enqueued token limit reached for m.", "line": None}]
+FULL = {"code": "token_limit_exceeded", "message": "Enqueued token limit reached for m.", "line": None}
+WRONG = {"code": "invalid_url", "message": "The URL is wrong.\nLine 1.", "line": 1}
+
+
+@pytest.mark.parametrize(
+    ("errors", "said", "advice"),
+    [
+        ({"data": [FULL]}, "token_limit_exceeded: Enqueued token limit reached for m.", "with --sample"),
+        ({"data": [WRONG] * 3}, "invalid_url: The URL is wrong. Line 1.", "Mend what it names"),
+        ([WRONG, FULL], "invalid_url: The URL is wrong. Line 1.; token_limit", "with --sample"),
+        ({"data": []}, "it does not say why", "Mend what it names"),
+        (None, "it does not say why", "Mend what it names"),
+        ("no", "it does not say why", "Mend what it names"),
+    ],
+)
+def test_a_batch_that_was_not_begun_says_why_and_is_not_handed_in_by_the_same_call(
+    images, written, out, errors, said, advice
+):
     with FaultServer(reply=fair) as there:
         batched(there.url, candidates(4), images, written, out)
-        there.batches["batch-0"] |= {"status": "failed", "errors": {"object": "list", "data": data}}
-        with pytest.raises(
-            InputError,
-            match=r"tiny: batch-0 was not begun \(token_limit_exceeded: Enqueued token limit reached for m\.\)\. .*"
-            r"hand in fewer questions at a time with --sample",
-        ):
+        there.batches["batch-0"] |= {"status": "failed", "errors": errors}
+        with pytest.raises(InputError) as error:
             batched(there.url, candidates(4), images, written, out)
+        assert str(error.value).startswith(f"tiny: batch-0 was not begun ({said}")
+        assert advice in str(error.value)
         assert len(there.batches) == 1
 
 

@@ -136,7 +136,7 @@ def test_a_first_line_that_numbers_answers_is_known(reply):
         ("1\n8\n2\n6", None),
     ],
 )
-def test_scores_in_other_clothes(reply, expected):
+def test_scores_written_in_other_ways(reply, expected):
     assert read_scores(reply) == expected
 
 
@@ -180,7 +180,7 @@ def test_scores_in_a_form(reply, expected):
         ("<think>8 6", None),
     ],
 )
-def test_scores_stand_behind_the_thought(reply, expected):
+def test_scores_follow_the_thought(reply, expected):
     assert read_scores(reply) == expected
 
 
