@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stllava_eval.answer_layouts import rows_of
-from stllava_eval.datasets import DATASETS
+from stllava_eval.datasets import DATASETS, numbered_edition, read_manifest
 from stllava_eval.errors import InputError
 from stllava_eval.extract import FINAL, SIGNATURES, Final, finals, opened, unsealed, with_opened_thoughts
 from stllava_eval.metrics import is_failed_request
@@ -30,11 +30,12 @@ log = logging.getLogger("stllava_eval")
 IDS = ("id", "question_id", "qid")
 ANSWERS = (
     *("answer", "text", "model_answer", "response", "prediction", "pred", "output", "generated_text"),
-    *("model_output", "model_response", "predicted_answer", "generation", "completion", "hypothesis"),
+    *("model_output", "model_response", "predicted_answer", "generation", "completion", "hypothesis", "predict"),
 )
 """Fields in which files of answers hold what the model said."""
-QUESTIONS = ("question", "prompt", "query")
-REFERENCES = ("reference", "gt_ans", "gt_answer", "ground_truth", "gold")
+QUESTIONS = ("question", "query", "prompt", "input")
+PROMPTED = ("prompt", "input")  # those with more than the question in them; lmms-eval's samples have `input`
+REFERENCES = ("reference", "gt_ans", "gt_answer", "ground_truth", "gold", "target", "label", "labels")
 PICTURES = ("image_name", "img_name", "image")
 IMAGE_MARK = "<image>"  # which the LLaVA family writes into its prompts
 LANGUAGES = ("q_lang", "lang")  # SLAKE's own field, and MedEvalKit's
@@ -123,7 +124,8 @@ def read_answers(file: Path, task: str, reading: Reading = Reading()) -> AnswerF
     rows = _rows_of_task(file, task)
     has_ids = reading.id_field or any("doc_id" in row or _id(row, None) is not None for _, row in rows)
     if has_ids:
-        renamed = _data_rad_ids(task, [_id(row, reading.id_field) for _, row in rows], split)
+        given = [_id(row, reading.id_field) for _, row in rows]
+        renamed = _data_rad_ids(task, given, split) or _numbers_of_its_edition(task, given, reading.split, rows)
         named = [_id_and_reply(place, row, split, known, reading) for place, row in rows]
         named = [(renamed.get(name, name), said) for name, said in named]
     else:
@@ -303,6 +305,16 @@ def _folded(text: object) -> str:
     return re.sub(r" (?=[?.,;:!])", "", " ".join(str(text).lower().split()))
 
 
+def _asked_and_reference(place: str, row: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The question, or the prompt around it, and the reference of a row without an id."""
+    question = next((row[name] for name in QUESTIONS if isinstance(row.get(name), str)), None)
+    if question is None:
+        raise InputError(_lacks(place, row, "id", IDS))
+    references = [*REFERENCES, *(["answer"] if sum(name in row for name in ANSWERS) > 1 else [])]
+    reference = next((row[name] for name in references if isinstance(row.get(name), str | int | float)), None)
+    return _folded(question), None if reference is None else _folded(reference)
+
+
 def _ids_by_content(
     file: Path, rows: Sequence[tuple[str, Mapping[str, Any]]], split: Sequence[Mapping[str, Any]], reading: Reading
 ) -> list[str]:
@@ -316,18 +328,15 @@ def _ids_by_content(
     Raises:
         InputError: A row has no question, its question is none of the split's, or too many rows cannot be told apart.
     """
-    keys = []
-    for place, row in rows:
-        question = next((row[name] for name in QUESTIONS if name != "prompt" and isinstance(row.get(name), str)), None)
-        if question is None:
-            raise InputError(_lacks(place, row, "id", IDS))
-        references = [*REFERENCES, *(["answer"] if sum(name in row for name in ANSWERS) > 1 else [])]
-        reference = next((row[name] for name in references if isinstance(row.get(name), str | int | float)), None)
-        keys.append((_folded(question), None if reference is None else _folded(reference)))
+    keys = [_asked_and_reference(place, row) for place, row in rows]
     with_reference = all(reference is not None for _, reference in keys)
     keys = keys if with_reference else [(question, None) for question, _ in keys]
     asked = [(_folded(row["question"]), _folded(row["reference"]) if with_reference else None) for row in split]
-    if keys == asked[: len(keys)]:
+    whole = [next(name for name in QUESTIONS if isinstance(row.get(name), str)) not in PROMPTED for _, row in rows]
+    if len(keys) <= len(asked) and all(
+        reference == own[1] and (question == own[0] or (not alone and own[0] in question))
+        for (question, reference), own, alone in zip(keys, asked, whole, strict=False)
+    ):
         log.warning("%s: no ids; its rows are the split's, in the split's order, by question and reference.", file)
         return [row["id"] for row in split[: len(keys)]]
     waiting: dict[tuple[str, str | None], list[str]] = defaultdict(list)
@@ -426,6 +435,26 @@ def _data_rad_ids(task: str, names: Sequence[str | None], split: Sequence[Mappin
         return {}
     log.warning("%s: the ids are those of data_RAD's files; they are read as the public ones.", task)
     return {spelt: ours for theirs, ours in public.items() for spelt in (theirs, f"data_RAD-{theirs}")}
+
+
+def _numbers_of_its_edition(
+    task: str, names: Sequence[str | None], split: str, rows: Sequence[tuple[str, Mapping[str, Any]]]
+) -> dict[str, str]:
+    """The ids by row number, of a file that numbers all rows of the edition of PathVQA that is prepared."""
+    carried = any(name in row for _, row in rows for name in (*QUESTIONS, *REFERENCES, *PICTURES))
+    numbers = {name for name in names if name is not None}
+    prepared = read_manifest(dataset_of(task), split)
+    if dataset_of(task) == "pathvqa" and not carried and not numbered_edition("pathvqa", prepared.split, numbers):
+        log.warning(
+            "%s: its ids are row numbers of a data set with two editions, and no row has a question, a reference or "
+            "an image. They are taken as those of the %s.",
+            task,
+            prepared.edition,
+        )
+    edition = numbered_edition(dataset_of(task), prepared.split, numbers)
+    if edition is None or edition.name != prepared.edition:
+        return {}
+    return {number: edition.prefix + number for number in numbers}
 
 
 def _warn_of_references(file: Path, read: AnswerFile, known: Mapping[str, Mapping[str, Any]]) -> None:

@@ -2,59 +2,123 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-
-from stllava_eval.errors import InputError
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
 
 # the constants and word counts of the published metric's degenerate scores (docs/metrics.md)
 CONSTANTS = ("yes", "no", "yes and no", "I do not know.", "The image is normal.")
 WORD_COUNTS = (5, 10, 25, 50)
-PRIOR = "commonest answer"  # the label of `prior`
+PRIOR = "commonest answer"  # the label of `TrainingAnswers.commonest`
 
 
-def blind_answers(name: str) -> dict[str, dict[str, str]]:
-    """Label -> the answers, by question id, of each image-blind baseline on the test split of data set `name`.
+@dataclass(frozen=True)
+class TrainingAnswers:
+    """How often each answer comes in a training split, in lower case: by question, and by kind of question."""
 
-    The constants; and where the training split is prepared too, its k commonest open-answer words and its commonest
-    answer to the very question (`prior`).
+    edition: str
+    questions: Mapping[str, Counter[str]]
+    """By the question's words, in lower case with single spaces."""
+    kinds: Mapping[str, Counter[str]]
+    """Of "open" and "closed"."""
+
+    def commonest(self, test: Iterable[Mapping[str, str]]) -> dict[str, str]:
+        """Return the commonest training answer to each test question, by its id: to the same words, else of its kind.
+
+        Ties go to the alphabetically first, so that the result does not depend on the rows' order.
+        """
+        return {
+            row["id"]: _most(self.questions.get(_words(row["question"])) or self.kinds[row["kind"]]) for row in test
+        }
+
+
+@dataclass(frozen=True)
+class Blind:
+    """The image-blind baselines of a test split."""
+
+    answers: dict[str, dict[str, str]]
+    """By label, the answer to each question by its id."""
+    note: str
+    """Which training split the commonest words and answers are of; or why they are not there, and what to do."""
+
+
+def blind_answers(name: str) -> Blind:
+    """Return the image-blind baselines of the prepared test split of data set `name`.
+
+    The constants; and the k commonest words of open training answers, and the commonest training answer to the very
+    question (`PRIOR`). Training answers are those of the prepared training split. Where none is prepared, the official
+    test split of a data set whose licence allows it has the counts that the package ships; they are never taken for a
+    sample set or another edition.
 
     Raises:
-        InputError: The test split is not prepared.
+        InputError: The test split is not prepared, or a prepared split is damaged.
     """
-    from stllava_eval.datasets import read_split
+    from stllava_eval.datasets import read_manifest, read_split
     from stllava_eval.metrics import commonest_words
 
     test = read_split(name, "test", images=False).to_list()
+    of_test = read_manifest(name, "test")
     constants = {f'always "{constant}"': constant for constant in CONSTANTS}
-    answers: dict[str, dict[str, str]] = {}
-    try:
-        train = read_split(name, "train", images=False).to_list()
-    except InputError:
-        train = []
-    if train:
-        references = [row["reference"] for row in train if row["kind"] == "open"]
-        constants |= {f"{count} commonest words": commonest_words(references, count) for count in WORD_COUNTS}
-        answers[PRIOR] = prior(train, test)
-    return {label: {row["id"]: constant for row in test} for label, constant in constants.items()} | answers
+    train, from_where = prepared_answers(name, of_test.sample), "as it is prepared here"
+    if train is None and of_test.official:
+        train, from_where = shipped_answers(name), "by the counts that come with the package"
+    if train is None:
+        command = f"stllava-eval prepare {name} --sample" if of_test.sample else _PREPARE.format(name=name)
+        note = (
+            "The image-blind rows of the commonest training words and answers are missing: they need a training split "
+            f"to go with the {of_test.edition}, and none is prepared. Run `{command}`."
+        )
+        return Blind({label: _to_all(test, constant) for label, constant in constants.items()}, note)
+    references = list(train.kinds["open"].elements())
+    constants |= {f"{count} commonest words": commonest_words(references, count) for count in WORD_COUNTS}
+    answers = {label: _to_all(test, constant) for label, constant in constants.items()}
+    note = f"Commonest words and answers are those of the training split ({train.edition}), {from_where}."
+    return Blind(answers | {PRIOR: train.commonest(test)}, note)
 
 
-def prior(train: Sequence[Mapping[str, str]], test: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The commonest training answer to each test question: to the same words, else among all of its kind.
+_PREPARE = "stllava-eval prepare {name} --split train --from DIR"
 
-    Ties go to the alphabetically first, so that the result does not depend on the rows' order.
+
+def prepared_answers(name: str, sample: bool = False) -> TrainingAnswers | None:
+    """Return the answer counts of the prepared training split; None where there is none, or `sample` is another.
+
+    Raises:
+        InputError: The split is damaged.
     """
-    by_question: dict[str, Counter[str]] = {}
-    by_kind: dict[str, Counter[str]] = {"open": Counter(), "closed": Counter()}
-    for row in train:
-        by_question.setdefault(_words(row["question"]), Counter())[row["reference"].lower()] += 1
-        by_kind[row["kind"]][row["reference"].lower()] += 1
-    return {row["id"]: _commonest(by_question.get(_words(row["question"])) or by_kind[row["kind"]]) for row in test}
+    from stllava_eval.datasets import is_prepared, read_manifest, read_split
+
+    if not is_prepared(name, "train") or (manifest := read_manifest(name, "train")).sample is not sample:
+        return None
+    questions: dict[str, Counter[str]] = {}
+    kinds: dict[str, Counter[str]] = {"open": Counter(), "closed": Counter()}
+    for row in read_split(name, "train", images=False).to_list():
+        questions.setdefault(_words(row["question"]), Counter())[row["reference"].lower()] += 1
+        kinds[row["kind"]][row["reference"].lower()] += 1
+    return TrainingAnswers(manifest.edition, questions, kinds)
+
+
+def shipped_answers(name: str) -> TrainingAnswers | None:
+    """Return the answer counts of the official training split that the package ships; None of a data set without.
+
+    They are in training_answers.json, which `python benchmarks/training_answers.py` writes.
+    """
+    text = files("stllava_eval").joinpath("training_answers.json").read_text(encoding="utf-8")
+    of = json.loads(text)["sets"].get(name)
+    if of is None:
+        return None
+    questions, kinds = ({key: Counter(counts) for key, counts in of[by].items()} for by in ("questions", "kinds"))
+    return TrainingAnswers(of["edition"], questions, kinds)
+
+
+def _to_all(rows: Iterable[Mapping[str, str]], answer: str) -> dict[str, str]:
+    return {row["id"]: answer for row in rows}
 
 
 def _words(question: str) -> str:
     return " ".join(question.lower().split())
 
 
-def _commonest(counts: Counter[str]) -> str:
+def _most(counts: Counter[str]) -> str:
     return min(counts, key=lambda answer: (-counts[answer], answer)) if counts else ""

@@ -90,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
         name="prepare",
         help="check an official split and write it under $STLLAVA_HOME/data",
         description="Check an official split, counts and images, and write it as one Parquet file with a manifest "
-        "under $STLLAVA_HOME/data. A split with other counts is refused.",
+        "under $STLLAVA_HOME/data. A split with other counts is refused. Of several editions that are prepared, the "
+        "one named last is in use; the same call takes another into use again at once.",
         examples=[
             "stllava-eval prepare --sample",
             "stllava-eval prepare vqarad --from ~/downloads/vqa_rad",
@@ -180,7 +181,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out rows whose question the split does not have (default: refuse them)",
     )
-    score.add_argument("--split", default="test", help="the prepared split that was asked (default: test)")
+    score.add_argument(
+        "--split",
+        default="test",
+        help="the prepared split that was asked; test@NAME is an edition that is not in use (default: test)",
+    )
     score.add_argument(
         "--prompt",
         choices=PROMPTS,
@@ -222,6 +227,7 @@ def parser() -> argparse.ArgumentParser:
             "stllava-eval leaderboard runs/a runs/b",
             "stllava-eval leaderboard runs/a runs/b --published --out board",
             "stllava-eval leaderboard --tasks vqarad,slake",
+            "stllava-eval leaderboard runs/a --published --rows 'measured,Table 2' --no-blind --out board",
         ],
     )
     board.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: image-blind rows only)")
@@ -230,8 +236,24 @@ def parser() -> argparse.ArgumentParser:
         "--published", action="store_true", help="show what papers report of the official test splits, too"
     )
     board.add_argument(
-        "--out", type=Path, metavar="DIR", help="write board.md, .csv, .json, .tex and the page index.html there"
+        "--rows",
+        action="append",
+        metavar="NAMES",
+        help="rows to show, by system, group or reported table, comma-separated; may come several times (default: all)",
     )
+    board.add_argument(
+        "--columns",
+        metavar="NAMES",
+        help="scores to show in tables and files, comma-separated; LaTeX has one table of them (default: each its own)",
+    )
+    board.add_argument("--no-blind", action="store_true", help="leave the image-blind rows out")
+    board.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write board.md, .csv, .json, .tex, the .bib that it cites and the page index.html there",
+    )
+    board.add_argument("--intervals", action="store_true", help="show 95 %% intervals in board.tex, too")
     _page_options(board)
     board.add_argument("--json", action="store_true", help="print every number as JSON")
     board.set_defaults(command=_leaderboard)
@@ -374,11 +396,17 @@ def _prepare(arguments: argparse.Namespace) -> int:
     else:
         manifests = [datasets.prepare(arguments.dataset, arguments.split, arguments.source)]
     for manifest in manifests:
-        counts = manifest.counts
+        counts, what = manifest.counts, f"{manifest.dataset} {manifest.split}"
         _show(
-            f"{manifest.dataset} {manifest.split} ({manifest.edition}): {counts['rows']} questions = "
+            f"{what} ({manifest.edition}): {counts['rows']} questions = "
             f"{counts['closed']} closed + {counts['open']} open on {counts['images']} images"
         )
+        for note in manifest.notes:
+            _tell(f"{what}: note: {note}")
+        for other in datasets.prepared_editions(manifest.dataset, manifest.split)[1:]:
+            _tell(
+                f"{what}: the {other.edition} is kept beside it; {datasets.how_to_use(other)} takes it into use again"
+            )
     return 0
 
 
@@ -485,21 +513,26 @@ def _refuse_without_out(arguments: argparse.Namespace) -> None:
 
 
 def _leaderboard(arguments: argparse.Namespace) -> int:
-    from stllava_eval.leaderboard import board, board_json, board_text
+    from stllava_eval.leaderboard import board, board_json, board_text, read_columns
 
     tasks = arguments.tasks.split(",") if arguments.tasks else None
     if tasks and (unknown := [task for task in tasks if task not in TASKS[:-1]]):
         raise InputError(f"--tasks {', '.join(unknown)}: unknown. Tasks are {', '.join(TASKS[:-1])}.")
     _refuse_without_out(arguments)
-    rows = board(arguments.runs, tasks, arguments.published, progress=len(arguments.runs) > 4 and sys.stderr.isatty())
+    if arguments.out is None and arguments.intervals:
+        raise InputError("--intervals is about board.tex. Pass --out DIR too, or leave it out.")
+    columns = read_columns(arguments.columns)
+    progress = len(arguments.runs) > 4 and sys.stderr.isatty()
+    rows = board(arguments.runs, tasks, arguments.published, progress, arguments.rows, not arguments.no_blind)
     if arguments.out is not None:
         from stllava_eval.page import write_board
 
-        write_board(arguments.out, rows, arguments.images or "page", arguments.pathvqa_images)
+        images, pathvqa_images = arguments.images or "page", arguments.pathvqa_images
+        write_board(arguments.out, rows, images, pathvqa_images, columns, arguments.intervals)
     if arguments.json:
-        _show_json(board_json(rows))
+        _show_json(board_json(rows, columns))
     else:
-        _show(board_text(rows))
+        _show(board_text(rows, columns))
     return 0
 
 

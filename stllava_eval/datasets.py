@@ -10,23 +10,26 @@ import io
 import json
 import logging
 import lzma
+import math
 import os
 import pickle
 import re
+import shlex
 import stat
 import tarfile
 import zipfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.resources import files as package_files
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
+from stllava_eval import fields
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import home, loads, local, read_json, whole_file, write_json
 from stllava_eval.images import IMAGE_BYTES, decode, pixel_hash
@@ -57,7 +60,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".we
 class Row:
     """One question about one image. The texts are exactly as distributed, VQA-RAD's tabs included."""
 
-    id: str  # the data set's own: public qid of VQA-RAD, qid of SLAKE, row number of the PathVQA split
+    id: str  # the data set's own: public qid of VQA-RAD, qid of SLAKE, row number of the official PathVQA split
     image: bytes  # encoded file as distributed
     image_id: str  # image name; the cluster of the statistics
     question: str
@@ -76,6 +79,8 @@ class Edition:
     images: int | None
     official: bool = False  # the split as its authors published it
     text: str | None = None  # first 16 hex digits of its `_text_hash`
+    ids: str | None = None  # first 16 hex digits of its `_ids_hash`
+    prefix: str = ""  # of its ids, where they are row numbers as another edition's are; no answer fits both
 
     @property
     def open(self) -> int | None:
@@ -132,7 +137,9 @@ DATASETS = {
         categories={"organ": "image_organ", "question_type": "question_type", "phrase_type": "phrase_type"},
         splits={
             "train": (
-                Edition("public train", 1797, 1027, 313, official=True, text="10ec52e1429fbbb2"),
+                Edition(
+                    "public train", 1797, 1027, 313, official=True, text="10ec52e1429fbbb2", ids="de228a16f9808fc3"
+                ),
                 Edition("data_RAD train (with frame questions)", 3064, 1823, 314, text="0005cb3367a26284"),
                 # the hub copy drops 3 repeated rows and 1 shared with the test; no kinds, 940 answers are yes or no
                 Edition("deduplicated train", 1793, 940, 313),
@@ -155,16 +162,52 @@ DATASETS = {
         },
         splits={
             "train": (
-                Edition("official train", 4919, 1943, 450, official=True, text="af4ea7976131c395"),
+                Edition(
+                    "official train", 4919, 1943, 450, official=True, text="af4ea7976131c395", ids="ac410672b60664c0"
+                ),
                 Edition("train and validation in one", 5972, 2365, 546),  # OctoMed/SLAKE
             ),
-            "validation": (Edition("official validation", 1053, 422, 96, official=True, text="a09e7ad95540d526"),),
-            "test": (Edition("official test", 1061, 416, 96, official=True, text="8530e509e563fd91"),),
-            "train_zh": (Edition("official Chinese train", 4916, 1938, 450, official=True, text="2ef053f3ba6f8045"),),
-            "validation_zh": (
-                Edition("official Chinese validation", 1046, 422, 96, official=True, text="e682e3734c1ebe39"),
+            "validation": (
+                Edition(
+                    "official validation", 1053, 422, 96, official=True, text="a09e7ad95540d526", ids="fb346c9b3a645bf5"
+                ),
             ),
-            "test_zh": (Edition("official Chinese test", 1033, 420, 96, official=True, text="4cf2b024334cbb27"),),
+            "test": (
+                Edition("official test", 1061, 416, 96, official=True, text="8530e509e563fd91", ids="bcceb71850c2e290"),
+            ),
+            "train_zh": (
+                Edition(
+                    "official Chinese train",
+                    4916,
+                    1938,
+                    450,
+                    official=True,
+                    text="2ef053f3ba6f8045",
+                    ids="ef4c13593a47789a",
+                ),
+            ),
+            "validation_zh": (
+                Edition(
+                    "official Chinese validation",
+                    1046,
+                    422,
+                    96,
+                    official=True,
+                    text="e682e3734c1ebe39",
+                    ids="13dbe52c05310502",
+                ),
+            ),
+            "test_zh": (
+                Edition(
+                    "official Chinese test",
+                    1033,
+                    420,
+                    96,
+                    official=True,
+                    text="4cf2b024334cbb27",
+                    ids="8ba276b114770a48",
+                ),
+            ),
         },
     ),
     "pathvqa": Dataset(
@@ -178,15 +221,15 @@ DATASETS = {
         splits={
             "train": (
                 Edition("original train", 19755, None, None, official=True),
-                Edition("deduplicated train", 19654, None, None),
+                Edition("deduplicated train", 19654, None, None, prefix="dedup-"),
             ),
             "validation": (
                 Edition("original validation", 6279, None, None, official=True),
-                Edition("deduplicated validation", 6259, None, None),
+                Edition("deduplicated validation", 6259, None, None, prefix="dedup-"),
             ),
             "test": (
                 Edition("official test", 6761, 3391, 858, official=True),
-                Edition("deduplicated test", 6719, 3362, None),
+                Edition("deduplicated test", 6719, 3362, None, prefix="dedup-"),
             ),
         },
     ),
@@ -196,7 +239,8 @@ DATASETS = {
 def prepare(name: str, split: str, source: str | Path | None = None, home_folder: Path | None = None) -> Manifest:
     """Check a split against its known editions and write it under `home_folder` (default `$STLLAVA_HOME`).
 
-    Where the same source has been prepared and the file is whole, nothing is done.
+    It is the edition in use afterwards, which tasks ask about; another edition that was in use is kept beside it. Where
+    the same source has been prepared, has not changed since and its file is whole, it is not read again.
 
     Args:
         name: A key of `DATASETS`.
@@ -215,7 +259,8 @@ def prepare(name: str, split: str, source: str | Path | None = None, home_folder
         done = _done(name, split, given, home_folder)
         if done is not None:
             log.info("%s %s is prepared from %s already: %s", name, split, given, _parquet(name, split, home_folder))
-            return done
+            _use(*done, home_folder)
+            return done[0]
         path, resolved = _fetch(name, split, given)
         with open_files(path) as files:
             found, notes = _found_rows(name, split, files)
@@ -228,20 +273,20 @@ def prepare(name: str, split: str, source: str | Path | None = None, home_folder
         else:
             rows = [_row(row, image, pixels[image]) for row, image in zip(found, images, strict=True)]
         edition = _edition(name, split, rows, resolved)
-        same_text = edition.text in (None, _text_hash(rows)[:16])
-        notes += _doubts(edition, rows, same_text)
+        rows = [replace(row, id=edition.prefix + row.id) for row in rows]
+        doubts = _doubts(edition, rows)
         return _write(
             name,
             split,
             rows,
             pixels,
             edition=edition.name,
-            official=edition.official and same_text,
+            official=edition.official and not doubts,
             sample=False,
             source=given,
             resolved=resolved,
             licence=dataset.licence,
-            notes=tuple(notes),
+            notes=(*notes, *_remarks(dataset.splits[split], edition, rows), *doubts),
             home_folder=home_folder,
         )
 
@@ -256,7 +301,8 @@ def prepare_on_first_use(name: str, split: str) -> None:
     if _manifest(name, split).exists():
         return
     log.warning("%s %s is not prepared yet: fetching %s from the hub", name, split, dataset.hub)
-    prepare(name, split)
+    for note in prepare(name, split).notes:
+        log.warning("%s %s: %s", name, split, note)
 
 
 def write_split(
@@ -299,26 +345,84 @@ def write_split(
         )
 
 
+def is_prepared(name: str, split: str, home_folder: Path | None = None) -> bool:
+    """Return whether a split has been written under `home_folder` (default `$STLLAVA_HOME`), whole or damaged."""
+    return _manifest(name, split, home_folder).exists()
+
+
 def read_manifest(name: str, split: str, home_folder: Path | None = None) -> Manifest:
     """The manifest of a prepared split.
+
+    Args:
+        name: A key of `DATASETS`.
+        split: A key of its `splits`; with `@` and the beginning of a name behind it, as in `test@deduplicated`, the
+            prepared edition of that name instead of the one in use.
+        home_folder: See `prepare`.
 
     Raises:
         InputError: Nothing is prepared, or by another version; with the command to run.
     """
+    return _found_edition(name, split, home_folder)[0]
+
+
+def _found_edition(name: str, split: str, home_folder: Path | None) -> tuple[Manifest, Path]:
+    """The manifest and the parquet file that a split's name means: see `read_manifest`."""
+    of, _, wanted = split.partition("@")
+    _known(name, of)
+    if not wanted:
+        return _read_manifest(name, of, _manifest(name, of, home_folder)), _parquet(name, of, home_folder)
+    prepared = _editions(name, of, home_folder)
+    fitting = [found for found in prepared if _slug(found[0].edition).startswith(_slug(wanted))]
+    if len(fitting) != 1:
+        held = ", ".join(f"{of}@{_slug(manifest.edition)}" for manifest, _ in prepared) or "none"
+        raise InputError(
+            f"{name} {split}: {len(fitting)} of the prepared editions have such a name; there is {held}. Name one of "
+            f"them, or run {_what_to_run(name, of)}."
+        )
+    return fitting[0]
+
+
+def prepared_editions(name: str, split: str, home_folder: Path | None = None) -> list[Manifest]:
+    """The manifests of all prepared editions of a split that can be read, that of the one in use first.
+
+    Raises:
+        InputError: There is no such set or split.
+    """
     _known(name, split)
-    path = _manifest(name, split, home_folder)
+    return [manifest for manifest, _ in _editions(name, split, home_folder)]
+
+
+def numbered_edition(name: str, split: str, ids: Collection[str]) -> Edition | None:
+    """The edition of a split without ids of its own, PathVQA's, whose row numbers these are, all of 0 to n-1.
+
+    >>> numbered_edition("pathvqa", "test", [str(number) for number in range(6719)]).name
+    'deduplicated test'
+    """
+    editions = _known(name, split).splits[split] if name == "pathvqa" else ()
+    fitting = (edition for edition in editions if edition.rows == len(ids))
+    return next((edition for edition in fitting if set(ids) == {str(number) for number in range(edition.rows)}), None)
+
+
+def how_to_use(manifest: Manifest) -> str:
+    """The command that takes a prepared edition into use, for messages."""
+    source = manifest.resolved if local(manifest.resolved) else manifest.source
+    split = "" if manifest.split == "test" else f" --split {manifest.split}"
+    return f"`stllava-eval prepare {manifest.dataset}{split} --from {shlex.quote(source)}`"
+
+
+def _read_manifest(name: str, split: str, path: Path) -> Manifest:
     try:
-        fields = read_json(path)
+        written = read_json(path)
     except FileNotFoundError:
         raise InputError(
             f"{name} {split} is not prepared: there is no {path}. Run {_what_to_run(name, split)}."
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}). Remove it and prepare {name} again.") from error
-    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+    if not isinstance(written, dict) or written.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a manifest of format {FORMAT}. Remove it and prepare {name} again.")
     try:
-        return Manifest(**{**fields, "notes": tuple(fields["notes"])})
+        return Manifest(**{**written, "notes": tuple(written["notes"])})
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: not a whole manifest ({error}). Remove it and prepare {name} again.") from error
 
@@ -329,8 +433,8 @@ def read_split(name: str, split: str, images: bool = True, home_folder: Path | N
     It is built past the cache of `datasets`, which goes by a file's name and time and can serve what was there before.
 
     Args:
-        name: See `prepare`.
-        split: See `prepare`.
+        name: See `read_manifest`.
+        split: See `read_manifest`.
         images: Whether to hold the column `image`.
         home_folder: See `prepare`.
 
@@ -340,8 +444,8 @@ def read_split(name: str, split: str, images: bool = True, home_folder: Path | N
     import datasets
     import pyarrow as pa
 
-    manifest = read_manifest(name, split, home_folder)
-    with _whole_parquet(manifest, home_folder) as file:
+    manifest, path = _found_edition(name, split, home_folder)
+    with _whole_parquet(manifest, path) as file:
         columns = [column for column in file.schema_arrow.names if images or column != "image"]
         groups = [file.read_row_group(number, columns=columns) for number in range(file.num_row_groups)]
     features = datasets.Features(
@@ -361,10 +465,10 @@ def read_rows(name: str, split: str, home_folder: Path | None = None) -> list[Ro
     Raises:
         InputError: See `read_split`.
     """
-    manifest = read_manifest(name, split, home_folder)
+    manifest, path = _found_edition(name, split, home_folder)
     rows: list[Row] = []
     shared: dict[bytes, bytes] = {}
-    with _whole_parquet(manifest, home_folder) as file:
+    with _whole_parquet(manifest, path) as file:
         for batch in file.iter_batches(batch_size=256):
             for record in batch.to_pylist():
                 image = record.pop("image")["bytes"]
@@ -502,6 +606,12 @@ def open_files(path: Path) -> Iterator[Files]:
                 inner = _zip(place, io.BytesIO(outer.read(archive, left)))
                 left -= outer.size(archive)
             owners |= {f"{archive}/{name}": (inner, name) for name in inner.names}
+        # Windows' own tools write a\b into an archive, which no other system takes for a folder
+        spelt = {name.replace("\\", "/"): name for name in owners}
+        if len(spelt) < len(owners):
+            twice = next(name for name in owners if spelt[name.replace("\\", "/")] != name)
+            raise InputError(f"{path}: it holds {twice} twice, with / and with \\ in the name. {REMEDY}.")
+        owners = {name: owners[inside] for name, inside in spelt.items()}
         yield Files(
             str(path),
             tuple(owners),
@@ -656,36 +766,62 @@ class _Found:
     """A row as its source has it; what the source lacks is None."""
 
     place: str  # its id, or file and number, for messages
-    id: str
+    id: str | None
     image: str | bytes  # its name in the source, or the file itself
     image_id: str | None
     question: str
     reference: str
     kind: str | None
     categories: dict[str, str]
+    path_alone: bool  # its image has a path and no bytes
 
 
 def _found_rows(name: str, split: str, files: Files) -> tuple[list[_Found], list[str]]:
     """The split's rows in the source's order, and notes for the manifest."""
     part = split.removesuffix("_zh")
     records, place = {"vqarad": _vqarad, "slake": _slake, "pathvqa": _pathvqa}[name](split, part, files)
-    found, broken = [], []
+    found: list[_Found] = []
+    broken: dict[str, list[str]] = defaultdict(list)  # the rows, by what is wrong with them
+    unwrapped: dict[str, list[str]] = defaultdict(list)  # the rows, by the field that was a list
     for number, record in enumerate(records):
+        plain = _unwrapped(name, record)
         try:
-            found.append(_found(name, record, number, place))
-        except InputError as error:
-            broken.append(str(error))
+            found.append(_found(name, plain, number, place))
+        except _BrokenRowError as error:
+            broken[str(error)].append(error.place)
+            continue
+        for field in (field for field in plain if plain[field] is not record[field]):
+            unwrapped[field].append(found[-1].place)
+    # a set has all ids and kinds or none: those of some rows alone were lost on the way
+    for what, lack in (
+        ("qid", [row.place for row in found if row.id is None]),
+        ("answer_type", [row.place for row in found if row.kind is None]),
+    ):
+        if lack and (len(lack) < len(found) or (name, what) == ("slake", "answer_type")):
+            broken[f"no {what}"] += lack
     if broken:
-        raise InputError(f"{files.place}: {len(broken)} broken rows. {_listed(broken)}")
-    repeated = [id for id, times in Counter(row.id for row in found).items() if times > 1]
+        told = [f"{_listed(rows)}: {what}" for what, rows in broken.items()]
+        raise InputError(
+            f"{files.place}: {sum(map(len, broken.values()))} broken rows. {_listed(told)}. "
+            "Correct them, or pass an unchanged copy."
+        )
+    found = [replace(row, id=row.id or f"row-{number}") for number, row in enumerate(found)]
+    repeated = [str(id) for id, times in Counter(row.id for row in found).items() if times > 1]
     if repeated:
         raise InputError(f"{files.place}: {place} has several rows of one id: {_listed(repeated)}. Ids are unique.")
     notes = []
-    unknown = [row for row in found if row.kind is None]
-    if unknown and (name, split) != ("vqarad", "test"):
-        found = [replace(row, kind=row.kind or _yes_no_kind(row.reference)) for row in found]
-        notes.append(f"kind from the answer (closed: yes or no) in {len(unknown)} rows: {place} has no answer_type")
+    for field, rows in unwrapped.items():
+        notes.append(f"{field} was a list of one text in {len(rows)} rows, and that text is taken: {_listed(rows)}")
+    if found and found[0].kind is None and (name, split) != ("vqarad", "test"):
+        found = [replace(row, kind=_yes_no_kind(row.reference)) for row in found]
+        notes.append(f"kind from the answer (closed: yes or no) in {len(found)} rows: {place} has no answer_type")
     return found, notes
+
+
+def _unwrapped(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its texts out of lists of one text."""
+    own = ("question", "answer", "answer_type", *DATASETS[name].categories.values())
+    return {field: fields.alone(value) if field in own else value for field, value in record.items()}
 
 
 def _vqarad(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], str]:
@@ -695,7 +831,7 @@ def _vqarad(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], 
         for name in files.names
         if name.endswith((".json", ".jsonl"))
         and (records := _json_records(files, name))
-        and {"image_name", "question", "answer", "answer_type"} <= records[0].keys()
+        and {"image_name", "question", "answer"} <= records[0].keys()
     }
     for name, records in tables.items():
         if any(_is_test(record) for record in records):
@@ -709,7 +845,7 @@ def _vqarad(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], 
 
 
 def _is_test(record: Mapping[str, Any]) -> bool:
-    return str(record.get("phrase_type")).startswith("test_")
+    return str(fields.alone(record.get("phrase_type"))).startswith("test_")
 
 
 def _slake(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], str]:
@@ -718,20 +854,42 @@ def _slake(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], s
     stem = part.replace("validation", "validate")
     own, place = [], ""
     for name in files.names:
-        if PurePosixPath(name).name in (f"{stem}.json", f"{part}.json", f"{part}.jsonl"):
+        if PurePosixPath(name).name in (f"{stem}.json", f"{stem}.jsonl", f"{part}.json", f"{part}.jsonl"):
             own, place = _json_records(files, name), name
-    own = [record for record in own if record.get("q_lang") == language]
+            if not own:
+                raise InputError(f"{files.place}: {name} holds no list of records. Download it from its authors.")
+    own = _in_language(own, language, files, place)
     if own and not _parquet_names(files, part):
         return own, place
     records, place = _parquet_records(files, part, f"SLAKE's own {stem}.json with imgs/ or imgs.zip")
-    if records and "answer_type" in records[0]:
-        return [record for record in records if record.get("q_lang", "en") == language], place
+    if any(not fields.missing(record.get("answer_type")) for record in records):
+        return _in_language(records, language, files, place), place
     if not own or [_line(record) for record in own] != [_line(record) for record in records]:
         raise InputError(
             f"{files.place}: {place} has no answer_type, and a closed answer of SLAKE need not be yes or no. "
             f"Put SLAKE's own {stem}.json with the same rows beside it, or prepare BoKelvin/SLAKE."
         )
     return [{**record, "image": copy["image"]} for record, copy in zip(own, records, strict=True)], place
+
+
+def _in_language(records: Sequence[dict[str, Any]], language: str, files: Files, place: str) -> list[dict[str, Any]]:
+    """The records of one language; a copy without `q_lang` is English.
+
+    Raises:
+        InputError: A record says neither en nor zh: it would be in no split.
+    """
+    found = []
+    for number, record in enumerate(records):
+        told = fields.alone(record.get("q_lang", "en"))
+        folded = told.strip().lower() if isinstance(told, str) else ""
+        if folded not in ("en", "zh"):
+            raise InputError(
+                f"{files.place}: {place} row {number}: q_lang {told!r:.60} is neither en nor zh. "
+                "Pass an unchanged copy."
+            )
+        if folded == language:
+            found.append(record)
+    return found
 
 
 def _pathvqa(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]], str]:
@@ -745,13 +903,20 @@ def _pathvqa(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]],
 
 
 def _from_pickle(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of either pickle with the fields' usual names; a `label` holds answers and their weights."""
+    """A record of either pickle with the fields' usual names; a `label` holds answers and their weights.
+
+    Where no answer has more weight than all others, there is none.
+    """
     if "sent" not in record:
         return {**record, "image_name": record.get("image"), "image": None}
     label = record.get("label")
-    if not isinstance(label, dict) or not all(isinstance(weight, int | float) for weight in label.values()):
+    if not isinstance(label, dict) or not all(
+        isinstance(weight, int | float) and math.isfinite(weight) for weight in label.values()
+    ):
         label = {}
-    answer = max(label, key=lambda answer: label[answer], default=None)
+    most = max(label.values(), default=0)
+    best = [answer for answer, weight in label.items() if weight == most]
+    answer = best[0] if len(best) == 1 else None
     return {**record, "question": record["sent"], "answer": answer, "image_name": record.get("img_id")}
 
 
@@ -780,13 +945,19 @@ def _json_records(files: Files, name: str) -> list[dict[str, Any]]:
     """The records of a JSON or JSON-lines file; none where it holds something else."""
     content = files.read(name, TABLE_BYTES)
     try:
-        if name.endswith(".jsonl"):
+        if name.endswith(".jsonl") or _is_lines(content):
             lines = enumerate(content.splitlines(), 1)
             return _checked([_json_line(line, number) for number, line in lines if line.strip()], files, name)
         records = loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{files.place}: {name} is no JSON ({error}). Download it again.") from error
     return records if isinstance(records, list) and all(isinstance(record, dict) for record in records) else []
+
+
+def _is_lines(content: bytes) -> bool:
+    """Whether its first line is an object of its own, as in what `datasets` writes to a file named .json."""
+    first, _, others = content.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    return first.startswith(b"{") and first.rstrip().endswith(b"}") and others.lstrip().startswith(b"{")
 
 
 def _json_line(line: bytes, number: int) -> Any:
@@ -830,6 +1001,7 @@ def _parquet_records(files: Files, part: str, otherwise: str) -> tuple[list[dict
     for name in names:
         content = files.read(name, PARQUET_BYTES)
         try:
+            _check_image_column(pa.BufferReader(content), f"{files.place}: {name}")
             for record in parquet_rows(pa.BufferReader(content), f"{files.place}: {name}"):
                 image = (record.get("image") or {}).get("bytes")
                 if image is not None:
@@ -838,11 +1010,34 @@ def _parquet_records(files: Files, part: str, otherwise: str) -> tuple[list[dict
                         raise InputError(f"{files.place}: {part} images of more than {IMAGES_BYTES:,} bytes. {REMEDY}.")
                     record["image"]["bytes"] = shared.setdefault(image, image)
                 records.append(record)
-        except (pa.ArrowException, OSError, AttributeError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise InputError(
                 f"{files.place}: {name} is not a hub copy's parquet file ({one_line(error)}). {REMEDY}."
             ) from error
     return records, names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _check_image_column(source: Any, place: str) -> None:
+    """Refuse a parquet file whose images are something else than files; it may have none, and name them.
+
+    Raises:
+        InputError: With the column's type, and what it should be.
+        pyarrow.ArrowException, OSError: It is no parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(source)
+    kind = schema.field("image").type if "image" in schema.names else pa.null()
+    parts = list(kind) if pa.types.is_struct(kind) else [] if pa.types.is_null(kind) else None
+    if parts is None or any(part.name == "bytes" and not _holds_bytes(part.type) for part in parts):
+        raise InputError(f"{place}: its column image is {kind!s:.60}; {fields.IMAGE}. Write it so.")
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
 
 
 def parquet_rows(source: Any, place: str) -> Iterator[dict[str, Any]]:
@@ -871,56 +1066,75 @@ def parquet_rows(source: Any, place: str) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
+class _BrokenRowError(InputError):
+    """What is wrong with a row."""
+
+    def __init__(self, place: str, what: str) -> None:
+        super().__init__(what)
+        self.place = place
+
+
 def _found(name: str, record: Mapping[str, Any], number: int, file: str) -> _Found:
-    place = f"{file} row {number}" if record.get("qid") is None else f"qid {record['qid']}"
-    missing = [field for field in ("question", "answer") if record.get(field) is None]
-    if missing:
-        raise InputError(f"{place}: no {' and no '.join(missing)}")
-    reference = str(record["answer"])  # VQA-RAD has numbers
-    image = record.get("image")
-    file_or_name = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
-    picture = _picture(record)
-    if not isinstance(file_or_name or picture, str | bytes):
-        raise InputError(f"{place}: no image")
-    if name == "pathvqa":
-        kind: str | None = _yes_no_kind(reference)
-    else:
-        # two rows of VQA-RAD say "CLOSED "
-        kind = None if record.get("answer_type") is None else str(record["answer_type"]).strip().lower()
-    if kind not in (None, "open", "closed"):
-        raise InputError(f"{place}: answer_type {record['answer_type']!r} is neither OPEN nor CLOSED")
-    return _Found(
-        place,
-        _id(name, record, number),
-        file_or_name or picture,  # type: ignore[arg-type]
-        picture,
-        str(record["question"]),
-        reference,
-        kind,
-        # VQA-RAD's public file says test_para where data_RAD's test file says para
-        {
-            ours: str(record.get(theirs) or "").removeprefix("test_")
-            for ours, theirs in DATASETS[name].categories.items()
-        },
-    )
+    """The row in a record.
+
+    Raises:
+        _BrokenRowError: A field that is read is missing, or is no text, number, id or image.
+    """
+    place = f"{file} row {number}"
+    try:
+        # PathVQA has no ids of its own
+        qid = str(number) if name == "pathvqa" else fields.identity(record.get("qid"), "qid")
+        place = place if qid is None or name == "pathvqa" else f"qid {qid}"
+        if lacking := [field for field in ("question", "answer") if record.get(field) is None]:
+            raise InputError(f"no {' and no '.join(lacking)}")
+        question = fields.text(record["question"], "question")
+        if not question.strip():
+            raise InputError("question is empty")
+        reference = fields.text(record["answer"], "answer", numbers=name == "vqarad")
+        picture, image = _picture(name, record), fields.image(record.get("image"))
+        if not (image or picture):
+            raise InputError("no image")
+        content = image if isinstance(image, bytes) else picture or image  # a path is the writer's, a name the set's
+        return _Found(
+            place,
+            # data_RAD numbers VQA-RAD's questions anew
+            f"data_RAD-{qid}" if qid and name == "vqarad" and "qid_linked_id" not in record else qid,
+            content or b"",
+            picture,
+            question,
+            reference,
+            _yes_no_kind(reference) if name == "pathvqa" else _kind(record.get("answer_type")),
+            {ours: _category(record.get(theirs), theirs) for ours, theirs in DATASETS[name].categories.items()},
+            isinstance(image, str),
+        )
+    except InputError as error:
+        raise _BrokenRowError(place, str(error)) from error
 
 
-def _id(name: str, record: Mapping[str, Any], number: int) -> str:
-    """The set's own id, or the row's number; data_RAD numbers VQA-RAD's questions anew, and says so here."""
-    qid = record.get("qid")
-    if name == "pathvqa":
-        return str(number)
-    if qid is None:
-        return f"row-{number}"
-    return f"data_RAD-{qid}" if name == "vqarad" and "qid_linked_id" not in record else str(qid)
+def _kind(told: object) -> str | None:
+    """open or closed, as `answer_type` has it; two rows of VQA-RAD say "CLOSED "."""
+    if fields.missing(told):
+        return None
+    kind = fields.text(told, "answer_type").strip().lower()
+    if kind not in ("open", "closed"):
+        raise InputError(f"answer_type {told!r:.60} is neither OPEN nor CLOSED")
+    return kind
 
 
-def _picture(record: Mapping[str, Any]) -> str | None:
+def _category(told: object, field: str) -> str:
+    """A category as the set names it; VQA-RAD's public file says test_para where data_RAD's test file says para."""
+    return "" if fields.missing(told) else fields.text(told, field).removeprefix("test_")
+
+
+def _picture(name: str, record: Mapping[str, Any]) -> str | None:
     """The image's name: every set has its own field for it. OctoMed/SLAKE gives SLAKE's number alone."""
-    name = record.get("image_name") or record.get("img_name")
-    if name is None and isinstance(record.get("img_id"), int):
-        return f"xmlab{record['img_id']}/source.jpg"
-    return name if isinstance(name, str) else None
+    for field in ("image_name", "img_name"):  # SLAKE's names have a folder: xmlab1/source.jpg
+        if found := fields.image_name(record.get(field), field, folders=1 if name == "slake" else 0):
+            return found
+    if name != "slake":
+        return None
+    number = fields.identity(record.get("img_id"), "img_id")
+    return f"xmlab{number}/source.jpg" if number else None
 
 
 def _yes_no_kind(reference: str) -> str:
@@ -948,17 +1162,21 @@ def _find_images(found: Sequence[_Found], files: Files) -> tuple[list[bytes], li
             )
     by_image = {image: content[candidates[key][0]] if candidates[key] else b"" for image, key in named.items()}
     images = [by_image[row.image] if isinstance(row.image, str) else row.image for row in found]
-    missing = [f"{row.place}: no {row.image!r}" for row, image in zip(found, images, strict=True) if not image]
+    lacking = [row for row, image in zip(found, images, strict=True) if not image]
+    missing = [f"{row.place}: no {row.image!r}" for row in lacking]
+    if lacking and lacking[0].path_alone:
+        missing[0] += f" in the source, and its image has a path and no bytes ({fields.IMAGE})"
     return images, missing
 
 
 def _last_two(name: str) -> str:
-    return "/".join(PurePosixPath(name).parts[-2:])
+    return fields.image_name(name, "image", folders=1) or ""
 
 
 def _row(found: _Found, image: bytes, pixels: str) -> Row:
     """A row whose kind is known; where a copy has dropped the image's name, its pixels name it."""
     assert found.kind is not None
+    assert found.id is not None
     return Row(
         found.id, image, found.image_id or pixels[:16], found.question, found.reference, found.kind, found.categories
     )
@@ -1060,6 +1278,12 @@ def _text_hash(rows: Iterable[Row]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _ids_hash(rows: Iterable[Row]) -> str:
+    """Hex sha256 of which question and reference each id has, whatever the rows' order and letter case."""
+    lines = sorted(f"{row.id} {_line_hash(row.question, row.reference)}\n" for row in rows)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 # Checked rows to disk.
 
 
@@ -1089,13 +1313,28 @@ def _counted(rows: int, closed: int | None, images: int | None, verb: str = "has
     return f"{verb}{rows}{kinds}" + ("" if images is None else f" on {images} images")
 
 
-def _doubts(edition: Edition, rows: Sequence[Row], same_text: bool) -> list[str]:
-    """What the manifest should say of an edition that fits."""
+def _doubts(edition: Edition, rows: Sequence[Row]) -> list[str]:
+    """Why rows with an edition's counts are not that edition: each of these a note for the manifest."""
+    if edition.text is not None and edition.text != _text_hash(rows)[:16]:
+        return [f"not official: counts as the {edition.name}, but other questions, references or kinds"]
+    if edition.ids is not None and edition.ids != _ids_hash(rows)[:16]:
+        return [f"not official: the text of the {edition.name}, but under other ids, so answers of others do not fit"]
+    written_out = [row.id for row in rows if re.fullmatch(r"\[.*\]|\{.*\}|nan|<NA>", row.reference.strip())]
+    if edition.text is None and written_out:
+        return [
+            f"not official: counts as the {edition.name}, but the references of {len(written_out)} rows are lists, "
+            f"objects or missing values that were written out as text: {_listed(written_out)}"
+        ]
+    return []
+
+
+def _remarks(known: Sequence[Edition], edition: Edition, rows: Sequence[Row]) -> list[str]:
+    """What else the manifest should say of an edition that fits."""
     notes = []
     if not edition.verified:
         notes.append(f"unverified: {edition}, and what this leaves out is documented nowhere we could check")
-    if not same_text:
-        notes.append(f"not official: counts as the {edition.name}, but other questions, references or kinds")
+    if not edition.official and (own := next((other for other in known if other.official), None)):
+        notes.append(f"not the split as its authors published it: {own}")
     empty = [row.id for row in rows if not row.reference.strip()]
     if empty:
         notes.append(f"no reference in {len(empty)} rows: {_listed(empty)}")
@@ -1112,7 +1351,10 @@ def _write(
     home_folder: Path | None,
     **described: Any,
 ) -> Manifest:
-    """Parquet first, manifest last; in between there is none, so a kill leaves nothing that looks prepared."""
+    """Parquet first, manifest last; in between there is none, so a kill leaves nothing that looks prepared.
+
+    Another edition that was in use is kept.
+    """
     import pyarrow.parquet as pq
 
     path, manifest_path = _parquet(name, split, home_folder), _manifest(name, split, home_folder)
@@ -1138,7 +1380,7 @@ def _write(
             for first, end in groups:
                 file.write_table(_table(rows[first:end], pixels), row_group_size=end - first)
         sha256_file = _file_hash(unfinished)
-        manifest_path.unlink(missing_ok=True)
+        _make_room(name, split, described["edition"], home_folder)
     closed = sum(row.kind == "closed" for row in rows)
     manifest = Manifest(
         dataset=name,
@@ -1158,7 +1400,52 @@ def _write(
         **described,
     )
     write_json(manifest_path, {"format": FORMAT, **asdict(manifest)})
+    for old in (".json", ".parquet"):  # of this edition, from another source
+        _kept(path, manifest.edition).with_suffix(old).unlink(missing_ok=True)
     return manifest
+
+
+def _make_room(name: str, split: str, edition: str, home_folder: Path | None) -> None:
+    """Keep another edition that is in use under a name of its own; a sample, or the same edition, goes."""
+    path, manifest_path = _parquet(name, split, home_folder), _manifest(name, split, home_folder)
+    with suppress(InputError):  # nothing is prepared, or nothing that can be read
+        used = read_manifest(name, split, home_folder)
+        if not used.sample and used.edition != edition:
+            kept = _kept(path, used.edition)
+            with suppress(FileNotFoundError):  # a kill came between the two
+                path.replace(kept)
+            manifest_path.replace(kept.with_suffix(".json"))
+    manifest_path.unlink(missing_ok=True)
+
+
+def _kept(path: Path, edition: str) -> Path:
+    """`test.parquet` -> `test@deduplicated-test.parquet`: an edition that is prepared and not in use."""
+    return path.with_name(f"{path.stem}@{_slug(edition)}.parquet")
+
+
+def _slug(edition: str) -> str:
+    """An edition's name as a part of a file's: `deduplicated-test`."""
+    return re.sub(r"[^a-zA-Z0-9_]+", "-", edition).strip("-")
+
+
+def _editions(name: str, split: str, home_folder: Path | None) -> list[tuple[Manifest, Path]]:
+    """The manifest and the parquet file of each prepared edition, that of the one in use first."""
+    used = _manifest(name, split, home_folder)
+    found = []
+    for path in [used, *sorted(used.parent.glob(f"{split}@*.json"))]:
+        with suppress(InputError):
+            found.append((_read_manifest(name, split, path), path.with_suffix(".parquet")))
+    return found
+
+
+def _use(manifest: Manifest, file: Path, home_folder: Path | None) -> None:
+    """Take a prepared edition into use."""
+    path = _parquet(manifest.dataset, manifest.split, home_folder)
+    if file == path:
+        return
+    _make_room(manifest.dataset, manifest.split, manifest.edition, home_folder)
+    file.replace(path)
+    file.with_suffix(".json").replace(path.with_suffix(".json"))
 
 
 def _check_rows(title: str, rows: Sequence[Row]) -> None:
@@ -1239,30 +1526,48 @@ def _alone(name: str, split: str, home_folder: Path | None) -> AbstractContextMa
     return filelock.FileLock(path)
 
 
-def _done(name: str, split: str, given: str, home_folder: Path | None) -> Manifest | None:
-    """The manifest, if this source is prepared and the file whole."""
+def _done(name: str, split: str, given: str, home_folder: Path | None) -> tuple[Manifest, Path] | None:
+    """The manifest and file of the edition that was prepared from this source, if both are as they were."""
+    source = local(given)
+    for manifest, path in _editions(name, split, home_folder):
+        same = manifest.resolved == str(source.resolve()) if source is not None else manifest.source == given
+        if same and not _changed(source, path.with_suffix(".json").stat().st_mtime):
+            with suppress(InputError), _whole_parquet(manifest, path):
+                return manifest, path
+    return None
+
+
+def _changed(source: Path | None, since: float) -> bool:
+    """Whether a file of a source on this machine was written or put there after a time (s, of its disk's clock)."""
+    if source is None:
+        return False
     try:
-        manifest = read_manifest(name, split, home_folder)
-        with _whole_parquet(manifest, home_folder):
-            pass
-    except InputError:
-        return None
-    path = local(given)
-    same = manifest.resolved == str(path.resolve()) if path is not None else manifest.source == given
-    return manifest if same else None
+        files = [source / name for name in _folder(source).names] if source.is_dir() else [source]
+        # not mtime, which unpacking an archive sets back
+        return any(max(file.stat().st_ctime, file.lstat().st_ctime) > since for file in files)
+    except OSError:  # a link to nowhere
+        return True
 
 
-def _whole_parquet(manifest: Manifest, home_folder: Path | None) -> Any:
+def _whole_parquet(manifest: Manifest, path: Path) -> Any:
     """The split's opened parquet file, if it is the one that the manifest describes."""
     import pyarrow.parquet as pq
 
-    path = _parquet(manifest.dataset, manifest.split, home_folder)
+    again = f"Run {_what_to_run(manifest.dataset, manifest.split)} again."
     if not path.exists() or _file_hash(path) != manifest.sha256_file:
         raise InputError(
-            f"{path} is not the file that was prepared: its sha256 is not the manifest's. Remove it and run "
-            f"{_what_to_run(manifest.dataset, manifest.split)} again."
+            f"{path} is not the file that was prepared: its sha256 is not the manifest's. Remove it. {again}"
         )
-    return pq.ParquetFile(path)
+    file = pq.ParquetFile(path)
+    editions = DATASETS[manifest.dataset].splits[manifest.split]
+    prefix = next((edition.prefix for edition in editions if edition.name == manifest.edition), "")
+    if prefix and not file.read_row_group(0, columns=["id"])["id"][0].as_py().startswith(prefix):
+        file.close()
+        raise InputError(
+            f"{path} was prepared by an earlier version, whose ids of the {manifest.edition} were also those of the "
+            f"official one. {again}"
+        )
+    return file
 
 
 def _file_hash(path: Path) -> str:

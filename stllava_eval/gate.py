@@ -12,6 +12,7 @@ from stllava_eval.compare import METRICS, Paired, differing, paired, refuse_unli
 from stllava_eval.errors import InputError, printable
 from stllava_eval.home import read_text
 from stllava_eval.runs import (
+    NOT_ASKED,
     NOT_RECORDED,
     QuestionScores,
     Run,
@@ -125,13 +126,13 @@ def gate(candidate: Path, baseline: Path, policy: Policy) -> Gate:
         scored = [{task: _scores(task, tasks[task]) for task in old} for tasks in (old, new)]
         for task in old:
             one, other = (each[task] for each in scored)
-            asked = old[task].replies.keys() | new[task].replies.keys()
+            asked = _asked(task, old[task], new[task])
             if len(lacking := sorted(asked - (one.keys() & other.keys()))) > policy.unanswered:
                 raise InputError(
                     f"{task}: {len(lacking)} of {len(asked)} questions that were asked are not answered in both runs "
                     f"({some(lacking)}), and the policy allows {policy.unanswered}. Run again, or raise `unanswered`."
                 )
-            if not one.keys() & other.keys():
+            if not asked & one.keys() & other.keys():
                 raise InputError(f"{task}: no question is answered in both. Run the same questions with both.")
         checks = decide(
             {
@@ -260,8 +261,9 @@ def _needed(
 
 
 def _scores(task: str, run: RunTask) -> dict[str, QuestionScores]:
-    """The scores of each answered question, `closed_format` among them: 1 where exactly one option is named."""
-    from stllava_eval.metrics import is_failed_request, options_named
+    """The scores of each answered question, `closed_format` among them: 1 where one option's words are there."""
+    from stllava_eval.metrics import is_failed_request
+    from stllava_eval.verdict_v1 import options_named
 
     scored = question_scores(dataset_of(task), run.replies)
     for row in split_rows(dataset_of(task)):
@@ -273,6 +275,42 @@ def _scores(task: str, run: RunTask) -> dict[str, QuestionScores]:
             ]
             scored[row["id"]].scores["closed_format"] = math.fsum(each) / len(each)
     return scored
+
+
+KINDS = {"open": "recall and f1", "closed": "closed_accuracy"}
+"""The kinds of questions, and the scores that they alone have."""
+
+
+def _kinds(task: str, run: RunTask) -> dict[str, list[str]]:
+    """The questions of each kind that a run was asked.
+
+    A kind of which it holds no reply, answered or failed, was not asked at all. A file of answers says of no question
+    whether it was asked; of a kind that it has answers to, those that it lacks count as unanswered.
+    """
+    kinds: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for row in split_rows(dataset_of(task)):
+        if row["id"] in run.replies:
+            kinds[row["kind"]].append(row["id"])
+    return {
+        kind: ids
+        for kind, ids in kinds.items()
+        if any(not final.answer.startswith(NOT_ASKED) for id in ids for final in run.replies[id])
+    }
+
+
+def _asked(task: str, baseline: RunTask, candidate: RunTask) -> set[str]:
+    """The questions that both runs have to have answered: of the kinds that the baseline was asked, those of either.
+
+    Raises:
+        InputError: The candidate was not asked a kind that the baseline was asked: it would escape that kind's scores.
+    """
+    old, new = _kinds(task, baseline), _kinds(task, candidate)
+    for kind in old.keys() - new.keys():
+        raise InputError(
+            f"{task}: the baseline was asked {len(old[kind])} {kind} questions, the candidate none, so "
+            f"{KINDS[kind]} cannot be decided. Ask the candidate the same questions."
+        )
+    return {id for kind in old for id in (*old[kind], *new[kind])}
 
 
 def _speed(manifests: Sequence[Mapping[str, Any]], policy: Policy) -> tuple[list[str], list[str]]:
@@ -305,6 +343,12 @@ def _notes(baseline: Run, candidate: Run) -> list[str]:
     for task, of in baseline.tasks.items():
         if of.not_asked:
             notes.append(f"{task}: {of.not_asked} questions of its split were not asked.")
+        notes += [
+            f"{task}: the baseline was asked no {kind} question, so {scores} {'is' if kind == 'closed' else 'are'} "
+            "not looked at."
+            for kind, scores in KINDS.items()
+            if kind not in _kinds(task, of) and any(row["kind"] == kind for row in split_rows(dataset_of(task)))
+        ]
     if more := [task for task in candidate.tasks if task not in baseline.tasks]:
         notes.append(f"Not looked at, since the baseline lacks it: {', '.join(more)}.")
     weights = [run.manifest["checkpoint"].get("sha256") for run in (baseline, candidate)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class BlindShare:
     best_of: str
     """The image-blind answers that reach most."""
     prior: float | None
-    """What the commonest training answer to each question reaches; None where no training split is prepared."""
+    """What the commonest training answer to each question reaches; None where no training split is at hand."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def inspect(rows: Sequence[BoardRow]) -> list[Inspection]:
                 _consistency(
                     row.task, {id: said for id, said in row.answers.items() if not _is_cut(questions(row).get(id))}
                 ),
-                [_share(row, metric, blind) for metric in INSPECTED[:3] if metric in row.scores],
+                [of for metric in INSPECTED[:3] if metric in row.scores for of in _share(row, metric, blind)],
                 " ".join(stopped(row)),
             )
         )
@@ -96,15 +97,18 @@ def _is_cut(of: QuestionScores | None) -> bool:
     return of is not None and of.scores["cut"] > 0
 
 
-def _share(row: BoardRow, metric: str, blind: Sequence[BoardRow]) -> BlindShare:
+def _share(row: BoardRow, metric: str, blind: Sequence[BoardRow]) -> list[BlindShare]:
+    """Of one score; empty where no image-blind answers are on the board."""
     asked = [id for id, of in questions(row).items() if metric in of.scores]
     values = {
-        one.system: sum(questions(one)[id].scores[metric] for id in asked) / len(asked)
+        one.system: math.fsum(questions(one)[id].scores[metric] for id in asked) / len(asked)
         for one in blind
         if all(id in questions(one) for id in asked)
     }
+    if not values:
+        return []
     best_of = max(values, key=lambda name: values[name])
-    return BlindShare(metric, row.scores[metric].value or 0.0, values[best_of], best_of, values.get(PRIOR))
+    return [BlindShare(metric, row.scores[metric].value or 0.0, values[best_of], best_of, values.get(PRIOR))]
 
 
 def _consistency(task: str, answers: Mapping[str, str]) -> list[Consistency]:
@@ -118,8 +122,8 @@ def _consistency(task: str, answers: Mapping[str, str]) -> list[Consistency]:
         and metrics.folded_words(row["reference"])
     }
 
-    def named(id: str) -> set[str]:
-        return metrics.options_named(answers[id], rows[id]["reference"], rows[id]["question"])
+    def chosen(id: str) -> str | None:
+        return metrics.chosen(answers[id], rows[id]["reference"], rows[id]["question"])
 
     def right(id: str) -> bool:
         row = rows[id]
@@ -129,13 +133,13 @@ def _consistency(task: str, answers: Mapping[str, str]) -> list[Consistency]:
 
     def alike(one: str, other: str) -> float:
         if rows[one]["kind"] == "closed":
-            return float(named(one) == named(other) != set())
+            return float(chosen(one) == chosen(other) is not None)
         if not metrics.folded_words(answers[other]):
             return float(not metrics.folded_words(answers[one]))
         return metrics.f1(answers[one], answers[other])
 
     def apart(one: str, other: str) -> float:
-        return float(named(one) != named(other) and len(named(one)) == len(named(other)) == 1)
+        return float(None not in (chosen(one), chosen(other)) and chosen(one) != chosen(other))
 
     restated = paraphrases(dataset_of(task), list(rows.values()))
     by_kind = {kind: [pair for pair in restated if rows[pair[0]]["kind"] == kind] for kind in ("closed", "open")}
@@ -150,7 +154,7 @@ def _consistency(task: str, answers: Mapping[str, str]) -> list[Consistency]:
         values = [score(*pair) for pair in pairs]
         estimate = bootstrap_clustered(values, [rows[one]["image_id"] for one, _ in pairs])
         both = sum(right(one) and right(other) for one, other in pairs) / len(pairs)
-        value = sum(values) / len(values)
+        value = math.fsum(values) / len(values)
         made.append(Consistency(what, value, estimate.low, estimate.high, len(pairs), estimate.clusters, both))
     return made
 
@@ -188,8 +192,8 @@ def inspect_text(found: Sequence[Inspection]) -> str:
             body = [
                 [
                     of.what,
-                    f"{100 * of.value:.1f}{_interval(of.low, of.high)}",
-                    f"{100 * of.both_right:.1f}",
+                    f"{share_text(of.value)}{interval_text(of.low, of.high)}",
+                    share_text(of.both_right),
                     str(of.pairs),
                     str(of.images),
                 ]
@@ -199,9 +203,9 @@ def inspect_text(found: Sequence[Inspection]) -> str:
         body = [
             [
                 of.metric,
-                f"{100 * of.value:.1f}",
-                "" if of.prior is None else f"{100 * of.prior:.1f}",
-                f"{100 * of.best:.1f}",
+                share_text(of.value),
+                "" if of.prior is None else share_text(of.prior),
+                share_text(of.best),
                 printable(of.best_of),
             ]
             for of in one.blind
@@ -217,8 +221,15 @@ def inspect_text(found: Sequence[Inspection]) -> str:
 def _cell(row: ScoreRow | None, of: Inspection) -> str:
     if row is None or row.value is None:
         return ""
-    return f"{100 * row.value:.1f}{_interval(row.low, row.high)} n {row.n}" + (" <" if below(row, of.overall) else "")
+    text = f"{share_text(row.value)}{interval_text(row.low, row.high)} n {row.n}"
+    return f"{text} <" if below(row, of.overall) else text
 
 
-def _interval(low: float | None, high: float | None) -> str:
+def share_text(value: float) -> str:
+    """Return a share as `leaderboard.mean_text` shows it: x100 with two decimals."""
+    return f"{100 * value:.2f}"
+
+
+def interval_text(low: float | None, high: float | None) -> str:
+    """Return an interval of shares as every board, file and page shows it: x100, whole; nothing where there is none."""
     return "" if low is None or high is None else f" [{100 * low:.0f}, {100 * high:.0f}]"

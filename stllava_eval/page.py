@@ -7,49 +7,45 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from stllava_eval.blind import PRIOR
-from stllava_eval.home import json_text, refuse_file, write_together
-from stllava_eval.inspection import INSPECTED, inspect
-from stllava_eval.leaderboard import (
-    BEST,
-    EXPLAINED,
-    GROUPS,
-    NOTICE,
-    RANKED,
-    BoardRow,
-    board_csv,
-    board_json,
-    board_latex,
-    board_markdown,
-    by_task,
-    mean_text,
-    questions,
-    remarks,
-    title,
-)
-from stllava_eval.runs import QuestionScores, categories_of, dataset_of, split_rows
+from stllava_eval.board_rows import ACCURACIES, BEST, CLOSED, FEW, GROUPS, OPEN, RANKED, BoardRow, questions
+from stllava_eval.home import refuse_file, write_together
+from stllava_eval.inspection import INSPECTED, Inspection, below, inspect, interval_text, share_text
+from stllava_eval.leaderboard import EXPLAINED, NOTICE, WORDS, board_files, by_task, mean_text, remarks, title
+from stllava_eval.metrics import SCORES, is_failed_request
+from stllava_eval.runs import QuestionScores, ScoreRow, categories_of, dataset_of, split_rows
 
 LIMIT = 5_000_000  # bytes of the page; beyond it, the viewer shows fewer questions
 SIDE = 200  # pixels of a thumbnail's longer side; our choice
 CUT = 400  # characters of an answer that the page shows; our choice
 
 
-def write_board(out: Path, rows: Sequence[BoardRow], images: str = "page", pathvqa_images: bool = False) -> None:
-    """Write board.md, .csv, .json, .tex and index.html into `out`.
+def write_board(
+    out: Path,
+    rows: Sequence[BoardRow],
+    images: str = "page",
+    pathvqa_images: bool = False,
+    columns: Sequence[str] = (),
+    intervals: bool = False,
+) -> None:
+    """Write the files of `leaderboard.board_files` and index.html into `out`.
 
     Args:
         out: A folder; files of these names in it are replaced.
         rows: What `board` makes of run folders.
         images: `page`: thumbnails in index.html; `folder`: in a folder `images` beside it; `none`.
         pathvqa_images: Show PathVQA's images too, unless it is the sample anyway. They belong to publishers.
+        columns: Of the files; see `leaderboard.read_columns`. The page has all.
+        intervals: Whether the LaTeX tables show them.
 
     Raises:
         InputError: The folder cannot be written; what was in it stays as it was.
@@ -60,10 +56,7 @@ def write_board(out: Path, rows: Sequence[BoardRow], images: str = "page", pathv
     write_together(
         out,
         {
-            "board.md": board_markdown(rows),
-            "board.csv": board_csv(rows),
-            "board.json": json_text(board_json(rows)),
-            "board.tex": board_latex(rows),
+            **board_files(rows, columns, intervals),
             **pictures.files,
             "index.html": text,
         },
@@ -91,26 +84,22 @@ def _page(rows: Sequence[BoardRow], pictures: _Pictures, pathvqa_images: bool) -
             shown += [row for row in of_task if row.system == PRIOR and not row.about]
             hidden = dataset_of(task) == "pathvqa" and of_task[0].data != "sample" and not pathvqa_images
             viewer[task] = _viewed(task, shown, None if hidden or pictures.images == "none" else pictures)
+    tasks = by_task(rows)
     base = {
         "notice": NOTICE,
         "explained": EXPLAINED,
+        "ranking": RANKING,
         "groups": GROUPS,
         "best": BEST,
         "inspected": INSPECTED,
-        "metrics": _metrics(),
+        "columns": _columns(),
+        "opens": max(tasks, key=lambda task: sum(row.kind == "measured" for row in tasks[task]), default=None),
         "tasks": [
-            {"name": task, "data": of[0].data, "title": title(task, of), "remarks": remarks(of)}
-            for task, of in by_task(rows).items()
+            {"name": task, "data": of[0].data, "title": title(task, of), "remarks": remarks(of), "ranks": ranks(of)}
+            for task, of in tasks.items()
         ],
         "rows": [_row(row) for row in rows],
-        "inspections": [
-            {
-                "task": one.task,
-                "run": one.run,
-                **{name: list(map(asdict, getattr(one, name))) for name in ("consistency", "blind")},
-            }
-            for one in inspect(rows)
-        ],
+        "inspections": [_inspection(one) for one in inspect(rows)],
     }
     keep = max((len(of["questions"]) for of in viewer.values()), default=0)
     while True:
@@ -120,47 +109,163 @@ def _page(rows: Sequence[BoardRow], pictures: _Pictures, pathvqa_images: bool) -
         keep = keep * 3 // 4
 
 
-def _metrics() -> list[dict[str, str]]:
-    from stllava_eval.metrics import SCORES
+_OPEN_ACCURACY, _CLOSED_ACCURACY = ACCURACIES
+COLUMNS = (
+    *(*OPEN, _OPEN_ACCURACY, "words_open"),
+    *(*CLOSED, _CLOSED_ACCURACY, "words_closed", "unparsed"),
+    *("cut", "empty"),
+)
+_OTHER_COLUMNS = {
+    **{
+        name: (
+            "accuracy (paper)",
+            kind,
+            "as a paper reports it, by a rule that is none of our scores",
+        )
+        for name, kind in ACCURACIES.items()
+    },
+    "words_open": ("words", "open", "mean words of an answer to an open question"),
+    "words_closed": ("words", "closed", "mean words of an answer to a closed question"),
+    "unparsed": ("unparsed", "closed", "closed answers without a verdict, x100"),
+    "cut": ("cut", "both", "replies that stopped inside their thought, x100"),
+    "empty": ("empty", "both", "answers without any text: a count"),
+}
 
-    titles = {
-        "words": "mean words of an answer",
-        "unparsed": "closed answers without a verdict, x100",
-        "cut": "replies that stopped inside their thought, x100",
-    }
+
+def _columns() -> list[dict[str, Any]]:
+    """The columns of the first table in their order: their heads, the questions they are about, what they mean."""
+    published = {True: "as the published script counts", False: "our definition"}
+    about = {name: (name, SCORES[name].kind, published[bool(SCORES[name].published)]) for name in RANKED}
     return [
-        {
-            "name": name,
-            "kind": SCORES[name].kind,
-            "title": titles.get(name)
-            or ("as the published script counts" if SCORES[name].published else "our definition"),
-        }
-        for name in (*RANKED, "words", "unparsed", "cut")
+        {"name": name, "label": label, "kind": kind, "title": means, "ranked": name in RANKED}
+        for name in COLUMNS
+        for label, kind, means in [(about | _OTHER_COLUMNS)[name]]
     ]
 
 
+RANKING = (
+    "Ranks compare measured rows of one training group on the questions that all of them answered; a tie shares its "
+    f"rank. Partial: the row lacks more than {100 * FEW:g} % of the questions, or answered others, so it has no rank. "
+    "Reported figures rest on answers that are not at hand: no rank, no n. Image-blind rows have no rank."
+)
+
+
+def ranks(rows: Sequence[BoardRow]) -> dict[str, dict[str, Any]]:
+    """Return the ranks of a task's measured rows, by score.
+
+    Rows are ranked in their own training group (`GROUPS`), in each score on the questions that have it: on those that
+    all ranked rows answered, where each lacks `FEW` of the questions of the fullest one or fewer. Of several such sets
+    of questions, that of the most rows is ranked. Scores that are equal as printed share a rank.
+
+    Args:
+        rows: Of one task.
+
+    Returns:
+        By score, `places`: system -> [rank, rows ranked with it]; and `notes`: a sentence for each group whose ranks
+        rest on fewer questions than its fullest row answered.
+    """
+    made: dict[str, dict[str, Any]] = {}
+    for metric in RANKED:
+        places: dict[str, tuple[int, int]] = {}
+        notes = []
+        for group in GROUPS:
+            members = [row for row in rows if row.kind == "measured" and row.group == group]
+            values = {
+                row.system: {id: of.scores[metric] for id, of in questions(row).items() if metric in of.scores}
+                for row in members
+            }
+            systems = _fullest(values)
+            if not systems:
+                continue
+            common = set.intersection(*(set(values[system]) for system in systems))
+            means = {
+                system: float(share_text(math.fsum(values[system][id] for id in common) / len(common)))
+                for system in systems
+            }
+            for system, mean in means.items():
+                places[system] = (1 + sum(other > mean for other in means.values()), len(means))
+            if len(common) < (most := max(len(values[system]) for system in systems)):
+                notes.append(f"{group}: {metric} is ranked on the {len(common)} of {most} questions that all answered.")
+        if places:
+            made[metric] = {"places": places, "notes": notes}
+    return made
+
+
+def _fullest(values: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The systems of the largest set that answered the same questions but for `FEW`; of equal sets the fullest one."""
+    sets: list[tuple[set[str], list[str]]] = []
+    for system in sorted(values, key=lambda system: -len(values[system])):
+        own = set(values[system])
+        for fullest, systems in sets:
+            if len(fullest ^ own) <= FEW * len(fullest):
+                systems.append(system)
+                break
+        else:
+            if own:
+                sets.append((own, [system]))
+    return max((systems for _, systems in sets), key=len, default=[])
+
+
 def _row(row: BoardRow) -> dict[str, Any]:
+    whole = {of.metric: of for of in row.scored.rows if of.category == "all"} if row.scored else {}
     categories: dict[str, dict[str, Any]] = {}
     for one in row.scored.rows if row.scored else ():
         if one.metric in INSPECTED and one.category != "all" and one.value is not None:
-            categories.setdefault(one.metric, {})[one.category] = [
-                _short(one.value),
-                _short(one.low),
-                _short(one.high),
-                one.n,
-            ]
-    wanted = (*RANKED, "words", "unparsed", "cut")
+            categories.setdefault(one.metric, {})[one.category] = [*_figure(one), below(one, whole)]
     return {
         **{
             name: getattr(row, name)
             for name in ("task", "system", "kind", "group", "marks", "about", "notes", "unanswered")
         },
         "scores": {
-            name: [_short(of.value), _short(of.low), _short(of.high), of.n, mean_text(of)]
-            for name, of in row.scores.items()
-            if name in wanted and of.value is not None
+            name: _figure(of)
+            for name, of in (row.scores | _empty(row)).items()
+            if name in COLUMNS and of.value is not None
         },
         "categories": categories,
+    }
+
+
+def _figure(score: ScoreRow) -> list[Any]:
+    """The value, its interval, n, and mean and interval as text: every figure is rounded here, none in the page."""
+    text = f"{score.value:.0f}" if score.metric == "empty" else mean_text(score)
+    plain = score.metric in (*WORDS, "unparsed", "cut", "empty")
+    spread = "" if plain else interval_text(score.low, score.high).strip()
+    return [_short(score.value), _short(score.low), _short(score.high), score.n, text, spread]
+
+
+def _empty(row: BoardRow) -> dict[str, ScoreRow]:
+    """How many answers hold no text, as a figure of the first table; none of a reported row."""
+    if "words" not in row.scores:
+        return {}
+    return {"empty": replace(row.scores["words"], metric="empty", value=float(row.empty), low=None, high=None)}
+
+
+def _inspection(one: Inspection) -> dict[str, Any]:
+    """The two tables of "Why it errs", of one run and task: cells of text."""
+    return {
+        "task": one.task,
+        "run": one.run,
+        "consistency": [
+            [
+                of.what,
+                share_text(of.value) + interval_text(of.low, of.high),
+                share_text(of.both_right),
+                str(of.pairs),
+                str(of.images),
+            ]
+            for of in one.consistency
+        ],
+        "blind": [
+            [
+                of.metric,
+                share_text(of.value),
+                "-" if of.prior is None else share_text(of.prior),
+                share_text(of.best),
+                of.best_of,
+            ]
+            for of in one.blind
+        ],
     }
 
 
@@ -190,7 +295,7 @@ def _viewed(task: str, shown: Sequence[BoardRow], pictures: _Pictures | None) ->
             {
                 "name": of.system,
                 "signs": [_sign(row, questions(of)) for row in rows],
-                "answers": [_cut(of.answers[row["id"]]) if row["id"] in of.answers else None for row in rows],
+                "answers": [_shown(of.answers.get(row["id"])) for row in rows],
             }
             for of in shown
         ],
@@ -199,7 +304,7 @@ def _viewed(task: str, shown: Sequence[BoardRow], pictures: _Pictures | None) ->
 
 def _sign(row: Mapping[str, Any], scored: Mapping[str, QuestionScores]) -> str:
     """R right, W wrong, U no verdict, by most of the sampled replies; open: X all words of the reference, else tenths;
-    - unanswered."""
+    - no answer: what `_shown` gives is then the reason."""
     if row["id"] not in scored:
         return "-"
     scores = scored[row["id"]].scores
@@ -209,8 +314,21 @@ def _sign(row: Mapping[str, Any], scored: Mapping[str, QuestionScores]) -> str:
     return "X" if recall == 1 else str(int(10 * recall))
 
 
-def _cut(answer: str) -> str:
-    return answer if len(answer) <= CUT else answer[:CUT] + " ..."
+_FAILED = re.compile(r"\[LMMS_EVAL_REQUEST_FAILED after (\d+) (?:attempts|retries)\]\s*(.*)", re.DOTALL)
+
+
+def _shown(answer: str | None) -> str:
+    """An answer as the viewer shows it, cut where it is long; where there is none, why."""
+    if answer is None:
+        return "not asked"
+    if not is_failed_request(answer):
+        return answer if len(answer) <= CUT else answer[:CUT] + " ..."
+    failed = _FAILED.fullmatch(answer)
+    attempts, reason = failed.groups() if failed else ("", answer)
+    reason = reason if len(reason) <= CUT else reason[:CUT] + " ..."
+    if attempts == "0":  # `runs.write_answers`: the file has no line for this question
+        return f"not asked: {reason}" if reason else "not asked"
+    return f"no answer: {reason or 'no reason is given'}" + (f" ({attempts} attempts)" if attempts else "")
 
 
 class _Pictures:
@@ -267,10 +385,7 @@ def _packed(viewer: Mapping[str, Mapping[str, Any]], keep: int, pictures: Sequen
                 {
                     "name": system["name"],
                     "signs": "".join(system["signs"][place] for place in places),
-                    "answers": [
-                        -1 if (said := system["answers"][place]) is None else strings.setdefault(said, len(strings))
-                        for place in places
-                    ],
+                    "answers": [strings.setdefault(system["answers"][place], len(strings)) for place in places],
                 }
                 for system in of["systems"]
             ],

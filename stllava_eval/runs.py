@@ -49,6 +49,8 @@ FORMAT = 1
 NOT_RECORDED = "not recorded"
 """The prompt or the images of answers from elsewhere, where nobody says."""
 PACKAGES = ("stllava-med", "lmms-eval", "torch", "transformers", "tokenizers", "pillow", "nltk", "numpy")
+NOT_ASKED = "[LMMS_EVAL_REQUEST_FAILED after 0 attempts]"
+"""What begins the place of a reply to a question that a file of answers lacks: nobody can say that it was asked."""
 FIXED_FIELDS = ("id", "image_id", "image_sha256", "image", "question", "reference", "kind")  # the rest are categories
 
 
@@ -89,6 +91,8 @@ class Scored:
     """Ids of questions without an answer: they are in no mean."""
     questions: dict[str, QuestionScores]
     """Of the answered ones by id, in the split's order."""
+    empty: int = 0
+    """Replies whose final answer is empty, but for those that were cut in their thought."""
     doubts: str = ""
     """Why the means may say little about the model: half of its replies or more are empty, cut or refusals."""
 
@@ -221,6 +225,11 @@ def write_run(
     for task in sorted(by_task):
         manifest, split_rows = _prepared(dataset_of(task))
         of_task = by_task[task]
+        if unknown := sorted(of_task.keys() - {row["id"] for row in split_rows}):
+            raise InputError(
+                f"{task}: {len(unknown)} questions that were asked are not in the {manifest['edition']}, which was "
+                f"prepared meanwhile ({some(unknown)}). Prepare the split that was asked, and run again."
+            )
         asked = [row for row in split_rows if row["id"] in of_task]
         lines = [of_task[row["id"]][draw] for row in asked for draw in sorted(of_task[row["id"]])]
         preset = prompt_preset(lines)
@@ -417,11 +426,16 @@ def refuse_other_split(task: str, run: RunTask, folder: Path) -> None:
     Raises:
         InputError: What is prepared now has other rows or images, or an answer is to none of its questions.
     """
+    from stllava_eval.datasets import how_to_use, prepared_editions
+
     prepared, rows = _prepared(dataset_of(task))
     if (run.sha256_rows, run.sha256_pixels) != (prepared["sha256_rows"], prepared["sha256_pixels"]):
+        asked = (run.sha256_rows, run.sha256_pixels)
+        kept = [of for of in prepared_editions(dataset_of(task), "test") if (of.sha256_rows, of.sha256_pixels) == asked]
+        again = f"Run {how_to_use(kept[0])}" if kept else "Prepare the run's split again"
         raise InputError(
             f"{folder}: its {task} is {run.edition}, but {prepared['edition']} is prepared now, with other rows or "
-            "images. Prepare the run's split again, or run again."
+            f"images. {again}, or run again."
         )
     if run.not_asked + len(run.replies) != len(rows):
         raise InputError(
@@ -524,6 +538,8 @@ def score_table(
     Raises:
         InputError: The split is not prepared, or an id is not of it.
     """
+    from stllava_eval.datasets import numbered_edition
+
     manifest, rows = _prepared(dataset_of(task), split)
     unknown = sorted(set(answers) - {row["id"] for row in rows})
     if unknown:
@@ -533,6 +549,13 @@ def score_table(
             f"{task}: {len(unknown)} unknown ids ({some(unknown)}).{hint} Ids are the data set's own, as in "
             f"{manifest['dataset']} {manifest['split']} ({manifest['edition']}), for example {rows[0]['id']}; "
             "--ignore-unknown leaves out those of other splits."
+        )
+    other = numbered_edition(dataset_of(task), manifest["split"], answers)
+    if other is not None and other.name != manifest["edition"] and not manifest["sample"]:
+        raise InputError(
+            f"{task}: the {len(answers)} ids are the row numbers of the {other.name}, 0 to {other.rows - 1}, and "
+            f"the {manifest['edition']} is asked, whose numbers are other questions. Prepare that edition; its "
+            f"ids are {other.prefix}0 to {other.prefix}{other.rows - 1}."
         )
     return _score(task, rows, answers, manifest, prompt, settings)
 
@@ -626,7 +649,13 @@ def _score(
     order = list(SCORES)
     table.sort(key=lambda row: (row.category != "all", row.category, order.index(row.metric)))
     unanswered = [row["id"] for row in rows if row["id"] not in questions]
-    return Scored(table, unanswered, questions, _doubts([of for given in answers.values() for of in _finals(given)]))
+    replies = [of for given in answers.values() for of in _finals(given)]
+    return Scored(table, unanswered, questions, sum(map(_is_empty, replies)), _doubts(replies))
+
+
+def _is_empty(final: Final) -> bool:
+    """Return whether a reply ended and has no answer; one that was cut in its thought is counted apart."""
+    return not final.cut and not final.answer.strip()
 
 
 def _doubts(replies: Sequence[Final]) -> str:
@@ -635,7 +664,7 @@ def _doubts(replies: Sequence[Final]) -> str:
 
     asked = [final for final in replies if not is_failed_request(final.answer)]
     cut = sum(final.cut for final in asked)
-    empty = sum(not final.cut and not final.answer.strip() for final in asked)
+    empty = sum(map(_is_empty, asked))
     refused = sum(is_refusal(final.answer) for final in asked)
     if not asked or 2 * (cut + empty + refused) < len(asked):
         return ""
@@ -686,9 +715,7 @@ def write_answers(
     refuse_old_folder(folder)  # another process may have written it before it let go
     rows = []
     for task, of_task in answers.items():
-        lacking = final_answer(
-            f"[LMMS_EVAL_REQUEST_FAILED after 0 attempts] {files[task].name} has no answer", rule=NONE
-        )
+        lacking = final_answer(f"{NOT_ASKED} {files[task].name} has no answer", rule=NONE)
         rows += [
             answered(task, row, of_task.texts.get(row["id"]), final, extract=of_task.settings["extract"], draw=draw)
             for row in split_rows(dataset_of(task))

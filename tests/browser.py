@@ -9,6 +9,21 @@ from pathlib import Path
 
 CHROMIUM = Path("/usr/bin/chromium")
 
+_STICKING_OUT = """(() => {
+  const wide = document.documentElement.clientWidth;
+  const found = document.documentElement.scrollWidth > wide ? [`page ${document.documentElement.scrollWidth}`] : [];
+  for (const one of document.body.querySelectorAll('*')) {
+    const box = one.getBoundingClientRect();
+    if (!box.width || one.closest('.unseen, .track, select, input, progress')) continue;
+    const parent = one.parentElement.closest('div, section, article, figure, dialog');
+    const edge = parent ? Math.min(wide, parent.getBoundingClientRect().right) : wide;
+    const inside = one.clientWidth && one.scrollWidth > one.clientWidth + 1;
+    const text = `${one.textContent}`.slice(0, 60);
+    if (box.right > edge + 1 || box.left < -1 || inside) found.push(`${one.tagName} ${one.className}: ${text}`);
+  }
+  return found;
+})()"""
+
 
 class Browser:
     """Headless Chromium, told what to do through a pipe (Chrome DevTools Protocol); `with Browser(tmp) as browser`."""
@@ -85,6 +100,16 @@ class Browser:
         x, y = self.value(f"{where}(document.querySelector({json.dumps(selector)}).getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
             self.tell("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def sticking_out(self) -> list[str]:
+        """What is beyond the window's or its container's edge, or is wider than it is shown: a reader has to scroll.
+
+        What is found is looked at for up to 3 s: a busy machine may still be laying the page out.
+        """
+        end = time.monotonic() + 3
+        while (found := self.value(_STICKING_OUT)) and time.monotonic() < end:
+            time.sleep(0.05)
+        return found
 
     def picture(self, file: Path) -> None:
         file.write_bytes(base64.b64decode(self.tell("Page.captureScreenshot")["data"]))

@@ -225,6 +225,27 @@ def test_rows_without_ids_are_refused_where_the_split_has_no_such_question(prepa
         read_answers(tmp_path / "a.json", "vqarad")
 
 
+def test_llama_factorys_predictions_are_read_in_the_splits_order(prepared, tmp_path):
+    rows = [
+        {"prompt": f"user\n{row['question']}\nassistant\n", "predict": f"said {place}", "label": row["reference"]}
+        for place, row in enumerate(split_rows("vqarad"))
+    ]
+    read = read_answers(write(tmp_path / "generated_predictions.jsonl", rows), "vqarad")
+    assert list(read.answers.items()) == [(row["id"], f"said {i}") for i, row in enumerate(split_rows("vqarad"))]
+    with pytest.raises(InputError, match="no id"):
+        read_answers(write(tmp_path / "b.jsonl", rows[::-1]), "vqarad")
+
+
+def test_lmms_evals_samples_of_another_task_are_held_to_our_questions(prepared, tmp_path):
+    """Without our score records the number of the row counts, and another task's rows are other questions."""
+    rows = [{"doc_id": 0, "target": "no", "input": "Is there a mass?", "filtered_resps": ["yes"], "resps": ["yes"]}]
+    with pytest.raises(InputError, match="target of id test-0-0 is 'no'"):
+        read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
+    rows[0] |= {"target": "yes", "input": "Is there a fracture?"}
+    with pytest.raises(InputError, match="input of id test-0-0 is 'Is there a fracture"):
+        read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
+
+
 def test_an_excel_sheet_of_vlmevalkit_is_read(prepared, tmp_path):
     import openpyxl
 

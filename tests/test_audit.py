@@ -487,6 +487,19 @@ def test_the_page_stands_without_verdicts_and_with_all(made_up, tmp_path):
     assert "<script" not in html
 
 
+def test_nothing_sticks_out_of_the_page_at_any_width(made_up, browser, tmp_path):
+    found, verdicts, _ = made_up
+    names = {one.judge: f"{one.judge} {'m' * 60}" for one in verdicts}
+    said = [replace(one, judge=names[one.judge], reply="w" * 300) for one in verdicts]
+    asked = [replace(one, question=f"Is it {'o' * 90}?") for one in found]
+    write_page(figures_of(asked, said, tmp_path), examples(asked, said, tmp_path, RULE), tmp_path / "out")
+    for width in (400, 640, 641, 900, 1280, 1920):
+        browser.open(f"file://{tmp_path}/out/audit.html", width=width)
+        browser.wait("document.readyState === 'complete' && document.querySelector('footer') !== null")
+        browser.value("for (const one of document.querySelectorAll('details')) one.open = true")
+        assert (width, browser.sticking_out()) == (width, [])
+
+
 def test_examples_are_drawn_of_every_fate_with_small_pictures(made_up, tmp_path):
     found, verdicts, _ = made_up
     drawn = examples(found, verdicts, tmp_path, RULE, number=5, judges=["sound", "first"])

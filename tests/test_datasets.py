@@ -574,7 +574,14 @@ def test_pathvqa_hub_copies_name_images_by_their_pixels(tmp_path, small_pathvqa)
         pytest.param({"label": {"liver": "much"}}, "no answer", id="a weight that is no number"),
         pytest.param({"sent": None}, "no question", id="no question"),
         pytest.param({"img_id": None}, "no image", id="no image"),
-        pytest.param({"img_id": ["test_0001"]}, "no image", id="a list for an image"),
+        pytest.param({"label": {"liver": 1.0, "lung": 1.0}}, "no answer", id="two answers of one weight"),
+        pytest.param({"label": {"lung": float("nan"), "liver": 1.0}}, "no answer", id="nan for a weight"),
+        pytest.param({"label": {7: 1.0}}, "answer 7 is a number, and not a text", id="a number for an answer"),
+        pytest.param(
+            {"img_id": ["test_0001"]},
+            r"image_name \['test_0001'\] is a list of 1, and not a text",
+            id="a list for an image",
+        ),
     ],
 )
 def test_a_row_that_lacks_something_is_refused_by_its_number(tmp_path, small_pathvqa, change, what):
@@ -625,6 +632,598 @@ def test_a_pickle_cut_short_is_refused(tmp_path, small_pathvqa):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match=r"test_qa.pkl is refused"):
         prepare("pathvqa", "test", folder)
+
+
+# Fields that others wrote. What can have one meaning is read; everything else is refused with its row.
+
+NAN = float("nan")
+A_TEXT = "and not a text"
+
+
+def slake_with(tmp_path: Path, **change) -> Path:
+    """SLAKE's rows, of which the second (qid 101) is changed; a field that becomes `...` is left out."""
+    rows = slake_rows()
+    rows[1] = {key: value for key, value in {**rows[1], **change}.items() if value is not ...}
+    return slake_folder(tmp_path, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"answer": ["Lung", "Liver"]}, r"qid 101: answer ['Lung', 'Liver'] is a list of 2, and not a text"),
+        ({"answer": [["Lung"]]}, r"qid 101: answer [['Lung']] is a list of 1, and not a text"),
+        ({"answer": []}, "qid 101: answer [] is a list of 0, and not a text"),
+        ({"answer": [7]}, "qid 101: answer [7] is a list of 1, and not a text"),
+        ({"answer": {"text": "Lung"}}, "qid 101: answer {'text': 'Lung'} is an object, and not a text"),
+        (
+            {"answer": NAN},
+            "qid 101: answer is nan, a missing value (pandas reads the word None so, too), and not a text",
+        ),
+        ({"answer": None}, "qid 101: no answer"),
+        ({"answer": ...}, "qid 101: no answer"),
+        ({"answer": True}, "qid 101: answer True is true or false, and not a text"),
+        ({"answer": 7}, "qid 101: answer 7 is a number, and not a text"),  # SLAKE has no numbers
+        ({"answer": "x" * 99 + "\ud83d"}, "holds half of a character"),
+        ({"question": ["Is there?", "Is it?"]}, "qid 101: question ['Is there?', 'Is it?'] is a list of 2"),
+        ({"question": NAN}, "qid 101: question is nan, a missing value"),
+        ({"question": 7}, "qid 101: question 7 is a number, and not a text"),
+        ({"question": None, "answer": None}, "qid 101: no question and no answer"),
+        ({"question": ""}, "qid 101: question is empty"),
+        ({"question": " \t"}, "qid 101: question is empty"),
+        ({"answer_type": NAN}, "qid 101: no answer_type"),
+        ({"answer_type": None}, "qid 101: no answer_type"),
+        ({"answer_type": ...}, "qid 101: no answer_type"),
+        ({"answer_type": ""}, "qid 101: answer_type '' is neither OPEN nor CLOSED"),
+        ({"answer_type": 1}, "qid 101: answer_type 1 is a number, and not a text"),
+        ({"qid": NAN}, "validate.json row 1: no qid"),
+        ({"qid": None}, "validate.json row 1: no qid"),
+        ({"qid": " "}, "validate.json row 1: no qid"),
+        ({"qid": 101.5}, "validate.json row 1: qid 101.5 is a number, and neither a whole number nor a text"),
+        ({"qid": [101]}, "validate.json row 1: qid [101] is a list of 1, and neither"),
+        ({"qid": True}, "validate.json row 1: qid True is true or false, and neither"),
+        ({"qid": {"id": 1}}, "validate.json row 1: qid {'id': 1} is an object, and neither"),
+        ({"img_name": ["xmlab1/source.jpg"]}, "qid 101: img_name ['xmlab1/source.jpg'] is a list of 1, and not a text"),
+        ({"img_name": 1}, "qid 101: img_name 1 is a number, and not a text"),
+        ({"img_name": "", "img_id": ...}, "qid 101: no image"),
+        ({"img_name": NAN, "img_id": NAN}, "qid 101: no image"),
+        ({"img_name": None, "img_id": [1]}, "qid 101: img_id [1] is a list of 1, and neither"),
+        ({"img_name": "xmlab7/source.jpg"}, "qid 101: no 'xmlab7/source.jpg'"),
+        ({"image": 7}, "qid 101: image 7 is a number; an image is {bytes, path}"),
+        ({"image": {"bytes": "aGVsbG8="}}, "qid 101: image has str in bytes; an image is {bytes, path}"),
+        ({"q_lang": None}, "validate.json row 1: q_lang None is neither en nor zh"),
+        ({"q_lang": NAN}, "validate.json row 1: q_lang nan is neither en nor zh"),
+        ({"q_lang": "english"}, "validate.json row 1: q_lang 'english' is neither en nor zh"),
+        ({"modality": ["CT", "MRI"]}, "qid 101: modality ['CT', 'MRI'] is a list of 2, and not a text"),
+        ({"location": {"organ": "Lung"}}, "qid 101: location {'organ': 'Lung'} is an object, and not a text"),
+    ],
+    ids=str,
+)
+def test_a_field_that_is_not_what_it_should_be_is_one_line_with_its_row(tmp_path, small_slake, change, told):
+    with pytest.raises(InputError) as refused:
+        prepare("slake", "validation", slake_with(tmp_path, **change))
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not list((tmp_path / "home").rglob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("change", "has"),
+    [
+        ({"qid": 101.0}, {"id": "101"}),
+        ({"qid": " 101 "}, {"id": "101"}),
+        ({"qid": "101.0"}, {"id": "101"}),
+        ({"answer_type": " closed "}, {"kind": "closed"}),
+        ({"img_name": "xmlab1\\source.jpg"}, {"image_id": "xmlab1/source.jpg"}),
+        ({"img_name": "imgs/xmlab1/source.jpg"}, {"image_id": "xmlab1/source.jpg"}),
+        ({"img_name": "C:\\slake\\imgs\\xmlab1\\source.jpg"}, {"image_id": "xmlab1/source.jpg"}),
+        ({"img_name": None, "img_id": 1.0}, {"image_id": "xmlab1/source.jpg"}),
+        ({"img_name": NAN, "img_id": "1"}, {"image_id": "xmlab1/source.jpg"}),
+        ({"image": None}, {"image_id": "xmlab1/source.jpg"}),
+        ({"image": NAN}, {"image_id": "xmlab1/source.jpg"}),
+        ({"q_lang": " EN"}, {"id": "101"}),
+        ({"modality": None, "location": NAN, "base_type": ...}, {"categories": ("", "", "")}),
+    ],
+    ids=str,
+)
+def test_a_field_that_can_have_one_meaning_is_read(tmp_path, small_slake, change, has):
+    assert prepare("slake", "validation", slake_with(tmp_path, **change)).notes == ()
+    row = read_rows("slake", "validation")[1]
+    categories = (row.categories["modality"], row.categories["location"], row.categories["base_type"])
+    told = {"id": row.id, "kind": row.kind, "image_id": row.image_id, "categories": categories}
+    assert {name: told[name] for name in has} == has
+    assert (row.question, row.reference) == ("Is there a 1?", "Lung")
+
+
+def test_a_list_of_one_text_is_that_text_and_the_manifest_says_so(tmp_path, small_slake):
+    change = {"question": ["Is there a 1?"], "answer": ["Lung"], "answer_type": ["CLOSED"], "modality": ["CT"]}
+    manifest = prepare("slake", "validation", slake_with(tmp_path, **change, q_lang=["en"]))
+    assert manifest.notes == tuple(
+        f"{field} was a list of one text in 1 rows, and that text is taken: qid 101"
+        for field in ("question", "answer", "q_lang", "modality", "answer_type")
+    )
+    row = read_rows("slake", "validation")[1]
+    assert (row.question, row.reference, row.kind, row.categories["modality"]) == (
+        "Is there a 1?",
+        "Lung",
+        "closed",
+        "CT",
+    )
+
+
+@pytest.mark.parametrize("name", ["validate.json", "validate.jsonl", "validation.jsonl"])
+@pytest.mark.parametrize("begin", ["", "\ufeff", "\n"], ids=["", "with a byte order mark", "with an empty line"])
+def test_records_in_lines_are_read_whatever_the_files_name_ends_with(tmp_path, small_slake, name, begin):
+    folder = slake_folder(tmp_path)
+    expected = prepare("slake", "validation", folder).sha256_file
+    (folder / "validate.json").unlink()
+    (folder / name).write_text(begin + "\n".join(map(json.dumps, slake_rows())) + "\n", encoding="utf-8")
+    assert prepare("slake", "validation", folder).sha256_file == expected
+
+
+def test_references_in_lists_of_one_text_are_the_official_split(shared, tmp_path):
+    rows = [{**row, "answer": [row["answer"]]} for row in records_of(shared / "data/vqarad/testset.json")]
+    manifest = prepare("vqarad", "test", vqarad_folder(shared, tmp_path, rows))
+    assert manifest.official
+    assert len(manifest.notes) == 1
+    assert manifest.notes[0].startswith("answer was a list of one text in 451 rows, and that text is taken: qid ")
+    wrapped = manifest.sha256_rows
+    assert prepare("vqarad", "test", shared / "data/vqarad").sha256_rows == wrapped
+
+
+def test_rows_with_one_fault_are_named_together(tmp_path, small_slake):
+    rows = [{**row, "answer": NAN if row["qid"] < 102 else 7} for row in slake_rows()]
+    with pytest.raises(InputError) as refused:
+        prepare("slake", "validation", slake_folder(tmp_path, rows=rows))
+    assert str(refused.value) == (
+        f"{tmp_path}/slake: 3 broken rows. qid 100; qid 101: answer is nan, a missing value (pandas reads the word "
+        "None so, too), and not a text; qid 102: answer 7 is a number, and not a text. "
+        "Correct them, or pass an unchanged copy."
+    )
+
+
+def test_vqarads_own_file_without_kinds_gives_the_official_test_and_no_official_train(shared, tmp_path):
+    public = records_of(shared / "data/vqarad/VQA_RAD Dataset Public.json")
+    rows = [{key: value for key, value in row.items() if key != "answer_type"} for row in public]
+    (tmp_path / "public.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "images").symlink_to(shared / "data/vqarad/images")
+    manifest = prepare("vqarad", "test", tmp_path)
+    assert manifest.official
+    assert manifest.counts["closed"] == 272
+    with pytest.raises(InputError, match=r"found 1797 = \d+ closed"):
+        prepare("vqarad", "train", tmp_path)
+
+
+@pytest.mark.parametrize("damage", [["yes", "no"], NAN, None, {"a": 1}, True], ids=str)
+def test_a_damaged_reference_is_refused_in_vqarad_too(shared, tmp_path, damage):
+    rows = records_of(shared / "data/vqarad/testset.json")
+    rows[7]["answer"] = damage
+    with pytest.raises(
+        InputError, match=rf"1 broken rows\. qid {rows[7]['qid']}: (no answer|answer .*not a text or a number)"
+    ):
+        prepare("vqarad", "test", vqarad_folder(shared, tmp_path, rows))
+
+
+def test_vqarads_numbers_are_read_as_its_authors_write_them_and_as_pandas_does(shared, tmp_path):
+    rows = records_of(shared / "data/vqarad/trainset.json")
+    assert any(isinstance(row["answer"], int) for row in rows)
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "images").symlink_to(shared / "data/vqarad/images")
+    hashes = set()
+    for number in (int, float):
+        changed = [
+            {**row, "answer": number(row["answer"]) if type(row["answer"]) is int else row["answer"]} for row in rows
+        ]
+        changed = [{**row, "qid": number(row["qid"])} for row in changed]
+        (folder / "trainset.json").write_text(json.dumps(changed), encoding="utf-8")
+        hashes.add(prepare("vqarad", "train", folder).sha256_rows)
+    assert len(hashes) == 1
+    assert {row.reference for row in read_rows("vqarad", "train")} >= {"4", "2", "12"}
+
+
+def test_official_texts_under_other_ids_are_not_official(shared, tmp_path):
+    rows = [{**row, "qid": number} for number, row in enumerate(records_of(shared / "data/slake/test.json"))]
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "test.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder / "imgs").symlink_to(shared / "data/slake/imgs")
+    manifest = prepare("slake", "test", folder)
+    assert not manifest.official
+    assert manifest.notes == (
+        "not official: the text of the official test, but under other ids, so answers of others do not fit",
+    )
+
+
+@pytest.mark.parametrize("reference", ["['MRI']", "{'a': 1}", "nan", "[]", "<NA>"])
+def test_what_was_a_list_or_missing_before_it_became_a_text_is_not_official(tmp_path, small_pathvqa, reference):
+    records = [{**PATHVQA[0], "answer": reference}, *PATHVQA[1:]]
+    manifest = prepare("pathvqa", "test", pathvqa_folder(tmp_path, records))
+    assert not manifest.official
+    assert manifest.notes == (
+        "not official: counts as the tiny test, but the references of 1 rows are lists, objects or missing values that "
+        "were written out as text: 0",
+    )
+
+
+def image_column(tmp_path: Path, images: list, type_: pa.DataType | None = None) -> Path:
+    """A hub copy of PathVQA with these images."""
+    path = tmp_path / "hub/data/test-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    texts = {name: [row[name] for row in PATHVQA] for name in ("question", "answer")}
+    pq.write_table(pa.table({"image": pa.array(images, type_), **texts}), path)
+    return tmp_path / "hub"
+
+
+FORM = "an image is {bytes, path}, with the whole file (JPEG, PNG, ...) in bytes, as on the hub"
+STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+@pytest.mark.parametrize(
+    ("images", "type_", "told"),
+    [
+        (["a.jpg"] * 3, None, f"its column image is string; {FORM}. Write it so."),
+        ([b"\xff\xd8"] * 3, None, f"its column image is binary; {FORM}. Write it so."),
+        ([1, 2, 3], None, f"its column image is int64; {FORM}. Write it so."),
+        ([[0, 1]] * 3, None, f"its column image is list<element: int64>; {FORM}. Write it so."),
+        (
+            [{"bytes": "aGVsbG8=", "path": None}] * 3,
+            None,
+            "its column image is struct<bytes: string, path: null>; an image",
+        ),
+        ([[{"bytes": b"1", "path": None}]] * 3, None, "its column image is list<element: struct<bytes: binary"),
+        (
+            [{"data": b"1"}] * 3,
+            None,
+            "3 broken rows. {0} row 0; {0} row 1; {0} row 2: image has the keys data; an image is",
+        ),
+        ([{"bytes": b"", "path": "a.jpg"}, None, None], STRUCT, f"parquet row 0: image has empty bytes; {FORM}"),
+        ([{"bytes": b"", "path": None}, None, None], STRUCT, f"parquet row 0: image has empty bytes; {FORM}"),
+        ([{"bytes": None, "path": None}, None, None], STRUCT, f"parquet row 0: image has no bytes; {FORM}"),
+        ([{"bytes": None, "path": " "}, None, None], STRUCT, f"parquet row 0: image has no bytes; {FORM}"),
+        ([None] * 3, STRUCT, "3 broken rows. {0} row 0; {0} row 1; {0} row 2: no image"),
+        ([None] * 3, pa.null(), "3 broken rows. {0} row 0; {0} row 1; {0} row 2: no image"),
+        (
+            [{"bytes": None, "path": "/home/a/test/1.jpg"}] * 3,
+            STRUCT,
+            f"row 0: no '/home/a/test/1.jpg' in the source, and its image has a path and no bytes ({FORM})",
+        ),
+        ([{"bytes": b"no image", "path": None}] * 3, STRUCT, "row 0 (3 rows): 8 bytes are no JPEG"),
+    ],
+    ids=str,
+)
+def test_a_damaged_image_column_says_what_it_should_be(tmp_path, small_pathvqa, images, type_, told):
+    with pytest.raises(InputError) as refused:
+        prepare("pathvqa", "test", image_column(tmp_path, images, type_))
+    assert told.replace("{0}", "data/test-00000-of-00001.parquet") in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_images_are_read_by_their_bytes_or_by_their_path_in_the_source(tmp_path, small_pathvqa, large):
+    content = [picture(1), picture(2), picture(2)]
+    type_ = pa.struct({"bytes": pa.large_binary(), "path": pa.large_string()}) if large else STRUCT
+    folder = image_column(tmp_path, [{"bytes": one, "path": "gone/a.png"} for one in content], type_)
+    by_bytes = prepare("pathvqa", "test", folder)
+    for number in (1, 2):
+        (tmp_path / f"named/images/{number}.png").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"named/images/{number}.png").write_bytes(picture(number))
+    paths = [{"bytes": None, "path": f"D:\\images\\{number}.png"} for number in (1, 2, 2)]
+    image_column(tmp_path / "named", paths, type_)
+    by_path = prepare("pathvqa", "test", tmp_path / "named")
+    assert by_path.sha256_rows == by_bytes.sha256_rows
+    assert by_path.sha256_pixels == by_bytes.sha256_pixels
+
+
+@pytest.mark.parametrize("column", ["question", "answer"])
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ([b"yes", b"yes", b"yes"], "b'yes' is bytes, and not a text"),
+        ([1.0, NAN, 2.0], "1.0 is a number, and not a text"),
+        ([None, "yes", "yes"], "1 broken rows. data/test-0.parquet row 0: no "),
+        ([["a", "b"], ["a"], ["b"]], "1 broken rows. data/test-0.parquet row 0: {} ['a', 'b'] is a list of 2"),
+        ([{"a": "b"}] * 3, "{'a': 'b'} is an object, and not a text"),
+    ],
+    ids=str,
+)
+def test_parquet_columns_of_something_else_than_text_are_refused_with_the_row(
+    tmp_path, small_pathvqa, column, values, told
+):
+    image = {"bytes": picture(1), "path": None}
+    parquet(
+        tmp_path / "hub/data/test-0.parquet",
+        [{**row, "image": image, column: value} for row, value in zip(PATHVQA, values, strict=True)],
+    )
+    with pytest.raises(InputError) as refused:
+        prepare("pathvqa", "test", tmp_path / "hub")
+    assert told.replace("{}", column) in str(refused.value)
+    assert "test-0.parquet row 0" in str(refused.value)
+
+
+def test_ids_that_pandas_made_floats_are_whole_numbers_in_parquet(shared, tmp_path):
+    import pandas
+
+    table = pandas.read_json(shared / "data/vqarad/testset.json")
+    table["qid"] = table["qid"].astype(float)
+    images = (shared / "data/vqarad/images").absolute()
+    table["image"] = [{"bytes": (images / name).read_bytes(), "path": None} for name in table["image_name"]]
+    path = tmp_path / "hub/data/test-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    table.to_parquet(path)
+    ours = prepare("vqarad", "test", tmp_path / "hub")
+    assert ours.notes == ()
+    assert ours.sha256_file == prepare("vqarad", "test", shared / "data/vqarad").sha256_file
+
+
+@pytest.mark.parametrize("ending", [".zip", ".tar"])
+def test_an_archive_that_windows_packed_is_read(tmp_path, small_slake, ending):
+    folder = slake_folder(tmp_path)
+    path = tmp_path / f"windows{ending}"
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    names = ["slake\\" + str(file.relative_to(folder)).replace("/", "\\") for file in files]
+    if ending == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for file, name in zip(files, names, strict=True):
+                archive.write(file, name)
+    else:
+        with tarfile.open(path, "w") as archive:
+            for file, name in zip(files, names, strict=True):
+                archive.add(file, name)
+    assert prepare("slake", "validation", path).sha256_file == prepare("slake", "validation", folder).sha256_file
+
+
+def test_an_archive_with_one_name_in_two_spellings_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("imgs/a.jpg", picture(1))
+        archive.writestr("imgs\\a.jpg", picture(2))
+    with pytest.raises(InputError, match=r"it holds imgs/a\.jpg twice, with / and with \\ in the name"):
+        prepare("slake", "test", tmp_path / "a.zip")
+
+
+# Several editions of one split.
+
+
+def editions_of_pathvqa(monkeypatch) -> None:
+    """As the real ones: the copy lacks a row, so other rows have the numbers after it."""
+    knows(
+        monkeypatch,
+        "pathvqa",
+        "test",
+        Edition("official test", 3, 2, 2, official=True),
+        Edition("deduplicated test", 2, 1, None, prefix="dedup-"),
+    )
+
+
+@pytest.fixture
+def both_pathvqa(tmp_path, monkeypatch):
+    """The sources of both editions: the authors' files, and a hub copy without the second row."""
+    editions_of_pathvqa(monkeypatch)
+    official = pathvqa_folder(tmp_path, PATHVQA)
+    images = {"test_0001": picture(1), "test_0002": picture(2)}
+    rows = [{**row, "image": {"bytes": images[row["image"]], "path": None}} for row in (PATHVQA[0], PATHVQA[2])]
+    parquet(tmp_path / "hub/data/test-00000-of-00001.parquet", rows)
+    return official, tmp_path / "hub"
+
+
+def test_two_editions_are_prepared_side_by_side_and_the_last_named_is_in_use(home, both_pathvqa, monkeypatch):
+    official, hub = both_pathvqa
+    first, second = prepare("pathvqa", "test", official), prepare("pathvqa", "test", hub)
+    assert (first.edition, second.edition) == ("official test", "deduplicated test")
+    assert datasets.prepared_editions("pathvqa", "test") == [second, first]
+    assert read_manifest("pathvqa", "test") == second
+    assert len(read_rows("pathvqa", "test")) == len(read_split("pathvqa", "test")) == 2
+    monkeypatch.setattr(datasets, "open_files", None)  # neither source is read again
+    for _ in range(2):
+        assert prepare("pathvqa", "test", official) == first
+        assert datasets.prepared_editions("pathvqa", "test") == [first, second]
+        assert len(read_rows("pathvqa", "test")) == len(read_split("pathvqa", "test")) == 3
+        assert prepare("pathvqa", "test", hub) == second
+    assert sorted(path.name for path in (home / "data/pathvqa").iterdir()) == [
+        ".test.lock",
+        "test.json",
+        "test.parquet",
+        "test@official-test.json",
+        "test@official-test.parquet",
+    ]
+
+
+def test_every_prepared_edition_can_be_read_by_its_name(both_pathvqa):
+    official, hub = (prepare("pathvqa", "test", source) for source in both_pathvqa)
+    for split, manifest in (
+        ("test", hub),
+        ("test@deduplicated", hub),
+        ("test@official", official),
+        ("test@official test", official),
+        ("test@official-test", official),
+    ):
+        assert read_manifest("pathvqa", split) == manifest
+        assert len(read_rows("pathvqa", split)) == len(read_split("pathvqa", split)) == manifest.counts["rows"]
+    with pytest.raises(InputError) as refused:
+        read_split("pathvqa", "test@public")
+    assert str(refused.value) == (
+        "pathvqa test@public: 0 of the prepared editions have such a name; there is test@deduplicated-test, "
+        "test@official-test. Name one of them, or run `stllava-eval prepare pathvqa --from DIR`, or "
+        "`stllava-eval prepare pathvqa --sample`."
+    )
+    with pytest.raises(InputError, match="pathvqa has no split test@official"):
+        prepare("pathvqa", "test@official")
+
+
+def test_no_id_of_one_edition_of_pathvqa_is_an_id_of_the_other(both_pathvqa):
+    ids = {}
+    for source in both_pathvqa:
+        edition = prepare("pathvqa", "test", source).edition
+        ids[edition] = [row.id for row in read_rows("pathvqa", "test")]
+    assert ids == {"official test": ["0", "1", "2"], "deduplicated test": ["dedup-0", "dedup-1"]}
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_the_real_editions_of_pathvqa_have_ids_of_their_own(split):
+    prefixes = [edition.prefix for edition in DATASETS["pathvqa"].splits[split]]
+    assert prefixes == ["", "dedup-"]
+
+
+def test_the_copy_says_that_it_is_not_the_official_split(both_pathvqa):
+    assert prepare("pathvqa", "test", both_pathvqa[0]).notes == ()
+    unverified, other = prepare("pathvqa", "test", both_pathvqa[1]).notes
+    assert unverified.startswith("unverified: the deduplicated test has 2 = 1 closed + 1 open")
+    assert other == (
+        "not the split as its authors published it: the official test has 3 = 2 closed + 1 open on 2 images"
+    )
+
+
+def test_a_copy_that_an_earlier_version_prepared_with_the_official_ids_is_refused(home, both_pathvqa, monkeypatch):
+    real = DATASETS["pathvqa"].splits["test"]
+    knows(monkeypatch, "pathvqa", "test", *(replace(edition, prefix="") for edition in real))
+    prepare("pathvqa", "test", both_pathvqa[1])
+    editions_of_pathvqa(monkeypatch)
+    for read in (read_split, read_rows):
+        with pytest.raises(InputError, match=r"whose ids of the deduplicated test were also those of the official one"):
+            read("pathvqa", "test")
+    prepare("pathvqa", "test", both_pathvqa[1])
+    assert [row.id for row in read_rows("pathvqa", "test")] == ["dedup-0", "dedup-1"]
+    assert not list((home / "data/pathvqa").glob("*@*"))
+
+
+def test_the_same_edition_from_another_source_replaces_the_one_that_was_kept(home, both_pathvqa, tmp_path):
+    official, hub = both_pathvqa
+    prepare("pathvqa", "test", official)
+    prepare("pathvqa", "test", hub)
+    copy = official.rename(tmp_path / "elsewhere")
+    again = prepare("pathvqa", "test", copy)
+    assert [one.resolved for one in datasets.prepared_editions("pathvqa", "test")] == [str(copy), str(hub)]
+    assert read_manifest("pathvqa", "test") == again
+    assert not list((home / "data/pathvqa").glob("*@official*"))
+
+
+def test_a_kill_between_two_renames_loses_no_edition(home, both_pathvqa, monkeypatch):
+    official, hub = both_pathvqa
+    first = prepare("pathvqa", "test", official)
+    (home / "data/pathvqa/test.parquet").rename(home / "data/pathvqa/test@official-test.parquet")  # and killed
+    with pytest.raises(InputError, match="is not the file that was prepared"):
+        read_rows("pathvqa", "test")
+    prepare("pathvqa", "test", hub)
+    monkeypatch.setattr(datasets, "open_files", None)
+    assert prepare("pathvqa", "test", official) == first
+    assert len(read_rows("pathvqa", "test")) == 3
+
+
+def test_a_sample_is_not_kept_and_does_not_replace_an_edition(home, both_pathvqa):
+    write_sample(sample(3), name="pathvqa")
+    prepare("pathvqa", "test", both_pathvqa[1])
+    assert not list((home / "data/pathvqa").glob("*@*"))
+    prepare("pathvqa", "test", both_pathvqa[0])
+    with pytest.raises(InputError, match="a sample does not replace it"):
+        write_sample(sample(3), name="pathvqa")
+    assert len(datasets.prepared_editions("pathvqa", "test")) == 2
+
+
+def test_a_source_that_has_changed_is_read_again(both_pathvqa):
+    official, _ = both_pathvqa
+    prepare("pathvqa", "test", official)
+    records = [{**PATHVQA[0], "answer": "Spleen"}, *PATHVQA[1:]]
+    file = official / "qas/test_qa.pkl"
+    file.write_bytes(pickle.dumps(records))
+    os.utime(file, (0, 0))  # as unpacking an archive does
+    prepare("pathvqa", "test", official)
+    assert read_rows("pathvqa", "test")[0].reference == "Spleen"
+
+
+def test_a_run_is_not_scored_against_another_edition(both_pathvqa, tmp_path, capsys):
+    from stllava_eval.cli import main
+
+    official, hub = both_pathvqa
+    for source, run in ((official, "a"), (hub, "b")):
+        prepare("pathvqa", "test", source)
+        answers = tmp_path / f"{run}.jsonl"
+        rows = [json.dumps({"id": row.id, "answer": row.reference}) for row in read_rows("pathvqa", "test")]
+        answers.write_text("\n".join(rows))
+        assert (
+            main(["score", "--task", "pathvqa", "--answers", str(answers), "--out", str(tmp_path / f"run-{run}")]) == 0
+        )
+    assert (
+        json.loads((tmp_path / "run-a/run.json").read_text())["tasks"]["pathvqa"]["data"]["edition"] == "official test"
+    )
+    capsys.readouterr()
+    assert main(["leaderboard", str(tmp_path / "run-a"), str(tmp_path / "run-b")]) == 2
+    assert capsys.readouterr().err == (
+        f"stllava-eval: {tmp_path}/run-a: its pathvqa is official test, but deduplicated test is prepared now, with "
+        f"other rows or images. Run `stllava-eval prepare pathvqa --from {official}`, or run again.\n"
+    )
+    for run in ("a", "b"):  # nor do answers of one fit the other, whole or in part
+        for source in (official, hub):
+            prepare("pathvqa", "test", source)
+            fits = (run == "a") == (source == official)
+            found = main(["score", "--task", "pathvqa", "--answers", str(tmp_path / f"{run}.jsonl")])
+            assert found == (0 if fits else 2)
+            assert ("unknown ids" in capsys.readouterr().err) != fits
+
+
+def test_a_run_during_which_another_edition_was_prepared_is_not_written(both_pathvqa, tmp_path):
+    from stllava_eval.extract import final_answer
+    from stllava_eval.runs import answered, write_run
+
+    prepare("pathvqa", "test", both_pathvqa[0])
+    split = read_split("pathvqa", "test", images=False).to_list()
+    rows = [answered("pathvqa", row, row["question"], final_answer("yes")) for row in split]
+    prepare("pathvqa", "test", both_pathvqa[1])
+    with pytest.raises(
+        InputError, match=r"3 questions that were asked are not in the deduplicated test, .*\(0, 1, 2\)"
+    ):
+        write_run(rows, {"checkpoint": {"name": "a", "sha256": "0"}}, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_row_numbers_of_another_edition_are_not_taken_for_ids(both_pathvqa, tmp_path, capsys):
+    from stllava_eval.cli import main
+
+    official, hub = both_pathvqa
+    (tmp_path / "a.jsonl").write_text('{"id": 0, "answer": "Liver"}\n{"id": 1, "answer": "no"}\n')  # right, of the copy
+    score = ["score", "--task", "pathvqa", "--answers", str(tmp_path / "a.jsonl")]
+    prepare("pathvqa", "test", official)
+    assert main(score) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "stllava-eval: pathvqa: the 2 ids are the row numbers of the deduplicated test, 0 to 1, and the official test "
+        "is asked, whose numbers are other questions. Prepare that edition; its ids are dedup-0 to dedup-1."
+    )
+    prepare("pathvqa", "test", hub)
+    assert main(score) == 0  # all of its numbers, so they are the ids of the copy that is in use
+    prepare("pathvqa", "test", official)
+    assert main([*score, "--split", "test@deduplicated"]) == 0
+    (tmp_path / "a.jsonl").write_text('{"id": "dedup-0", "answer": "Liver"}\n{"id": "dedup-1", "answer": "no"}\n')
+    assert main(score) == 2
+    assert main([*score, "--split", "test@deduplicated"]) == 0
+
+
+def test_the_command_prints_the_notes_and_which_editions_there_are(both_pathvqa, capsys):
+    from stllava_eval.cli import main
+
+    official, hub = both_pathvqa
+    assert main(["prepare", "pathvqa", "--from", str(official)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "pathvqa test (official test): 3 questions = 2 closed + 1 open on 2 images\n"
+    assert not [line for line in shown.err.splitlines() if line.startswith("stllava-eval:")]
+    assert main(["prepare", "pathvqa", "--from", str(hub)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "pathvqa test (deduplicated test): 2 questions = 1 closed + 1 open on 2 images\n"
+    told = [line for line in shown.err.splitlines() if line.startswith("stllava-eval:")]
+    assert told == [
+        "stllava-eval: pathvqa test: note: unverified: the deduplicated test has 2 = 1 closed + 1 open, and what this "
+        "leaves out is documented nowhere we could check",
+        "stllava-eval: pathvqa test: note: not the split as its authors published it: the official test has 3 = 2 "
+        "closed + 1 open on 2 images",
+        "stllava-eval: pathvqa test: the official test is kept beside it; `stllava-eval prepare pathvqa --from "
+        f"{official}` takes it into use again",
+    ]
+
+
+def test_the_notes_are_logged_where_a_split_is_prepared_on_first_use(both_pathvqa, monkeypatch, caplog):
+    folder = both_pathvqa[1].rename(both_pathvqa[1].with_name("0a1b2c"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    prepare_on_first_use("pathvqa", "test")
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0] == "pathvqa test is not prepared yet: fetching flaviagiammarino/path-vqa from the hub"
+    assert [line[:28] for line in told[1:]] == ["pathvqa test: unverified: th", "pathvqa test: not the split "]
 
 
 # Archives and other sources.

@@ -113,13 +113,16 @@ def test_the_questions_that_it_asks_for_would_decide():
 
 
 def test_answers_without_a_verdict_are_a_drift(questions, tmp_path):
-    runs = [small_run(tmp_path / "old", right), small_run(tmp_path / "new", wrong_of("closed", 20, "there is a mass"))]
+    runs = [
+        small_run(tmp_path / "old", right),
+        small_run(tmp_path / "new", wrong_of("closed", 20, "it is hard to tell")),
+    ]
     found = gate(runs[1], runs[0], read_policy())
     assert verdicts(found)["unparsed"] == verdicts(found)["closed_format"] == "lost"
 
 
-def test_two_verdicts_at_once_break_the_format_but_are_no_silence(questions, tmp_path):
-    runs = [small_run(tmp_path / "old", right), small_run(tmp_path / "new", wrong_of("closed", 20, "yes and no"))]
+def test_verdicts_in_other_words_break_the_format_but_are_no_silence(questions, tmp_path):
+    runs = [small_run(tmp_path / "old", right), small_run(tmp_path / "new", wrong_of("closed", 20, "nope"))]
     found = verdicts(gate(runs[1], runs[0], read_policy()))
     assert (found["unparsed"], found["closed_format"]) == ("held", "lost")
 
@@ -187,6 +190,52 @@ def test_unlike_runs_are_not_decided_and_what_differs_is_named(questions, tmp_pa
     (dark / "run.json").write_text(json.dumps(manifest))
     found = gate(dark, old, read_policy())
     assert (found.exit_code, "hash of the questions" in found.reasons[0]) == (2, True)
+
+
+def answer_file(folder: Path, name: str, say) -> Path:
+    """A run folder of a file of answers, with those that `say` gives."""
+    from stllava_eval.runs import split_rows
+
+    lines = [{"id": row["id"], "answer": said} for row in split_rows("vqarad") if (said := say(row)) is not None]
+    file = folder / f"{name}.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    assert main(["score", "--task", "vqarad", "--answers", str(file), "--out", str(folder / name)]) == 0
+    return folder / name
+
+
+def only(kind: str):
+    return lambda row: row["reference"] if row["kind"] == kind else None
+
+
+@pytest.mark.parametrize("made", [answer_file, lambda folder, name, say: small_run(folder / name, say)])
+@pytest.mark.parametrize(
+    ("kind", "scores"), [("closed", {"closed_accuracy", "unparsed", "closed_format"}), ("open", {"recall", "f1"})]
+)
+def test_runs_that_were_asked_one_kind_of_question_are_decided_on_its_scores(questions, tmp_path, made, kind, scores):
+    old, new = (made(tmp_path, name, only(kind)) for name in ("old", "new"))
+    found = gate(new, old, read_policy())
+    assert found.verdict == "pass"
+    assert set(verdicts(found)) == scores | {"words"}
+    other = "open" if kind == "closed" else "closed"
+    assert any(f"asked no {other} question" in note for note in found.notes)
+    whole = made(tmp_path, "whole", right)
+    assert gate(whole, old, read_policy()).verdict == "pass"  # it was asked more than the baseline
+    worse = made(tmp_path, "worse", lambda row: "no lung" if row["kind"] == kind else None)
+    assert gate(worse, old, read_policy()).verdict == "fail"
+
+
+@pytest.mark.parametrize("made", [answer_file, lambda folder, name, say: small_run(folder / name, say)])
+def test_a_candidate_escapes_no_score_by_not_being_asked(questions, tmp_path, made):
+    whole, closed, opened = (
+        made(tmp_path, name, say)
+        for name, say in {"whole": right, "closed": only("closed"), "opened": only("open")}.items()
+    )
+    found = gate(closed, whole, read_policy())
+    assert (found.verdict, found.checks) == ("cannot decide", [])
+    assert f"asked {IMAGES} open questions, the candidate none, so recall and f1 cannot be decided" in found.reasons[0]
+    assert gate(opened, closed, read_policy()).verdict == "cannot decide"
+    few = made(tmp_path, "few", lambda row: right(row) if row["kind"] == "closed" and row["id"][0] != "1" else None)
+    assert "not answered in both runs" in gate(few, closed, read_policy()).reasons[0]
 
 
 def test_missing_answers_are_never_passed_over(questions, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,12 +20,15 @@ from stllava_eval.leaderboard import (
     EQUAL,
     board,
     board_csv,
+    board_files,
     board_json,
     board_latex,
     board_markdown,
     board_text,
     latex,
     markdown,
+    mean_text,
+    remarks,
 )
 
 PAPER = {"vqarad": (37.12, 10.83, 60.35), "slake": (46.69, 11.46, 57.69), "pathvqa": (11.92, 2.72, 52.90)}
@@ -167,7 +171,7 @@ def test_every_published_figure_names_table_row_and_source():
     rows = json.loads(files("stllava_eval").joinpath("published.json").read_text())["rows"]
     for row in rows:
         assert all(row[name] for name in ("system", "table", "row", "source"))
-        assert row["setting"] in ("zero-shot", "fine-tuned")
+        assert row["setting"] in ("zero-shot", "fine-tuned", "training not recorded")
         for task, cells in row["scores"].items():
             assert task in PAPER
             assert all(value is None or 0 < value < 100 for value in cells.values())
@@ -209,7 +213,7 @@ def test_the_csv_has_a_line_for_each_score_with_what_it_rests_on(prepared, tmp_p
     (recall,) = [line for line in lines if line["system"] == "a" and line["metric"] == "recall"]
     assert (recall["value"], recall["n"], recall["sha256"], recall["prompt"]) == ("1.0", "4", "aaaa", "bare")
     assert (
-        recall["signature"] == "recall|v1|vqarad test for tests|prompt bare|extract final-v1|images own|decoding greedy"
+        recall["signature"] == "recall|v2|vqarad test for tests|prompt bare|extract final-v1|images own|decoding greedy"
     )
 
 
@@ -241,40 +245,260 @@ def test_markdown_shows_signs_as_they_are():
         pytest.param("a_b & 50 %", r"a\_b \& 50 \%", id="signs that LaTeX reads"),
         pytest.param("\\input{x}", r"\textbackslash{}input\{x\}", id="a command is text"),
         pytest.param("≤ 3", "? 3", id="no Latin sign"),
+        pytest.param('a--b "c" `d', r"a-{}-{}b ``c'' \textasciigrave{}d", id="what would be printed otherwise"),
     ],
 )
 def test_latex(text, expected):
     assert latex(text) == expected
 
 
-def test_the_latex_tables_compile(official, tmp_path):
+def compiled(folder: Path, files: dict[str, str], packages: str = "booktabs,graphicx") -> str:
+    """The log of pdfLaTeX and BibTeX over a paper that holds board.tex and cites board.bib."""
     if not shutil.which("pdflatex"):
         pytest.skip("needs pdflatex (apt-get install texlive-latex-base texlive-latex-recommended)")
-    hostile = {"checkpoint": {"name": HOSTILE, "sha256": "x", "trained_on": None}}
-    folder = tmp_path / "a_b%$&#{}~^"
-    rows = board([small_run(folder, right, ("vqarad", "slake", "pathvqa"), **hostile)], published=True)
-    document = (
-        r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}" + board_latex(rows) + r"\end{document}"
+    for name in ("board.tex", "board.bib"):
+        (folder / name).write_text(files[name], encoding="utf-8")
+    (folder / "paper.tex").write_text(
+        rf"\documentclass{{article}}\usepackage{{{packages}}}\begin{{document}}\input{{board}}"
+        r"\bibliographystyle{plain}\bibliography{board}\end{document}"
     )
-    (tmp_path / "board.tex").write_text(document, encoding="utf-8")
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "board.tex"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout[-2000:]
-    assert "Overfull" not in ran.stdout, "it is wider than the page"
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    for step in (command, ["bibtex", "paper"], command, command):
+        ran = subprocess.run(step, cwd=folder, capture_output=True, text=True, errors="replace")
+        assert ran.returncode == 0, ran.stdout[-2000:]
+        assert "Warning--" not in ran.stdout, ran.stdout
+    return ran.stdout
+
+
+def test_the_latex_tables_compile_and_cite_what_the_bib_holds(official, tmp_path):
+    latin = "".join(map(chr, range(0xA1, 0x100)))
+    folder = tmp_path / 'a_b%$&#{}~^--`?`!`"c"'
+    hostile = {"checkpoint": {"name": HOSTILE, "sha256": "x", "trained_on": None}, "named": latin}
+    runs = [
+        small_run(folder, right, ("vqarad", "slake", "pathvqa")),
+        small_run(tmp_path / "latin", right, ("vqarad", "slake", "pathvqa"), **hostile),
+    ]
+    for intervals in (False, True):
+        log = compiled(tmp_path, board_files(board(runs, published=True), intervals=intervals))
+        assert "Overfull" not in log, "it is wider than the page"
+        assert "undefined" not in log, "a cite key that the bib lacks"
+
+
+def test_every_reported_row_cites_an_entry_of_the_bib():
+    from importlib.resources import files
+
+    package = files("stllava_eval")
+    entries = re.findall(r"^@\w+\{(\w+),", package.joinpath("published.bib").read_text(), re.M)
+    rows = json.loads(package.joinpath("published.json").read_text())["rows"]
+    assert {key for row in rows for key in row["cite"]} == set(entries)
+    for row in rows:  # the first source of a row is what its key is about
+        assert row["cite"]
+        assert ("sun2024stllavamed" in row["cite"]) is row["source"].startswith("arXiv:2406.19973")
 
 
 def test_latex_has_the_columns_of_the_papers_tables(official, tmp_path):
     rows = board([small_run(tmp_path / "a", right, ("vqarad", "slake", "pathvqa"))], published=True)
     text = board_latex(rows)
-    assert r"STLLaVA-Med & 37.12 & 10.83 & 60.35$^{\dagger}$ & 46.69 & 11.46 & 57.69 & 11.92 & 2.72 & 52.90 \\" in text
+    cells = r"37.12 & 10.83 & 60.35$^{c}$ & 46.69 & 11.46 & 57.69 & 11.92 & 2.72 & 52.90 \\"
+    assert rf"STLLaVA-Med~\cite{{sun2024stllavamed}} & {cells}" in text
+    assert r" & \multicolumn{3}{c}{VQA-RAD} & \multicolumn{3}{c}{SLAKE} & \multicolumn{3}{c}{PathVQA} \\" in text
     assert r"84.19$^{\ddagger}$" in text  # the batch rule, where a source reports that alone
-    assert text.count(r"$\ddagger$ By the batch rule") == 1  # in the table that has the sign
+    assert text.count(r"$\ddagger$: By the batch rule") == 1  # in the table that has the sign
     assert r"\emph{reported, fine-tuned}" in text
+    assert "scriptsize" not in text
+    assert r"100.00 {\scriptsize [" in board_latex(rows, intervals=True)
+
+
+def test_each_mark_of_a_latex_table_has_one_meaning_and_its_caption_says_which(official, tmp_path):
+    def part(row):
+        return row["reference"] if row["id"] != "3-closed" else "no" if row["kind"] == "closed" else None
+
+    runs = [small_run(tmp_path / name, say) for name, say in {"a": right, "b": part}.items()]
+    runs.append(small_run(tmp_path / "c", lambda row: None if row["id"] == "1-open" else "no lung"))
+    for table in board_latex(board(runs, published=True)).split(r"\begin{table*}")[1:]:
+        body, caption = table.split(r"\caption")
+        shown = {one for mark in re.findall(r"\$\^\{([^}]*\}?)\}\$", body) for one in mark.split(",")}
+        told = re.findall(r"\$\^?\{?([a-z]|\\sim|\\ddagger)\}?\$:? ", caption)
+        assert sorted(shown) == sorted(told)
+        assert (r"\textbf" in body) == ("Bold: best" in caption)
+    assert "VQA-RAD: scored on 39 of 40 questions, 0 unanswered." in caption
+
+
+def test_rows_and_columns_of_a_board_can_be_chosen(official, tmp_path, capsys):
+    run = str(small_run(tmp_path / "a", right))
+    out = tmp_path / "out"
+    call = ["leaderboard", run, "--published", "--no-blind", "--out", str(out)]
+    rows = ["--rows", "LLaVA-Med v1, its authors' own run, a", "--rows", "STLLaVA-Med (Table 4),reported, zero-shot"]
+    assert main([*call, *rows, "--columns", "f1_llavamed,recall,recall_llavamed,words_open"]) == 0
+    shown = ["a", "LLaVA-Med v1, its authors' own run", "STLLaVA-Med"]
+    made = json.loads((out / "board.json").read_text())["rows"]
+    assert [row["system"] for row in made] == shown
+    assert list(made[0]["scores"]) == ["f1_llavamed", "recall", "recall_llavamed", "words_open"]
+    lines = list(csv.DictReader(io.StringIO((out / "board.csv").read_text())))
+    assert list(dict.fromkeys(line["system"] for line in lines)) == shown
+    text = (out / "board.tex").read_text()
+    assert r" & F1 & recall & recall\_llavamed & Words, open \\" in text  # no two heads are alike
+    assert text.count(r"\begin{table*}") == 1
+    printed = capsys.readouterr().out
+    for output in (printed, (out / "board.md").read_text()):
+        assert "image-blind" not in output
+        assert "unparsed  " not in output
+        assert "GPT-4o" not in output
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        pytest.param(["--rows", "a,b"], "--rows b: unknown. Rows are a, always", id="row"),
+        pytest.param(["--columns", "recal"], "--columns recal: unknown. Columns are recall_llavamed, ", id="column"),
+        pytest.param(["--columns", "recall,recall"], "comes twice", id="a column twice"),
+        pytest.param(["--intervals"], "Pass --out DIR too", id="intervals of nothing"),
+        pytest.param(["--rows", 'always "no"', "--no-blind"], '--rows always "no": unknown', id="left out"),
+    ],
+)
+def test_a_wrong_choice_of_rows_or_columns_is_one_line(prepared, tmp_path, capsys, option, message):
+    assert main(["leaderboard", str(small_run(tmp_path / "a", right)), *option]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_marks_compare_the_rows_that_are_shown(prepared, tmp_path):
+    runs = [small_run(tmp_path / name, say) for name, say in {"a": right, "b": always("no"), "c": right}.items()]
+    assert board(runs, chosen=["a,c"])[0].marks["recall"] == BEST
+    assert not board(runs, chosen=["b", "image-blind"])[0].marks
+
+
+def test_a_board_without_blind_rows_says_nothing_of_training_answers(prepared, tmp_path):
+    run = small_run(tmp_path / "a", right)
+    assert "training split" in board_text(board([run], chosen=['always "no"']))
+    assert "training split" not in board_text(board([run], chosen=["a"]))
+
+
+def test_that_black_images_were_shown_is_known_where_their_row_is_left_out(prepared, tmp_path):
+    same = {"checkpoint": {"name": "a", "sha256": "aaaa", "trained_on": None}}
+    runs = [small_run(tmp_path / images, right, images=images, **same) for images in ("own", "other", "black")]
+    assert "Not shown" not in board_text(board(runs, blind=False))
+
+
+def test_the_papers_table_is_whole_where_a_set_is_not_prepared(official, tmp_path):
+    run = small_run(tmp_path / "a", right)
+    for file in (official / "data" / "pathvqa").iterdir():
+        file.unlink()
+    rows = board([run], ["vqarad", "slake", "pathvqa"], published=True, chosen=["a", "Table 2"])
+    of_pathvqa = [row for row in rows if row.task == "pathvqa"]
+    assert len(of_pathvqa) == 8
+    assert "pathvqa is not prepared here, so no row is measured and none is image-blind." in board_text(rows)
+    assert r"11.92 & 2.72 & 52.90 \\" in board_latex(rows)
+    with pytest.raises(InputError, match="pathvqa test is not prepared"):
+        board([run], ["vqarad", "pathvqa"])
+
+
+def test_the_docs_commands_make_the_papers_table_with_two_measured_rows(official, tmp_path, monkeypatch):
+    import blind_run
+
+    text = (Path(__file__).parents[1] / "docs" / "leaderboard.md").read_text(encoding="utf-8")
+    block = re.search(r"### A table for a paper.*?```sh\n(.*?)```", text, re.S)[1].replace("\\\n", " ")
+    monkeypatch.chdir(tmp_path)
+    for file in (official / "data" / "pathvqa").iterdir():
+        file.unlink()
+    for command in block.splitlines():
+        program, *arguments = shlex.split(command)
+        if program == "python":
+            blind_run.main(arguments[1:])
+        else:
+            assert main(arguments) == 0
+    lines = [
+        line for line in Path("paper/board.tex").read_text().splitlines() if line.endswith(r"\\") and " & " in line
+    ]
+    systems = [line.split("~")[0].split(" & ")[0] for line in lines[2:]]
+    assert systems[:2] == ["Commonest answer", "Always no"]
+    assert len(systems) == 2 + 8
+    assert all(line.count("&") == 9 for line in lines[1:])
+    compiled(Path("paper"), {name: Path("paper", name).read_text() for name in ("board.tex", "board.bib")})
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [
+        ("vqarad_short", "papers report the bare question, and vqarad_short adds a prompt to it"),
+        ("slake", "papers report the official test split, and what is prepared is sample test"),
+    ],
+)
+def test_a_board_without_reported_rows_says_why(official, tmp_path, task, reason):
+    if task == "slake":
+        manifest = official / "data" / "slake" / "test.json"
+        held = json.loads(manifest.read_text())
+        manifest.write_text(json.dumps(held | {"official": False, "sample": True, "edition": "sample test"}))
+    run = small_run(tmp_path / "a", right, (task,))
+    rows = board([run], published=True)
+    assert not any(row.kind == "reported" for row in rows)
+    for shown in (board_text(rows), " ".join(remarks(rows)), board_text(board([run], published=True, chosen=["a"]))):
+        assert shown.count("No reported row is shown") == 1
+        assert reason in shown
+    assert "No reported row" not in board_text(board([run]))
+
+
+def test_umed_lvlms_figures_have_columns_of_their_own(official, tmp_path, shared):
+    printed = json.loads((shared / "data" / "papers" / "umed_lvlm_tables.json").read_text())["external"]
+    rows = board([small_run(tmp_path / "a", right, ("vqarad", "slake"))], published=True)
+    names = {"VQA-RAD": "vqarad", "SLAKE": "slake"}
+    cells = 0
+    for system in ("MedVInt", "UMed-LVLM"):
+        for line in printed:
+            title, kind = line["benchmark"].rsplit(" ", 1)
+            if title not in names:
+                continue
+            (row,) = [
+                row
+                for row in rows
+                if row.about.get("row", "").lower() == system.lower()
+                and row.task == names[title]
+                and row.about["table"] == "external benchmarks"
+            ]
+            score = row.scores[f"accuracy_{kind}_reported"]
+            assert mean_text(score) == str(line[system])
+            assert row.group == "reported, training not recorded"
+            assert f"{line[system]} on {kind} questions" in " ".join(remarks([row]))
+            cells += 1
+    assert cells == 6
+    text = board_text(rows)
+    assert "open_reported" in text
+    assert text.count("compared with none of our scores") == 4
+    chosen = board_latex(rows, ("accuracy_open_reported",))
+    assert chosen.count("compared with none of our scores") == 4
+    assert r"UMed-LVLM~\cite{zhou2025umedlvlm} & 74.9$^{c}$ & 90.4$^{d}$ \\" in chosen
+    assert "open_reported" not in board_text(board([small_run(tmp_path / "b", right)]))
+
+
+def test_words_are_counted_by_kind_and_empty_answers_told(prepared, tmp_path):
+    def say(row):
+        return "" if row["id"] == "test-0-1" else "yes" if row["kind"] == "closed" else "the left lung"
+
+    (row,) = [row for row in board([small_run(tmp_path / "a", say)]) if row.kind == "measured"]
+    assert {name: row.scores[name].value for name in ("words", "words_open", "words_closed")} == {
+        "words": (4 * 1 + 3 * 3) / 8,
+        "words_open": 9 / 4,
+        "words_closed": 1,
+    }
+    assert (row.scores["words_open"].n, row.empty) == (4, 1)
+    assert row.scores["words_open"].signature.startswith("words_open|v1|vqarad test")
+    for shown in (board_text([row]), board_markdown([row]), board_latex([row])):
+        assert "1 answer is empty." in shown
+    (line,) = [line for line in csv.DictReader(io.StringIO(board_csv([row]))) if line["metric"] == "words_closed"]
+    assert (line["value"], line["empty"]) == ("1.0", "1")
+    assert board_json([row])["rows"][0]["empty"] == 1
+    assert "empty" not in board_text(board([small_run(tmp_path / "b", right)]))
+
+
+def test_a_board_of_reported_rows_too_prints_the_versions_of_measured_scores(official, tmp_path):
+    text = board_text(board([small_run(tmp_path / "a", right)], published=True))
+    assert "versions: recall_llavamed v1, f1_llavamed v1, recall v2" in text
 
 
 def test_the_command_writes_the_same_bytes_twice(prepared, tmp_path):
     run = str(small_run(tmp_path / "a", right))
-    names = ("board.md", "board.csv", "board.json", "board.tex", "index.html")
+    names = ("board.md", "board.csv", "board.json", "board.tex", "board.bib", "index.html")
     made = []
     for out in ("one", "two"):
         assert main(["leaderboard", run, "--out", str(tmp_path / out)]) == 0
@@ -349,7 +573,7 @@ def test_a_terminal_board_prints_the_signature_of_each_row(prepared, tmp_path):
     asked = "vqarad test for tests|prompt bare|extract final-v1|images own|decoding greedy"
     assert f'a: {asked}|max_new_tokens 8|until ["</s>"]\n' in text
     assert f"b: {asked}\n" in text
-    assert "versions: recall_llavamed v1, f1_llavamed v1, recall v1" in text
+    assert "versions: recall_llavamed v1, f1_llavamed v1, recall v2" in text
 
 
 def test_a_row_is_named_by_the_system_that_was_given(prepared, tmp_path):
@@ -372,7 +596,11 @@ def test_score_prints_the_overall_means_and_by_details_every_category(prepared, 
     assert main(score) == 0
     short = capsys.readouterr().out
     assert "closed_accuracy" in short
+    assert "empty" not in short
     assert "organ=" not in short
     assert "vqarad test for tests|prompt not recorded|extract final-v1" in short
     assert main([*score, "--details"]) == 0
     assert "organ=organ 0" in capsys.readouterr().out
+    file.write_text(json.dumps({"id": "test-0-0", "answer": " "}))
+    assert main(score) == 0
+    assert "unanswered: 7, empty: 1\n" in capsys.readouterr().out

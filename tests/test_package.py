@@ -42,6 +42,7 @@ def test_the_wheel_holds_every_task_file_and_the_pth(built):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"stllava_eval/tasks/{name}" for name in task_files()} <= names
     assert {"stllava_med.pth", "stllava_eval/network/modeling.py", "stllava_train/tiny.py"} <= names
+    assert {f"stllava_eval/{name}" for name in ("published.json", "published.bib", "training_answers.json")} <= names
     assert {file.relative_to(ROOT).as_posix() for file in (ROOT / "stllava_train" / "recipes").glob("*.yaml")} <= names
     assert len(task_files()) > 10
 

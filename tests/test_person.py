@@ -479,6 +479,15 @@ def test_keys_and_mouse_judge_what_is_on_the_screen(folder, browser):
     assert "c.png#0" not in scores(folder)
 
 
+def test_nothing_sticks_out_of_the_page_at_any_width(folder, browser):
+    long = ("a" * 300, "a sentence of several words " * 40)
+    with served(folder, [candidate(folder, answers=long)]) as server:
+        for width in (320, 400, 640, 899, 900, 1280, 1920):
+            browser.open(server.url, width=width)
+            browser.wait(IMAGE)
+            assert (width, browser.sticking_out()) == (width, [])
+
+
 def test_the_page_says_that_the_server_has_stopped(folder, browser):
     with served(folder, [candidate(folder)]) as server:
         browser.open(server.url)

@@ -105,11 +105,12 @@ def values_everywhere(run: Path, samples: Path, capsys) -> dict[str, dict[str, f
         found[name] = {row["metric"]: row["value"] for row in rows if row["category"] == "all"}
     rows = board([run])
     (own,) = [row for row in rows if row.kind == "measured"]
-    found["board"] = {name: score.value for name, score in own.scores.items()}
+    by_kind = ("words_open", "words_closed")  # what boards alone have
+    found["board"] = {name: score.value for name, score in own.scores.items() if name not in by_kind}
     found["board.csv"] = {
         line["metric"]: float(line["value"])
         for line in csv.DictReader(io.StringIO(board_csv(rows)))
-        if line["system"] == own.system
+        if line["system"] == own.system and line["metric"] not in by_kind
     }
     other = run.parent / "other"
     for difference in compare([run, other]).differences:
