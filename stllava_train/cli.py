@@ -481,7 +481,8 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
         about = f", of which {estimated:.4f} is an estimate (see docs/preferences.md)" if estimated >= 5e-5 else ""
         print(f"  cost of the file: {spent:.4f} USD{about}")
     if missing:
-        print(printable(f"  not asked: {missing:,}. The same call goes on; with --budget, raise it."))
+        state = "not answered yet" if arguments.batch else "not asked"
+        print(printable(f"  {state}: {missing:,}. The same call goes on; with --budget, raise it."))
     return not missing and not counts["failed"]
 
 
