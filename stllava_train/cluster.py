@@ -112,6 +112,7 @@ class _Judge:
         from stllava_train.judge import EndpointJudge
 
         self.judge = EndpointJudge(Endpoint(**endpoint), preset, Path(images), price, name)
+        self.ended: InputError | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
         from stllava_train.asking import Asked
@@ -126,7 +127,17 @@ class _Judge:
             asked.append(one)
             if (before := json.loads(str(row))) is not None:
                 earlier[one.key(self.judge.name)] = before
-        return {"row": [json.dumps(asdict(one)) for one in self.judge.verdicts(asked, earlier=earlier)]}
+        if self.ended is not None:
+            raise self.ended
+        rows = []
+        try:
+            for one in self.judge.verdicts(asked, earlier=earlier):
+                rows.append(json.dumps(asdict(one)))
+        except InputError as error:
+            if not rows:
+                raise
+            self.ended = error  # what came before it is paid, and handed on first
+        return {"row": rows}
 
 
 def _mapped(

@@ -198,7 +198,7 @@ class EndpointJudge:
         budget: float | None = None,
         earlier: Mapping[Key, Row] | None = None,
         mark: Callable[[Verdict], None] | None = None,
-    ) -> Iterator[Verdict]:
+    ) -> Generator[Verdict, None, None]:
         """A verdict for each, as they come. With a budget, in USD, it ends before what could cost more than is left,
         as long as no prompt is billed with more tokens than the dearest before it.
 
@@ -353,12 +353,13 @@ class EndpointJudge:
         """
         row = _Row(self.name, earlier, {one.key(self.name) for one in due})
         for one in due:
-            verdicts = list(self.verdicts([one], left(), earlier, mark))
-            if not verdicts:
+            verdict = None
+            with closing(self.verdicts([one], left(), earlier, mark)) as found:
+                for verdict in found:
+                    row.add(verdict)
+                    yield verdict
+            if verdict is None:
                 raise InputError("--budget: too little is left for a question. Raise it.")
-            (verdict,) = verdicts
-            row.add(verdict)
-            yield verdict
             if verdict.outcome == "scored":
                 return
             if verdict.outcome == "failed":
