@@ -131,8 +131,8 @@ class _Judge:
             raise self.ended
         rows = []
         try:
-            for one in self.judge.verdicts(asked, earlier=earlier):
-                rows.append(json.dumps(asdict(one)))
+            for verdict in self.judge.verdicts(asked, earlier=earlier):
+                rows.append(json.dumps(asdict(verdict)))
         except InputError as error:
             if not rows:
                 raise
