@@ -91,7 +91,7 @@ def _final(reply: str, asked: str) -> Final:
     if _OPEN_AT_THE_END.search(reply):
         return Final("", cut=True, forms=("tag" if reply.rstrip().endswith(">") else "box",))
     if _MARK.search(reply) or _CHANNEL in reply:
-        outside = _outside_thoughts(reply)
+        outside = outside_thoughts(reply)
         if outside is None:
             return Final("", cut=True, forms=("thought",))
         text, forms = outside, ("thought",)
@@ -140,7 +140,7 @@ _FINAL_CHANNEL = re.compile(  # a message in a format names it: `final <|constra
 )
 
 
-def _outside_thoughts(reply: str) -> str | None:
+def outside_thoughts(reply: str) -> str | None:
     """Return the last text outside every thought, stripped; None where the reply stopped inside a thought.
 
     A closing mark without an opening one ends a thought that began with the reply, since many templates open the

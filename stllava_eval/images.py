@@ -22,6 +22,8 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
 # Our choice: what a camera of 50 megapixels takes, some 0.2 GB as RGB. Mammograms have up to 30 million pixels, and the
 # largest image of SLAKE, VQA-RAD and the figures of PubMed Central that we saw far fewer
 PIXELS = 50_000_000
+# Of a TIFF, smaller copies and masks of its picture stand behind it. Our choice: a pyramid halves the side at each step
+PAGES = 64
 IMAGE_BYTES = 2**28  # of one file. Our choice: as many pixels with four channels, not compressed, fill 0.75 of it
 
 # How files begin that carry an image's name and are none of these
@@ -41,13 +43,18 @@ _NO_IMAGES = (
 )
 
 
+class SeveralFramesError(InputError):
+    """A file holds several pictures, such as a stack of slices or a film."""
+
+
 @contextmanager
 def opened(image: bytes) -> Iterator[Image]:
     """Open an encoded file with Pillow, without decoding a pixel: format, mode, size, metadata. All images open here.
 
     Raises:
-        InputError: The file is of none of the `FORMATS`, or has more than `PIXELS` pixels; or Pillow raises something
-            in the block, as it does where pixels are broken or missing.
+        InputError: The file is of none of the `FORMATS`, has more than `PIXELS` pixels, or holds several frames, of
+            which the first is seldom the one that is meant (`SeveralFramesError`); or Pillow raises something in the
+            block, as it does where pixels are broken or missing.
     """
     import PIL.Image
 
@@ -60,6 +67,7 @@ def opened(image: bytes) -> Iterator[Image]:
                     f"an image of {header.width} x {header.height} pixels, and at most {PIXELS:,} are read. Scale it "
                     "down."
                 )
+            _refuse_frames(header)
             yield header
     except InputError:
         raise
@@ -82,6 +90,29 @@ def decode(image: bytes) -> Image:
     with opened(image) as header:
         header.load()
         return rgb(header)
+
+
+def _refuse_frames(image: Image) -> None:
+    """Raise SeveralFramesError where the file has another picture than this one, which is its first.
+
+    A JPEG of a telephone (MPO) has a smaller or a second view behind the picture, and a TIFF may have smaller copies
+    and masks (its tag NewSubfileType has bit 0 or 2 set): neither is another picture.
+    """
+    if image.format == "MPO" or not getattr(image, "is_animated", False) or image.tell():  # tell: somebody has chosen
+        return
+    if image.format == "TIFF":
+        try:
+            for page in range(1, PAGES):
+                image.seek(page)
+                if not image.tag_v2.get(254, 0) & 0b101:  # type: ignore[attr-defined]
+                    break
+        except EOFError:
+            return
+        finally:
+            image.seek(0)
+    raise SeveralFramesError(
+        f"a {image.format} image of several frames, and one is read. Save the frame that is meant as a file of its own."
+    )
 
 
 def read_image(file: Path) -> bytes:
@@ -161,7 +192,7 @@ def rgb(image: Image) -> Image:
     float grey is stretched from its own minimum to its maximum, since scans use few of the values that the type allows.
 
     Raises:
-        InputError: It has more than `PIXELS` pixels, or Pillow cannot load or convert it.
+        InputError: It has more than `PIXELS` pixels or several frames, or Pillow cannot load or convert it.
     """
     import PIL.Image
     import PIL.ImageOps
@@ -172,6 +203,7 @@ def rgb(image: Image) -> Image:
         )
     try:
         with truncated_refused():
+            _refuse_frames(image)
             upright = PIL.ImageOps.exif_transpose(image)
         if upright.mode == "F" or upright.mode.startswith("I"):
             return _stretched(upright).convert("RGB")
@@ -181,6 +213,8 @@ def rgb(image: Image) -> Image:
             seen = upright.convert("RGBA")
             return PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "black"), seen).convert("RGB")
         return upright.convert("RGB")
+    except SeveralFramesError:
+        raise
     except Exception as error:  # Pillow's readers raise nearly everything on a broken file
         raise InputError(f"an image of mode {image.mode} cannot be converted ({one_line(error)}). Mend it.") from error
 

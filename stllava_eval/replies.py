@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 LONGEST_TOKEN = 100  # characters; a reply with more of them per token asked did not keep to `max_tokens` (our choice)
@@ -34,10 +34,34 @@ STATUSES = {
 
 
 @dataclass(frozen=True)
+class Bill:
+    """What a server bills for attempts that another attempt followed: the tokens that it counted, and the number of
+    attempts that it may have billed without our knowing for how much, such as one that timed out."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    unknown: int = 0
+
+    def plus(self, trouble: Trouble) -> Bill:
+        """Return this and what an attempt that went wrong is billed. An error is not billed."""
+        came = trouble.came
+        if trouble.lost or (came and not came.counted):
+            return replace(self, unknown=self.unknown + 1)
+        if came is None:
+            return self
+        return self.plus_reply(came)
+
+    def plus_reply(self, came: Reply) -> Bill:
+        """Return this and what a reply is billed, by the server's count."""
+        return replace(self, prompt_tokens=self.prompt_tokens + came.prompt_tokens, tokens=self.tokens + came.tokens)
+
+
+@dataclass(frozen=True)
 class Reply:
     """The text as it came; the server's count of its tokens, mostly with the end token, 0 if it counts none; why it
     ended: stop, length, ...; the server's name for the model that spoke, and its count of the prompt's tokens; whether
-    it was cut by the limit of its length."""
+    it was cut by the limit of its length. `written` is the number of characters of its text, its thought and its
+    refusal, and `before` the bill of the attempts before it."""
 
     text: str
     tokens: int
@@ -45,12 +69,21 @@ class Reply:
     model: str | None = None
     prompt_tokens: int = 0
     cut: bool = False
+    written: int = field(default=0, compare=False)
+    before: Bill = field(default=Bill(), compare=False)
+
+    @property
+    def counted(self) -> bool:
+        """Whether the server counted any token."""
+        return bool(self.prompt_tokens or self.tokens)
 
 
 @dataclass(frozen=True)
 class Failure:
     """A request without an answer: why, on one line that never holds the key, after how many attempts, and whether the
-    model or a filter declined it. Tokens are counted, and paid, where a reply came that is no answer."""
+    model or a filter declined it. Tokens are counted, and paid, where a reply came that is no answer. `status` is the
+    HTTP status of the error; `again` says whether another attempt may succeed; `came` is the reply that is no answer,
+    without its text, and `before` the bill of everything else."""
 
     reason: str
     attempts: int
@@ -58,6 +91,10 @@ class Failure:
     model: str | None = None
     prompt_tokens: int = 0
     tokens: int = 0
+    status: int | None = field(default=None, compare=False)
+    again: bool = field(default=False, compare=False)
+    came: Reply | None = field(default=None, compare=False)
+    before: Bill = field(default=Bill(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -81,11 +118,19 @@ class Trouble:
     """The model or a filter declined."""
     came: Reply | None = None
     """The reply that is no answer, without its text."""
+    lost: bool = False
+    """The server may have billed a reply of which we know nothing: it did not come, or not whole."""
 
-    def failure(self, attempts: int) -> Failure:
-        """Return the failure of a request whose last attempt this was."""
+    def failure(self, attempts: int, before: Bill = Bill()) -> Failure:
+        """Return the failure of a request whose last attempt this was, after attempts with the bill `before`."""
         came = self.came or Reply("", 0, None)
-        return Failure(self.reason, attempts, self.refused, came.model, came.prompt_tokens, came.tokens)
+        return Failure(
+            *(self.reason, attempts, self.refused, came.model, came.prompt_tokens, came.tokens),
+            status=self.status,
+            again=self.again,
+            came=None if self.lost else self.came,
+            before=before.plus(self) if self.lost else before,
+        )
 
 
 def passes(status: int) -> bool:
@@ -200,19 +245,20 @@ def _whole_reply(reply: Reply) -> Reply:
 
 
 def _read(body: Any, max_tokens: int) -> Reply | Trouble:
-    none = Trouble("its reply is no chat completion", again=True)
+    none = Trouble("its reply is no chat completion", again=True, lost=True)
     if not isinstance(body, Mapping):
         return none
     usage = body.get("usage")
     usage = usage if isinstance(usage, Mapping) else {}
-    tokens, prompt_tokens = (_tokens(usage.get(f"{of}_tokens")) for of in ("completion", "prompt"))
+    prompt_tokens, tokens = _counts(usage)
     name = body.get("model")
     came = Reply("", tokens, None, name if isinstance(name, str) and len(name) <= LONGEST_NAME else None, prompt_tokens)
+    none = replace(none, lost=not came.counted)
     choices = body.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
     choice = choice if isinstance(choice, Mapping) else {}
     if trouble := error(body) or error({"error": choice.get("error")}):
-        return replace(trouble, came=came)
+        return replace(trouble, came=came if came.counted else None)  # an error alone is not billed
     if not isinstance(message := choice.get("message"), Mapping):
         said = words(body) or _shown(body)
         return replace(none, reason=f"{none.reason}: {said}", came=came)
@@ -221,7 +267,7 @@ def _read(body: Any, max_tokens: int) -> Reply | Trouble:
     why = (finish or "").lower()
     # one that names no end that we know was cut if it is as long as was allowed
     cut = why in CUT or (why not in STOPPED and tokens >= max_tokens)
-    came = replace(came, finish=finish, cut=cut)
+    came = replace(came, finish=finish, cut=cut, written=_written(message))
     try:
         text, thought, refusal = _parts(message.get("content"))
     except TypeError:
@@ -276,12 +322,47 @@ def _parts(content: Any) -> tuple[str | None, str, str]:
     return "".join(texts) if texts else None, thought, refusal
 
 
+def _written(message: Mapping[str, Any]) -> int:
+    """Characters of all that the model wrote in a message: its text, its thought and its refusal."""
+    parts = [message.get(name) for name in ("content", "reasoning_content", "reasoning", "refusal")]
+    count = 0
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str):
+            count += len(part)
+        elif isinstance(part, list):
+            parts += part
+        elif isinstance(part, Mapping):
+            parts += [part.get(name) for name in ("text", "thinking", "reasoning", "refusal")]
+    return count
+
+
+def _counts(usage: Mapping[str, Any]) -> tuple[int, int]:
+    """(tokens of the prompt, tokens of the reply with its thought) that a server counts, each 0 where it says none.
+
+    Anthropic's and OpenAI's newer names are `input_tokens` and `output_tokens`. OpenAI counts the thought among the
+    reply's tokens. xAI and Google's OpenAI-compatible server leave it out there and count it in `total_tokens`.
+    """
+    prompt = _tokens(usage.get("prompt_tokens")) or _tokens(usage.get("input_tokens"))
+    reply = _tokens(usage.get("completion_tokens")) or _tokens(usage.get("output_tokens"))
+    total, thought = _tokens(usage.get("total_tokens")), _thought_tokens(usage)
+    if thought > reply:  # then it is not among them
+        reply += thought
+    if prompt:
+        return prompt, max(reply, total - prompt)
+    return (max(0, total - reply), reply) if reply else (0, 0)
+
+
 def _thought_tokens(usage: Mapping[str, Any]) -> int:
     """Tokens of a thought that the server keeps to itself, as OpenAI does."""
-    details = usage.get("completion_tokens_details")
+    details = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
     return _tokens(details.get("reasoning_tokens")) if isinstance(details, Mapping) else 0
 
 
 def _tokens(counted: Any) -> int:
-    """What a server counts; 0 where that is no count."""
+    """What a server counts, as a number or its digits; 0 where that is no count."""
+    if isinstance(counted, str) and re.fullmatch("[0-9]{1,9}", counted.strip()):
+        counted = int(counted)
+    if isinstance(counted, float) and counted.is_integer():
+        counted = int(counted)
     return counted if type(counted) is int and 0 <= counted < 10**9 else 0

@@ -26,7 +26,7 @@ from urllib.parse import quote, urlsplit
 
 from stllava_eval.answering import Answer, Question, cut, progress_bar
 from stllava_eval.errors import InputError, printable
-from stllava_eval.replies import Failure, Reply, Trouble, TwiceError, error, parsed, passes, read, whole, words
+from stllava_eval.replies import Bill, Failure, Reply, Trouble, TwiceError, error, parsed, passes, read, whole, words
 
 if TYPE_CHECKING:
     import openai
@@ -45,6 +45,14 @@ MOST_PIXELS = 10**8  # of min_pixels and max_pixels (our choice); Pillow warns o
 Request = dict[str, Any]
 """What `chat.completions.create` takes but for the model: messages, max_tokens or max_completion_tokens, and what else
 is wanted."""
+
+# What servers say that has the status of a wrong request and is none: no money left (OpenAI 400, Anthropic 400), a key
+# that is none (Google 400), a filter (Azure 400, OpenRouter 403). From their guides to errors.
+NO_MONEY = re.compile("insufficient_quota|billing_hard_limit|billing_not_active|credit balance is too low", re.I)
+NO_KEY = re.compile("api key not valid|api_key_invalid", re.I)
+FILTER = re.compile(
+    "content[ _-]?(?:filter|management|policy)|responsibleai|moderation|flagged|safety system|data_inspection", re.I
+)
 
 T = TypeVar("T")
 
@@ -90,27 +98,56 @@ class Endpoint:
         self._key = _key(self.base_url)
         self._secret = _Secret(self._key)
         self.concurrency, self.retries, self.timeout = concurrency, retries, timeout
+        self.hello: Reply | None = None  # to the question whether it serves the model, where that had to be asked
         (self.model,) = _in_background(partial(self._find_model, model))
 
-    def replies(self, requests: Sequence[Callable[[], Request]]) -> Generator[tuple[int, Reply | Failure], None, None]:
+    def replies(
+        self, requests: Sequence[Callable[[], Request]], may: Callable[[int, Bill], bool] | None = None
+    ) -> Generator[tuple[int, Reply | Failure], None, None]:
         """(place in `requests`, reply or failure) as they come. A request is made when its turn has come, not before.
+
+        Args:
+            requests: Each is made once, in a thread of its own.
+            may: For who pays: called before every attempt, in a thread, with the place and the bill of the attempts
+                before it. Where it says no, the attempt is not made; before a first one, no further request is begun
+                and nothing is yielded for it.
 
         Raises:
             InputError: No further request can succeed: the server refuses the key, the key's quota is used up, it sends
-                requests on to another address, or nothing listens any more. What came before has been yielded; what is
-                under way is given up.
+                requests on to another address, or nothing listens any more. What came before has been yielded. What is
+                under way is given up; with `may` it is waited for, as it is paid, and yielded too.
         """
-        with closing(_in_background(partial(self._reply_to_all, requests))) as replies:
+        with closing(_in_background(partial(self._reply_to_all, requests, may))) as replies:
             yield from replies
 
     async def _reply_to_all(
-        self, requests: Sequence[Callable[[], Request]], emit: Callable[[tuple[int, Reply | Failure]], None]
+        self,
+        requests: Sequence[Callable[[], Request]],
+        may: Callable[[int, Bill], bool] | None,
+        emit: Callable[[tuple[int, Reply | Failure]], None],
     ) -> None:
         due = iter(enumerate(requests))
+        over, ends = asyncio.Event(), []
 
         async def work(client: openai.AsyncOpenAI) -> None:
             for place, make in due:  # shared by all workers
-                emit((place, await self._reply(client, await asyncio.to_thread(make))))
+                if over.is_set():
+                    return
+                request = await asyncio.to_thread(make)
+                outcome, attempts, before = await self._insist(
+                    client, self.model, request, may and partial(may, place), over if may else None
+                )
+                if outcome is None:
+                    return
+                if isinstance(outcome, Reply):
+                    emit((place, replace(outcome, before=before)))
+                    continue
+                if why := self._ending(outcome, attempts):
+                    if may is None:
+                        raise InputError(why)
+                    ends.append(why)
+                    over.set()
+                emit((place, outcome.failure(attempts, before)))
 
         async with self._client() as client:
             workers = [asyncio.create_task(work(client)) for _ in range(min(self.concurrency, len(requests)))]
@@ -120,36 +157,51 @@ class Endpoint:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
+        if ends:
+            raise InputError(ends[0])
 
-    async def _reply(self, client: openai.AsyncOpenAI, request: Request) -> Reply | Failure:
-        outcome, attempts = await self._insist(client, self.model, request)
-        if isinstance(outcome, Reply):
-            return outcome
+    def _ending(self, outcome: Trouble, attempts: int) -> str:
+        """Why no further request can succeed after this one; empty where one can."""
         if outcome.gone:
-            raise InputError(
+            return (
                 f"{self.base_url}: no server answers there any more ({outcome.reason}, {attempts} attempts). "
                 "Start it again."
             )
-        return outcome.failure(attempts)
+        return outcome.ends_the_run
 
-    async def _insist(self, client: openai.AsyncOpenAI, model: str, request: Request) -> tuple[Reply | Trouble, int]:
-        """The outcome of the last attempt, and how many there were."""
-        attempt = 0
+    async def _insist(
+        self,
+        client: openai.AsyncOpenAI,
+        model: str,
+        request: Request,
+        may: Callable[[Bill], bool] | None = None,
+        over: asyncio.Event | None = None,
+    ) -> tuple[Reply | Trouble | None, int, Bill]:
+        """The outcome of the last attempt, how many there were, and the bill of those before it.
+
+        Args:
+            client: That sends.
+            model: Whom it is for.
+            request: What is asked.
+            may: As in `replies`. The outcome is None where it allows no first attempt.
+            over: Once it is set, nothing is tried again.
+        """
+        attempt, bill = 0, Bill()
+        outcome: Reply | Trouble | None = None
         while True:
-            attempt += 1
             if self._apart:
                 begins = max(now := time.monotonic(), self._due)
                 self._due = begins + self._apart
                 await asyncio.sleep(begins - now)
+            following = bill.plus(outcome) if isinstance(outcome, Trouble) else bill
+            if (over and over.is_set()) or (may and not await asyncio.to_thread(may, following)):
+                return outcome, attempt, bill
+            attempt, bill = attempt + 1, following
             outcome = await self._attempt(client, model, request)
-            if isinstance(outcome, Reply):
-                return outcome, attempt
-            if outcome.ends_the_run:
-                raise InputError(outcome.ends_the_run)
-            if not outcome.again or attempt > self.retries:
-                return outcome, attempt
+            if isinstance(outcome, Reply) or outcome.ends_the_run or not outcome.again or attempt > self.retries:
+                return outcome, attempt, bill
             wait = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # requests that met one fault part ways
-            await asyncio.sleep(max(wait, outcome.wait))
+            await _sleep(max(wait, outcome.wait), over)
 
     async def _attempt(self, client: openai.AsyncOpenAI, model: str, request: Request) -> Reply | Trouble:
         body = await self._json(partial(client.chat.completions.with_raw_response.create, model=model, **request))
@@ -166,6 +218,18 @@ class Endpoint:
         """
         outcome = self._read(body, max_tokens)
         return outcome if isinstance(outcome, Reply) else outcome.failure(1)
+
+    def read_error(self, status: int | None, body: Any) -> Failure:
+        """The failure of a request that a batch did not answer.
+
+        Args:
+            status: Of HTTP; None where it was not sent.
+            body: What is said of it, as JSON holds it.
+        """
+        said = words(body)
+        again = status is None or passes(status)
+        trouble = Trouble(self.line(f"HTTP {status}: {said}"), again, status=status)
+        return self._judged(trouble, json.dumps(body)).failure(1)
 
     def _read(self, body: Any, max_tokens: int) -> Reply | Trouble:
         outcome = read(body, max_tokens)
@@ -184,9 +248,20 @@ class Endpoint:
             model=reply.model and hidden(reply.model),
         )
 
-    def _judged(self, trouble: Trouble) -> Trouble:
-        """With what it means for the run."""
-        reason, ends = trouble.reason, ""
+    def _judged(self, trouble: Trouble, text: str = "") -> Trouble:
+        """With what it means for the run.
+
+        Args:
+            trouble: Of which the server's words are shortened.
+            text: All of them.
+        """
+        reason, ends, said = trouble.reason, "", text or trouble.reason
+        if trouble.status in (400, 403, 429) and NO_MONEY.search(said):
+            trouble = replace(trouble, status=402)  # which other servers send
+        elif trouble.status == 400 and NO_KEY.search(said):
+            trouble = replace(trouble, status=401)
+        elif trouble.status in (400, 403) and FILTER.search(said):
+            return replace(trouble, refused=True)
         if trouble.status in (401, 403):
             given = "the key in OPENAI_API_KEY" if self._key else "a request without a key"
             ends = f"{self.base_url}: the server refuses {given} ({reason}). Set OPENAI_API_KEY to one that it accepts."
@@ -230,8 +305,12 @@ class Endpoint:
                 model = served[0]
             elif model not in served:  # `transformers serve` lists what is cached, not what it serves: ask
                 hello: Request = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-                outcome, _ = await self._insist(client, model, hello)
-                if isinstance(outcome, Trouble) and outcome.status in (400, 404, 422):
+                outcome, _, _ = await self._insist(client, model, hello)
+                self.hello = outcome.came if isinstance(outcome, Trouble) else outcome
+                if isinstance(outcome, Trouble) and outcome.ends_the_run:
+                    raise InputError(outcome.ends_the_run)
+                refused = isinstance(outcome, Trouble) and outcome.status in (400, 404, 422)
+                if isinstance(outcome, Trouble) and refused and "max_completion_tokens" not in outcome.reason:
                     raise InputError(
                         f"{self.base_url}: it does not serve {model!r} ({outcome.reason}). "
                         f"It serves {names}; name one with model=."
@@ -262,25 +341,26 @@ class Endpoint:
             ) from error
         return AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=None, http_client=http)
 
-    def call(self, send: Callable[[openai.AsyncOpenAI], Awaitable[Any]], what: str) -> str:
+    def call(self, send: Callable[[openai.AsyncOpenAI], Awaitable[Any]], what: str, once: bool = False) -> str:
         """The body of a reply to any other request, tried as often as `replies` tries.
 
         Args:
             send: Makes the request, a raw response.
             what: It is for, in the message of an error.
+            once: Try it once, as what it makes must not be made twice.
 
         Raises:
             InputError: It cannot be had.
         """
-        (body,) = _in_background(partial(self._call, send, what))
+        (body,) = _in_background(partial(self._call, send, what, 0 if once else self.retries))
         return body
 
     async def _call(
-        self, send: Callable[[openai.AsyncOpenAI], Awaitable[Any]], what: str, emit: Callable[[str], None]
+        self, send: Callable[[openai.AsyncOpenAI], Awaitable[Any]], what: str, retries: int, emit: Callable[[str], None]
     ) -> None:
         async with self._client(LARGEST_FILE) as client:
             outcome: str | Trouble = ""
-            for attempt in range(self.retries + 1):
+            for attempt in range(retries + 1):
                 outcome = await self._text(partial(send, client))
                 if isinstance(outcome, str) or not outcome.again:
                     break
@@ -299,9 +379,11 @@ class Endpoint:
         try:
             return parsed(body.removeprefix("\ufeff"))
         except TwiceError as twice:
-            return Trouble(f"its reply says {self.line(str(twice), 60)!r} twice, with two values", again=True)
+            return Trouble(
+                f"its reply says {self.line(str(twice), 60)!r} twice, with two values", again=True, lost=True
+            )
         except ValueError:
-            return Trouble(f"its reply is no JSON: {self.line(body, 60)!r}", again=True)
+            return Trouble(f"its reply is no JSON: {self.line(body, 60)!r}", again=True, lost=True)
 
     async def _text(self, send: Callable[[], Awaitable[Any]]) -> str | Trouble:
         """The body of a reply, or a `Trouble`.
@@ -317,17 +399,18 @@ class Endpoint:
             async with asyncio.timeout(self.timeout):
                 return str((await send()).http_response.text)
         except TimeoutError:
-            return Trouble(f"no reply within {self.timeout:g} s", again=True)
+            return Trouble(f"no reply within {self.timeout:g} s", again=True, lost=True)
         except UnicodeEncodeError:
             return Trouble("the request holds half a character, which no server can be sent")
         except UnreadError as unread:
-            return Trouble(self.line(str(unread)), unread.again)
+            return Trouble(self.line(str(unread)), unread.again, lost=True)
         except openai.APIStatusError as refusal:
             return self._refused(refusal)
         except openai.APIConnectionError as failed:
             cause = failed.__cause__
             reason = self.line(f"the connection failed: {cause or failed}")
-            return Trouble(reason, again=True, gone=isinstance(cause, httpx2.ConnectError))
+            gone = isinstance(cause, httpx2.ConnectError)
+            return Trouble(reason, again=True, gone=gone, lost=not gone)
 
     def _refused(self, refusal: openai.APIStatusError) -> Trouble:
         status, text = refusal.status_code, refusal.response.text
@@ -339,9 +422,7 @@ class Endpoint:
         sent_on = refusal.response.headers.get("location", "").split("?")[0] if 300 <= status < 400 else ""
         if sent_on:
             reason = f"HTTP {status}"
-        if "insufficient_quota" in text:
-            status = 402  # which other servers send
-        return self._judged(Trouble(reason, again, wait, status, sent_on=sent_on))
+        return self._judged(Trouble(reason, again, wait, status, sent_on=sent_on), text)
 
     def without_key(self, text: str) -> str:
         """`text` with stars for the key: a server may say it back."""
@@ -541,6 +622,15 @@ def scaled(image: Image, min_pixels: int | None, max_pixels: int | None) -> Imag
 def _answer(reply: Reply, question: Question) -> Answer:
     text, stopped = cut(reply.text, question.until)
     return Answer(text.strip(), reply.tokens, stopped or not reply.cut)
+
+
+async def _sleep(seconds: float, over: asyncio.Event | None) -> None:
+    """Wait so long, or until it is over."""
+    if over is None:
+        await asyncio.sleep(seconds)
+        return
+    with suppress(TimeoutError):
+        await asyncio.wait_for(over.wait(), seconds)
 
 
 def _base_url(given: str) -> str:

@@ -15,19 +15,31 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import TEXT_BYTES, home, loads, read_bytes, whole_file
 from stllava_eval.images import decode, pixel_hash, read_image
-from stllava_train.conversations import Conversation, Encoder, Problem, image_file, read_conversations, records
+from stllava_train.conversations import (
+    Conversation,
+    Encoder,
+    Problem,
+    counted,
+    counted_about,
+    image_file,
+    read_files,
+    records,
+)
 from stllava_train.likeness import COPY, Gallery
 from stllava_train.recipe import SETS
+from stllava_train.record import read_picture, read_turns
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from stllava_train.pairs import Pair
 
 log = logging.getLogger("stllava_train")
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
-KINDS = ("form", "image", "length", "duplicate", "test image")
+KINDS = ("form", "image", "length", "duplicate", "contradiction", "test image")
 MAX_TOKENS = 2623  # the authors': 2048 ids with the image as one, and 575 more for an image of 576 vectors
 
 
@@ -44,6 +56,7 @@ def problems(
     encoder: Encoder | None = None,
     max_tokens: int = MAX_TOKENS,
     progress: bool = True,
+    report: Callable[[str], object] = lambda line: None,
 ) -> list[Found]:
     """Every problem, sorted by file and line.
 
@@ -55,21 +68,21 @@ def problems(
         encoder: Counts tokens; without one, lengths are not looked at.
         max_tokens: That a conversation may have, its image's vectors included.
         progress: Whether to draw a bar on stderr, where that is a terminal.
+        report: Gets one line, how many sound records there are and about how many images.
 
     Raises:
         InputError: A file is missing, a pipe or no JSON, or a prepared test split is not whole.
     """
-    sound: list[Conversation] = []
-    form: list[Problem] = []
+    read, form = read_files(files, images)
+    sound = [one for of in read for one in of]
+    report(f"read: {counted(sound)}")
     others: list[Conversation] = []
-    for file in files:
-        read, wrong = read_conversations(file, images)
-        sound, form = sound + read, form + wrong
-        others += _images_of_others(file, images, {conversation.place for conversation in read})
+    for file, of in zip(files, read, strict=True):
+        others += _images_of_others(file, images, {one.place for one in of})
     seen = _looked_at([*sound, *others], progress, _test_images(progress))
     everyone = [*sound, *others]
     found = {
-        "form": form + ids_in_two_files(sound),
+        "form": form,
         "image": _with_image(everyone, seen, lambda look: look.broken),
         "length": [] if encoder is None else _too_long(sound, encoder, max_tokens, progress),
         "duplicate": _duplicates(sound, seen),
@@ -80,7 +93,7 @@ def problems(
         for place, _ in records(file):
             order[place] = len(order)
     return sorted(
-        (Found(one.place, one.id, one.what, kind) for kind in KINDS for one in found[kind]),
+        (Found(one.place, one.id, one.what, kind) for kind in KINDS for one in found.get(kind, ())),
         key=lambda one: order[one.place],
     )
 
@@ -103,13 +116,14 @@ def pair_problems(
     encoder: Encoder | None = None,
     max_tokens: int = MAX_TOKENS,
     progress: bool = True,
+    report: Callable[[str], object] = lambda line: None,
 ) -> list[Found]:
     """As `problems`, of a file that `stllava-train pairs` wrote; what `stllava-train dpo` would refuse.
 
     Raises:
         InputError: As `problems`.
     """
-    from stllava_train.pairs import Pair, pair_of
+    from stllava_train.pairs import pair_of
 
     folder = file.parent if images is None else images
     found: list[Found] = []
@@ -135,6 +149,7 @@ def pair_problems(
             what = f"its id stands at {before} too. Give each record one of its own."
             found.append(Found(place, pair.id, what, "form"))
         sound.append((place, pair))
+    report(f"read: {counted_about('pair', [pair.image_sha256 for _, pair in sound])}")
     shown: list[tuple[Conversation, Pair]] = []
     for place, pair in sound:
         if (image := image_file(folder, pair.image)) is None:
@@ -142,6 +157,7 @@ def pair_problems(
             found.append(Found(place, pair.id, what, "image"))
         else:
             shown.append((Conversation(pair.id, image, ((pair.question, pair.chosen),), place), pair))
+    found += _repeated_pairs(sound)
     seen = _looked_at([one for one, _ in shown], progress, _test_images(progress))
     for one, pair in shown:
         assert one.image is not None
@@ -303,23 +319,15 @@ def _images_of_others(file: Path, images: Path | None, sound: set[str]) -> list[
     folder = file.parent if images is None else images
     found = []
     for place, record in records(file):
-        name = record.get("image") if isinstance(record, dict) else None
-        if place not in sound and isinstance(name, str) and (image := image_file(folder, name)):
+        if place in sound or not isinstance(record, dict):
+            continue
+        name = read_picture(record, read_turns(record, []), [])
+        if name is not None and (image := image_file(folder, name)):
             found.append(Conversation(str(record.get("id") or ""), image, (), place))
     return found
 
 
 # Records.
-
-
-def ids_in_two_files(conversations: Iterable[Conversation]) -> list[Problem]:
-    """Records whose id another record has before them."""
-    first: dict[str, str] = {}
-    return [
-        Problem(one.place, one.id, f"its id stands at {before} too. Give each record one of its own.")
-        for one in conversations
-        if (before := first.setdefault(one.id, one.place)) != one.place
-    ]
 
 
 def _duplicates(conversations: Iterable[Conversation], seen: dict[Path, _Look]) -> list[Problem]:
@@ -333,6 +341,32 @@ def _duplicates(conversations: Iterable[Conversation], seen: dict[Path, _Look]) 
         if (before := first.setdefault((pixels, one.rounds), one)) is not one:
             what = f"its image and rounds are those of {before.id} at {before.place}. Keep one of the two."
             found.append(Problem(one.place, one.id, what))
+    return found
+
+
+def _repeated_pairs(pairs: Iterable[tuple[str, Pair]]) -> list[Found]:
+    """Pairs about the same pixels that say again what one before them says, or the opposite; `pairs` with places.
+
+    Texts are compared without upper case and white space, as a reader does.
+    """
+    first: dict[tuple[str, str, str, str], tuple[str, str]] = {}
+    found = []
+    for place, pair in pairs:
+        question, chosen, rejected = (
+            " ".join(text.casefold().split()) for text in (pair.question, pair.chosen, pair.rejected)
+        )
+        about = pair.image_sha256, question
+        if before := first.get((*about, chosen, rejected)):
+            what = f"its image, question and answers are those of {before[0]} at {before[1]}. Keep one of the two."
+            found.append(Found(place, pair.id, what, "duplicate"))
+            continue
+        first[(*about, chosen, rejected)] = pair.id, place
+        if opposite := first.get((*about, rejected, chosen)):
+            what = (
+                f"its chosen and rejected answers are those of {opposite[0]} at {opposite[1]} the other way round. "
+                "Keep the one that is right, or neither."
+            )
+            found.append(Found(place, pair.id, what, "contradiction"))
     return found
 
 

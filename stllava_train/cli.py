@@ -7,7 +7,8 @@ import os
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,18 @@ from stllava_eval.errors import InputError, of_the_disk, printable
 from stllava_eval.home import local, read_bytes
 
 if TYPE_CHECKING:
+    from stllava_train.asking import Asked, Preset
     from stllava_train.candidates import Candidate, Settings
     from stllava_train.conversations import Encoder
     from stllava_train.data import Written
+    from stllava_train.ledger import Ledger
     from stllava_train.pairs import Options
+    from stllava_train.prices import Price
     from stllava_train.verdicts import Rule, Verdict
 
 DATASETS = ("vqarad", "slake", "pathvqa")
 OPENAI = "https://api.openai.com/v1"
+WHYS = 5  # reasons, and questions of each, that are shown for what is not scored (our choice)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -377,6 +382,12 @@ def _add_judge(commands: Any) -> None:
         default="ours",
         help="authors ask in one order and read the first line alone (default: ours)",
     )
+    judge.add_argument(
+        "--max-tokens", type=int, metavar="N", help="of a reply; those cut before are asked again (default: 1024)"
+    )
+    judge.add_argument(
+        "--reasoning", action="store_true", help="the judge thinks first: 8,192 more tokens, and no temperature"
+    )
     judge.add_argument("--repeat", type=int, default=1, metavar="N", help="times that the same is asked (default: 1)")
     judge.add_argument("--concurrency", type=int, default=16, metavar="N", help="requests at a time (default: 16)")
     judge.add_argument("--per-minute", type=float, metavar="N", help="requests a minute, at most (default: no limit)")
@@ -392,8 +403,8 @@ def _add_judge(commands: Any) -> None:
 
 
 def _judge(arguments: argparse.Namespace) -> int:
+    from stllava_train.asking import speaks_to_the_judge
     from stllava_train.candidates import read_candidates, sampled
-    from stllava_train.judge import speaks_to_the_judge
 
     if not arguments.judge and not arguments.human:
         raise InputError("--judge: none is named. Name a model, exact for sample images, or --human NAME.")
@@ -401,6 +412,8 @@ def _judge(arguments: argparse.Namespace) -> int:
         raise InputError("--engine ray: workers know of no budget, and a batch needs none. Leave one of them out.")
     if arguments.repeat < 1:
         raise InputError(f"--repeat {arguments.repeat}: nothing to ask. Give 1 or more.")
+    if arguments.max_tokens is not None and not 1 <= arguments.max_tokens < 10**6:
+        raise InputError(f"--max-tokens {arguments.max_tokens}: no limit of a reply. Give from 1 to 999,999.")
     manifest = _manifest_of_candidates(arguments.candidates)
     if not manifest["finished"]:
         raise InputError(f"{arguments.candidates}: it is not finished. Call `stllava-train candidates` again.")
@@ -423,68 +436,129 @@ def _judge(arguments: argparse.Namespace) -> int:
 
 def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Candidate], images: Path) -> bool:
     """Whether everything has a verdict now."""
-    from stllava_eval.server import Endpoint
-    from stllava_train import judge
+    from stllava_eval.server import THOUGHT
+    from stllava_train import judge, prices
+    from stllava_train.asking import PRESETS, questions
+    from stllava_train.exact import EXACT, exact_verdicts, sample_truths
     from stllava_train.verdicts import PERSON
 
-    preset = judge.PRESETS[arguments.preset]
-    asked = judge.questions(candidates, preset.both_orders, arguments.repeat)
+    preset = PRESETS[arguments.preset]
+    if arguments.max_tokens is not None:
+        preset = replace(preset, max_tokens=arguments.max_tokens)
+    if arguments.reasoning:
+        preset = replace(preset, thought=THOUGHT)
+    asked = questions(candidates, preset.both_orders, arguments.repeat)
     model, _, address = name.partition("@")
-    if model.startswith(PERSON) or (model == judge.EXACT and address):
+    if model.startswith(PERSON) or (model == EXACT and address):
         raise InputError(
             f"--judge {name}: exact has no server, and a name that begins with {PERSON} is a person's: --human NAME."
         )
-    price = judge.read_price(model, arguments.prices)
+    price = prices.read_price(model, arguments.prices)
     if arguments.dry_run:
-        print(judge.forecast(model, asked, images, price, preset.max_tokens))
+        print(prices.forecast(model, asked, images, price, sum(preset.room)))
         return True
-    if model == judge.EXACT:
-        truths = judge.sample_truths()
-        with judge.open_verdicts(arguments.out, arguments.candidates, arguments.preset) as ledger:
-            due = judge.still_due(asked, model, ledger)
-            counts = judge.judge(ledger, due, judge.exact_verdicts(due, truths))
-            judge.finish(ledger, candidates, counts.total() == len(due))
-    else:
-        how = {
-            "base_url": address or OPENAI,
-            "model": model,
-            "concurrency": arguments.concurrency,
-            "retries": arguments.retries,
-            "timeout": arguments.timeout,
-            "per_minute": arguments.per_minute,
-        }
-        by = judge.EndpointJudge(Endpoint(**how), preset, images, price)
-        with judge.open_verdicts(arguments.out, arguments.candidates, arguments.preset) as ledger:
-            due = judge.still_due(asked, model, ledger)
-            spent = sum(row["cost"] or 0.0 for row in ledger.rows.values())
-            left = None if arguments.budget is None else arguments.budget - spent
-            if arguments.batch:
-                verdicts = by.batch_verdicts(due, arguments.out.with_suffix(".batches.json"), ledger.rows, left)
-            elif arguments.engine == "ray":
-                from stllava_train.cluster import verdicts_by_ray
-
-                verdicts = verdicts_by_ray(due, preset, images, price, arguments.workers, how, by.name)
-            else:
-                verdicts = by.verdicts(due, left)
+    truths = sample_truths() if model == EXACT else {}
+    with judge.open_verdicts(arguments.out, arguments.candidates, arguments.preset) as ledger:
+        due = judge.still_due(asked, model, ledger, preset)
+        if model == EXACT:
+            verdicts: Iterable[Verdict] = exact_verdicts(due, truths)
+        else:
+            verdicts = _verdicts_of_a_server(model, address, arguments, preset, images, price, due, ledger)
+        try:
             counts = judge.judge(ledger, due, verdicts)
-            judge.finish(ledger, candidates, counts.total() == len(due) and not counts["failed"])
+        except (InputError, KeyboardInterrupt):  # the file is left as short as it can be, each verdict once
+            judge.finish(ledger, candidates, False)
+            raise
+        missing = len(due) - counts.total()
+        left = {"failed": counts["failed"], "not_asked": missing}
+        judge.finish(ledger, candidates, not missing and not counts["failed"], {model: left})
+        rows = [ledger.rows[one.key(model)] for one in due if one.key(model) in ledger.rows]
+        spent = prices.spent(ledger.rows.values())
+        estimated = sum(row.get("estimated", 0.0) for row in ledger.rows.values())
     print(printable(f"{arguments.out}: {model}: {_counted(counts.total(), 'new verdict')}"))
-    _print_counts(counts)
-    if missing := len(due) - counts.total():
-        print(printable(f"  not asked: {missing:,}. The same call goes on; with --budget, raise it."))
+    _print_outcomes(counts, rows)
+    if spent:
+        about = f", of which {estimated:.4f} is an estimate (see docs/preferences.md)" if estimated >= 5e-5 else ""
+        print(f"  cost of the file: {spent:.4f} USD{about}")
+    if missing:
+        state = "not answered yet" if arguments.batch else "not asked"
+        print(printable(f"  {state}: {missing:,}. The same call goes on; with --budget, raise it."))
     return not missing and not counts["failed"]
+
+
+def _verdicts_of_a_server(
+    model: str,
+    address: str,
+    arguments: argparse.Namespace,
+    preset: Preset,
+    images: Path,
+    price: Price | None,
+    due: Sequence[Asked],
+    ledger: Ledger,
+) -> Iterable[Verdict]:
+    """The verdicts of a model behind a server, which is not called where nothing is due."""
+    from stllava_eval.server import Endpoint
+    from stllava_train import judge, prices
+    from stllava_train.batches import batches_under_way
+    from stllava_train.verdicts import row_of
+
+    file = arguments.out.with_suffix(".batches.json")
+    under_way = batches_under_way(file, model)
+    if under_way and not arguments.batch:
+        raise InputError(
+            f"{file}: {under_way[0]} is under way, and its replies are paid. Call with --batch to read it."
+        )
+    if not due and not under_way:
+        return []
+    how = {
+        "base_url": address or OPENAI,
+        "model": model,
+        "concurrency": arguments.concurrency,
+        "retries": arguments.retries,
+        "timeout": arguments.timeout,
+        "per_minute": arguments.per_minute,
+    }
+    if arguments.engine == "ray":
+        from stllava_train.cluster import verdicts_by_ray
+
+        return verdicts_by_ray(due, preset, images, price, arguments.workers, how, model, ledger.rows)
+    by = judge.EndpointJudge(Endpoint(**how), preset, images, price)
+    left = None if arguments.budget is None else arguments.budget - prices.spent(ledger.rows.values(), model, price)
+
+    def mark(verdict: Verdict) -> None:
+        ledger.add([row_of(verdict)])
+
+    if arguments.batch:
+        return by.batch_verdicts(due, file, ledger.rows, left, mark)
+    return by.verdicts(due, left, ledger.rows, mark)
+
+
+def _print_outcomes(counts: Mapping[str, int], rows: Sequence[Mapping[str, Any]]) -> None:
+    """How many have each outcome, and why where nothing is scored."""
+    for outcome, number in counts.items():
+        print(printable(f"  {outcome}: {number:,}"))
+        whys: dict[str, list[str]] = {}
+        for row in rows:
+            if row["outcome"] == outcome and row["why"]:
+                whys.setdefault(row["why"], []).append(row["id"])
+        for why, ids in sorted(whys.items(), key=lambda item: -len(item[1]))[:WHYS]:
+            once = list(dict.fromkeys(ids))  # a question is asked in two orders
+            named = ", ".join(once[:WHYS]) + (", ..." if len(once) > WHYS else "")
+            print(printable(f"    {why}: {len(ids):,} ({named})"))
 
 
 def _judge_by_person(arguments: argparse.Namespace, candidates: Sequence[Candidate], images: Path) -> bool:
     from stllava_train import judge, person
+    from stllava_train.asking import questions
 
-    asked = len(judge.questions(candidates, both_orders=False))
+    asked = len(questions(candidates, both_orders=False))
     if arguments.dry_run:
         print(printable(f"{arguments.human}: {_counted(asked, 'question')}, on a local page"))
         return True
     with judge.open_verdicts(arguments.out, arguments.candidates, arguments.preset) as ledger:
         done = person.serve(candidates, images, ledger, arguments.human, port=arguments.port)
-        judge.finish(ledger, candidates, done == asked)
+        left = {f"human:{arguments.human}": {"failed": 0, "not_asked": asked - done}}
+        judge.finish(ledger, candidates, done == asked, left)
     print(printable(f"{arguments.out}: human:{arguments.human}: {done:,} of {_counted(asked, 'question')}"))
     return done == asked
 
@@ -897,8 +971,9 @@ def _add_check(commands: Any) -> None:
         "check",
         help="list everything that is wrong with training data",
         description="List every problem of files of conversations, or of one file of pairs: their form, images that "
-        "cannot be decoded, records that are too long, duplicates, and images that are in a prepared test split or "
-        "look like one of it. The exit code is 0 where there is none, 1 where there are some, 2 for a wrong call.",
+        "cannot be decoded, records that are too long, duplicates, pairs that contradict each other, and images that "
+        "are in a prepared test split or look like one of it. The exit code is 0 where there is none, 1 where there "
+        "are some, 2 for a wrong call.",
         epilog="examples:\n  stllava-train check data/train.json --images data/images\n"
         "  stllava-train check a.json b.jsonl --images images --checkpoint ZachSun/stllava-med-7b --write sound.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -947,7 +1022,8 @@ def _check(arguments: argparse.Namespace) -> int:
     paired = [file for file in files if is_pairs(file)]
     if paired and (len(files) > 1 or out):
         raise InputError(f"{paired[0]}: it holds pairs. Check it by itself, without --write.")
-    every = pair_problems(files[0], images, encoder, most) if paired else problems(files, images, encoder, most)
+    given = images, encoder, most, True, lambda line: print(line, file=sys.stderr)
+    every = pair_problems(files[0], *given) if paired else problems(files, *given)
     for problem in every:
         print(printable(str(problem)))
     if every:

@@ -14,7 +14,9 @@ from stllava_train.candidates import Settings, rows_of
 from stllava_train.verdicts import Verdict, verdict_of
 
 if TYPE_CHECKING:
-    from stllava_train.judge import Asked, Preset, Price
+    from stllava_train.asking import Asked, Preset
+    from stllava_train.ledger import Row
+    from stllava_train.prices import Price
 
 IMAGES, QUESTIONS = 64, 256  # of a batch: what a worker that dies has to do again (our choice)
 
@@ -45,6 +47,7 @@ def verdicts_by_ray(
     workers: int,
     endpoint: Mapping[str, Any],
     name: str,
+    earlier: Mapping[tuple[Any, ...], Row],
 ) -> Iterator[Verdict]:
     """As `EndpointJudge.verdicts`. Requests at a time and requests a minute are those of all workers together.
 
@@ -57,6 +60,8 @@ def verdicts_by_ray(
         endpoint: Arguments of `Endpoint`; the key is `$OPENAI_API_KEY` where the workers were started. It is not sent
             to them, because Ray writes what it sends into its logs.
         name: That verdicts bear.
+        earlier: As in `EndpointJudge.verdicts`. Requests are not marked as under way: what a worker that dies has asked
+            is not part of the cost.
 
     Raises:
         InputError: Ray is not installed, or a worker cannot do its work.
@@ -66,7 +71,12 @@ def verdicts_by_ray(
     if shared.get("per_minute"):
         shared["per_minute"] /= workers
     items = [
-        {"candidate": json.dumps(asdict(one.candidate)), "shown": list(one.shown), "repetition": one.repetition}
+        {
+            "candidate": json.dumps(asdict(one.candidate)),
+            "shown": list(one.shown),
+            "repetition": one.repetition,
+            "earlier": json.dumps(earlier.get(one.key(name))),
+        }
         for one in asked
     ]
     arguments = (preset, str(images.resolve()), price, shared, name)
@@ -102,17 +112,32 @@ class _Judge:
         from stllava_train.judge import EndpointJudge
 
         self.judge = EndpointJudge(Endpoint(**endpoint), preset, Path(images), price, name)
+        self.ended: InputError | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        from stllava_train.asking import Asked
         from stllava_train.candidates import Candidate
-        from stllava_train.judge import Asked
 
-        asked = []
-        for candidate, shown, repetition in zip(batch["candidate"], batch["shown"], batch["repetition"], strict=True):
+        asked, earlier = [], {}
+        columns = (batch[key] for key in ("candidate", "shown", "repetition", "earlier"))
+        for candidate, shown, repetition, row in zip(*columns, strict=True):
             made = json.loads(str(candidate))
             made["answers"] = tuple(made["answers"])
-            asked.append(Asked(Candidate(**made), (int(shown[0]), int(shown[1])), int(repetition)))
-        return {"row": [json.dumps(asdict(one)) for one in self.judge.verdicts(asked)]}
+            one = Asked(Candidate(**made), (int(shown[0]), int(shown[1])), int(repetition))
+            asked.append(one)
+            if (before := json.loads(str(row))) is not None:
+                earlier[one.key(self.judge.name)] = before
+        if self.ended is not None:
+            raise self.ended
+        rows = []
+        try:
+            for verdict in self.judge.verdicts(asked, earlier=earlier):
+                rows.append(json.dumps(asdict(verdict)))
+        except InputError as error:
+            if not rows:
+                raise
+            self.ended = error  # what came before it is paid, and handed on first
+        return {"row": rows}
 
 
 def _mapped(

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from stllava_eval.errors import InputError
 from stllava_eval.home import once, read_text
+from stllava_train.record import Turn, read_picture, read_turns, short, tags
 
 NOTHING, ANSWER, QUESTION = 0, 1, 2  # what a token is learnt as
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>")
+HALF = re.compile("[\ud800-\udfff]")  # a character cut in two
 ROLE = re.compile(r"\b(?:V?USER|ASSISTANT):")
-ROLES = {"human": "question", "gpt": "answer"}
-KEYS = ("conversations", "conversatons")  # LLaVA-Med's own files misspell it
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Conversation:
     """Questions and answers about one image, or about none.
 
     Attributes:
-        id: The record's own, of one file.
+        id: The record's own; with a number behind it where another conversation has the same, see `numbered`.
         image: The image's file, or None for text alone. It stands before the first question.
         rounds: (question, answer), stripped, without the image's tag.
         place: `FILE:LINE`, for messages; see `records`.
@@ -55,8 +57,11 @@ def read_conversations(file: Path, images: Path | None = None) -> tuple[list[Con
     """The sound records of `file`, in its order, and every problem of the others.
 
     The format is LLaVA's: a JSON array, or a record a line, of `{"id", "image", "conversations": [{"from": "human",
-    "value": ...}, {"from": "gpt", "value": ...}, ...]}`. Turns are stripped. As in the authors' `preprocess_multimodal`
-    the image comes first whatever the place of its tag in the first turn, and tags there count as one.
+    "value": ...}, {"from": "gpt", "value": ...}, ...]}`; or that of OpenAI, Qwen, trl, LLaMA-Factory and ms-swift:
+    `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], "images": [...]}`, where a
+    content is a text or parts of text and image. See `record`. Turns are stripped. As in the authors'
+    `preprocess_multimodal` the image comes first whatever the place of its tag in the first turn, and tags in a text
+    count as one. A record without `id` gets its number in the file.
 
     Args:
         file: JSON or JSONL.
@@ -65,22 +70,71 @@ def read_conversations(file: Path, images: Path | None = None) -> tuple[list[Con
     Raises:
         InputError: The file is missing, a pipe, no UTF-8 or no JSON, or holds no record.
     """
-    folder = file.parent if images is None else images
-    sound: list[Conversation] = []
-    problems: list[Problem] = []
-    first: dict[str, str] = {}
-    for place, record in records(file):
-        wrong: list[str] = []
-        conversation = _conversation(record, place, folder, wrong)
-        if conversation.id and (before := first.setdefault(conversation.id, place)) != place:
-            wrong.append(f"its id stands at {before} too. Give each record one of its own.")
-        if wrong:
-            problems += [Problem(place, conversation.id, what) for what in wrong]
-        else:
-            sound.append(conversation)
-    if not sound and not problems:
-        raise InputError(f"{file}: it holds no record. See docs/data.md for the format.")
+    (sound,), problems = read_files([file], images)
     return sound, problems
+
+
+def read_files(files: Sequence[Path], images: Path | None = None) -> tuple[list[list[Conversation]], list[Problem]]:
+    """The sound records of each file, and every problem of all. See `read_conversations`, and `numbered` for ids."""
+    read: list[list[Conversation]] = []
+    problems: list[Problem] = []
+    for file in files:
+        folder = file.parent if images is None else images
+        of: list[Conversation] = []
+        number = 0
+        for number, (place, record) in enumerate(records(file), 1):
+            wrong: list[str] = []
+            conversation = _conversation(record, number, place, folder, wrong)
+            problems += [Problem(place, conversation.id, what) for what in wrong]
+            if not wrong:
+                of.append(conversation)
+        if not number:
+            raise InputError(f"{file}: it holds no record. See docs/data.md for the format.")
+        read.append(of)
+    return numbered(read, problems), problems
+
+
+def numbered(read: Sequence[Sequence[Conversation]], problems: list[Problem]) -> list[list[Conversation]]:
+    """`read`, in which every conversation has an id of its own.
+
+    LLaVA's mix of 665k gives some 250,000 records the id of another one, which is their image's: `a`, `a-2`, `a-3` they
+    are here. A record whose image and rounds are those of another one of its id goes to `problems`, not into the list.
+    """
+    taken = {one.id for of in read for one in of}
+    said: dict[tuple[str, Path | None, tuple[tuple[str, str], ...]], str] = {}
+    times: Counter[str] = Counter()
+    found: list[list[Conversation]] = []
+    for of in read:
+        found.append([])
+        for one in of:
+            if before := said.get(key := (one.id, one.image, one.rounds)):
+                what = f"its id, image and rounds are those of {before}. Keep one of the two."
+                problems.append(Problem(one.place, one.id, what))
+                continue
+            said[key] = one.place
+            times[one.id] += 1
+            id = one.id
+            if times[one.id] > 1:
+                id = next(new for number in count(times[one.id]) if (new := f"{one.id}-{number}") not in taken)
+                taken.add(id)
+            found[-1].append(replace(one, id=id))
+    return found
+
+
+def counted(conversations: Sequence[Conversation]) -> str:
+    """How many, and about how many images, in words: a picture that is not there shows in these numbers.
+
+    >>> counted([Conversation("a", None, (), ""), Conversation("b", Path("0.png"), (), "")])
+    '2 conversations about 1 image (1 about none)'
+    """
+    return counted_about("conversation", [one.image for one in conversations])
+
+
+def counted_about(noun: str, images: Sequence[Path | str | None]) -> str:
+    """As `counted`; `images`: of each of the things that `noun` names, None where it has none."""
+    many, pictures, without = len(images), len({*images} - {None}), images.count(None)
+    line = f"{many:,} {noun}{'s' * (many != 1)} about {pictures:,} image{'s' * (pictures != 1)}"
+    return line + (f" ({without:,} about none)" if without else "")
 
 
 def records(file: Path) -> Iterator[tuple[str, Any]]:
@@ -131,34 +185,26 @@ def records(file: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{file}:{line}: no JSON ({what}). Mend the file or write it again.")
 
 
-def _conversation(record: Any, place: str, folder: Path, wrong: list[str]) -> Conversation:
-    """The record; what is wrong with it goes to `wrong`."""
+def _conversation(record: Any, number: int, place: str, folder: Path, wrong: list[str]) -> Conversation:
+    """The record, `number` from 1; what is wrong with it goes to `wrong`."""
     if not isinstance(record, dict):
-        wrong.append(f"it is {_short(record)}, not an object with id and conversations.")
+        wrong.append(f"it is {short(record)}, not an object with id and conversations.")
         return Conversation("", None, (), place)
-    name = record.get("id")
+    name = record.get("id", f"record-{number}")
     if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-        wrong.append(f"its id is {_short(name)}. Give it a text or a whole number.")
+        wrong.append(f"its id is {short(name)}. Give it a text or a whole number.")
         name = ""
+    turns = read_turns(record, wrong)
     image = None
-    if (given := record.get("image")) not in (None, ""):
-        if not isinstance(given, str) or "\0" in given:
-            wrong.append(f"its image is {_short(given)}, not the name of one file.")
-        elif (image := image_file(folder, given)) is None:
-            shown = given if len(given) <= 255 else _short(given)  # a longer one may be the image itself, as text
-            wrong.append(
-                f"its image {shown} is not in {folder}. Pass the folder of the images, or leave the record out."
-            )
-    turns = next((record[key] for key in KEYS if key in record), None)
-    if not isinstance(turns, list) or not turns:
-        wrong.append(f"its conversations are {_short(turns)}. Give a list of turns from human and gpt.")
-        turns = []
-    texts = [_turn(number, turn, bool(given), wrong) for number, turn in enumerate(turns)]
+    if (given := read_picture(record, turns, wrong)) is not None and (image := image_file(folder, given)) is None:
+        shown = given if len(given) <= 255 else short(given)  # a longer one may be the image itself, as text
+        wrong.append(f"its image {shown} is not in {folder}. Pass the folder of the images, or leave the record out.")
+    texts = [_text(number, turn, given is not None, wrong) for number, turn in enumerate(turns)]
     if turns and len(turns) % 2:
         wrong.append(f"it ends with turn {len(turns)}, a question without an answer. Add the answer, or drop the turn.")
     unordered = record.get("unordered", False)
     if not isinstance(unordered, bool):
-        wrong.append(f"its unordered is {_short(unordered)}. Give true or false, or leave it out.")
+        wrong.append(f"its unordered is {short(unordered)}. Give true or false, or leave it out.")
     return Conversation(str(name), image, tuple(zip(texts[::2], texts[1::2], strict=False)), place, bool(unordered))
 
 
@@ -170,37 +216,24 @@ def image_file(folder: Path, name: str) -> Path | None:
         return None
 
 
-def _turn(number: int, turn: Any, has_image: bool, wrong: list[str]) -> str:
-    """The text of a turn, `number` from 0."""
+def _text(number: int, turn: Turn, has_image: bool, wrong: list[str]) -> str:
+    """The text of a turn, `number` from 0, stripped and without the image's tag."""
     name = f"turn {number + 1}"
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        wrong.append(f"{name} is {_short(turn)}, not an object with from and value.")
-        return ""
-    due = tuple(ROLES)[number % 2]
-    if turn.get("from") != due:
-        wrong.append(f"{name} is from {_short(turn.get('from'))}, not from {due}. They take turns, human first.")
-    text = turn["value"]
-    if "<image>" in text:
-        if not has_image:
-            wrong.append(f"{name} holds <image> and the record names no image. Add its image, or take the tag out.")
-        elif number:
-            wrong.append(f"{name} holds <image>. It belongs into the first turn.")
-        text = text.replace("<image>", "")
-    text = text.strip()
-    if not text:
-        wrong.append(f"{name} is empty. Write the {ROLES[due]}, or drop its round.")
+    text = turn.text.replace("<image>", "").strip()
+    if not text and turn.role:
+        wrong.append(f"{name} is empty. Write the {turn.role}, or drop its round.")
     if named := [token for token in SPECIAL if token in text]:
         wrong.append(f"{name} holds {named[0]}, which the tokenizer would take for its own. Reword it.")
     if role := ROLE.search(text):
         wrong.append(f"{name} holds {role[0]}, which would read as the start of a turn. Reword it.")
-    if any("\ud800" <= sign <= "\udfff" for sign in text):
+    if others := tags(text):
+        cure = "Take it out: its image comes first." if has_image else "Name its image, or leave the record out."
+        wrong.append(
+            f"{name} holds {short(others[0])}, which stands for no image here and would be learnt as text. {cure}"
+        )
+    if HALF.search(text):
         wrong.append(f"{name} holds half a character. Mend its encoding.")
     return text
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def in_epoch(conversation: Conversation, seed: int, epoch: int) -> Conversation:

@@ -19,6 +19,7 @@ from stllava_eval.errors import InputError
 from stllava_eval.home import loads, read_json, whole_file
 from stllava_eval.images import opened
 from stllava_train.pmc import WORKERS, Fetched, Figure, fetch_figures, fetch_file
+from stllava_train.record import tags
 
 # `stage 1` splits a conversation at these: in a text they would end a turn or begin one, or call for a second image
 MARKS = ("</s>", "<image>", "VUSER:", "USER:", "ASSISTANT:")
@@ -187,6 +188,8 @@ def _trouble(question: str, answer: str) -> str | None:
         for mark in MARKS:
             if mark in text:
                 return f"{mark} in the {what}"
+        if others := tags(text):
+            return f"{others[0]} in the {what}"
         if re.search("[\ud800-\udfff]", text):
             return f"half a character in the {what}"
     return None

@@ -21,7 +21,7 @@ from stllava_eval.datasets import Row, read_rows
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import whole_file
 from stllava_eval.images import decode
-from stllava_train.recipe import DpoRecipe
+from stllava_train.recipe import DpoRecipe, check_prepared
 from stllava_train.training import first_process, read_trace
 
 if TYPE_CHECKING:
@@ -174,6 +174,7 @@ def questions(recipe: DpoRecipe) -> dict[str, list[Row]]:
     Raises:
         InputError: A split is not prepared, or lacks a kind.
     """
+    check_prepared(recipe.evaluate_on)
     return {name: _drawn(name, recipe.evaluate_questions) for name in recipe.evaluate_on}
 
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from stllava_eval.errors import InputError, one_line
@@ -37,6 +38,7 @@ class Ledger:
         self, path: Path, key: Callable[[Row], Any], decided_by: Mapping[str, Any], wait: bool = False
     ) -> None:
         self.path, self.key = path, key
+        self._lock = Lock()  # threads may add rows at the same time
         self.decided_by: Row = json.loads(json.dumps(decided_by))  # as it will be read back
         if path.suffix != ".jsonl":
             raise InputError(f"{path}: rows go to a file named .jsonl, its manifest beside it to .json. Rename it.")
@@ -77,15 +79,17 @@ class Ledger:
         rows = list(rows)
         if not rows:
             return
-        try:
-            self._file.write("".join(map(line, rows)).encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be written ({error.strerror}). Free some space; the same call goes on from here."
-            ) from error
-        self.rows |= {self.key(row): row for row in rows}
+        with self._lock:
+            try:
+                self._file.write("".join(map(line, rows)).encode())
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                raise InputError(
+                    f"{self.path}: cannot be written ({error.strerror}). Free some space; the same call goes on from "
+                    "here."
+                ) from error
+            self.rows |= {self.key(row): row for row in rows}
 
     def finish(self, order: Sequence[Any], finished: bool = True, **others: Any) -> None:
         """Write the rows anew in the order of these keys, others behind them as they came, and close the file.

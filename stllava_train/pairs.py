@@ -21,6 +21,7 @@ from stllava_train.candidates import Candidate
 from stllava_train.conversations import ROLE, SPECIAL, Conversation, image_file, records, uniform
 from stllava_train.data import SUFFIXES, safe_names
 from stllava_train.ledger import Ledger, Row, line, read_rows
+from stllava_train.record import tags
 from stllava_train.verdicts import Rule, Verdict, preferences
 
 FORMATS = ("trl", "authors", "llama-factory", "ms-swift")
@@ -122,7 +123,7 @@ def trouble(question: str, chosen: str, rejected: str) -> str | None:
     for name, text in (("question", question), ("chosen", chosen), ("rejected", rejected)):
         if not text:
             return f"empty {name}"
-        if marks := [mark for mark in (*SPECIAL, "<image>") if mark in text] + ROLE.findall(text):
+        if marks := [mark for mark in (*SPECIAL, "<image>") if mark in text] + ROLE.findall(text) + tags(text):
             return f"{marks[0]} in {name}"
         if re.search("[\ud800-\udfff]", text):
             return f"half a character in {name}"

@@ -17,8 +17,9 @@ from typing import Any
 
 from stllava_eval.errors import InputError
 from stllava_eval.images import decode, pixel_hash, read_image
+from stllava_train.asking import Asked, questions
 from stllava_train.candidates import Candidate
-from stllava_train.judge import Asked, now, questions
+from stllava_train.judge import now
 from stllava_train.ledger import Ledger, Row
 from stllava_train.verdicts import PERSON, Verdict, row_of, verdict_of
 

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from stllava_eval import __version__
 from stllava_eval.cli import TASKS
 from stllava_eval.errors import InputError, printable
 from stllava_eval.home import alone, read_json, refuse_file, write_json
+from stllava_train.ledger import read_rows
 from stllava_train.recipe import Training, read_dpo_recipe, read_pipeline, read_recipe
 
 STAGES = "stages.json"  # what each stage was made of, in the run's folder
@@ -38,6 +39,8 @@ class Stage:
         inputs: As JSON holds it: settings, and hashes of all that is read.
         made: The file that the next stages read; its hash is their input.
         resume: What the command needs to go on with what a kill has left; None where it goes on by itself.
+        bounds: As JSON holds it, what bounds how much of it is made, and does not decide what: a budget. Where
+            something was left out, it is gone on with once they have changed.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Stage:
     inputs: dict[str, Any]
     made: Path
     resume: str | None = None
+    bounds: dict[str, Any] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -90,7 +94,7 @@ class Pipeline:
     def _check(self) -> None:
         """All that can be wrong with a later stage, before the first."""
         from stllava_train.candidates import PRESETS, check_settings, images_in
-        from stllava_train.judge import EXACT
+        from stllava_train.exact import EXACT
         from stllava_train.recipe import changed
 
         recipe = self.recipe
@@ -176,12 +180,17 @@ class Pipeline:
                 candidates,
             )
             judges = [text for name in recipe.judges for text in ("--judge", name)]
-            how = ["--preset", recipe.judge_preset, *(["--budget", str(recipe.budget)] if recipe.budget else [])]
+            how = [
+                "--preset",
+                recipe.judge_preset,
+                *([] if recipe.budget is None else ["--budget", str(recipe.budget)]),
+            ]
             yield Stage(
                 f"round-{number}/judged",
                 ["judge", str(candidates), *judges, *how, "--out", str(judged)],
                 {"candidates": self.hash(candidates), "judges": list(recipe.judges), "preset": recipe.judge_preset},
                 judged,
+                bounds={"budget": recipe.budget},
             )
             options = [*recipe.pairs, "--seed", str(recipe.seed)]
             yield Stage(
@@ -226,25 +235,30 @@ class Pipeline:
         before = self.done.get(stage.name)
         inputs = json.loads(json.dumps(stage.inputs | {"version": __version__}))  # as it is read back
         known = before["made"] if before and before["inputs"] == inputs and "made" in before else None
-        if known and stage.made.exists() and self.hash(stage.made) == known:
+        more = before is not None and bool(before.get("left")) and before.get("bounds") != stage.bounds
+        if known and not more and stage.made.exists() and self.hash(stage.made) == known:
             print(printable(f"{stage.name}: done before, of the same inputs"))
             return 0
-        cut = before is not None and before["inputs"] == inputs and not known
+        cut = before is not None and before["inputs"] == inputs and (more or not known)
         evaluation = stage.command[0] == "run"
         begun = _read(place / "run.json") if cut else None
         if evaluation:  # its run.json is the last file it writes
             finished = begun is not None and (begun.get("checkpoint") or {}).get("sha256") == inputs["checkpoint"]
         else:
-            finished = begun is not None and bool(begun.get("finished"))
+            finished = begun is not None and bool(begun.get("finished")) and not more
         goes_on = finished or begun is not None if stage.resume else finished or not (evaluation and begun)
         moved = {} if cut and goes_on else self._set_aside(stage.name, place)
         self.done[stage.name] = {"inputs": inputs}
         self._remember()
+        left = 0
         if not finished:  # a kill can come between a stage's last file and our note of it
             command = [*stage.command[:1], *([stage.resume] if begun and stage.resume else []), *stage.command[1:]]
             shown = shlex.join(["stllava-eval" if evaluation else "stllava-train", *command])
             print(f"\n$ {printable(shown)}", flush=True)
-            if code := _evaluate(command) if evaluation else self.call(command):
+            code = _evaluate(command) if evaluation else self.call(command)
+            if code == 1 and stage.command[0] == "judge":
+                code, left = self._judged(command, stage)
+            if code:
                 if code == 2 and moved and not self._files(place):  # refused before it wrote anything
                     self._take_back(stage.name, moved, before)
                 elif code == 1:
@@ -253,9 +267,30 @@ class Pipeline:
         if not stage.made.exists():
             raise InputError(f"{stage.name}: {stage.made} was not written. Run the command above by itself.")
         self._hashes = {path: hash for path, hash in self._hashes.items() if not path.is_relative_to(self.out)}
-        self.done[stage.name]["made"] = self.hash(stage.made)
+        self.done[stage.name] |= {"made": self.hash(stage.made), "left": left, "bounds": stage.bounds}
         self._remember()
         return 0
+
+    def _judged(self, command: Sequence[str], stage: Stage) -> tuple[int, int]:
+        """(exit code, how many questions are left out) of a call of judges that did not judge everything.
+
+        Where no further call would judge more, the run goes on with what is judged: the budget is spent, or a second
+        call has failed at the same questions as the first.
+        """
+        failed, not_asked = _left(stage.made)
+        before = failed + 1
+        while failed and failed < before:
+            print("what failed is asked once more", file=sys.stderr)
+            if (code := self.call(list(command))) != 1:
+                return code, 0
+            before, (failed, not_asked) = failed, _left(stage.made)
+        if not failed + not_asked:
+            return 1, 0
+        whys = [f"{failed} failed twice"] * bool(failed) + [f"{not_asked} not asked, by the budget"] * bool(not_asked)
+        if not any(row.get("outcome") == "scored" for row in read_rows(stage.made)):
+            raise InputError(f"{stage.name}: nothing is judged ({', '.join(whys)}). Raise budget=, or see the judge.")
+        print(printable(f"{stage.name}: left out of the pairs: {', '.join(whys)}"))
+        return 0, failed + not_asked
 
     @staticmethod
     def _files(place: Path) -> list[Path]:
@@ -361,6 +396,12 @@ def _check_judge(name: str) -> None:
     if model.startswith(PERSON):
         raise InputError(f"judges: {name}: a person judges by `stllava-train judge --human`, not in a whole run.")
     Endpoint(base_url=address or OPENAI, model=model)
+
+
+def _left(judged: Path) -> tuple[int, int]:
+    """How many questions of all judges (failed, were not asked), by the manifest of the verdicts."""
+    left = (_read(judged.with_suffix(".json")) or {}).get("left") or {}
+    return sum(of.get("failed", 0) for of in left.values()), sum(of.get("not_asked", 0) for of in left.values())
 
 
 def _read(manifest: Path) -> dict[str, Any] | None:

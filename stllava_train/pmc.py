@@ -29,7 +29,7 @@ from stllava_eval import __version__
 from stllava_eval.datasets import Bounded
 from stllava_eval.errors import InputError
 from stllava_eval.home import loads, read_bytes, whole_file
-from stllava_eval.images import decode, read_image
+from stllava_eval.images import SeveralFramesError, decode, read_image
 
 # Since 2026 PMC hands out single files here, one folder for each version of an article:
 # https://pmc.ncbi.nlm.nih.gov/tools/pmcaws
@@ -276,6 +276,8 @@ def _keep(image: bytes | str, file: Path) -> str:
         raise _MissingError(image)
     try:
         decode(image)
+    except SeveralFramesError as error:
+        raise _MissingError("an image of several frames") from error
     except InputError as error:
         raise _MissingError("not a readable image") from error
     with whole_file(file) as unfinished:

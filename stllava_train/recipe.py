@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from stllava_eval.datasets import DATASETS, is_prepared, read_manifest
 from stllava_eval.errors import InputError
 from stllava_eval.home import read_text
 
@@ -267,6 +268,30 @@ class Whole:
     rounds: int
     tasks: tuple[str, ...]
     seed: int
+
+
+def check_prepared(evaluate_on: Sequence[str]) -> None:
+    """Raise where a data set's validation split is not prepared; the line says what can be evaluated on instead.
+
+    Args:
+        evaluate_on: Names of `SETS`.
+
+    Raises:
+        InputError: One is not prepared.
+    """
+    there = [name for name in evaluate_on if is_prepared(name, "validation")]
+    for name in evaluate_on:
+        if name in there:
+            continue
+        ways = []
+        if DATASETS[name].splits["validation"]:
+            ways.append(f"`stllava-eval prepare {name} --split validation --from DIR`")
+        of = [read_manifest(name, split) for split in ("train", "test") if is_prepared(name, split)]
+        if all(manifest.sample for manifest in of):  # a sample set is refused beside the real one
+            ways.append(f"`stllava-eval prepare {name} --sample`")
+        run = f"Run {' or '.join(ways)}, or pass" if ways else f"{DATASETS[name].title} has none. Pass"
+        can = f"evaluate_on=[{','.join(there)}]"
+        raise InputError(f"evaluate_on: {name} validation is not prepared. {run} {can} (to `all`: dpo.{can}).")
 
 
 SETS = ("vqarad", "slake", "pathvqa")

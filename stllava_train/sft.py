@@ -27,6 +27,7 @@ from stllava_train.conversations import (
     Encoded,
     Encoder,
     asked,
+    counted,
     in_epoch,
     uniform,
 )
@@ -263,29 +264,25 @@ def open_work(
             processes do not fit together.
     """
     from stllava_eval.network.checkpoint import open_checkpoint
-    from stllava_train.check import Images, ids_in_two_files, looked_at
-    from stllava_train.conversations import read_conversations
+    from stllava_train.check import Images, looked_at
+    from stllava_train.conversations import read_files
 
     rows_of(recipe, processes().num_processes)
-    conversations: list[Conversation] = []
-    data = []
-    for file in files:
-        sound, problems = read_conversations(file, images)
-        if problems:
-            more = f" ({len(problems) - 1} more: `{_check_call([file], images)}`)" if len(problems) > 1 else ""
-            raise InputError(f"{problems[0]}{more}")
-        conversations += sound
-        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        data.append({"file": file.name, "sha256": sha256, "conversations": len(sound)})
+    read, problems = read_files(files, images)
+    if problems:
+        more = f" ({len(problems) - 1} more: `{_check_call(files, images)}`)" if len(problems) > 1 else ""
+        raise InputError(f"{problems[0]}{more}")
+    conversations = [one for of in read for one in of]
+    data = [
+        {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "conversations": len(of)}
+        for file, of in zip(files, read, strict=True)
+    ]
     text = next((one for one in conversations if one.image is None), None)
     if text and recipe.language_model.train == "frozen":
         raise InputError(
             f"{text.place}: {text.id}: it has no image, and only parts that look at one are trained. Leave it out, or "
             "train the language model."
         )
-    if twice := ids_in_two_files(conversations):
-        more = f" ({len(twice)} ids stand twice)" if len(twice) > 1 else ""
-        raise InputError(f"{twice[0]}{more}")
     if steps_of(len(conversations), recipe) == 0:
         raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
     checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
@@ -327,7 +324,9 @@ def _check_call(files: Sequence[Path], images: Path | None) -> str:
 
 
 def train(work: SftWork, out: Path, resume: bool = False, progress: bool = True, wandb: bool = False) -> None:
-    """Train, and write the folder `out`. See `training.run`."""
+    """Train, and write the folder `out`. See `training.run`. What is learnt from is counted on stderr first."""
+    if progress and first_process():
+        print(counted(work.conversations), file=sys.stderr)
     run(work, make_trainer, out, resume, progress, wandb)
 
 
@@ -363,7 +362,7 @@ def report(work: SftWork) -> str:
     counts, recipe = work.counts, work.recipe
     learnt = counts.answer_tokens + counts.question_tokens
     lines = [
-        f"{counts.conversations} conversations about {counts.images} images, {counts.rounds} rounds",
+        f"{counted(work.conversations)}, {counts.rounds} rounds",
         f"{counts.tokens} tokens in the first epoch, the longest conversation {counts.longest}; learnt are {learnt} "
         f"({learnt / counts.tokens:.1%}): {counts.answer_tokens} of answers, {counts.question_tokens} of questions",
         f"{work.steps} steps of {recipe.batch} conversations: {recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}",

@@ -40,8 +40,15 @@ class Verdict:
         model: As the server names what answered, which can be a snapshot of what was asked for.
         date: UTC, ISO 8601; None of exact knowledge, which does not hang on it.
         prompt_sha256: Of the text put to the judge.
-        tokens: Of prompt and reply, as the server counts them.
-        cost: In USD; None where no price is known.
+        tokens: Of prompt and reply, as the server counts them, of all requests for this verdict.
+        cost: In USD, of all requests for this verdict, those that failed included; None where no price is known.
+        estimated: How much of `cost` is an estimate: of replies whose tokens the server did not count, and of requests
+            whose reply never came.
+        unsettled: The number of requests whose reply never came and that no reply has followed yet, such as one that
+            was under way when a kill came; and how much of `cost` they are, the most that they can have cost. With the
+            next reply to the same question, each is counted as much as that one. None where there is none.
+        cut_at: The limit in tokens, and the room to think on top of it, where it cut the reply before its scores.
+        batch: The batch of OpenAI's Batch API that a reply came with.
     """
 
     id: str
@@ -59,6 +66,10 @@ class Verdict:
     prompt_sha256: str | None
     tokens: tuple[int, int] | None
     cost: float | None
+    estimated: float = 0.0
+    unsettled: tuple[int, float] | None = None
+    cut_at: tuple[int, int] | None = None
+    batch: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -73,11 +84,11 @@ def verdict_of(row: Row) -> Verdict:
         ValueError: It is none.
     """
     try:
-        made = dict(row)
-        for name, length in (("shown", 2), ("scores", 2), ("tokens", 2)):
+        made: Row = {"estimated": 0.0, "unsettled": None, "cut_at": None, "batch": None} | row
+        for name in ("shown", "scores", "tokens", "unsettled", "cut_at"):
             if made[name] is not None:
                 made[name] = tuple(made[name])
-                if len(made[name]) != length:
+                if len(made[name]) != 2:
                     raise ValueError(f"{name}: {row[name]}")
         if not all(_is_number(one) for one in made["scores"] or ()):
             raise ValueError(f"scores: {str(made['scores'])[:60]}")
@@ -87,7 +98,11 @@ def verdict_of(row: Row) -> Verdict:
             ("shown", made["shown"] is not None and all(map(_is_count, made["shown"])) and len({*made["shown"]}) == 2),
             ("repetition", _is_count(made["repetition"])),
             ("tokens", made["tokens"] is None or all(map(_is_count, made["tokens"]))),
-            ("cost", made["cost"] is None or (_is_number(made["cost"]) and made["cost"] >= 0)),
+            ("cost", made["cost"] is None or _is_amount(made["cost"])),
+            ("estimated", _is_amount(made["estimated"])),
+            ("unsettled", made["unsettled"] is None or all(map(_is_amount, made["unsettled"]))),
+            ("cut_at", made["cut_at"] is None or all(map(_is_count, made["cut_at"]))),
+            ("batch", made["batch"] is None or isinstance(made["batch"], str)),
         ):
             if not right:
                 raise ValueError(f"{name}: {str(made[name])[:60]!r}")
@@ -100,6 +115,10 @@ def verdict_of(row: Row) -> Verdict:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
+
+
+def _is_amount(value: Any) -> bool:
+    return _is_number(value) and value >= 0
 
 
 def _is_count(value: Any) -> bool:

@@ -43,6 +43,7 @@ class FaultServer:
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}  # of the Batch API; see `answer_batches`
         self.keys: list[str | None] = []
+        self.bill: list[tuple[int, int]] = []  # tokens of prompt and reply of all that is not answered by an error
         self.most_at_once = self.replied = 0
         self.closing = threading.Event()
         self._lock = threading.Lock()
@@ -76,10 +77,10 @@ class FaultServer:
             lines = []
             for row in reversed(done):  # in no order
                 self.requests.append(row["body"])
-                choice = {"message": {"content": self.reply(row["body"])}, "finish_reason": "stop"}
-                usage = {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": 3}
-                body = {"model": SNAPSHOT, "choices": [choice], "usage": usage}
-                lines.append({"custom_id": row["custom_id"], "response": {"status_code": 200, "body": body}})
+                captured = _Captured(self)
+                said = self.reply(row["body"])
+                said(captured) if callable(said) else captured.says(said, usage=PROMPT_TOKENS)
+                lines.append({"custom_id": row["custom_id"], "response": captured.response})
             batch |= {"status": status, "output_file_id": self.keep(lines)}
             if expired:
                 error = {"code": expired, "message": "not within a day"}
@@ -109,11 +110,12 @@ class FaultServer:
             self.replied += 1  # before its first byte: the client may ask again before we come back from the last one
         if self.closing.is_set():
             hangs_up(handler)
-        elif fault:
-            fault(handler)
-        else:
-            said = self.reply(request)
-            said(handler) if callable(said) else handler.says(said, usage=PROMPT_TOKENS if self.reply != answer else 0)
+            return
+        said = fault or self.reply(request)
+        if fault in LOST or getattr(fault, "lost", False):  # it has thought, and bills it, and the reply is lost
+            told = self.reply(request)
+            self.bill.append((PROMPT_TOKENS, len(told.split()) if isinstance(told, str) else 0))
+        said(handler) if callable(said) else handler.says(said, usage=PROMPT_TOKENS if self.reply != answer else 0)
 
 
 def text(request: dict[str, Any]) -> str:
@@ -129,6 +131,27 @@ def answer(request: dict[str, Any]) -> str:
         return content
     url = content[0]["image_url"]["url"].removeprefix("data:image/png;base64,")
     return f"{content[-1]['text']} {PIL.Image.open(io.BytesIO(base64.b64decode(url))).getpixel((0, 0))}"
+
+
+def bills(server: FaultServer, status: int, body: Any) -> None:
+    """Put what a reply comes to on the bill."""
+    if status == 200 and isinstance(body, dict) and isinstance(usage := body.get("usage"), dict):
+        server.bill.append((usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)))
+
+
+class _Captured:
+    """In place of a connection: what would be sent, for the file of a batch."""
+
+    def __init__(self, server: FaultServer) -> None:
+        self.server, self.headers, self.faulty = self, {"Authorization": ""}, server
+        self.response: dict[str, Any] = {}
+
+    def sends(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        bills(self.faulty, status, body)
+        self.response = {"status_code": status, "body": body}
+
+    def says(self, *given: Any, **named: Any) -> None:
+        _Handler.says(self, *given, **named)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -178,6 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.sends(200, {"choices": [choice], "usage": counts} | ({"model": SNAPSHOT} if usage else {}))
 
     def sends(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        bills(self.server.faulty, status, body)
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         named = {"Content-Type": "application/json", "Content-Length": str(len(raw))} | (headers or {})
@@ -218,7 +242,12 @@ def refuses(status: int, message: str = "not now", **headers: str) -> Fault:
 
 def sends(body: bytes, status: int = 200) -> Fault:
     """These bytes, whatever they are."""
-    return lambda handler: handler.sends(status, body)
+
+    def fault(handler: _Handler) -> None:
+        handler.sends(status, body)
+
+    fault.lost = status == 200
+    return fault
 
 
 def completes(message: Any, finish: Any = "stop", usage: Any = None, **more: Any) -> Fault:
@@ -293,3 +322,6 @@ def slow_bytes(handler: _Handler) -> None:
     while not handler.server.faulty.closing.wait(0.02):
         handler.wfile.write(b" ")
         handler.wfile.flush()
+
+
+LOST = (silence, hangs_up, half_a_reply, slow_bytes)  # the reply was made, and does not come

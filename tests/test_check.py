@@ -10,7 +10,7 @@ from PIL import Image
 from test_likeness import COPIES, scan
 
 from stllava_eval.datasets import DATASETS, Row, write_split
-from stllava_train.check import looked_at, problems
+from stllava_train.check import looked_at, pair_problems, problems
 from stllava_train.cli import main
 from stllava_train.conversations import read_conversations
 
@@ -82,12 +82,12 @@ def test_the_same_image_and_rounds_under_two_ids_are_a_duplicate(folder):
 
 def test_records_on_one_line_are_told_apart_by_column(tested, capsys):
     file, out = tested / "data.json", tested / "sound.json"
-    file.write_text(json.dumps([record("a"), record("b", "2.png"), record("a", "0.png"), record("d", "1.png")]))
+    file.write_text(json.dumps([record("a"), record("b", "2.png"), record("a"), record("d", "1.png")]))
     starts = [match.start() + 1 for match in re.finditer(r'\{"id"', file.read_text())]
     assert main(["check", str(file), "--write", str(out)]) == 1
     assert capsys.readouterr().out.splitlines() == [
         f"{file}:1:{starts[1]}: b: its image is test image vqarad/synpic2.jpg, pixel for pixel. Leave it out.",
-        f"{file}:1:{starts[2]}: a: its id stands at {file}:1 too. Give each record one of its own.",
+        f"{file}:1:{starts[2]}: a: its id, image and rounds are those of {file}:1. Keep one of the two.",
         "2 problems in 2 records: 1 form, 1 test image",
         f"{out}: 2 records",
     ]
@@ -95,9 +95,10 @@ def test_records_on_one_line_are_told_apart_by_column(tested, capsys):
 
 
 def test_two_files_are_checked_as_one(folder):
-    one, other = write(folder, record("a"), name="x.json"), write(folder, record("a", answer="No."), name="b.json")
+    records = record("a"), record("a", answer="No.")
+    one, other = write(folder, records[0], name="x.json"), write(folder, *records, name="b.json")
     assert [str(problem) for problem in problems([one, other], progress=False)] == [
-        f"{other}:2: a: its id stands at {one}:2 too. Give each record one of its own."
+        f"{other}:2: a: its id, image and rounds are those of {one}:2. Keep one of the two."
     ]
 
 
@@ -113,8 +114,9 @@ def test_a_copy_of_a_test_image_is_reported_with_its_distance(tested):
     assert re.search(r"^2: a: its image looks like test image vqarad/synpic2.jpg \(distance 0.0\d\d of at most", found)
 
 
-def test_the_image_of_a_record_with_another_problem_is_looked_at_too(tested):
-    file = write(tested, record("a", "2.png", answer=""))
+@pytest.mark.parametrize("key", ["image", "image_path", "images"])
+def test_the_image_of_a_record_with_another_problem_is_looked_at_too(tested, key):
+    file = write(tested, record("a", answer="") | {key: "2.png"})
     assert [problem.kind for problem in problems([file], progress=False)] == ["form", "test image"]
 
 
@@ -155,6 +157,7 @@ def test_the_command_prints_problems_by_line_and_counts_them(tested, capsys):
         "3 problems in 3 records: 1 form, 1 duplicate, 1 test image",
     ]
     assert "lengths are not counted: name the model" in printed.err
+    assert "read: 3 conversations about 1 image (2 about none)\n" in printed.err
 
 
 def test_write_keeps_the_sound_records_unchanged(tested, capsys):
@@ -232,6 +235,42 @@ def test_real_leaks_are_found(shared, home):
 # --- pairs ----------------------------------------------------------------------------------------------------------
 
 
+def test_pairs_that_repeat_or_contradict_another_are_found_under_whatever_id(tmp_path, home):
+    from stllava_eval.images import decode, pixel_hash
+
+    for name, shade in (("a.png", 1), ("copy.bmp", 1), ("b.png", 2)):
+        Image.new("RGB", (8, 8), (shade, 0, 0)).save(tmp_path / name)
+    sha256 = {name: pixel_hash(decode((tmp_path / name).read_bytes())) for name in ("a.png", "copy.bmp", "b.png")}
+    rows = [
+        ("0", "a.png", "Left.", "Right."),
+        ("1", "copy.bmp", "right.", "LEFT."),  # the opposite, in other letters about a copy
+        ("2", "a.png", "Left. ", "Right."),
+        ("3", "b.png", "Right.", "Left."),  # another image
+        ("4", "a.png", "Left.", "Below."),  # other answers
+        ("5", "a.png", "Right.", "Left."),  # the opposite, and what 1 says
+    ]
+    file = tmp_path / "pairs.jsonl"
+    known = {"question": "Where?", "margin": None, "judges": []}
+    file.write_text(
+        "".join(
+            json.dumps(
+                {"id": id, "image": image, "image_sha256": sha256[image], "chosen": one, "rejected": two, **known}
+            )
+            + "\n"
+            for id, image, one, two in rows
+        )
+    )
+    read: list[str] = []
+    found = pair_problems(file, progress=False, report=read.append)
+    opposite, again = "the other way round. Keep the one that is right, or neither.", "Keep one of the two."
+    assert [(str(one), one.kind) for one in found] == [
+        (f"{file}:2: 1: its chosen and rejected answers are those of 0 at {file}:1 {opposite}", "contradiction"),
+        (f"{file}:3: 2: its image, question and answers are those of 0 at {file}:1. {again}", "duplicate"),
+        (f"{file}:6: 5: its image, question and answers are those of 1 at {file}:2. {again}", "duplicate"),
+    ]
+    assert read == ["read: 6 pairs about 2 images"]
+
+
 def test_every_problem_of_a_file_of_pairs_is_told_by_line(tmp_path, prepared, checkpoint, capsys):
     from stllava_eval.datasets import read_rows
     from stllava_eval.images import decode, pixel_hash
@@ -254,7 +293,9 @@ def test_every_problem_of_a_file_of_pairs_is_told_by_line(tmp_path, prepared, ch
         {"id": "0"},
         {"img": "a.png"},
     ]
-    rows = [good | {"id": str(number)} | change for number, change in enumerate(changes)]
+    rows = [
+        good | {"id": str(number), "question": f"Where is {number}?"} | change for number, change in enumerate(changes)
+    ]
     file = tmp_path / "pairs.jsonl"
     file.write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode() + b'{"id": "cut\n\xff\n[1]\n')
     assert main(["check", str(file), "--checkpoint", str(checkpoint), "--max-tokens", "600"]) == 1

@@ -16,7 +16,9 @@ from stllava_train.conversations import (
     Conversation,
     Encoder,
     asked,
+    counted,
     read_conversations,
+    read_files,
 )
 
 
@@ -196,9 +198,11 @@ def test_records_may_stand_a_line_each(folder):
             record("Q?", "A.", image="data:image/png;base64," + "iVBO" * 2000), "is not in ", id="the image as text"
         ),
         pytest.param(record("Q?", "A.", image="x\0.png"), r"x\\u0000\.png\", not the name of one file", id="a null"),
-        pytest.param(record("Q?", "A.", image=["x.png"]), r"its image is \[\"x.png\"\], not the name", id="two images"),
+        pytest.param(record("Q?", "A.", image=7), "its image is 7, not the name of one file", id="a number"),
         pytest.param(record("Q?", "A.", id=None), "its id is null. Give it a text", id="no id"),
-        pytest.param(record("Q?", "A.", id="sound"), "its id stands at .*data.json:2 too", id="an id twice"),
+        pytest.param(
+            record("Q?", "A.", id="sound"), "its id, image and rounds are those of .*data.json:2. Keep", id="one twice"
+        ),
         pytest.param({"id": "a"}, "its conversations are null. Give a list", id="no conversations"),
         pytest.param({"id": "a", "conversations": ["x"]}, 'turn 1 is "x", not an object', id="no turn"),
         pytest.param(record("Q?", "\ud800"), "turn 2 holds half a character", id="half a character"),
@@ -222,6 +226,243 @@ def test_a_record_with_a_problem_is_not_read(folder, one, expected):
 def test_turns_out_of_order_are_refused(folder, turns, expected):
     one = {"id": "a", "conversations": [{"from": role, "value": text} for role, text in turns]}
     assert any(expected in problem for problem in problems(folder, one))
+
+
+# pictures -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["image", "images", "image_path", "imagePath", "image_file", "Image", "img", "image_url", "file_name", "media"],
+)
+@pytest.mark.parametrize("of", [str, lambda name: [name], lambda name: {"path": name}, lambda name: f"file://{name}"])
+def test_a_key_that_names_a_picture_is_read(folder, key, of):
+    named = of(str(folder / "x.png"))
+    ((one,), found) = read_conversations(write(folder, record("<image>\nQ?", "A.", **{key: named})))
+    assert (one.image, one.rounds, found) == (folder / "x.png", (("Q?", "A."),), [])
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], {}])
+def test_a_key_for_pictures_without_one_is_text_alone(folder, nothing):
+    ((one,), _) = read_conversations(write(folder, record("Q?", "A.", images=nothing)))
+    assert one.image is None
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        pytest.param({"images": ["x.png", "y.png"]}, r'names 2 pictures \("x.png", "y.png"\), and one', id="two"),
+        pytest.param({"image": "x.png", "img": "y.png"}, "names 2 pictures", id="two keys"),
+        pytest.param({"image_path": "y.png"}, "its image y.png is not in ", id="a file that is not there"),
+        pytest.param({"image_url": "https://a.org/x.png"}, "is a web address. Download it", id="an address"),
+        pytest.param({"images": [{"bytes": "iVBO"}]}, r"its images is \{.*, not the name of one file", id="bytes"),
+        pytest.param({"scan": "x.png"}, 'its scan is "x.png", which names a picture that is not read', id="scan"),
+        pytest.param({"xray_file": "a/x.dcm"}, "its xray_file is .*, which names a picture", id="a DICOM file"),
+        pytest.param({"meta": {"study": ["x.png"]}}, "its meta is .*, which names a picture", id="deep inside"),
+        pytest.param({"image_id": 7}, "its image_id is 7, which names a picture", id="an id of an image"),
+        pytest.param({"videos": ["x.mp4"]}, "its videos is .*, which names a picture", id="a video"),
+        pytest.param({"content64": "iVBORw0KGgo" * 9}, "its content64 is .*, which names a picture", id="base64"),
+        pytest.param({"image": "x.png", "image2": "b/x.png", "image3": "y.png"}, "its image3 is .*, which", id="third"),
+        pytest.param({"image": "x.png", "image2": "y.png"}, "its image2 is .*, which names a picture", id="a second"),
+        pytest.param({"image": "x.png", "videos": ["x2.mp4"]}, "its videos is ", id="a video beside a picture"),
+    ],
+)
+def test_a_picture_that_would_not_be_shown_is_refused(folder, others, expected):
+    import re
+
+    assert any(re.search(expected, problem) for problem in problems(folder, record("Q?", "A.", **others)))
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"image_id": 7, "image_size": [4, 4]},
+        {"image_url": "https://a.org/1234.png"},
+        {"file_name": "x.png"},
+        {"domain": {"chest_xray": True}, "source": "PMC1", "history": "cough", "label": 0, "framework": "x"},
+    ],
+)
+def test_what_is_said_about_a_picture_that_is_shown_is_let_pass(folder, others):
+    ((one,), found) = read_conversations(write(folder, record("Q?", "A.", image="x.png", **others)))
+    assert (one.image, found) == (folder / "x.png", [])
+
+
+FOREIGN_TAGS = (
+    *("<IMAGE>", "<Image>", "<image1>", "<image 1>", "<image_1>", "<img>", "</img>", "<|image_pad|>", "<ImageHere>"),
+    *("<|vision_start|>", "<|video_pad|>", "<image_placeholder>", "[IMG]", "[IMG_END]", "<|image_1|>", "<|image|>"),
+    *("<start_of_image>", "<IMG_CONTEXT>", "<im_patch>", "</image>", "<video>", "<img src='x.png'/>", "![a](x.png)"),
+    *("<fake_token_around_image>", "<|im_start|>", "data:image/png;base64,iVBO", "&lt;image&gt;", "{image}"),
+)
+
+
+@pytest.mark.parametrize("tag", FOREIGN_TAGS)
+def test_another_familys_tag_in_a_text_is_refused_with_and_without_a_picture(folder, tag):
+    (without,) = problems(folder, record(f"{tag}\nQ?", "A."))
+    assert "turn 1 holds " in without
+    assert without.endswith("would be learnt as text. Name its image, or leave the record out.")
+    (beside,) = problems(folder, record(f"<image>\n{tag} Q?", "A.", image="x.png"))
+    assert beside.endswith("Take it out: its image comes first.")
+    assert any("turn 2 holds " in problem for problem in problems(folder, record("Q?", f"A {tag}")))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["p<0.05 in the image, n>3?", "Is this <b>bold</b>?", "Image [1] shows what?", "HU < 30 and > 10?", "A {b} c?"],
+)
+def test_signs_of_ordinary_text_are_no_tags(folder, text):
+    assert read_conversations(write(folder, record(text, "A.")))[0][0].rounds == ((text, "A."),)
+
+
+def test_a_tag_without_a_picture_is_not_answered_with_a_way_into_text_alone(folder):
+    (found,) = problems(folder, record("<image>\nQ?", "A."))
+    assert found == ("turn 1 holds <image> and the record names no image. Add its image, or leave the record out.")
+
+
+# other layouts ------------------------------------------------------------------------------------------------------
+
+QUESTION_TEXT = {"type": "text", "text": "Where?"}
+PLACE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("content", "others"),
+    [
+        pytest.param("<image>Where?", {"images": ["x.png"]}, id="ms-swift, LLaMA-Factory"),
+        pytest.param([PLACE, QUESTION_TEXT], {"images": ["x.png"]}, id="trl"),
+        pytest.param([PLACE | {"text": None}, QUESTION_TEXT | {"image": None}], {"images": ["x.png"]}, id="Arrow"),
+        pytest.param([{"type": "image", "image": "x.png"}, QUESTION_TEXT], {}, id="Qwen"),
+        pytest.param([QUESTION_TEXT, {"type": "image", "path": "x.png"}], {}, id="transformers"),
+        pytest.param([{"type": "image_url", "image_url": {"url": "x.png"}}, QUESTION_TEXT], {}, id="OpenAI"),
+        pytest.param([{"type": "input_image", "image_url": "x.png"}, QUESTION_TEXT], {}, id="OpenAI's responses"),
+        pytest.param([{"image": "x.png"}, {"text": "Where?"}], {}, id="Qwen's first"),
+        pytest.param([PLACE, "Where?"], {"image": "x.png"}, id="a text as a part"),
+        pytest.param([{"type": "text", "text": "Where?", "image": "x.png"}], {}, id="both in one part"),
+    ],
+)
+def test_messages_are_read_as_conversations_are(folder, content, others):
+    turns = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": "Left."}]},
+    ]
+    ((one,), found) = read_conversations(write(folder, {"messages": turns, **others}))
+    assert found == []
+    assert (one.id, one.image, one.rounds) == ("record-1", folder / "x.png", (("Where?", "Left."),))
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        pytest.param([[PLACE, QUESTION_TEXT], "A."], "turn 1 holds <image> and the record names no", id="no picture"),
+        pytest.param([[{"type": "video", "video": "x.mp4"}, QUESTION_TEXT], "A."], "turn 1 has the part ", id="video"),
+        pytest.param([[{"type": "image", "url": "https://a.org/x.png"}, QUESTION_TEXT], "A."], "web address", id="web"),
+        pytest.param([["Q?", {"type": "image", "image": "x.png"}, PLACE], "A."], "holds 2 images", id="two places"),
+        pytest.param(["Q?", "A.", [{"type": "image", "image": "x.png"}, "B?"], "C."], "turn 3 holds an", id="late"),
+        pytest.param(["Q?", [{"type": "image", "image": "x.png"}, "A."]], "turn 2 holds an image", id="an answer's"),
+    ],
+)
+def test_parts_that_would_be_dropped_are_refused(folder, turns, expected):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[number % 2], "content": content} for number, content in enumerate(turns)]
+    assert any(expected in problem for problem in problems(folder, {"id": "a", "messages": messages}))
+
+
+def test_a_picture_that_a_turn_names_is_the_records(folder):
+    one = record("Q?", "A.")
+    one["conversations"][0]["image"] = "x.png"
+    assert read_conversations(write(folder, one))[0][0].image == folder / "x.png"
+    one["conversations"][0] = {"from": "human", "value": "Q?", "scan": "x.png"}
+    assert problems(folder, one)[0].startswith('turn 1\'s scan is "x.png", which names a picture that is not read.')
+    late = record("Q?", "A.", "B?", "C.")
+    late["conversations"][2]["images"] = ["x.png"]
+    assert problems(folder, late) == ["turn 3 holds an image. It belongs into the first turn."]
+
+
+@pytest.mark.parametrize(
+    "first", [{"role": "system", "content": "Be brief."}, {"from": "system", "value": "Be brief."}]
+)
+def test_a_system_text_is_refused(folder, first):
+    expected = 'its system text is "Be brief.", and the template has one of its own. Put it into the first question'
+    one = record("Q?", "A.")
+    one["conversations"].insert(0, first)
+    assert [problem[: len(expected)] for problem in problems(folder, one)] == [expected]
+    assert problems(folder, record("Q?", "A.", system="Be brief."))[0].startswith(expected)
+
+
+def test_an_empty_system_text_changes_nothing(folder):
+    one = record("Q?", "A.", system="")
+    one["conversations"].insert(0, {"from": "system", "value": ""})
+    assert read_conversations(write(folder, one))[0][0].rounds == (("Q?", "A."),)
+
+
+@pytest.mark.parametrize(
+    ("turn", "fields", "expected"),
+    [
+        pytest.param(1, {"loss": False}, "turn 2's loss is false, and every answer is learnt", id="ms-swift"),
+        pytest.param(1, {"weight": 0}, "turn 2's weight is 0, and every answer", id="OpenAI"),
+        pytest.param(1, {"weight": 0.5}, "turn 2's weight is 0.5, and every answer", id="half"),
+        pytest.param(1, {"weight": "0"}, 'turn 2\'s weight is "0", and every', id="as text"),
+        pytest.param(1, {"loss_mask": [1, 0]}, r"turn 2's loss_mask is \[1, 0\], and every", id="a mask of tokens"),
+        pytest.param(1, {"train": False}, "turn 2's train is false", id="axolotl"),
+        pytest.param(1, {"lossWeight": 2}, "turn 2's lossWeight is 2", id="another spelling"),
+        pytest.param(0, {"loss": True}, "turn 1's loss is true, and the recipe's sq_r draws which", id="a question"),
+        pytest.param(None, {"weight": 3}, "its weight is 3, and every answer", id="of the record"),
+        pytest.param(None, {"sample_weight": 0.1}, "its sample_weight is 0.1", id="sample weight"),
+        pytest.param(
+            1, {"reasoning_content": "x"}, 'turn 2\'s reasoning_content is "x", which would not', id="thoughts"
+        ),
+        pytest.param(0, {"ask": False}, "turn 1's ask is false, and the recipe's sq_r", id="our template's own flag"),
+        pytest.param(1, {"content": "B."}, "turn 2 has value and content", id="two texts"),
+        pytest.param(None, {"repeat": 3}, "its repeat is 3", id="more often"),
+        pytest.param(None, {"tools": ["x"]}, "its tools is .*, which would not be learnt", id="tools"),
+        pytest.param(None, {"history": [["a", "b"]]}, "its history is ", id="earlier rounds"),
+        pytest.param(None, {"rejected_response": "x"}, "its rejected_response is .*pairs --from", id="a pair"),
+        pytest.param(None, {"messages": [{"role": "user"}]}, "it has conversations and messages", id="two lists"),
+    ],
+)
+def test_what_would_change_training_and_is_not_read_is_named(folder, turn, fields, expected):
+    import re
+
+    one = record("Q?", "A.")
+    (one if turn is None else one["conversations"][turn]).update(fields)
+    assert any(re.search(expected, problem) for problem in problems(folder, one))
+
+
+@pytest.mark.parametrize("fields", [{"loss": True}, {"weight": 1}, {"weight": 1.0}, {"loss": None}, {"train": "true"}])
+def test_what_says_what_is_done_anyway_is_let_pass(folder, fields):
+    one = record("Q?", "A.")
+    one["conversations"][1].update(fields)
+    assert len(read_conversations(write(folder, one))[0]) == 1
+
+
+# ids ----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_id_that_comes_again_with_another_conversation_gets_a_number(folder):
+    answers = [("a", "1."), ("a", "2."), ("a-2", "3."), ("a", "4."), ("a", "2.")]
+    file = write(folder, *(record("Q?", answer, id=id) for id, answer in answers))
+    sound, found = read_conversations(file)
+    assert [(one.id, one.rounds[0][1]) for one in sound] == [("a", "1."), ("a-3", "2."), ("a-2", "3."), ("a-4", "4.")]
+    assert [str(one) for one in found] == [
+        f"{file}:6: a: its id, image and rounds are those of {file}:3. Keep one of the two."
+    ]
+
+
+def test_ids_of_several_files_are_numbered_together(folder):
+    file, other = write(folder, record("Q?", "1."), record("Q?", "2.")), folder / "other.json"
+    other.write_text(json.dumps([record("Q?", "2."), record("Q?", "3.")]))
+    read, found = read_files([file, other])
+    assert [[one.id for one in of] for of in read] == [["a", "a-2"], ["a-3"]]
+    assert [one.place for one in found] == [f"{other}:1"]
+
+
+def test_what_was_read_is_counted_with_its_pictures(folder):
+    some = [record("Q?", f"{number}.", image="x.png", id=number) for number in range(3)]
+    sound, _ = read_conversations(write(folder, *some, record("Q?", "A."), record("R?", "A.")))
+    assert counted(sound) == "5 conversations about 1 image (2 about none)"
+    assert counted(sound[:3]) == "3 conversations about 1 image"
+
+
+# files --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -275,3 +516,13 @@ def test_a_checkpoint_without_the_templates_is_refused_with_what_can_be_done(pro
     Mistral.chat_template = {"default": "", "v1": ""}
     with pytest.raises(InputError, match=r"template 'v1_sq': the checkpoint has default, v1\. Choose v1\."):
         Encoder(Mistral(), "v1_sq", 4)
+
+
+def test_files_of_one_name_in_two_folders_are_two_pictures(folder):
+    """As SLAKE's are: each is called source.jpg."""
+    (folder / "a").mkdir()
+    (folder / "a" / "source.png").write_bytes((folder / "x.png").read_bytes())
+    one = record("Q?", "A.", image="a/source.png", image_before="b/source.png")
+    assert problems(folder, one)[0].startswith("its image_before is ")
+    ((read,), _) = read_conversations(write(folder, record("Q?", "A.", image="a/source.png", image_raw="a/source.dcm")))
+    assert read.image == folder / "a" / "source.png"

@@ -96,6 +96,7 @@ def test_rows_that_would_break_a_conversation_are_left_out_and_listed(home, tmp_
         row("6", "a", answer="VUSER: and you?"),
         row("7", "a", "ASSISTANT: what?"),
         row("8", "a", answer=""),
+        row("9", "a", "<|image_pad|>What?"),
     )
     written = write_vqa("vqarad", tmp_path)
     assert written.left_out == {
@@ -106,6 +107,7 @@ def test_rows_that_would_break_a_conversation_are_left_out_and_listed(home, tmp_
         "USER: in the answer": ["5"],
         "VUSER: in the answer": ["6"],
         "ASSISTANT: in the question": ["7"],
+        "<|image_pad|> in the question": ["9"],
     }
     assert (written.images, written.questions) == (1, 1)
     assert [file.name for file in (tmp_path / "images" / "vqarad").iterdir()] == ["a.png"]

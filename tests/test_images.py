@@ -12,11 +12,12 @@ import zlib
 import numpy as np
 import PIL.Image
 import PIL.ImageFile
+import PIL.TiffImagePlugin
 import pytest
 
 from stllava_eval import images
 from stllava_eval.errors import InputError
-from stllava_eval.images import FORMATS, PIXELS, decode, opened, read_image, rgb, truncated_refused
+from stllava_eval.images import FORMATS, PIXELS, SeveralFramesError, decode, opened, read_image, rgb, truncated_refused
 
 NOISE = np.random.default_rng(0).integers(0, 256, (30, 40, 4), np.uint8)
 COLOURS = PIL.Image.fromarray(NOISE[..., :3])
@@ -53,6 +54,56 @@ def test_a_jpeg_with_a_second_picture_behind_it_as_telephones_write_it_is_opened
     with PIL.Image.open(io.BytesIO(both)) as theirs:
         assert (theirs.format, theirs.n_frames) == ("MPO", 2)
     assert decode(both).tobytes() == decode(encoded(COLOURS, "JPEG", quality=100)).tobytes()
+
+
+FRAMES = [COLOURS, COLOURS.rotate(180), COLOURS.rotate(90)]
+
+
+@pytest.mark.parametrize("format", ["TIFF", "GIF", "PNG", "WEBP"])
+def test_a_file_of_several_frames_is_refused_and_one_of_one_is_read(format):
+    film = encoded(FRAMES[0], format, save_all=True, append_images=FRAMES[1:])
+    told = f"a {format} image of several frames, and one is read. Save the frame that is meant as a file of its own."
+    with pytest.raises(SeveralFramesError) as refused:
+        decode(film)
+    assert str(refused.value) == told
+    with pytest.raises(SeveralFramesError), opened(film):
+        pass
+    assert decode(encoded(FRAMES[0], format, save_all=True)).size == (40, 30)
+
+
+def test_an_image_of_several_frames_that_another_task_hands_over_is_refused_unless_it_chose_the_frame():
+    film = PIL.Image.open(io.BytesIO(encoded(FRAMES[0], "TIFF", save_all=True, append_images=FRAMES[1:])))
+    with film:
+        with pytest.raises(SeveralFramesError):
+            rgb(film)
+        film.seek(1)
+        assert rgb(film).tobytes() == FRAMES[1].tobytes()
+
+
+@pytest.mark.parametrize(("kind", "read"), [(1, True), (4, True), (2, False), (0, False)])
+def test_smaller_copies_and_masks_behind_a_tiff_are_no_frames(kind, read):
+    """NewSubfileType, of TIFF 6.0, page 36: 1 a reduced copy, 2 a page of several, 4 a mask."""
+    file = io.BytesIO()
+    with PIL.TiffImagePlugin.AppendingTiffWriter(file) as pages:
+        COLOURS.save(pages, "TIFF")
+        pages.newFrame()
+        COLOURS.reduce(2).save(pages, "TIFF", tiffinfo={254: kind})
+        pages.newFrame()
+    if read:
+        assert decode(file.getvalue()).tobytes() == COLOURS.tobytes()
+    else:
+        with pytest.raises(SeveralFramesError):
+            decode(file.getvalue())
+
+
+def test_a_data_set_with_an_image_of_several_frames_is_not_prepared(home, tmp_path):
+    from stllava_eval.datasets import _decoded
+
+    film = encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:])
+    with pytest.raises(
+        InputError, match=r"slake: 1 missing or unreadable images\. qid 7 \(1 rows\): a GIF image of sev"
+    ):
+        _decoded("slake", [("qid 7", film)])
 
 
 def dicom() -> bytes:

@@ -30,27 +30,13 @@ from stllava_eval.errors import InputError
 from stllava_eval.images import decode, pixel_hash
 from stllava_eval.server import Endpoint
 from stllava_train import judge as module
+from stllava_train.asking import PRESETS, image_url, prompt, questions, speaks_to_the_judge
+from stllava_train.batches import Batches
 from stllava_train.candidates import Candidate
-from stllava_train.judge import (
-    PRESETS,
-    EndpointJudge,
-    Price,
-    exact_verdicts,
-    forecast,
-    image_tokens,
-    image_url,
-    judge,
-    open_verdicts,
-    prompt,
-    questions,
-    read_price,
-    read_scores,
-    read_scores_authors,
-    sample_truths,
-    speaks_to_the_judge,
-    still_due,
-)
+from stllava_train.exact import exact_verdicts, sample_truths
+from stllava_train.judge import EndpointJudge, judge, open_verdicts, still_due
 from stllava_train.ledger import read_manifest, read_rows
+from stllava_train.prices import Price, forecast, image_tokens, read_price, spent
 from stllava_train.verdicts import AUTHORS_RULE, Rule, Verdict, fates, preferences, read_verdicts, row_of
 
 PIXELS = [pixel_hash(decode(png((50 * number, 10, 20)))) for number in range(5)]
@@ -134,6 +120,32 @@ def test_an_image_is_sent_as_a_file_that_judges_read(kind, expected):
     assert decode(base64.b64decode(data)).size == (40, 30)
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "sent"),
+    [
+        ("PNG", (3000, 1500), (2048, 1024)),
+        ("JPEG", (1500, 4096), (750, 2048)),
+        ("PNG", (2048, 2048), (2048, 2048)),
+        ("WEBP", (2049, 2), (2048, 2)),
+        ("PNG", (9000, 1), (2048, 1)),
+    ],
+)
+def test_a_large_image_is_sent_as_large_as_its_estimate_assumes(kind, size, sent):
+    import base64
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (9, 99, 9)).save(buffer, kind)
+    start, _, data = image_url(buffer.getvalue()).partition(",")
+    assert start == f"data:image/{'jpeg' if kind == 'JPEG' else 'png'};base64"
+    picture = decode(base64.b64decode(data))
+    assert picture.size == sent
+    assert picture.getpixel((0, 0)) == pytest.approx((9, 99, 9), abs=2)
+    assert image_tokens(*sent) == image_tokens(*size)
+
+
 def test_several_answers_are_asked_about_two_by_two_in_both_orders():
     (one,) = candidates(1, ("a", "b", "c"))
     assert [asked.shown for asked in questions([one], True)] == [(0, 1), (1, 0), (0, 2), (2, 0), (1, 2), (2, 1)]
@@ -191,60 +203,15 @@ def test_a_judge_that_obeys_answers_is_not_saved_by_the_order(images):
 # --- what is read -----------------------------------------------------------------------------------------------------
 
 
-def test_replies_of_the_golden_table_are_read_sensibly_and_as_the_authors_read_them(shared):
-    golden = json.loads((shared / "golden" / "g_prompts" / "prompts.json").read_text())
-    sensible = {
-        "Answer 1: 8": None,
-        "-1 5": None,
-        "8, 6": (8, 6),
-        "**8 6**": (8, 6),
-        "8/10 6/10": (8, 6),
-        " 8 6": (8, 6),
-        "8 6 ": (8, 6),
-        "9  7": (9, 7),
-        "8\t6": (8, 6),
-        "\n8 6": (8, 6),
-    }
-    for case in golden["parse_score_original"]:
-        reply, skipped = case["reply"], case["original_decision"] == "skipped"
-        scores = None if skipped else tuple(case["scores"])
-        assert read_scores_authors(reply) == scores, reply
-        assert read_scores(reply) == sensible.get(reply, scores), reply
-
-
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("Answer 1: 8\nAnswer 2: 6", (8, 6)),
-        ("Answer 1: 8, Answer 2: 6.\nAnswer 1 is better.", (8, 6)),
-        ("Score for Answer 1: 8\nScore for Answer 2: 9", (8, 9)),
-        ("8 out of 10, 6 out of 10", (8, 6)),
-        ("Scores: 8 and 6.5", (8, 6.5)),
-        ("```\n8 6\n```", (8, 6)),
-        ('{"score_1": 8, "score_2": 6, "reason": "3 4"}', (8, 6)),
-        ('```json\n{"score_1": 8, "score_2": 6, "reason": ""}\n```', (8, 6)),
-        ('{"score_1": true, "score_2": 6}', None),
-        ('{"score_1": 80, "score_2": 60}', None),
-        ("Answer 2: 6\nAnswer 1: 8", None),  # which is whose is not guessed
-        ("I see 2 nodules and 3 masses.", None),
-        ("I would give 8 to the first and 6 to the second.", None),
-        ("8", None),
-        ("8 6 7", None),
-        ("8\n6", None),
-        ("80 60", None),
-        ("0 5", None),
-        ("11 5", None),
-        ("", None),
-        ("[" * 5000, None),
-        ("9" * 5000 + " 5", None),
-        ("Answer 1" + " " * 100_000, None),  # no pattern takes long for it
-        ("Answer 1 : 8" + " " * 100_000 + "Answer 2: 6", (8, 6)),
-        ('{"score_1": 1' + "0" * 400 + ', "score_2": 6}', None),
-        ('{"score_1": NaN, "score_2": 6}', None),
-    ],
-)
-def test_scores_in_a_reply(reply, expected):
-    assert read_scores(reply) == expected
+@pytest.mark.parametrize("preset", [OURS, AUTHORS])
+@pytest.mark.parametrize("form", ["1. {}\n2. {}", "Score 1: {}\nScore 2: {}", "1 {}\n2 {}"])
+def test_a_fair_judge_that_numbers_its_scores_prefers_no_place(images, preset, form):
+    """Read as the scores 1 and 8, every verdict would be for the second place, and pairs the wrong way round."""
+    with FaultServer(reply=lambda request: form.format(*fair(request).split()[:2])) as there:
+        found = verdicts(there.url, candidates(2, ("right", "left")), images, preset)
+    rule = AUTHORS_RULE if preset is AUTHORS else Rule()
+    fate = {(one.fate, one.chosen) for one in preferences(candidates(2, ("right", "left")), found, rule)}
+    assert fate == ({("not scored", None)} if preset is AUTHORS or form.startswith("1 ") else {("preferred", 0)})
 
 
 def test_each_verdict_says_who_what_when_and_what_it_cost(images):
@@ -271,15 +238,22 @@ def test_each_verdict_says_who_what_when_and_what_it_cost(images):
         (says("Both are good."), "unparsable", "no two scores"),
         (says(""), "unparsable", "no two scores"),
         (says("8 8 8"), "unparsable", "no two scores"),
-        (says(None), "failed", "its reply has no text (finish_reason 'stop')"),
-        (refuses(400, "too large"), "failed", "HTTP 400: too large"),
-        (says("word " * 1_600_000), "failed", "its reply has 8000000 characters where 1024 tokens were asked for"),
+        (says(None), "unparsable", "its reply has no text (finish_reason 'stop')"),
+        (refuses(400, "too large"), "refused", "HTTP 400: too large"),
+        (refuses(413, "too large"), "refused", "HTTP 413: too large"),
+        (refuses(422, "no"), "refused", "HTTP 422: no"),
+        (refuses(403, "Your input was flagged by moderation"), "refused", "HTTP 403: Your input was flagged by mod"),
+        (sends(b'{"error": {"code": 400, "message": "no"}}'), "refused", "HTTP 200 with error 400: no"),
+        (refuses(404, "gone"), "failed", "HTTP 404: gone"),
+        (refuses(500, "down"), "failed", "HTTP 500: down"),
+        (says("word " * 1_600_000), "unparsable", "its reply has 8000000 characters where 1024 tokens were asked for"),
     ],
 )
 def test_what_is_no_score_has_a_class_of_its_own(images, fault, outcome, why):
     with FaultServer(reply=lambda request: fault) as there:
         found = verdicts(there.url, candidates(1), images, retries=0)
-    assert {(one.outcome, one.why, one.scores) for one in found} == {(outcome, why, None)}
+    assert {(one.outcome, one.scores) for one in found} == {(outcome, None)}
+    assert {one.why.startswith(why) for one in found} == {True}
     assert fates(preferences(candidates(1), found))["not scored"] == 1
 
 
@@ -456,14 +430,6 @@ def test_16_bits_and_turned_pictures_are_sent_as_they_were_decoded():
         assert image_url(image).startswith("data:image/png")
 
 
-def test_strange_counts_of_tokens_are_none(images):
-    for counted in ("1e999", "-5", "1" + "0" * 400, '"many"'):
-        body = '{"choices": [{"message": {"content": "8 6"}, "finish_reason": "stop"}], "usage": {"prompt_tokens": %s}}'
-        with FaultServer(reply=lambda request, said=body % counted: sends(said.encode())) as there:
-            found = verdicts(there.url, candidates(1), images, price=Price(1.0, 1.0))
-        assert [one.cost for one in found] == [0.0, 0.0]
-
-
 def test_a_forecast_counts_before_anything_is_asked(images):
     some = asked_of(candidates(10))
     told = forecast("m", some, images, Price(2.0, 10.0, 0.5), 1024)
@@ -497,13 +463,28 @@ def written(tmp_path):
     return tmp_path / "candidates.jsonl"
 
 
-def run(url: str, some, images, written, out, **endpoint) -> Counter:
-    by = EndpointJudge(Endpoint(url, MODEL, **endpoint), OURS, images)
+PRICE = Price(2.0, 10.0, 0.5)
+
+
+def run(url: str, some, images, written, out, price=None, preset=OURS, budget=None, **endpoint) -> Counter:
+    by = EndpointJudge(Endpoint(url, MODEL, **endpoint), preset, images, price)
     with open_verdicts(out, written, "ours") as ledger:
-        due = still_due(asked_of(some), MODEL, ledger)
-        counts = judge(ledger, due, by.verdicts(due), progress=False)
-        module.finish(ledger, some)
-    return counts
+        due = still_due(asked_of(some), MODEL, ledger, preset)
+        left = None if budget is None else budget - spent(ledger.rows.values(), MODEL, price)
+        found = by.verdicts(due, left, ledger.rows, lambda verdict: ledger.add([row_of(verdict)]))
+        try:
+            return judge(ledger, due, found, progress=False)
+        finally:
+            module.finish(ledger, some)
+
+
+def cost(path) -> float:
+    return sum(row["cost"] for row in read_rows(path))
+
+
+def billed(there: FaultServer, price: Price = PRICE) -> float:
+    """What the server's own bill comes to, in USD."""
+    return sum(price.of(*tokens) for tokens in there.bill)
 
 
 def plain(path) -> list[dict]:
@@ -513,7 +494,7 @@ def plain(path) -> list[dict]:
 
 def test_a_second_call_asks_only_what_failed(images, written, tmp_path):
     some, out = candidates(6), tmp_path / "judged.jsonl"
-    faults = {prompt("Side 2?", "left", "right"): [refuses(400, "no")], prompt("Side 3?", "right", "left"): [says("?")]}
+    faults = {prompt("Side 2?", "left", "right"): [refuses(500, "no")], prompt("Side 3?", "right", "left"): [says("?")]}
     with FaultServer(faults, reply=fair) as there:
         assert run(there.url, some, images, written, out, retries=0) == {"scored": 10, "failed": 1, "unparsable": 1}
         assert run(there.url, some, images, written, out, retries=0) == {"scored": 1}
@@ -552,8 +533,6 @@ def test_a_judge_killed_at_twenty_random_moments_among_faults_loses_and_repeats_
     faults = {
         text: [FAULTS[place % 12]()] * (1 + place // 12) for place, text in enumerate([*texts.values()][: 2 * 12])
     }
-    always = [*texts.values()][10]
-    faults |= {always: [FAULTS[10]()] * 100, [*texts.values()][22]: []}  # 8 MB fail for good, and are asked each time
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     with FaultServer(faults, reply=fair) as there:
         run(there.url, candidates(30), images, written, whole, concurrency=4, timeout=0.5)
@@ -580,34 +559,38 @@ def test_a_judge_killed_at_twenty_random_moments_among_faults_loses_and_repeats_
             kept, asked_before = found, Counter(there.asked())
     assert process.exitcode == 0
     assert plain(broken) == plain(whole)
-    assert Counter(row["outcome"] for row in plain(whole)) == {"scored": 55, "refused": 2, "unparsable": 2, "failed": 1}
+    assert Counter(row["outcome"] for row in plain(whole)) == {"scored": 54, "refused": 2, "unparsable": 4}
     assert set(there.asked()) == unbroken == set(texts.values())
 
 
-def batched(url: str, some, images, written, out, budget=None, price=Price(2.0, 10.0, 0.5)) -> Counter:  # noqa: B008
-    by = EndpointJudge(Endpoint(url, MODEL), OURS, images, price)
+def batched(url: str, some, images, written, out, budget=None, price=PRICE) -> Counter:
+    by = EndpointJudge(Endpoint(url, MODEL, retries=0), OURS, images, price)
     with open_verdicts(out, written, "ours") as ledger:
-        due = still_due(asked_of(some), MODEL, ledger)
-        found = by.batch_verdicts(due, out.with_suffix(".batches.json"), ledger.rows, budget)
-        counts = judge(ledger, due, found, progress=False)
-        module.finish(ledger, some)
-    return counts
+        due = still_due(asked_of(some), MODEL, ledger, OURS)
+        mark = lambda verdict: ledger.add([row_of(verdict)])  # noqa: E731
+        found = by.batch_verdicts(due, out.with_suffix(".batches.json"), ledger.rows, budget, mark)
+        try:
+            return judge(ledger, due, found, progress=False)
+        finally:
+            module.finish(ledger, some)
 
 
 def test_a_batch_is_handed_in_once_and_read_when_it_has_ended(images, written, tmp_path, capfd):
     some, out = candidates(4), tmp_path / "judged.jsonl"
     with FaultServer(reply=fair) as there:
-        assert batched(there.url, some, images, written, out) == {}
+        assert batched(there.url, some, images, written, out) == {"scored": 1}  # asked directly, before the others
         assert "batch batch-0 is in_progress. Call again later" in capfd.readouterr().err
         assert batched(there.url, some, images, written, out) == {}
         assert len(there.batches) == 1
         there.answer_batches()
-        assert batched(there.url, some, images, written, out) == {"scored": 8}
+        assert batched(there.url, some, images, written, out) == {"scored": 7}
         assert batched(there.url, some, images, written, out) == {}
         assert len(there.batches) == 1
+        assert len(there.requests) == 8
     found = read_verdicts(out)
     assert len(preferences(some, found)) == [one.chosen for one in preferences(some, found)].count(1) == 4
-    assert found[0].cost == pytest.approx(0.5 * (2 * PROMPT_TOKENS + 10 * 3) / 1e6)
+    each = (2 * PROMPT_TOKENS + 10 * 3) / 1e6
+    assert sorted(one.cost for one in found) == pytest.approx([0.5 * each] * 7 + [each])
     assert found[0].model == SNAPSHOT
 
 
@@ -615,26 +598,32 @@ def test_a_batch_made_just_before_a_kill_is_found_again(images, written, tmp_pat
     some, out = candidates(4), tmp_path / "judged.jsonl"
     with FaultServer(reply=fair) as there:
         batched(there.url, some, images, written, out)
-        out.with_suffix(".batches.json").unlink()  # as if the kill had come before it was written
-        batched(there.url, some, images, written, out)
+        file = out.with_suffix(".batches.json")
+        file.write_text('{"format": 1, "batches": {}}')  # as if the kill had come before it was written
+        by = EndpointJudge(Endpoint(there.url, MODEL), OURS, images, PRICE)
+        with open_verdicts(out, written, "ours") as ledger:
+            due = still_due(asked_of(some), MODEL, ledger)
+        requests = [(module._custom_id(one.key(MODEL)), {"model": MODEL, **by.request(one)}) for one in due]
+        Batches(by.endpoint, file, MODEL).hand_in(requests, 1024)
         assert len(there.batches) == 1
         there.answer_batches()
-        assert batched(there.url, some, images, written, out) == {"scored": 8}
+        assert batched(there.url, some, images, written, out) == {"scored": 7}
 
 
-def test_what_a_batch_did_not_answer_is_handed_in_anew(images, written, tmp_path):
+def test_what_a_batch_did_not_answer_is_handed_in_again(images, written, tmp_path):
     some, out = candidates(4), tmp_path / "judged.jsonl"
     with FaultServer(reply=fair) as there:
-        batched(there.url, some, images, written, out)
-        there.answer_batches("expired", share=0.5)
-        assert batched(there.url, some, images, written, out) == {"scored": 4}
+        assert batched(there.url, some, images, written, out) == {"scored": 1}
+        there.answer_batches("expired", share=3 / 7)
+        assert batched(there.url, some, images, written, out) == {"scored": 3 + 1}
         assert len(there.batches) == 2
-        there.answer_batches(share=0.5, expired="batch_expired")
-        assert batched(there.url, some, images, written, out) == {"scored": 2, "failed": 2}
-        assert batched(there.url, some, images, written, out) == {}
+        there.answer_batches(share=1 / 3, expired="batch_expired")
+        assert batched(there.url, some, images, written, out) == {"scored": 1, "failed": 2}
+        assert batched(there.url, some, images, written, out) == {"scored": 1}
         there.answer_batches()
-        assert batched(there.url, some, images, written, out) == {"scored": 2}
+        assert batched(there.url, some, images, written, out) == {"scored": 1}
         assert len(there.requests) == 8
+        assert len(there.batches) == 3
 
 
 def test_replies_that_were_paid_for_are_not_passed_over(images, written, tmp_path):
@@ -644,7 +633,7 @@ def test_replies_that_were_paid_for_are_not_passed_over(images, written, tmp_pat
         there.answer_batches()
         with pytest.raises(InputError, match=r"batch-0 has replies to 4 questions that are not asked now\. Call with"):
             batched(there.url, some[:2], images, written, out)
-        assert batched(there.url, some, images, written, out) == {"scored": 8}
+        assert batched(there.url, some, images, written, out) == {"scored": 7}
 
 
 def test_a_batch_that_could_pass_the_budget_is_not_handed_in(images, written, tmp_path):
@@ -677,17 +666,17 @@ def test_replies_of_a_batch_are_cleaned_as_any_reply_and_split_at_line_ends_only
 ):
     key = "sk-secret/0123456789+abc"
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    some, out = candidates(1), tmp_path / "judged.jsonl"
+    some, out = candidates(2), tmp_path / "judged.jsonl"
     with FaultServer(reply=lambda request: f"8 7\u2028{key} \ud83d") as there:
         batched(there.url, some, images, written, out)
-        there.answer_batches(share=0.5, expired="batch_expired")
+        there.answer_batches(share=1 / 3, expired="batch_expired")
         for name, file in there.files.items():
             file = file.replace(b"\\u2028", "\u2028".encode())  # as a server may send it
             there.files[name] = file.replace(b"not within a day", f"not with\\n{key}".encode())
-        assert batched(there.url, some, images, written, out) == {"scored": 1, "failed": 1}
+        assert batched(there.url, some, images, written, out) == {"scored": 1, "failed": 2}
     found = read_verdicts(out)
     assert "HTTP None: not with ***" in [one.why for one in found]
-    assert [one.reply for one in found if one.reply] == ["8 7\u2028*** \ufffd"]
+    assert [one.reply for one in found if one.reply] == ["8 7\u2028*** \ufffd"] * 2
     assert key not in out.read_text("utf-8")
 
 

@@ -222,6 +222,7 @@ def test_a_judge_without_verdicts_is_refused():
         pytest.param(("Where?", "Left.", ""), "empty rejected", id="no answer"),
         pytest.param(("Where?", "Left.", "Left."), "chosen equals rejected", id="equal"),
         pytest.param(("<image> Where?", "Left.", "Right."), "<image> in question", id="a second image"),
+        pytest.param(("Where?", "Left.", "[IMG] Right."), "[IMG] in rejected", id="another family's tag"),
         pytest.param(("Where?", "Left.", "Right.<s>"), "<s> in rejected", id="a token"),
         pytest.param(("Where?", "ASSISTANT: Left.", "Right."), "ASSISTANT: in chosen", id="a role"),
         pytest.param(("Where?", "Left. VUSER: And?", "Right."), "VUSER: in chosen", id="the questioner"),

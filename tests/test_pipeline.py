@@ -20,6 +20,7 @@ class Made:
 
     def __init__(self, out: Path) -> None:
         self.out, self.calls, self.dies, self.fails = out, [], None, {}
+        self.left: list[dict[str, int]] = []  # what each call of the judge leaves
 
     def __call__(self, command: list[str]) -> int:
         name, options = command[0], dict(itertools.pairwise(command))
@@ -41,6 +42,12 @@ class Made:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(told)
             out.with_suffix(".json").write_text("{}")
+            if name == "judge" and self.left:
+                left = self.left.pop(0)
+                rows = [{"outcome": "scored"}] * left.pop("scored", 1) + [{"of": told, "left": left}]
+                out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                out.with_suffix(".json").write_text(json.dumps({"left": {"m": left}}))
+                return int(any(left.values()))
         if self.dies == stage:
             raise KeyboardInterrupt
         return self.fails.get(stage, 0)
@@ -74,7 +81,7 @@ def run(tmp_path, monkeypatch, home):
             assert pipeline.run() == 0
         return made.calls
 
-    call.data, call.images, call.out, call.fails = data, images, out, made.fails
+    call.data, call.images, call.out, call.fails, call.left = data, images, out, made.fails, made.left
     return call
 
 
@@ -167,6 +174,37 @@ def test_a_failed_stage_stops_the_rest_and_is_called_again(run):
     assert not (run.out / "round-1" / "pairs.jsonl").exists()
     run.fails.clear()
     assert run() == STAGES[3:]
+
+
+def test_a_budget_of_nothing_is_handed_on(run, capsys):
+    run("budget=0")
+    assert "--budget 0" in capsys.readouterr().out
+    run("budget=null")
+    assert "--budget" not in capsys.readouterr().out
+
+
+def test_the_run_goes_on_without_what_the_budget_did_not_reach_and_asks_it_when_the_budget_is_raised(run, capsys):
+    run.left += [{"failed": 0, "not_asked": 4}]
+    assert run("budget=1") == STAGES
+    assert "round-1/judged: left out of the pairs: 4 not asked, by the budget" in capsys.readouterr().out
+    assert run("budget=1") == []
+    run.left += [{"failed": 0, "not_asked": 0}]
+    assert run("budget=2") == STAGES[3:]
+    assert not list((run.out / "replaced").glob("round-1-judged*"))  # it was gone on with
+    assert run("budget=2") == run("budget=3") == []
+
+
+def test_what_fails_again_is_left_out_and_what_succeeds_is_not(run, capsys):
+    run.left += [{"failed": 3, "not_asked": 0}, {"failed": 1, "not_asked": 0}, {"failed": 1, "not_asked": 0}]
+    assert run() == [*STAGES[:4], "round-1/judged", "round-1/judged", *STAGES[4:]]
+    assert "round-1/judged: left out of the pairs: 1 failed twice" in capsys.readouterr().out
+    assert run() == []
+
+
+def test_a_run_in_which_nothing_is_judged_ends(run):
+    run.left += [{"failed": 0, "not_asked": 16, "scored": 0}]
+    with pytest.raises(InputError, match=r"round-1/judged: nothing is judged \(16 not asked, by the budget\)\. Raise"):
+        run("budget=0")
 
 
 def test_what_a_refused_command_would_have_replaced_is_put_back(run, capsys):

@@ -199,6 +199,14 @@ def test_an_image_that_lies_there_is_used_and_a_broken_one_replaced(server, tmp_
     assert (tmp_path / "images" / "b.jpg").read_bytes() == jpeg(2)
 
 
+def test_a_film_is_missing_and_says_so(tmp_path):
+    film = io.BytesIO()
+    frames = [Image.new("L", (8, 8), shade) for shade in (0, 99)]
+    frames[0].save(film, "GIF", save_all=True, append_images=frames[1:])
+    with pytest.raises(pmc._MissingError, match=r"^an image of several frames$"):
+        pmc._keep(film.getvalue(), tmp_path / "a.gif")
+
+
 def test_an_image_that_was_removed_is_fetched_again(server, tmp_path):
     server.files["/cloud/PMC1.1/a.jpg"] = jpeg(1)
     fetch(server, tmp_path, "a.jpg")

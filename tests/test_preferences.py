@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from conftest import png
-from fault_server import MODEL, FaultServer, refuses, text
+from fault_server import MODEL, FaultServer, completes, refuses, text
 
 from stllava_eval import server
 from stllava_train.cli import main
@@ -88,15 +88,69 @@ def test_from_a_checkpoint_to_pairs_and_their_audit(drawn, folder, checkpoint, c
 
 def test_the_exit_code_is_1_as_long_as_something_is_not_judged(drawn, folder, capfd):
     judged = folder / "judged.jsonl"
-    with FaultServer({0: [refuses(400, "no")]}, reply=longer) as there:
+    with FaultServer({0: [refuses(500, "no")]}, reply=longer) as there:
         call = ["judge", str(drawn), "--judge", f"{MODEL}@{there.url}", "--out", str(judged), "--retries", "0"]
         assert main(call) == 1
-        assert "  failed: 1" in capfd.readouterr().out
+        assert "  failed: 1\n    HTTP 500: no: 1 (" in capfd.readouterr().out
         assert main(call) == 0
         (folder / "prices.yaml").write_text(f"{MODEL}: {{prompt: 100, reply: 100}}")
         more = ["--preset", "authors", "--prices", str(folder / "prices.yaml"), "--budget", "0.5"]
         assert main([*call[:-4], "--out", str(folder / "other.jsonl"), *more]) == 1
         assert re.search(r"not asked: \d+\. The same call goes on; with --budget, raise it", capfd.readouterr().out)
+
+
+def test_what_is_refused_for_good_is_said_with_its_reason_and_never_asked_again(drawn, folder, capfd):
+    judged = folder / "judged.jsonl"
+    with FaultServer({1: [refuses(400, "content management policy")]}, reply=longer) as there:
+        call = ["judge", str(drawn), "--judge", f"{MODEL}@{there.url}", "--out", str(judged)]
+        assert main(call) == 0
+        refused = next(one for one in read_verdicts(judged) if one.outcome == "refused")
+        assert f"refused: 1\n    HTTP 400: content management policy: 1 ({refused.id})" in capfd.readouterr().out
+        count = len(there.requests)
+        assert main(call) == 0
+        assert len(there.requests) == count
+    assert read_manifest(judged)["left"] == {MODEL: {"failed": 0, "not_asked": 0}}
+
+
+def test_two_judges_are_finished_when_both_are(drawn, folder):
+    judged = folder / "judged.jsonl"
+    with FaultServer({0: [refuses(500, "no")]}, reply=longer, models=["a", "b"]) as there:
+        calls = [["judge", str(drawn), "--judge", f"{one}@{there.url}", "--out", str(judged)] for one in ("a", "b")]
+        assert main([*calls[0], "--retries", "0"]) == 1
+        assert main(calls[1]) == 0
+        assert not read_manifest(judged)["finished"]
+        assert main(calls[0]) == 0
+    assert read_manifest(judged)["finished"]
+
+
+def test_the_cost_is_printed_and_how_much_of_it_is_an_estimate(drawn, folder, capfd):
+    (folder / "prices.yaml").write_text(f"{MODEL}: {{prompt: 100, reply: 100}}")
+    with FaultServer(reply=lambda request: completes({"content": longer(request)})) as there:
+        call = ["judge", str(drawn), "--judge", f"{MODEL}@{there.url}", "--out", str(folder / "judged.jsonl")]
+        assert main([*call, "--prices", str(folder / "prices.yaml")]) == 0
+    cost = sum(one.cost for one in read_verdicts(folder / "judged.jsonl"))
+    told = f"  cost of the file: {cost:.4f} USD, of which {cost:.4f} is an estimate (see docs/preferences.md)\n"
+    assert told in capfd.readouterr().out
+
+
+def test_more_room_is_an_option(drawn, folder):
+    with FaultServer(reply=longer) as there:
+        call = ["judge", str(drawn), "--judge", f"{MODEL}@{there.url}", "--out", str(folder / "judged.jsonl")]
+        assert main([*call, "--max-tokens", "500", "--reasoning"]) == 0
+        assert there.requests[0]["max_completion_tokens"] == 500 + 8192
+        assert main([*call, "--max-tokens", "0"]) == 2
+
+
+def test_what_is_in_a_batch_is_not_asked_directly_as_well(drawn, folder, capfd):
+    with FaultServer(reply=longer) as there:
+        call = ["judge", str(drawn), "--judge", f"{MODEL}@{there.url}", "--out", str(folder / "judged.jsonl")]
+        assert main([*call, "--batch"]) == 1
+        assert main(call) == 2
+        assert "batch-0 is under way, and its replies are paid. Call with --batch" in capfd.readouterr().err
+        there.answer_batches()
+        assert main([*call, "--batch"]) == 0
+        assert main(call) == 0
+    assert len(there.requests) == len(read_verdicts(folder / "judged.jsonl"))
 
 
 def test_an_answer_that_speaks_to_the_judge_is_not_judged(drawn, folder, capfd):

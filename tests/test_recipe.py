@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import png
 
+from stllava_eval.datasets import DATASETS, Row, write_split
 from stllava_eval.errors import InputError
 from stllava_train.recipe import (
     RECIPES,
@@ -14,6 +16,7 @@ from stllava_train.recipe import (
     Part,
     Recipe,
     Training,
+    check_prepared,
     read_dpo_recipe,
     read_recipe,
     recipe_names,
@@ -428,3 +431,37 @@ def test_every_key_is_told_in_the_docstring():
     named = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     left = {"train", "weight_decay", "language_model", "vision_tower", "projector", "seed"}  # their names say it
     assert named - left <= set(re.findall(r"\w+", text))
+
+
+# evaluations on the way ---------------------------------------------------------------------------------------------
+
+
+def test_a_validation_split_that_cannot_be_had_is_answered_with_what_can(home):
+    def write(name: str, split: str, sample: bool) -> None:
+        fields = dict.fromkeys(DATASETS[name].categories, "")
+        row = Row("1", png((1, 2, 3)), "a", "Where?", "left", "open", fields)
+        write_split(name, split, [row], edition="t", official=not sample, sample=sample, source="t", licence="t")
+
+    def told(*names: str) -> str:
+        with pytest.raises(InputError) as refused:
+            check_prepared(names)
+        return str(refused.value)
+
+    sets = "vqarad", "slake", "pathvqa"
+    assert told(*sets) == (
+        "evaluate_on: vqarad validation is not prepared. Run `stllava-eval prepare vqarad --sample`, or pass "
+        "evaluate_on=[] (to `all`: dpo.evaluate_on=[])."
+    )
+    write("vqarad", "test", sample=False)
+    write("slake", "validation", sample=False)
+    assert told(*sets) == (
+        "evaluate_on: vqarad validation is not prepared. VQA-RAD has none. Pass evaluate_on=[slake] (to `all`: "
+        "dpo.evaluate_on=[slake])."
+    )
+    assert told("slake", "pathvqa") == (
+        "evaluate_on: pathvqa validation is not prepared. Run `stllava-eval prepare pathvqa --split validation --from "
+        "DIR` or `stllava-eval prepare pathvqa --sample`, or pass evaluate_on=[slake] (to `all`: "
+        "dpo.evaluate_on=[slake])."
+    )
+    check_prepared(["slake"])
+    check_prepared([])

@@ -257,13 +257,45 @@ def test_conversations_that_nothing_can_be_learnt_from_are_refused(small, data):
         work_of(recipe, data)
 
 
+@pytest.mark.parametrize("layout", ["LLaMA-Factory", "Qwen", "image_path"])
+def test_the_same_conversations_are_learnt_alike_in_every_layout(small, data, layout):
+    written = []
+    for record in json.loads(data.read_text()):
+        image = record.pop("image", None)
+        texts = [turn["value"].replace("<image>\n", "") for turn in record["conversations"]]
+        if layout == "image_path":
+            for turn, text in zip(record["conversations"], texts, strict=True):
+                turn["value"] = text
+            written.append(record | {"image_path": image})
+            continue
+        contents: list = list(texts)
+        if image and layout == "Qwen":
+            contents[0] = [{"type": "image", "image": image}, {"type": "text", "text": texts[0]}]
+        elif image:
+            contents[0] = f"<image>{texts[0]}"
+        roles = ("user", "assistant")
+        turns = [{"role": roles[number % 2], "content": content} for number, content in enumerate(contents)]
+        others = {"id": record["id"], "unordered": record["unordered"], "images": [image] * bool(image)}
+        written.append(
+            {"messages": turns} | {key: others[key] for key in others if layout != "Qwen" or key != "images"}
+        )
+    file = data.parent / f"{layout}.json"
+    file.write_text(json.dumps(written))
+    batches = [
+        work_of(small(), one).collator([{"place": place, "epoch": 0} for place in range(10)]) for one in (data, file)
+    ]
+    assert batches[0]["pixel_values"].shape[0] == 8
+    assert all(torch.equal(batches[0][key], batches[1][key]) for key in batches[0])
+    assert batches[0].keys() == batches[1].keys()
+
+
 def test_a_file_with_a_problem_is_refused(small, tmp_path):
     file = tmp_path / "bad.json"
     record = {"id": "a", "conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": ""}]}
     file.write_text(json.dumps([record, record]))
-    with pytest.raises(InputError, match=r"bad\.json:1: a: turn 2 is empty\..* \(2 more: `stllava-train check .*`\)"):
+    with pytest.raises(InputError, match=r"bad\.json:1: a: turn 2 is empty\..* \(1 more: `stllava-train check .*`\)"):
         work_of(small(), file)
-    with pytest.raises(InputError, match=r"\(2 more: `stllava-train check \S+bad\.json --images \S+`\)"):
+    with pytest.raises(InputError, match=r"\(1 more: `stllava-train check \S+bad\.json --images \S+`\)"):
         open_work(small(), [file], tmp_path, progress=False)
 
 
@@ -747,7 +779,7 @@ def test_test_images_are_refused_unless_allowed(small, data, prepared):
 def test_a_dry_run_tells_tokens_steps_weights_and_memory(small, data):
     text = report(work_of(small(), data))
     for part in (
-        "10 conversations about 8 images, 30 rounds",
+        "10 conversations about 8 images (2 about none), 30 rounds",
         "5 steps of 4 conversations: 2 epochs",
         "projector: full, 6,272 of 6,272 weights trained",
         "by arithmetic, on one device: 0.0 GiB",
@@ -778,11 +810,11 @@ def test_a_file_that_is_named_twice_is_refused(data, tmp_path, recipe_file, monk
         assert capsys.readouterr().err == "stllava-train: a data file comes twice. Name each once.\n"
 
 
-def test_ids_that_stand_in_two_files_are_refused(small, data, tmp_path):
+def test_conversations_that_stand_in_two_files_are_refused(small, data, tmp_path):
     copy = data.parent / "copy_data.json"
     copy.write_bytes(data.read_bytes())
     with pytest.raises(
-        InputError, match=r"data\.json:2: c0: its id stands at .*data\.json:2 too\..* \(10 ids stand twice\)"
+        InputError, match=r"copy_data\.json:2: c0: its id, image and rounds are those of .*data\.json:2\..* \(9 more: "
     ):
         open_work(small(), [data, copy], progress=False)
 

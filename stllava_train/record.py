@@ -1,0 +1,316 @@
+"""A record of a data file, as LLaVA, OpenAI, Qwen, trl, LLaMA-Factory or ms-swift lay it out -> its turns and picture.
+
+What would change training and is not read is named here, so that nothing is dropped without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+TURNS = ("conversations", "conversatons", "messages", "conversation")  # LLaVA-Med's own files misspell it
+ROLES = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer"}
+SYSTEM = ("system", "developer")
+# Keys that hold a picture's file, as `_snake` writes them
+PICTURES = (
+    *("image", "images", "image_path", "image_paths", "image_file", "image_files", "image_name", "image_url"),
+    *("image_urls", "img", "imgs", "img_path", "img_paths", "img_file", "img_name", "img_url", "file_name", "filename"),
+    *("media", "picture", "pictures", "photo", "figure", "input_image"),
+)
+NAMED_IN = (*PICTURES, "path", "file", "url", "name")  # keys of an object that stands for one picture
+
+# Keys of other names that speak of a picture, and values that name one
+_ABOUT_PICTURES = re.compile(
+    r"(?:^|_)(?:image|img|pic|picture|photo|figure|media|scan|slide|slice|frame|dicom|pixel|video|audio)s?\d*(?:_|$)"
+)
+_PICTURE_FILE = re.compile(
+    r"[^\n]{1,500}\.(?:jpe?g|png|bmp|gif|tiff?|webp|dcm|dicom|nii|nii\.gz|mha|nrrd|svs|jp2|heic|avif|mp4|avi|mov|npy)"
+    r"(?:[?#]\S*)?"
+    r"|(?:data:image/|iVBORw0KGgo|/9j/4|R0lGOD|UklGR)\S*",  # or the picture itself, in base64
+    re.IGNORECASE,
+)
+# Keys that say what is learnt, or how strongly: trl, ms-swift (`loss`), OpenAI (`weight`), axolotl (`train`) and others
+_LEARNT = re.compile(
+    r"(?:no_|skip_|is_|only_)?(?:loss|train|mask|supervis|learn|ignore)\w*|labels?|ask|repeats?"
+    r"|(?:(?:loss|sampling|sample|turn|token|example|row|instance)_)?(?:weights?|masks?)"
+)
+# Keys with more to learn from or to be shown, which we do not read
+_MORE = re.compile(
+    r"tools|functions|tool_calls?|tool_call_id|function_calls?|history|reasoning\w*|think\w*|thoughts?"
+    r"|chosen\w*|reject\w*|refusal"
+)
+# The places that other families' texts keep for a picture: <IMAGE>, <image1>, <|image_pad|>, <ImageHere>, [IMG], ...
+# `<|...|>` is always a token of a tokenizer
+_TAGS = re.compile(
+    r"<\|[^<>|\n]{1,40}\|>"
+    r"|<[/|]?\s?(?:\w{1,30}_)?(?:image|img|picture|photo|figure|vision|visual|video|audio|media)[\w\s:.-]{0,30}[/|]?>"
+    r"|<img\b[^<>]*>|</?im_(?:start|end|patch|sep)>|<(?:bbox|ref-object)>"
+    r"|&lt;/?(?:image|img)\w{0,20}&gt;"
+    r"|\[/?(?:img|image|video)(?:[_ ]?\w{1,10})?\]|\{\{?\s?(?:image|img)\w{0,20}\s?\}"
+    r"|!\[[^\]\n]{0,200}\]\([^)\n]{1,300}\)|data:image/",
+    re.IGNORECASE,
+)
+
+
+def tags(text: str) -> list[str]:
+    """The places for a picture in a text, as any family writes them, at most 40 characters of each.
+
+    >>> tags("<|image_pad|>Where? [IMG]")
+    ['<|image_pad|>', '[IMG]']
+    """
+    if not any(sign in text for sign in "<[{&!:"):  # what each of them has; a mix of 665k conversations is read at once
+        return []
+    return [tag[0][:40] for tag in _TAGS.finditer(text)]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a turn says.
+
+    Attributes:
+        role: question or answer; "" where it is neither.
+        text: With `<image>` where the record has it.
+        tags: Places for a picture: `<image>` in the text, however many, is one; each part of type image is one more.
+        pictures: Files that it names itself.
+    """
+
+    role: str
+    text: str
+    tags: int
+    pictures: tuple[str, ...]
+
+
+def read_turns(record: dict[str, Any], wrong: list[str]) -> list[Turn]:
+    """The turns of a record, without a system turn; what is wrong with them goes to `wrong`."""
+    keys = [key for key in TURNS if record.get(key) is not None]
+    turns = record[keys[0]] if keys else None
+    if len(keys) > 1:
+        wrong.append(f"it has {keys[0]} and {keys[1]}. Keep one of the two.")
+    if not isinstance(turns, list) or not turns:
+        wrong.append(f"its conversations are {short(turns)}. Give a list of turns from human and gpt.")
+        return []
+    for key in ("system", "system_prompt", "system_message"):
+        _refuse_system(record.get(key), wrong)
+    _refuse_learnt(record, None, "its", wrong)
+    if isinstance(turns[0], dict) and _role(turns[0]) in SYSTEM:
+        _refuse_system(_text(turns[0]), wrong)
+        turns = turns[1:]
+        if not turns:
+            wrong.append("it has a system text alone. Add a question and its answer.")
+    return [_turn(number, turn, wrong) for number, turn in enumerate(turns)]
+
+
+def _role(turn: dict[str, Any]) -> Any:
+    return turn.get("from", turn.get("role"))
+
+
+def _text(turn: dict[str, Any]) -> Any:
+    return turn.get("value", turn.get("content"))
+
+
+def _refuse_system(text: Any, wrong: list[str]) -> None:
+    if text not in (None, "", []):
+        wrong.append(
+            f"its system text is {short(text)}, and the template has one of its own. Put it into the first question, "
+            "or take it out."
+        )
+
+
+def _turn(number: int, turn: Any, wrong: list[str]) -> Turn:
+    """`number` from 0."""
+    name = f"turn {number + 1}"
+    due = "answer" if number % 2 else "question"
+    content = _text(turn) if isinstance(turn, dict) else None
+    parts = [content] if isinstance(content, dict) else content
+    if not isinstance(turn, dict) or not isinstance(parts, str | list):
+        wrong.append(f"{name} is {short(turn)}, not an object with from and value.")
+        return Turn("", "", 0, ())
+    given = _role(turn)
+    role = ROLES.get(given, "") if isinstance(given, str) else ""
+    if role != due:
+        right = "human" if due == "question" else "gpt"
+        wrong.append(f"{name} is from {short(given)}, not from {right}. They take turns, human first.")
+    if len([key for key in ("value", "content") if turn.get(key) is not None]) > 1:
+        wrong.append(f"{name} has value and content. Keep one of the two.")
+    _refuse_learnt(turn, due, f"{name}'s", wrong)
+    pictures = [
+        file for key, value in turn.items() if _snake(key) in PICTURES for file in _files(value, f"{name}'s", wrong)
+    ]
+    if isinstance(parts, str):
+        return Turn(role, parts, int("<image>" in parts), tuple(pictures))
+    texts: list[str] = []
+    tags = 0
+    for part in parts:
+        kind, text, files = _part(part, name, wrong)
+        tags += kind == "image"
+        texts.append(text)
+        pictures += files
+    joined = "".join(texts)
+    return Turn(role, joined, tags + ("<image>" in joined), tuple(pictures))
+
+
+def _part(part: Any, name: str, wrong: list[str]) -> tuple[str, str, list[str]]:
+    """(text or image, its text, the files it names), of one part of a content in parts."""
+    if isinstance(part, str):
+        return "text", part, []
+    fields = part if isinstance(part, dict) else {}
+    kind, text = fields.get("type"), fields.get("text")
+    text = text if isinstance(text, str) else ""
+    files = [file for key in fields if _snake(key) in NAMED_IN for file in _files(fields[key], f"{name}'s", wrong)]
+    if files or kind in ("image", "image_url", "input_image"):
+        return "image", text, files
+    if kind in (None, "text", "input_text", "output_text") and isinstance(fields.get("text"), str):
+        return "text", text, []
+    wrong.append(f"{name} has the part {short(part)}, and only parts of text and of one image are read.")
+    return "", "", []
+
+
+def read_picture(record: dict[str, Any], turns: list[Turn], wrong: list[str]) -> str | None:
+    """The one file that a record names as its picture; None where it has none.
+
+    What is wrong goes to `wrong`: several pictures, a picture behind the first turn, a tag without a picture, and keys
+    that name a picture which would not be shown.
+    """
+    before = len(wrong)
+    named = {key: _files(value, "its", wrong, key) for key, value in record.items() if _snake(key) in PICTURES}
+    files = [file for of in named.values() for file in of] + [file for turn in turns for file in turn.pictures]
+    if len(files) > 1 and any(not _is_address(file) for file in files):
+        files = [file for file in files if not _is_address(file)]  # the address that a file was downloaded from
+    distinct = list(dict.fromkeys(files))
+    if len(distinct) > 1:
+        wrong.append(
+            f"it names {len(distinct)} pictures ({short(distinct[0])}, {short(distinct[1])}), and one is read. Make a "
+            "record of each, or leave it out."
+        )
+    elif distinct and _is_address(distinct[0]):
+        wrong.append(f"its image {short(distinct[0])} is a web address. Download it and name the file.")
+    for number, turn in enumerate(turns):
+        if number and (turn.tags or turn.pictures):
+            what = "<image>" if "<image>" in turn.text or not turn.pictures else "an image"
+            wrong.append(f"turn {number + 1} holds {what}. It belongs into the first turn.")
+        elif turn.tags and not distinct:
+            wrong.append(
+                f"turn {number + 1} holds <image> and the record names no image. Add its image, or leave the record "
+                "out."
+            )
+        elif turn.tags > 1:
+            wrong.append(f"turn {number + 1} holds {turn.tags} images, and one is read. Make a record of each.")
+    if len(wrong) == before:
+        lists = [record[key] for key in TURNS if isinstance(record.get(key), list)]
+        said = [turn for of in lists for turn in of if isinstance(turn, dict) and _role(turn) not in SYSTEM]
+        inner = [(f"turn {number}'s", turn) for number, turn in enumerate(said, 1)]
+        for whose, fields in (("its", record), *inner):
+            _refuse_strays(fields, whose, distinct, wrong)
+    return distinct[0] if len(distinct) == 1 and not _is_address(distinct[0]) else None
+
+
+def _refuse_strays(fields: dict[str, Any], whose: str, pictures: list[str], wrong: list[str]) -> None:
+    """Keys that name a picture and that nobody reads.
+
+    Beside a picture, what speaks of it is let pass (its size, its id, the name of the same file in another folder).
+    """
+    for key, value in fields.items():
+        read = _snake(key) in PICTURES or key in (*TURNS, "from", "role", "value", "content")
+        if read or value in (None, "", [], {}, False, 0):
+            continue
+        files = [text for text in _texts(value) if _PICTURE_FILE.fullmatch(text.strip())]
+        about = _ABOUT_PICTURES.search(_snake(key))
+        others = [file for file in files if not _is_address(file) and not any(_same(file, one) for one in pictures)]
+        if (about and others) if pictures else (about or files):
+            wrong.append(
+                f"{whose} {key} is {short(value)}, which names a picture that is not read. Name its one file under "
+                "image, or leave the record out."
+            )
+
+
+def _same(file: str, other: str) -> bool:
+    """Whether two names end alike, suffixes aside: of one file in two folders, or in two formats."""
+    one, two = (re.split(r"[/\\]", re.sub(r"\.\w+$", "", name)) for name in (file, other))
+    least = min(len(one), len(two))
+    return one[-least:] == two[-least:]
+
+
+def _refuse_learnt(fields: dict[str, Any], due: str | None, whose: str, wrong: list[str]) -> None:
+    """Keys that would change what is learnt, of a record (`due` None) or of a turn."""
+    for key, value in fields.items():
+        plain = _snake(key)
+        metadata = due is None and (
+            (plain == "history" and isinstance(value, str))  # a patient's
+            or (
+                plain.startswith("label") and not isinstance(value, bool)
+            )  # the class of an image; KTO's is true or false
+        )
+        if metadata or value in (None, "", [], {}):
+            continue
+        if _MORE.fullmatch(plain):
+            pair = " `stllava-train pairs --from` reads preference pairs." if plain[:6] in ("chosen", "reject") else ""
+            wrong.append(f"{whose} {key} is {short(value)}, which would not be learnt. Take it out.{pair}")
+        elif _LEARNT.fullmatch(plain) and _is_amount(value) and not (due != "question" and _is_one(value)):
+            what = (
+                "the recipe's sq_r draws which questions are learnt. Take it out."
+                if due == "question"
+                else "every answer is learnt with the same weight. Take it out, or leave the record out."
+            )
+            wrong.append(f"{whose} {key} is {short(value)}, and {what}")
+
+
+def _is_amount(value: Any) -> bool:
+    """Whether it switches or weighs: a truth value, a number, also as text, or a list of these."""
+    if isinstance(value, list):
+        return bool(value) and all(map(_is_amount, value))
+    if isinstance(value, str):
+        return bool(re.fullmatch(r"\s*(?:true|false|[-+]?\d*\.?\d+)\s*", value, re.IGNORECASE))
+    return isinstance(value, bool | int | float)
+
+
+def _is_one(value: Any) -> bool:
+    """Whether it says what is done anyway."""
+    if isinstance(value, list):
+        return all(map(_is_one, value))
+    return value == 1 or (isinstance(value, str) and value.strip().lower() in ("true", "1", "1.0"))
+
+
+def _files(value: Any, whose: str, wrong: list[str], key: str = "image") -> list[str]:
+    """The files that the value of a key for pictures names."""
+    if value in (None, "", [], {}):
+        return []
+    if isinstance(value, str) and "\0" not in value:
+        return [unquote(urlsplit(value).path) if value.startswith("file://") else value]
+    if isinstance(value, list):
+        return [file for one in value for file in _files(one, whose, wrong, key)]
+    if isinstance(value, dict):
+        held = [of for inner, of in value.items() if _snake(inner) in NAMED_IN]
+        if found := [file for of in held for file in _files(of, whose, wrong, key)]:
+            return found
+    wrong.append(f"{whose} {key} is {short(value)}, not the name of one file.")
+    return []
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value, however deep."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, str):
+        yield value
+    for one in inner:
+        yield from _texts(one)
+
+
+def _is_address(file: str) -> bool:
+    return file.startswith(("http://", "https://", "s3://", "gs://"))
+
+
+@lru_cache(4096)
+def _snake(key: str) -> str:
+    """imagePath, Image-Path -> image_path."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[-\s.]+", "_", key).lower()
+
+
+def short(value: Any) -> str:
+    """A value as JSON, for messages: at most 40 characters of it."""
+    text = json.dumps(value, ensure_ascii=True, default=str)
+    return text if len(text) <= 40 else f"{text[:40]}..."
