@@ -48,6 +48,7 @@ CLIP = {
     "patch_size": 14,
     "projection_dim": 16,
 }
+FC1 = r"vision_tower\.vision_model\.encoder\.layers\.0\.mlp\.fc1"  # a pattern of target_modules
 AUTHORS = {ours: theirs for theirs, ours in PROTOTYPE_PARTS.items()}
 
 
@@ -290,10 +291,12 @@ def test_the_authors_lora_stage(full, tmp_path, strays):
     vision = lora({name: one for name, one in names.items() if "vision_model.encoder" in name and one.dim() == 2}, 2, 2)
     file = lora_file(language) | (lora_file(vision) if strays else {})
     settings = {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "base_model_name_or_path": "./full"}
+    settings["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     (stage / "adapter_config.json").write_text(json.dumps(settings))
     torch.save(file, stage / "adapter_model.bin")
     (stage / "Vit-lora").mkdir()
-    (stage / "Vit-lora" / "adapter_config.json").write_text(json.dumps(settings | {"r": 2, "lora_alpha": 6}))
+    of_vit = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]}
+    (stage / "Vit-lora" / "adapter_config.json").write_text(json.dumps(settings | of_vit))
     of_tower = {name.removeprefix("model.vision_tower."): one for name, one in vision.items()}
     torch.save(lora_file(of_tower), stage / "Vit-lora" / "adapter_model.bin")
     trained = {f"base_model.model.{name}": 1.25 * one for name, one in only(names, "mm_projector").items()}
@@ -323,7 +326,7 @@ def test_a_lora_of_the_tower_alone(full, tmp_path):
     folder, _model = full
     vision = lora({"vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": torch.empty(64, 32)}, 2, 3)
     (tmp_path / "Vit-lora").mkdir()
-    settings = {"r": 2, "lora_alpha": 4, "peft_type": "LORA", "task_type": None}
+    settings = {"r": 2, "lora_alpha": 4, "peft_type": "LORA", "task_type": None, "target_modules": FC1}
     (tmp_path / "Vit-lora" / "adapter_config.json").write_text(json.dumps(settings))
     torch.save(lora_file(vision), tmp_path / "Vit-lora" / "adapter_model.bin")
     ((a, b),) = vision.values()
@@ -911,11 +914,14 @@ def stage(full, tmp_path) -> tuple[Path, dict[str, Tensor]]:
     language = {name: names[name] for name in names if re.search(r"layers\.0\.self_attn\.[qv]_proj", name)}
     tensors = lora_file(lora(without(language, "vision"), 4, 1))
     settings = {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "base_model_name_or_path": "./full"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    targets = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | targets))
     torch.save(tensors, folder / "adapter_model.bin")
     tower = {"vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": torch.empty(64, 32)}
     (folder / "Vit-lora").mkdir()
-    (folder / "Vit-lora" / "adapter_config.json").write_text(json.dumps(settings | {"r": 2, "lora_alpha": 4}))
+    (folder / "Vit-lora" / "adapter_config.json").write_text(
+        json.dumps(settings | {"r": 2, "lora_alpha": 4, "target_modules": FC1})
+    )
     torch.save(lora_file(lora(tower, 2, 2)), folder / "Vit-lora" / "adapter_model.bin")
     return folder, tensors
 
