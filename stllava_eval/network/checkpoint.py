@@ -33,6 +33,7 @@ from stllava_eval.network.configuration import StllavaMedConfig
 from stllava_eval.network.files import (
     WEIGHT_DTYPES,
     WeightFile,
+    file_sha256,
     has_weights,
     located,
     refused,
@@ -119,6 +120,17 @@ class Audit:
         return [f"{len(found)} {kind} ({some(found)})" for kind, found in kinds if found]
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What an adapter was trained on, `start` in its run.json, and the base and tower that it is loaded on now."""
+
+    folder: Path
+    known: Mapping[str, Any]
+    base: Path
+    tower: Path | None
+    transformers: Any  # the version that `known` was written with
+
+
 @dataclass
 class _Draft:
     """What the layouts are read into, before it is checked."""
@@ -130,6 +142,7 @@ class _Draft:
     adapters: list[Adapter] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)  # where tokenizer and preprocessor are looked for, in order
     vision: Path | None = None  # folder of the vision tower, if it is not in the weights
+    starts: list[_Start] = field(default_factory=list)  # of the adapters that `stllava-train` has trained
 
     def add_adapter(self, folder: Path, rename: Callable[[str], str | None], part: str) -> None:
         """A LoRA, and whatever whole tensors lie in its file."""
@@ -330,11 +343,37 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """Hash of every file that decides the answers, and of what the files do not store."""
-        digest = hashlib.sha256(json.dumps(self.config.to_diff_dict(), sort_keys=True, default=str).encode())
+        return self._hash({})
+
+    def _hash(self, changes: Mapping[str, Any]) -> str:
+        """`sha256` where the configuration has these values."""
+        configuration = self.config.to_diff_dict() | changes
+        digest = hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode())
         for file in self.files:
-            with file.open("rb") as opened:
-                digest.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
         return digest.hexdigest()
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the files of weights and of their configurations: what an adapter on this checkpoint depends on.
+
+        Unlike `sha256` it stays as it is with another version of transformers, another tokenizer, which an adapter has
+        for itself, and another place that an adapter_config.json names for its base.
+        """
+        digest = hashlib.sha256()
+        for file in self.files:
+            if file.name == "adapter_config.json":
+                given = {name: value for name, value in read_json(file).items() if name not in PLACES}
+                digest.update(f"{file.name}\0{json.dumps(given, sort_keys=True)}\n".encode())
+            elif file.name == "config.json" or file.suffix in (".safetensors", ".bin"):
+                digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+        return digest.hexdigest()
+
+    def was(self, start: Mapping[str, Any], transformers: Any) -> bool:
+        """Whether this is the checkpoint that a run started from, by what its run.json says of it: `start`."""
+        if "weights_sha256" in start:
+            return start["weights_sha256"] == self.weights_sha256
+        return start.get("sha256") in (self.sha256, self._hash({"transformers_version": transformers}))
 
     def report(self) -> dict[str, Any]:
         """The audit as JSON."""
@@ -400,7 +439,26 @@ def open_checkpoint(
         files = {adapter.file for adapter in replaced}
         draft.weights = [(file, rename) for file, rename in draft.weights if file not in files]
         draft.add_adapter(folder, _flat_name, "vision")
-    return _check(source, draft, prototypes, iterations)
+    checkpoint = _check(source, draft, prototypes, iterations)
+    for start in draft.starts:
+        _check_start(start)
+    return checkpoint
+
+
+def _check_start(start: _Start) -> None:
+    """Whether an adapter's base is what it was trained on: on other weights it is another network.
+
+    Raises:
+        InputError: It is not.
+    """
+    tower = str(start.tower) if start.tower else None
+    now = _check(str(start.base), _read(start.base, str(start.base), vision_tower=tower), None, None)
+    if not now.was(start.known, start.transformers):
+        raise InputError(
+            f"{start.folder}: it was trained on {start.known.get('name')} with other weights than {start.base} has now "
+            f"(sha256 {str(start.known['sha256'])[:16]} in its run.json, now {now.sha256[:16]}). Put the weights of "
+            "then back, or train it again."
+        )
 
 
 def _read(
@@ -465,10 +523,18 @@ def _read_flat(folder: Path, raw: dict[str, Any], base: str | None, above: Seque
 def _read_adapter(folder: Path, base: str | None, above: Sequence[Path]) -> _Draft:
     """A PEFT folder, ours or the authors' LoRA stage, on the checkpoint that it names."""
     named = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    draft = _read(located(named, [folder], "base"), str(named), above=above)
-    if tower := _trained_tower(folder):
-        draft.vision = located(tower, [folder], "vision-tower")
-        draft.weights += [(file, _vision_name) for file in weight_files(draft.vision)]
+    place = located(named, [folder], "base")
+    draft = _read(place, str(named), above=above)
+    manifest = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    start: Any = manifest.get("start")
+    if isinstance(start, dict):
+        if tower := start.get("vision_tower"):
+            draft.vision = located(tower, [folder], "vision-tower")
+            draft.weights += [(file, _vision_name) for file in weight_files(draft.vision)]
+        if isinstance(start.get("sha256"), str):
+            versions = manifest.get("versions")
+            version = versions.get("transformers") if isinstance(versions, dict) else None
+            draft.starts.append(_Start(folder, start, place, draft.vision if tower else None, version))
     with WeightFile(adapter_file(folder)) as weights:
         of_llava = r"base_model\.model\.model\.(layers|embed_tokens|norm)\."
         originals = any(re.match(of_llava, key) for key in weights.entries)
@@ -487,13 +553,6 @@ def _read_adapter(folder: Path, base: str | None, above: Sequence[Path]) -> _Dra
     if (folder / "Vit-lora").is_dir():
         draft.add_adapter(folder / "Vit-lora", _flat_name, "vision")
     return draft
-
-
-def _trained_tower(folder: Path) -> str | None:
-    """The vision tower that `stllava-train sft` trained this adapter on, if it was not the base's own."""
-    manifest = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    start = manifest.get("start")
-    return start.get("vision_tower") if isinstance(start, dict) else None
 
 
 def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int | None) -> Checkpoint:
@@ -614,6 +673,7 @@ class CheckpointError(InputError):
         }
 
 
+PLACES = ("base_model_name_or_path", "revision")  # in adapter_config.json, of the base
 SAVED_ELSEWHERE = ""  # a name for keys that are read by someone else
 MOST_PADDING = 128  # rows behind a vocabulary; llava-hf has 64 (our choice)
 VOCABULARY_ROWS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
