@@ -917,6 +917,7 @@ def stage(full, tmp_path) -> tuple[Path, dict[str, Tensor]]:
     targets = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}
     (folder / "adapter_config.json").write_text(json.dumps(settings | targets))
     torch.save(tensors, folder / "adapter_model.bin")
+    torch.save({}, folder / "non_lora_trainables.bin")
     tower = {"vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": torch.empty(64, 32)}
     (folder / "Vit-lora").mkdir()
     (folder / "Vit-lora" / "adapter_config.json").write_text(
@@ -953,6 +954,49 @@ def test_whole_tensors_in_a_lora_file_replace_the_bases(stage, where):
     checkpoint = open_checkpoint(str(folder), prototypes=3)
     assert dict(checkpoint.weights())[name].equal(wanted)
     assert sum(map(len, checkpoint.audit.dropped.values())) > 2
+
+
+def test_a_stage_without_its_projector_is_refused(stage):
+    folder, _ = stage
+    (folder / "non_lora_trainables.bin").unlink()
+    with pytest.raises(InputError, match=r"no non_lora_trainables\.bin, the projector"):
+        open_checkpoint(str(folder), prototypes=3)
+
+
+@pytest.mark.parametrize("where", ["stage", "projector", "tower"])
+def test_half_a_part_is_not_filled_up_with_the_bases(full, stage, tmp_path, where):
+    """Each of these is whole by itself, and the base has the same part: which half is whose no tensor would show."""
+    folder, model = full
+    projector = only(original_names(model), "mm_projector")
+    tower = write_tower(tmp_path / "other-tower", model)
+    options = {}
+    if where == "stage":
+        source, file = stage[0], stage[0] / "non_lora_trainables.bin"
+        torch.save({f"base_model.model.{key}": value for key, value in projector.items()}, file)
+    elif where == "projector":
+        source, file = folder, tmp_path / "mm_projector.bin"
+        torch.save(projector, file)
+        options = {"projector": str(file)}
+    else:
+        source, file = folder, tower / "pytorch_model.bin"
+        options = {"vision_tower": str(tower)}
+    open_checkpoint(str(source), prototypes=3, **options)
+    tensors = torch.load(file, weights_only=True)
+    (gone,) = (key for key in tensors if key.endswith(("mlp.2.bias", "encoder.layers.2.mlp.fc1.weight")))
+    torch.save({key: value for key, value in tensors.items() if key != gone}, file)
+    with pytest.raises(CheckpointError, match="missing") as error:
+        open_checkpoint(str(source), prototypes=3, **options)
+    assert all(one.startswith(f"{file.name}: model.") for one in error.value.report["missing"])
+
+
+def test_a_folder_of_several_adapters_names_one(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / "named" / name).mkdir(parents=True)
+        (tmp_path / "named" / name / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=rf"adapters in folders of their own: pass one of them, such as {tmp_path}.*/first"
+    ):
+        open_checkpoint(str(tmp_path / "named"))
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model.model."])

@@ -550,6 +550,10 @@ def _read_adapter(folder: Path, base: str | None, above: Sequence[Path]) -> _Dra
         draft.add_settings(read_json(folder / "config.json"))
     if (trained := folder / "non_lora_trainables.bin").is_file():
         draft.weights.append((trained, _flat_name))
+    elif (folder / "config.json").is_file():  # LLaVA's training writes both, and its loader looks for this one too
+        raise InputError(
+            f"{folder}: no non_lora_trainables.bin, the projector that the LoRA was trained with. Copy it too."
+        )
     if (folder / "Vit-lora").is_dir():
         draft.add_adapter(folder / "Vit-lora", _flat_name, "vision")
     return draft
@@ -598,7 +602,7 @@ def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int |
         if dtype not in WEIGHT_DTYPES:
             audit.wrong.append(f"{file.name}: {key} is {dtype}, not floating point of 16 bits or more")
         taken.append(Taken(file, key, name, aim, dtype, rows))
-    audit.missing = sorted(set(wanted) - set(found))
+    audit.missing = sorted(set(wanted) - set(found)) + _of_two_sources(draft, found)
     stored = {
         name: found[name][2] if name in VOCABULARY_ROWS else shape for name, shape in wanted.items() if name in found
     }
@@ -651,6 +655,24 @@ def _named(draft: _Draft, audit: Audit) -> dict[str, tuple[Path, str, tuple[int,
                     audit.dropped.setdefault(f"replaced by {file.name}", []).append(f"{old_file.name}: {old_key}")
                 found[name] = (file, key, shape, dtype)
     return found
+
+
+def _of_two_sources(draft: _Draft, found: Mapping[str, tuple]) -> list[str]:
+    """Tensors that the last source of the vision tower or of the projector lacks, and an earlier one has.
+
+    One half of the part would be of one training and the other half of another. Whole tensors in an adapter's file are
+    no such source: PEFT replaces them one by one.
+    """
+    adapters = {adapter.file for adapter in draft.adapters}
+    sources = {file: (file.parent, rename) for file, rename in draft.weights if file not in adapters}
+    order = list(sources.values())
+    lacking = []
+    for part in ("model.vision_tower.", "model.multi_modal_projector."):
+        of = {name: file for name, (file, *_) in found.items() if name.startswith(part) and file in sources}
+        last = max(of.values(), key=lambda file: order.index(sources[file]), default=None)
+        if last is not None:
+            lacking += [f"{last.name}: {name}" for name, file in of.items() if sources[file] != sources[last]]
+    return sorted(lacking)
 
 
 class CheckpointError(InputError):
