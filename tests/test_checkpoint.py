@@ -956,6 +956,29 @@ def test_whole_tensors_in_a_lora_file_replace_the_bases(stage, where):
     assert sum(map(len, checkpoint.audit.dropped.values())) > 2
 
 
+@pytest.mark.parametrize("embedding", [True, False])
+def test_the_authors_lora_of_head_and_embedding(stage, embedding):
+    folder, _ = stage
+    tensors = {"base_model.model.lm_head.lora_A.weight": 0.1 * torch.randn(4, 48)}
+    tensors["base_model.model.lm_head.lora_B.weight"] = 0.1 * torch.randn(ROWS, 4)
+    if embedding:
+        stem = "base_model.model.model.embed_tokens.lora_embedding"
+        tensors |= {f"{stem}_A": 0.1 * torch.randn(4, ROWS), f"{stem}_B": 0.1 * torch.randn(48, 4)}
+    torch.save(tensors, folder / "adapter_model.bin")
+    targets = ["lm_head", *(["embed_tokens"] if embedding else [])]
+    settings_of(folder, target_modules=targets, layers_to_transform=None, layers_pattern=None)
+    shutil.rmtree(folder / "Vit-lora")
+    opened = open_checkpoint(str(folder), prototypes=3)
+    assert opened.layout == "authors' LoRA stage on original"
+    ours, plain = dict(opened.weights()), make().state_dict()
+    a, b = (tensors[f"base_model.model.lm_head.lora_{side}.weight"] for side in "AB")
+    assert_same(ours["lm_head.weight"], plain["lm_head.weight"] + 8 / 4 * b @ a)
+    if embedding:
+        a, b = (tensors[f"{stem}_{side}"] for side in "AB")
+        name = "model.language_model.embed_tokens.weight"
+        assert_same(ours[name], plain[name] + 8 / 4 * (b @ a).T)
+
+
 def test_a_stage_without_its_projector_is_refused(stage):
     folder, _ = stage
     (folder / "non_lora_trainables.bin").unlink()

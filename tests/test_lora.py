@@ -179,6 +179,24 @@ def test_a_projector_saved_whole_is_read_under_every_name(checkpoint, tmp_path, 
     assert_same(logits(open_checkpoint(str(tmp_path / "lora")).model()), wanted)
 
 
+@pytest.mark.parametrize("of", WRITTEN)
+@pytest.mark.parametrize("name", ["non_lora_trainables.bin", "non_lora_state_dict.bin"])
+def test_a_projector_beside_the_adapter_is_read(checkpoint, tmp_path, name, of):
+    """LLaVA's trainer writes what was trained whole into a file of its own, and so do those made after it."""
+    whole = {"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector"]}
+    wanted = write_adapter(checkpoint, tmp_path / "lora", **whole)
+    rewrite(tmp_path / "lora", of)
+    tensors = tensors_of(tmp_path / "lora")
+    write_tensors(tmp_path / "lora", {key: value for key, value in tensors.items() if ".lora_" in key})
+    change_settings(tmp_path / "lora", modules_to_save=None)
+    apart = {key: value for key, value in tensors.items() if ".lora_" not in key}
+    torch.save(apart, tmp_path / "lora" / name)
+    assert_same(logits(open_checkpoint(str(tmp_path / "lora")).model()), wanted)
+    torch.save(dict(list(apart.items())[1:]), tmp_path / "lora" / name)
+    with pytest.raises(CheckpointError, match=rf"1 missing \({name}: model\.multi_modal_projector"):
+        open_checkpoint(str(tmp_path / "lora"))
+
+
 def test_a_lora_of_padded_rows_loses_the_rows_that_the_network_loses(checkpoint, tmp_path):
     """As of llava-1.5-7b-hf, whose vocabulary has 64 rows behind its tokenizer's."""
     from transformers import AutoTokenizer

@@ -535,25 +535,26 @@ def _read_adapter(folder: Path, base: str | None, above: Sequence[Path]) -> _Dra
             versions = manifest.get("versions")
             version = versions.get("transformers") if isinstance(versions, dict) else None
             draft.starts.append(_Start(folder, start, place, draft.vision if tower else None, version))
-    with WeightFile(adapter_file(folder)) as weights:
-        of_llava = r"base_model\.model\.model\.(layers|embed_tokens|norm)\."
-        originals = any(re.match(of_llava, key) for key in weights.entries)
     draft.folders.insert(0, folder)
     draft.source = folder
-    if not originals:
+    whole = [folder / name for name in TRAINED_WHOLE if (folder / name).is_file()]
+    with WeightFile(adapter_file(folder)) as weights:
+        of_llava = any(re.match(rf"{PREFIX}model\.(layers|embed_tokens|norm)\.", key) for key in weights.entries)
+        of_head = all(key.startswith(f"{PREFIX}lm_head.") for key in weights.entries)  # has one name in both
+    if not of_llava and not (of_head and draft.original):
         draft.add_adapter(folder, _adapter_name, "both")
+        draft.weights += [(file, _adapter_name) for file in whole]
         draft.layout = f"adapter on {draft.layout}"
         return draft
     draft.add_adapter(folder, _flat_name, "language")
+    draft.weights += [(file, _flat_name) for file in whole]
     draft.layout = f"authors' LoRA stage on {draft.layout}"
     if (folder / "config.json").is_file():
         draft.add_settings(read_json(folder / "config.json"))
-    if (trained := folder / "non_lora_trainables.bin").is_file():
-        draft.weights.append((trained, _flat_name))
-    elif (folder / "config.json").is_file():  # LLaVA's training writes both, and its loader looks for this one too
-        raise InputError(
-            f"{folder}: no non_lora_trainables.bin, the projector that the LoRA was trained with. Copy it too."
-        )
+        if not whole:  # LLaVA's training writes both, and its loader looks for this one too
+            raise InputError(
+                f"{folder}: no non_lora_trainables.bin, the projector that the LoRA was trained with. Copy it too."
+            )
     if (folder / "Vit-lora").is_dir():
         draft.add_adapter(folder / "Vit-lora", _flat_name, "vision")
     return draft
@@ -695,6 +696,8 @@ class CheckpointError(InputError):
         }
 
 
+# beside an adapter, what was trained whole: of LLaVA's trainer, and of those for transformers' models made after it
+TRAINED_WHOLE = ("non_lora_trainables.bin", "non_lora_state_dict.bin")
 PLACES = ("base_model_name_or_path", "revision")  # in adapter_config.json, of the base
 SAVED_ELSEWHERE = ""  # a name for keys that are read by someone else
 MOST_PADDING = 128  # rows behind a vocabulary; llava-hf has 64 (our choice)
