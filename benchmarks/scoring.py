@@ -15,7 +15,7 @@ import warnings
 
 from figures import write
 
-from stllava_eval import metrics
+from stllava_eval import metrics, statements, verdict, verdict_v1, words
 
 WORDS = ["the", "left", "right", "lung", "lobe", "upper", "mass", "effusion", "shows", "image", "of", "CT", "no", "yes"]
 
@@ -35,9 +35,10 @@ def cases(count: int, seed: int) -> list[tuple[str, str, str, str]]:
 def seconds(rows: list[tuple[str, str, str, str]], with_nltk: bool) -> float:
     from nltk.translate.bleu_score import sentence_bleu
 
-    for remembered in vars(metrics).values():
-        if hasattr(remembered, "cache_clear"):
-            remembered.cache_clear()
+    for module in (metrics, statements, verdict, verdict_v1, words):
+        for remembered in vars(module).values():
+            if hasattr(remembered, "cache_clear"):
+                remembered.cache_clear()
     start = time.process_time()
     for answer, reference, kind, question in rows:
         metrics.score(answer, reference, kind, question)

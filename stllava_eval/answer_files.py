@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stllava_eval.answer_layouts import rows_of
-from stllava_eval.datasets import DATASETS
+from stllava_eval.datasets import DATASETS, numbered_edition, read_manifest
 from stllava_eval.errors import InputError
 from stllava_eval.extract import FINAL, SIGNATURES, Final, finals, opened, unsealed, with_opened_thoughts
 from stllava_eval.metrics import is_failed_request
@@ -124,7 +124,8 @@ def read_answers(file: Path, task: str, reading: Reading = Reading()) -> AnswerF
     rows = _rows_of_task(file, task)
     has_ids = reading.id_field or any("doc_id" in row or _id(row, None) is not None for _, row in rows)
     if has_ids:
-        renamed = _data_rad_ids(task, [_id(row, reading.id_field) for _, row in rows], split)
+        given = [_id(row, reading.id_field) for _, row in rows]
+        renamed = _data_rad_ids(task, given, split) or _numbers_of_its_edition(task, given, reading.split, rows)
         named = [_id_and_reply(place, row, split, known, reading) for place, row in rows]
         named = [(renamed.get(name, name), said) for name, said in named]
     else:
@@ -434,6 +435,26 @@ def _data_rad_ids(task: str, names: Sequence[str | None], split: Sequence[Mappin
         return {}
     log.warning("%s: the ids are those of data_RAD's files; they are read as the public ones.", task)
     return {spelt: ours for theirs, ours in public.items() for spelt in (theirs, f"data_RAD-{theirs}")}
+
+
+def _numbers_of_its_edition(
+    task: str, names: Sequence[str | None], split: str, rows: Sequence[tuple[str, Mapping[str, Any]]]
+) -> dict[str, str]:
+    """The ids by row number, of a file that numbers all rows of the edition of PathVQA that is prepared."""
+    carried = any(name in row for _, row in rows for name in (*QUESTIONS, *REFERENCES, *PICTURES))
+    numbers = {name for name in names if name is not None}
+    prepared = read_manifest(dataset_of(task), split)
+    if dataset_of(task) == "pathvqa" and not carried and not numbered_edition("pathvqa", prepared.split, numbers):
+        log.warning(
+            "%s: its ids are row numbers of a data set with two editions, and no row has a question, a reference or "
+            "an image. They are taken as those of the %s.",
+            task,
+            prepared.edition,
+        )
+    edition = numbered_edition(dataset_of(task), prepared.split, numbers)
+    if edition is None or edition.name != prepared.edition:
+        return {}
+    return {number: edition.prefix + number for number in numbers}
 
 
 def _warn_of_references(file: Path, read: AnswerFile, known: Mapping[str, Mapping[str, Any]]) -> None:

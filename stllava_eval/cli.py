@@ -181,7 +181,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out rows whose question the split does not have (default: refuse them)",
     )
-    score.add_argument("--split", default="test", help="the prepared split that was asked (default: test)")
+    score.add_argument(
+        "--split",
+        default="test",
+        help="the prepared split that was asked; test@NAME is an edition that is not in use (default: test)",
+    )
     score.add_argument(
         "--prompt",
         choices=PROMPTS,

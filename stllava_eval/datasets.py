@@ -353,11 +353,33 @@ def is_prepared(name: str, split: str, home_folder: Path | None = None) -> bool:
 def read_manifest(name: str, split: str, home_folder: Path | None = None) -> Manifest:
     """The manifest of a prepared split.
 
+    Args:
+        name: A key of `DATASETS`.
+        split: A key of its `splits`; with `@` and the beginning of a name behind it, as in `test@deduplicated`, the
+            prepared edition of that name instead of the one in use.
+        home_folder: See `prepare`.
+
     Raises:
         InputError: Nothing is prepared, or by another version; with the command to run.
     """
-    _known(name, split)
-    return _read_manifest(name, split, _manifest(name, split, home_folder))
+    return _found_edition(name, split, home_folder)[0]
+
+
+def _found_edition(name: str, split: str, home_folder: Path | None) -> tuple[Manifest, Path]:
+    """The manifest and the parquet file that a split's name means: see `read_manifest`."""
+    of, _, wanted = split.partition("@")
+    _known(name, of)
+    if not wanted:
+        return _read_manifest(name, of, _manifest(name, of, home_folder)), _parquet(name, of, home_folder)
+    prepared = _editions(name, of, home_folder)
+    fitting = [found for found in prepared if _slug(found[0].edition).startswith(_slug(wanted))]
+    if len(fitting) != 1:
+        held = ", ".join(f"{of}@{_slug(manifest.edition)}" for manifest, _ in prepared) or "none"
+        raise InputError(
+            f"{name} {split}: {len(fitting)} of the prepared editions have such a name; there is {held}. Name one of "
+            f"them, or run {_what_to_run(name, of)}."
+        )
+    return fitting[0]
 
 
 def prepared_editions(name: str, split: str, home_folder: Path | None = None) -> list[Manifest]:
@@ -411,8 +433,8 @@ def read_split(name: str, split: str, images: bool = True, home_folder: Path | N
     It is built past the cache of `datasets`, which goes by a file's name and time and can serve what was there before.
 
     Args:
-        name: See `prepare`.
-        split: See `prepare`.
+        name: See `read_manifest`.
+        split: See `read_manifest`.
         images: Whether to hold the column `image`.
         home_folder: See `prepare`.
 
@@ -422,8 +444,8 @@ def read_split(name: str, split: str, images: bool = True, home_folder: Path | N
     import datasets
     import pyarrow as pa
 
-    manifest = read_manifest(name, split, home_folder)
-    with _whole_parquet(manifest, _parquet(name, split, home_folder)) as file:
+    manifest, path = _found_edition(name, split, home_folder)
+    with _whole_parquet(manifest, path) as file:
         columns = [column for column in file.schema_arrow.names if images or column != "image"]
         groups = [file.read_row_group(number, columns=columns) for number in range(file.num_row_groups)]
     features = datasets.Features(
@@ -443,10 +465,10 @@ def read_rows(name: str, split: str, home_folder: Path | None = None) -> list[Ro
     Raises:
         InputError: See `read_split`.
     """
-    manifest = read_manifest(name, split, home_folder)
+    manifest, path = _found_edition(name, split, home_folder)
     rows: list[Row] = []
     shared: dict[bytes, bytes] = {}
-    with _whole_parquet(manifest, _parquet(name, split, home_folder)) as file:
+    with _whole_parquet(manifest, path) as file:
         for batch in file.iter_batches(batch_size=256):
             for record in batch.to_pylist():
                 image = record.pop("image")["bytes"]
@@ -1398,7 +1420,12 @@ def _make_room(name: str, split: str, edition: str, home_folder: Path | None) ->
 
 def _kept(path: Path, edition: str) -> Path:
     """`test.parquet` -> `test@deduplicated-test.parquet`: an edition that is prepared and not in use."""
-    return path.with_name(f"{path.stem}@{re.sub(r'[^a-zA-Z0-9_]+', '-', edition).strip('-')}.parquet")
+    return path.with_name(f"{path.stem}@{_slug(edition)}.parquet")
+
+
+def _slug(edition: str) -> str:
+    """An edition's name as a part of a file's: `deduplicated-test`."""
+    return re.sub(r"[^a-zA-Z0-9_]+", "-", edition).strip("-")
 
 
 def _editions(name: str, split: str, home_folder: Path | None) -> list[tuple[Manifest, Path]]:

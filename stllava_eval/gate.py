@@ -261,8 +261,9 @@ def _needed(
 
 
 def _scores(task: str, run: RunTask) -> dict[str, QuestionScores]:
-    """The scores of each answered question, `closed_format` among them: 1 where exactly one option is named."""
-    from stllava_eval.metrics import is_failed_request, options_named
+    """The scores of each answered question, `closed_format` among them: 1 where one option's words are there."""
+    from stllava_eval.metrics import is_failed_request
+    from stllava_eval.verdict_v1 import options_named
 
     scored = question_scores(dataset_of(task), run.replies)
     for row in split_rows(dataset_of(task)):

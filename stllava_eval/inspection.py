@@ -122,8 +122,8 @@ def _consistency(task: str, answers: Mapping[str, str]) -> list[Consistency]:
         and metrics.folded_words(row["reference"])
     }
 
-    def named(id: str) -> set[str]:
-        return metrics.options_named(answers[id], rows[id]["reference"], rows[id]["question"])
+    def chosen(id: str) -> str | None:
+        return metrics.chosen(answers[id], rows[id]["reference"], rows[id]["question"])
 
     def right(id: str) -> bool:
         row = rows[id]
@@ -133,13 +133,13 @@ def _consistency(task: str, answers: Mapping[str, str]) -> list[Consistency]:
 
     def alike(one: str, other: str) -> float:
         if rows[one]["kind"] == "closed":
-            return float(named(one) == named(other) != set())
+            return float(chosen(one) == chosen(other) is not None)
         if not metrics.folded_words(answers[other]):
             return float(not metrics.folded_words(answers[one]))
         return metrics.f1(answers[one], answers[other])
 
     def apart(one: str, other: str) -> float:
-        return float(named(one) != named(other) and len(named(one)) == len(named(other)) == 1)
+        return float(None not in (chosen(one), chosen(other)) and chosen(one) != chosen(other))
 
     restated = paraphrases(dataset_of(task), list(rows.values()))
     by_kind = {kind: [pair for pair in restated if rows[pair[0]]["kind"] == kind] for kind in ("closed", "open")}

@@ -11,18 +11,18 @@ what it computes and held to its outputs on 620 cases.
 import math
 import re
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
+from stllava_eval import verdict_v1
 from stllava_eval.errors import InputError
 from stllava_eval.extract import Final
+from stllava_eval.verdict import choices, chosen, is_refusal, verdict
+from stllava_eval.words import ARTICLES, DIGITS, NUMBERS, folded_words, remembered, singular_words, wanted_words
 
-# The scores of one question share its words, and questions share references; remembering more would only cost memory.
-_remembered = lru_cache(maxsize=2048)
+__all__ = ["SCORES", "choices", "chosen", "folded_words", "is_refusal", "score", "score_replies", "verdict"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Published family
@@ -31,10 +31,7 @@ _PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!')
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _PERIOD_BEFORE_NO_DIGIT = re.compile(r"\.(?!\d)")
 _PERIODS_REMOVED_PER_PASS = 32  # the script hands re.UNICODE (= 32) to `sub` where the count belongs
-_ARTICLES = frozenset({"a", "an", "the"})
-_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-_DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
-_DIGITS_LLAVAMED = {word: _DIGITS[word] for word in _NUMBERS[:11]} | {"none": "0"}
+_DIGITS_LLAVAMED = {word: DIGITS[word] for word in NUMBERS[:11]} | {"none": "0"}
 
 
 def _without_one_apostrophe(contractions: str) -> dict[str, str]:
@@ -58,7 +55,7 @@ _CONTRACTIONS = _without_one_apostrophe(
 ) | {"somebody'd": "somebodyd"}  # the one pair that the original has the wrong way round
 
 
-@_remembered
+@remembered
 def normalize_llavamed(text: str) -> str:
     """`text` as the published script sees it after one pass of its normalisation.
 
@@ -81,10 +78,10 @@ def normalize_llavamed(text: str) -> str:
     }
     text = _PERIOD_BEFORE_NO_DIGIT.sub("", text.translate(replacements), count=_PERIODS_REMOVED_PER_PASS)
     words = (_DIGITS_LLAVAMED.get(word, word) for word in text.split())
-    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-@_remembered
+@remembered
 def _counts_llavamed(text: str) -> Counter[str]:
     return Counter(normalize_llavamed(normalize_llavamed(text)).split())
 
@@ -246,49 +243,22 @@ def commonest_words(references: Iterable[str], k: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Clean family
 
-_APOSTROPHES = str.maketrans(dict.fromkeys("‘’ʼ´′", "'"))
-_THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_WORD = re.compile(r"\d+(?:\.\d+)*|[^\W\d_][^\W_]*(?:'[^\W_]+)*")
+
+Words = Callable[[str], tuple[str, ...]]
+"""What a text's words are: `singular_words` today, `folded_words` in the first version, which told plurals apart."""
 
 
-def _folded(text: str) -> str:
-    """`text` without differences of case, width, ligature, accent or apostrophe; zero-width marks are gone."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKD", text.translate(_APOSTROPHES)).casefold()
-        text = "".join(letter for letter in text if unicodedata.category(letter) not in ("Mn", "Cf"))
-    return text.lower().replace("`", "'")
+def _wanted(reference: str, words: Words) -> tuple[str, ...]:
+    return words(reference) or wanted_words(reference)  # which raises
 
 
-@_remembered
-def folded_words(text: str) -> tuple[str, ...]:
-    """The words that the clean scores compare.
-
-    Unicode is folded (NFKD, case, accents, curly apostrophes, µ to μ), number words up to twelve are digits, "a", "an"
-    and "the" are dropped unless nothing else is there. A word is a number with its decimals, or letters and digits
-    that start with a letter, with an apostrophe inside or not; every other mark separates, and so do dashes of any
-    kind. One form for all: "x-ray" is "x ray", "5cm" is "5 cm", "1,000" is "1000".
-
-    Not done: plurals, synonyms, abbreviations, and Chinese, where a run of characters is one word.
-
-    >>> folded_words("Two T2‑weighted lesions, 2.5cm: Sjögren’s?")
-    ('2', 't2', 'weighted', 'lesions', '2.5', 'cm', "sjogren's")
-    """
-    found = [_DIGITS.get(word, word) for word in _WORD.findall(_THOUSANDS_COMMA.sub("", _folded(text)))]
-    return tuple(word for word in found if word not in _ARTICLES) or tuple(found)
-
-
-def _wanted(reference: str) -> tuple[str, ...]:
-    if wanted := folded_words(reference):
-        return wanted
-    raise InputError(f"reference {reference!r}: has no words, so nothing can be right. Leave the question out.")
-
-
-def _found(answer: str, reference: str) -> int:
+@remembered
+def _found(answer: str, reference: str, words: Words) -> int:
     """How many of the reference's words the answer has; one said twice counts twice only if it is wanted twice."""
-    return (Counter(folded_words(answer)) & Counter(_wanted(reference))).total()
+    return (Counter(words(answer)) & Counter(_wanted(reference, words))).total()
 
 
-def recall(answer: str, reference: str) -> float:
+def recall(answer: str, reference: str, words: Words = singular_words) -> float:
     """Share of the reference's words that the answer has, in [0, 1].
 
     Each word counts as often as the reference has it. A long answer loses nothing for its extra words: read it beside
@@ -297,13 +267,13 @@ def recall(answer: str, reference: str) -> float:
     Raises:
         InputError: The reference has no words.
 
-    >>> recall("lung lung lung", "right lung")
+    >>> recall("lung lung lung", "right lungs")
     0.5
     """
-    return _found(answer, reference) / len(_wanted(reference))
+    return _found(answer, reference, words) / len(_wanted(reference, words))
 
 
-def precision(answer: str, reference: str) -> float:
+def precision(answer: str, reference: str, words: Words = singular_words) -> float:
     """Share of the answer's words that the reference has, in [0, 1]; 0 for an answer without words.
 
     Raises:
@@ -312,30 +282,30 @@ def precision(answer: str, reference: str) -> float:
     >>> precision("a mass in the lung", "lung")  # mass, in, lung
     0.3333333333333333
     """
-    return _found(answer, reference) / max(1, len(folded_words(answer)))
+    return _found(answer, reference, words) / max(1, len(words(answer)))
 
 
-def f1(answer: str, reference: str) -> float:
+def f1(answer: str, reference: str, words: Words = singular_words) -> float:
     """Harmonic mean of `precision` and `recall`, in [0, 1]; 0 where both are.
 
-    Source: the F1 of SQuAD (arXiv:1606.05250), with the words of `folded_words`.
+    Source: the F1 of SQuAD (arXiv:1606.05250), with the words of `singular_words`.
 
     Raises:
         InputError: The reference has no words.
     """
-    return _harmonic_mean(precision(answer, reference), recall(answer, reference))
+    return _harmonic_mean(precision(answer, reference, words), recall(answer, reference, words))
 
 
-def exact_match(answer: str, reference: str) -> float:
+def exact_match(answer: str, reference: str, words: Words = singular_words) -> float:
     """1 where answer and reference are the same words in the same order, else 0.
 
     Raises:
         InputError: The reference has no words.
     """
-    return float(folded_words(answer) == _wanted(reference))
+    return float(words(answer) == _wanted(reference, words))
 
 
-def bleu1(answer: str, reference: str) -> float:
+def bleu1(answer: str, reference: str, words: Words = singular_words) -> float:
     """`precision`, times exp(1 - reference words / answer words) for an answer shorter than its reference; in [0, 1].
 
     BLEU of single words: references have two or three, too few for the longer n-grams of the usual BLEU-4.
@@ -345,7 +315,7 @@ def bleu1(answer: str, reference: str) -> float:
     Raises:
         InputError: The reference has no words.
     """
-    return _bleu(folded_words(answer), _wanted(reference), (1,))
+    return _bleu(words(answer), _wanted(reference, words), (1,))
 
 
 def closed_accuracy(answer: str, reference: str, question: str = "") -> float:
@@ -357,6 +327,15 @@ def closed_accuracy(answer: str, reference: str, question: str = "") -> float:
     return float(verdict(answer, reference, question) == "right")
 
 
+def closed_accuracy_v1(answer: str, reference: str, question: str = "") -> float:
+    """1 where the verdict of the first version is "right", else 0: what `closed_accuracy` was until 2026-11-30.
+
+    Raises:
+        InputError: The reference has no words.
+    """
+    return float(verdict_v1.verdict(answer, reference, question) == "right")
+
+
 def unparsed(answer: str, reference: str, question: str = "") -> float:
     """1 where `verdict` is "unparsed", else 0. A rate to read beside `closed_accuracy`: here lower is better.
 
@@ -366,113 +345,6 @@ def unparsed(answer: str, reference: str, question: str = "") -> float:
     return float(verdict(answer, reference, question) == "unparsed")
 
 
-@_remembered
-def verdict(answer: str, reference: str, question: str = "") -> Literal["right", "wrong", "unparsed"]:
-    """Does the answer choose what the reference chooses?
-
-    The options are yes and no where the reference is one of them, else what `choices` reads from the question. An
-    answer names an option by its words in a row ("normal" is not in "abnormal"). It is right if it names the
-    reference's option and no other, unparsed if it names none, and otherwise wrong: "yes and no" is wrong.
-
-    Strict on purpose, so that no wording is worth more than a plain verdict:
-    - Only the words yes and no are verdicts. "no evidence of" says no. "not" says nothing by itself, since it denies
-      whatever follows: "not seen" is a no, but "not sure" is none and "yes, not enlarged" is a yes.
-    - "MRI, not CT" names both and is wrong; "yes, there is no effusion" too.
-    - Where the question offers nothing that fits the reference, the reference is the only known option and any other
-      choice is unparsed rather than wrong. Neither scores.
-
-    Raises:
-        InputError: The reference has no words.
-
-    >>> verdict("The left side.", "Left", "Is the lesion on the left or right?")
-    'right'
-    >>> verdict("There is no evidence of fracture.", "no"), verdict("It is abnormal.", "no")
-    ('right', 'unparsed')
-    """
-    named, wanted = _named_and_wanted(answer, reference, question)
-    if not named:
-        return "unparsed"
-    return "right" if named == wanted else "wrong"
-
-
-def options_named(answer: str, reference: str, question: str = "") -> set[str]:
-    """The options of a closed question that the answer names, as `verdict` reads them.
-
-    Raises:
-        InputError: The reference has no words.
-
-    >>> sorted(options_named("Yes and no.", "no"))
-    ['no', 'yes']
-    """
-    return _named_and_wanted(answer, reference, question)[0]
-
-
-def _named_and_wanted(answer: str, reference: str, question: str) -> tuple[set[str], set[str]]:
-    """The options that the answer names, and the reference's."""
-    wanted = " ".join(_wanted(reference))
-    options = ("yes", "no") if wanted in ("yes", "no") else choices(question)
-    if not _named(wanted, options):
-        options = (*options, wanted)
-    return _named(" ".join(folded_words(answer)), options), _named(wanted, options)
-
-
-_LAST_OR = re.compile(r"(.*)\bor\b([^,]*)", re.DOTALL)
-_CLAUSE_BEFORE_LIST = re.compile(r"\s*(?:which|what|where)\b[^,]*,")
-
-
-@_remembered
-def choices(question: str) -> tuple[str, ...]:
-    """The options a closed question offers, as words joined by spaces; empty where it has no "or".
-
-    Two forms, those of VQA-RAD and SLAKE. "Which ..., A, B or C?" is a list with a start and an end. In "Is it A, B or
-    C ...?" neither is marked: the first option is as long as the second, and of the last one word is taken (of both
-    two, if they are "A x or B x").
-
-    >>> choices("Which plane is the image scanned, transverse plane or coronal plane?")
-    ('transverse plane', 'coronal plane')
-    >>> choices("Is this a T1 weighted, T2 weighted, or FLAIR image?")
-    ('t1 weighted', 't2 weighted', 'flair')
-    """
-    offer = _LAST_OR.match(_folded(question))
-    if offer is None:
-        return ()
-    before, last = offer[1], folded_words(offer[2])
-    clause = _CLAUSE_BEFORE_LIST.match(before)
-    start = clause.end() if clause else 0
-    parts = [part for text in re.split(r",|\bor\b", before[start:]) if (part := folded_words(text))]
-    if not clause and parts:
-        # an option has at most two words here, so the last longer part is the clause that the first option ends
-        first, *middle = parts[max((i for i, part in enumerate(parts) if len(part) > 2), default=0) :]
-        alike = first[-1:] == last[1:2]
-        first_length = len(middle[0]) if middle else 1 + alike
-        parts, last = [first[-first_length:], *middle], last[: 1 + alike]
-    return tuple(" ".join(option) for option in (*parts, last) if option)
-
-
-def _named(text: str, options: tuple[str, ...]) -> set[str]:
-    """The options whose words stand in `text`, words joined by spaces."""
-    if not options:
-        return set()
-    pattern, option_of = _naming(options)
-    return {option_of[phrase] for phrase in pattern.findall(text)}
-
-
-@lru_cache(maxsize=1024)
-def _naming(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
-    """What finds an option in words, and the option that each phrase names.
-
-    An option is named in full, or by the words that set it apart: "T1" names "T1 weighted" beside "T2 weighted". The
-    longest phrase wins, so "upper left" does not name "left" as well.
-    """
-    option_of = {option: option for option in options}
-    for option in options:
-        shared = {word for other in options if other != option for word in other.split()}
-        if own := " ".join(word for word in option.split() if word not in shared):
-            option_of.setdefault(own, option)
-    phrases = "|".join(re.escape(phrase) for phrase in sorted(option_of, key=len, reverse=True))
-    return re.compile(rf"(?<!\S)(?:{phrases})(?!\S)"), option_of
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What the answer is like, whatever the reference
 
@@ -480,32 +352,6 @@ def _naming(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
 def words(answer: str) -> int:
     """Length of the answer in words, divided by white space."""
     return len(answer.split())
-
-
-_REFUSALS = re.compile(
-    # Our choice. "I cannot see a mass" and "I'm unable to find one" are answers, so what cannot be done is named too.
-    r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
-    r"|\bi(?: am|'m) (?:sorry|not qualified|not a (?:doctor|physician|radiologist|medical))"
-    r"|\bi (?:do not|don't) know\b"
-    r"|\b(?:i (?:cannot|can't|can not|could not|couldn't|won't|will not)|i(?: am|'m) (?:unable|not able) to) "
-    r"(?:(?:answer|analy[sz]e|assess|assist|comment|comply|determine|diagnose|help|interpret|offer|provide|say|tell)\b"
-    r"|(?:access|open|process|see|view)(?: the| this| any| your)? (?:medical )?(?:image|picture|photo|scan)s?\b)"
-    r"|\b(?:cannot|can't|can not) be (?:answered|assessed|determined)\b"
-    r"|\b(?:not possible|impossible) to (?:answer|assess|determine|say|tell)\b"
-    # Gemini's filter kept the answer back: the system declined (lmms_eval/models/{simple,chat}/gemini.py).
-    r"|^\[safety_blocked:"
-)
-
-
-def is_refusal(answer: str) -> bool:
-    """Does the answer decline to answer, by the patterns above?
-
-    Counted beside the scores, not instead of them: "I'm sorry, but yes" is a refusal here and scored all the same.
-
-    >>> is_refusal("I’m unable to interpret medical images."), is_refusal("I cannot see a fracture.")
-    (True, False)
-    """
-    return _REFUSALS.search(_folded(answer)) is not None
 
 
 _FAILED_REQUESTS = (
@@ -549,19 +395,27 @@ class Score:
     """(answer, reference, question) -> the score, in [0, 1] but for `words`."""
 
 
-def _of_answer_and_reference(
-    kind: Literal["open", "closed"], *functions: Callable[[str, str], float], published: bool
-) -> list[Score]:
+def _of_the_script(kind: Literal["open", "closed"], *functions: Callable[[str, str], float]) -> list[Score]:
     def without_question(function: Callable[[str, str], float]) -> Callable[[str, str, str], float]:
         return lambda answer, reference, question: function(answer, reference)
 
-    return [Score(f.__name__, kind, f"{f.__name__}|v1", published, without_question(f)) for f in functions]
+    return [Score(f.__name__, kind, f"{f.__name__}|v1", True, without_question(f)) for f in functions]
+
+
+def _of_words(words_of: Words, version: str, suffix: str = "") -> list[Score]:
+    def of_question(function: Callable[[str, str, Words], float]) -> Callable[[str, str, str], float]:
+        return lambda answer, reference, question: function(answer, reference, words_of)
+
+    return [
+        Score(f"{f.__name__}{suffix}", "open", f"{f.__name__}|{version}", False, of_question(f))
+        for f in (recall, precision, f1, exact_match, bleu1)
+    ]
 
 
 SCORES: dict[str, Score] = {
     each.name: each
     for each in (
-        *_of_answer_and_reference(
+        *_of_the_script(
             "open",
             recall_llavamed,
             precision_llavamed,
@@ -569,14 +423,15 @@ SCORES: dict[str, Score] = {
             exact_match_llavamed,
             open_accuracy_llavamed_batch,
             bleu_llavamed,
-            published=True,
         ),
-        *_of_answer_and_reference("open", recall, precision, f1, exact_match, bleu1, published=False),
-        *_of_answer_and_reference("closed", closed_llavamed, closed_llavamed_batch, published=True),
-        Score("closed_accuracy", "closed", "closed_accuracy|v1", False, closed_accuracy),
-        Score("unparsed", "closed", "unparsed|v1", False, unparsed),
+        *_of_words(singular_words, "v2"),
+        *_of_words(folded_words, "v1", "_v1"),
+        *_of_the_script("closed", closed_llavamed, closed_llavamed_batch),
+        Score("closed_accuracy", "closed", "closed_accuracy|v2", False, closed_accuracy),
+        Score("closed_accuracy_v1", "closed", "closed_accuracy|v1", False, closed_accuracy_v1),
+        Score("unparsed", "closed", "unparsed|v2", False, unparsed),
         Score("words", "both", "words|v1", False, lambda answer, reference, question: float(words(answer))),
-        Score("refused", "both", "refused|v1", False, lambda answer, reference, question: float(is_refusal(answer))),
+        Score("refused", "both", "refused|v2", False, lambda answer, reference, question: float(is_refusal(answer))),
         # an answer that is there was not cut; `score` says where there is none
         Score("cut", "both", "cut|v1", False, lambda answer, reference, question: 0.0),
     )
@@ -603,11 +458,14 @@ def score(answer: str, reference: str, kind: str, question: str, cut: bool = Fal
     if kind not in ("open", "closed"):
         raise InputError(f"kind {kind!r}: a question is 'open' or 'closed'. Correct the data set's kinds.")
     has_words = bool(folded_words(reference))
-    return {
+    scores = {
         s.name: float(s.name in ("cut", "unparsed")) if cut else s.function(answer, reference, question)
         for s in SCORES.values()
         if s.kind == "both" or (s.kind == kind and (s.published or has_words))
     }
+    if scores.get("unparsed") == 0:
+        scores["refused"] = 0.0  # "I'm not a doctor, but yes" has answered
+    return scores
 
 
 def score_replies(finals: Sequence[Final], reference: str, kind: str, question: str) -> dict[str, float]:

@@ -550,11 +550,11 @@ def score_table(
             f"{manifest['dataset']} {manifest['split']} ({manifest['edition']}), for example {rows[0]['id']}; "
             "--ignore-unknown leaves out those of other splits."
         )
-    other = numbered_edition(dataset_of(task), split, answers)
+    other = numbered_edition(dataset_of(task), manifest["split"], answers)
     if other is not None and other.name != manifest["edition"] and not manifest["sample"]:
         raise InputError(
             f"{task}: the {len(answers)} ids are the row numbers of the {other.name}, 0 to {other.rows - 1}, and "
-            f"the {manifest['edition']} is prepared now, whose numbers are other questions. Prepare that edition; its "
+            f"the {manifest['edition']} is asked, whose numbers are other questions. Prepare that edition; its "
             f"ids are {other.prefix}0 to {other.prefix}{other.rows - 1}."
         )
     return _score(task, rows, answers, manifest, prompt, settings)

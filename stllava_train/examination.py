@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from stllava_eval import metrics
 from stllava_eval.answering import Answerer, Question, only_answers
 from stllava_eval.datasets import Row, read_rows
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import whole_file
 from stllava_eval.images import decode
-from stllava_eval.metrics import score
 from stllava_train.recipe import DpoRecipe
 from stllava_train.training import first_process, read_trace
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 256  # our choice: a longer answer is cut, which costs time and no point
 SCORES = {"open": ("recall", "f1", "words"), "closed": ("closed_accuracy", "unparsed", "words")}
+VERSIONS = " ".join(metrics.SCORES[name].signature for name in ("recall", "f1", "closed_accuracy", "unparsed"))
 
 
 class Examination(TrainerCallback):
@@ -59,6 +60,11 @@ class Examination(TrainerCallback):
             raise InputError(
                 f"{self.trace}: an evaluation up to step {step} is missing or damaged. Put the file back, or train "
                 "anew with another --out."
+            )
+        if others := {str(line.get("versions")) for line in self.lines} - {VERSIONS}:
+            raise InputError(
+                f"{self.trace}: scored by other versions ({', '.join(sorted(others))}) than today's ({VERSIONS}), so "
+                "steps do not compare. Go on with the release that began, or train anew with another --out."
             )
         if first_process():
             with whole_file(self.trace) as unfinished:
@@ -103,7 +109,7 @@ class Examination(TrainerCallback):
         if first_process():
             policy = _unwrapped(model)
             with _resting(policy):
-                held[0] = {"step": step} | self._scores(policy)
+                held[0] = {"step": step, "versions": VERSIONS} | self._scores(policy)
             with self.trace.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(held[0]) + "\n")
         broadcast_object_list(held)
@@ -192,7 +198,7 @@ def _means(answerer: Answerer, rows: Sequence[Row]) -> dict[str, float]:
     answers = {place: answer.text for place, answer in only_answers(answerer.answer(asked, progress=False))}
     sums: dict[str, list[float]] = {}
     for place, row in enumerate(rows):
-        values: Mapping[str, float] = score(answers[place], row.reference, row.kind, row.question)
+        values: Mapping[str, float] = metrics.score(answers[place], row.reference, row.kind, row.question)
         for name in SCORES[row.kind]:
             if name in values:
                 sums.setdefault(name, []).append(values[name])

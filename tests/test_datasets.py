@@ -1027,6 +1027,28 @@ def test_two_editions_are_prepared_side_by_side_and_the_last_named_is_in_use(hom
     ]
 
 
+def test_every_prepared_edition_can_be_read_by_its_name(both_pathvqa):
+    official, hub = (prepare("pathvqa", "test", source) for source in both_pathvqa)
+    for split, manifest in (
+        ("test", hub),
+        ("test@deduplicated", hub),
+        ("test@official", official),
+        ("test@official test", official),
+        ("test@official-test", official),
+    ):
+        assert read_manifest("pathvqa", split) == manifest
+        assert len(read_rows("pathvqa", split)) == len(read_split("pathvqa", split)) == manifest.counts["rows"]
+    with pytest.raises(InputError) as refused:
+        read_split("pathvqa", "test@public")
+    assert str(refused.value) == (
+        "pathvqa test@public: 0 of the prepared editions have such a name; there is test@deduplicated-test, "
+        "test@official-test. Name one of them, or run `stllava-eval prepare pathvqa --from DIR`, or "
+        "`stllava-eval prepare pathvqa --sample`."
+    )
+    with pytest.raises(InputError, match="pathvqa has no split test@official"):
+        prepare("pathvqa", "test@official")
+
+
 def test_no_id_of_one_edition_of_pathvqa_is_an_id_of_the_other(both_pathvqa):
     ids = {}
     for source in both_pathvqa:
@@ -1162,11 +1184,15 @@ def test_row_numbers_of_another_edition_are_not_taken_for_ids(both_pathvqa, tmp_
     assert main(score) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "stllava-eval: pathvqa: the 2 ids are the row numbers of the deduplicated test, 0 to 1, and the official test "
-        "is prepared now, whose numbers are other questions. Prepare that edition; its ids are dedup-0 to dedup-1."
+        "is asked, whose numbers are other questions. Prepare that edition; its ids are dedup-0 to dedup-1."
     )
     prepare("pathvqa", "test", hub)
+    assert main(score) == 0  # all of its numbers, so they are the ids of the copy that is in use
+    prepare("pathvqa", "test", official)
+    assert main([*score, "--split", "test@deduplicated"]) == 0
     (tmp_path / "a.jsonl").write_text('{"id": "dedup-0", "answer": "Liver"}\n{"id": "dedup-1", "answer": "no"}\n')
-    assert main(score) == 0
+    assert main(score) == 2
+    assert main([*score, "--split", "test@deduplicated"]) == 0
 
 
 def test_the_command_prints_the_notes_and_which_editions_there_are(both_pathvqa, capsys):

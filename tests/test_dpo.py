@@ -790,6 +790,16 @@ def test_damaged_evaluations_are_told_before_the_run_goes_on(halfway, damage):
         resume()
 
 
+def test_a_run_does_not_go_on_with_evaluations_of_another_version_of_the_scores(halfway):
+    out, resume = halfway
+    file = out / "evaluations.jsonl"
+    file.write_text(file.read_text().replace("closed_accuracy|v2", "closed_accuracy|v1"))
+    with pytest.raises(
+        InputError, match=r"evaluations.jsonl: scored by other versions \(.*closed_accuracy\|v1.*\) than"
+    ):
+        resume()
+
+
 @pytest.mark.parametrize("content", [None, b"garbage"], ids=["gone", "garbage"])
 def test_lost_weights_of_the_best_step_are_told_before_the_run_goes_on(halfway, content):
     out, resume = halfway

@@ -113,13 +113,16 @@ def test_the_questions_that_it_asks_for_would_decide():
 
 
 def test_answers_without_a_verdict_are_a_drift(questions, tmp_path):
-    runs = [small_run(tmp_path / "old", right), small_run(tmp_path / "new", wrong_of("closed", 20, "there is a mass"))]
+    runs = [
+        small_run(tmp_path / "old", right),
+        small_run(tmp_path / "new", wrong_of("closed", 20, "it is hard to tell")),
+    ]
     found = gate(runs[1], runs[0], read_policy())
     assert verdicts(found)["unparsed"] == verdicts(found)["closed_format"] == "lost"
 
 
-def test_two_verdicts_at_once_break_the_format_but_are_no_silence(questions, tmp_path):
-    runs = [small_run(tmp_path / "old", right), small_run(tmp_path / "new", wrong_of("closed", 20, "yes and no"))]
+def test_verdicts_in_other_words_break_the_format_but_are_no_silence(questions, tmp_path):
+    runs = [small_run(tmp_path / "old", right), small_run(tmp_path / "new", wrong_of("closed", 20, "nope"))]
     found = verdicts(gate(runs[1], runs[0], read_policy()))
     assert (found["unparsed"], found["closed_format"]) == ("held", "lost")
 

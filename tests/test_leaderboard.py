@@ -213,7 +213,7 @@ def test_the_csv_has_a_line_for_each_score_with_what_it_rests_on(prepared, tmp_p
     (recall,) = [line for line in lines if line["system"] == "a" and line["metric"] == "recall"]
     assert (recall["value"], recall["n"], recall["sha256"], recall["prompt"]) == ("1.0", "4", "aaaa", "bare")
     assert (
-        recall["signature"] == "recall|v1|vqarad test for tests|prompt bare|extract final-v1|images own|decoding greedy"
+        recall["signature"] == "recall|v2|vqarad test for tests|prompt bare|extract final-v1|images own|decoding greedy"
     )
 
 
@@ -493,7 +493,7 @@ def test_words_are_counted_by_kind_and_empty_answers_told(prepared, tmp_path):
 
 def test_a_board_of_reported_rows_too_prints_the_versions_of_measured_scores(official, tmp_path):
     text = board_text(board([small_run(tmp_path / "a", right)], published=True))
-    assert "versions: recall_llavamed v1, f1_llavamed v1, recall v1" in text
+    assert "versions: recall_llavamed v1, f1_llavamed v1, recall v2" in text
 
 
 def test_the_command_writes_the_same_bytes_twice(prepared, tmp_path):
@@ -573,7 +573,7 @@ def test_a_terminal_board_prints_the_signature_of_each_row(prepared, tmp_path):
     asked = "vqarad test for tests|prompt bare|extract final-v1|images own|decoding greedy"
     assert f'a: {asked}|max_new_tokens 8|until ["</s>"]\n' in text
     assert f"b: {asked}\n" in text
-    assert "versions: recall_llavamed v1, f1_llavamed v1, recall v1" in text
+    assert "versions: recall_llavamed v1, f1_llavamed v1, recall v2" in text
 
 
 def test_a_row_is_named_by_the_system_that_was_given(prepared, tmp_path):

@@ -444,7 +444,7 @@ def test_a_question_without_an_answer_says_why(prepared, browser, tmp_path, repl
     write_board(tmp_path / "out", board(runs))
     text = (tmp_path / "out" / "index.html").read_text()
     (system, *_) = data_of(text)["viewer"]["vqarad"]["systems"]
-    assert set(system["signs"]) == {"-", "W"}
+    assert set(system["signs"]) == {"-", "U"}  # "yes and no" chooses neither
     browser.open(f"file://{tmp_path}/out/index.html")
     browser.wait(READY)
     choose(browser, "show", "silent")

@@ -56,7 +56,7 @@ def test_a_signature_names_metric_data_and_prompt(prepared):
         for row in score_table("vqarad", answers(closed="no", opened="x"), "short").rows
         if (row.metric, row.category) == ("recall", "all")
     ]
-    assert row.signature == "recall|v1|vqarad test for tests|prompt short|extract final-v1"
+    assert row.signature == "recall|v2|vqarad test for tests|prompt short|extract final-v1"
 
 
 def test_a_question_without_an_answer_is_listed_and_in_no_mean(prepared):

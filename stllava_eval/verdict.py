@@ -1,0 +1,484 @@
+"""A closed question's answer -> the option that it chooses, read as a person reads it; what cannot be decided is not.
+
+Of a yes/no question the first plain verdict counts ("Yes, there is no pneumothorax but an effusion" is a yes). Where
+there is none, statements are held against what the question claims (`statements.py`). Of a choice, the option that is
+named and not denied is the one that is chosen. Talk around the answer is left out: the prompt and the question said
+again, questions of the model's own and what follows them.
+
+Two verdicts that contradict each other, a possibility, a refusal, and a statement about something else choose nothing.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Literal
+
+from stllava_eval.statements import NORMAL, affirms, denies_in_its_claim, spelled
+from stllava_eval.words import DIGITS, folded, folded_words, remembered, singular, wanted_words
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+_UNSEEN = (
+    r"(?:the |this |that |any |your |an? |actual |original )*"
+    r"(?:medical )?(?:image|picture|photo|scan|x-?ray|radiograph)s?\b"
+)
+_REFUSALS = re.compile(
+    # Our choice. "I cannot see a mass" and "I'm unable to find one" are answers, so what cannot be done is named too.
+    r"\bi (?:do not|don't) know\b"
+    r"|\b(?:i (?:cannot|can't|can not|could not|couldn't|won't|will not|do not|don't)(?: be able to)?"
+    r"|i(?: am|'m) (?:unable|not able) to|unable to|not able to|sorry, (?:but )?(?:i )?can't) "
+    r"(?:(?:answer|analy[sz]e|assess|assist|comment|comply|determine|diagnose|help|interpret|offer|provide|say|tell)\b"
+    rf"|(?:have access to|access|open|process|see|view) {_UNSEEN})"
+    r"|\b(?:cannot|can't|can not) be (?:answered|assessed|determined)\b"
+    r"|\b(?:not possible|impossible) to (?:answer|assess|determine|say|tell)\b"
+    r"|\b(?:no|without|lack the|lack any|do(?:es)? not have (?:the|any)) (?:ability|access|means|possibility|way)\b"
+    # Gemini's filter kept the answer back: the system declined (lmms_eval/models/{simple,chat}/gemini.py).
+    r"|^\[safety_blocked:"
+)
+# What says that a model would rather not answer, though it may do so all the same.
+_DISCLAIMERS = re.compile(
+    r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
+    r"|\bi(?: am|'m) (?:sorry|not qualified|not a (?:doctor|physician|radiologist|medical))"
+)
+
+
+@remembered
+def is_refusal(answer: str) -> bool:
+    """Does the answer decline to answer, by the patterns above?
+
+    It reads no verdict: the score `refused` of a closed question is 1 only where `chosen` finds none beside it, as in
+    "I'm not a doctor, but yes".
+
+    >>> is_refusal("I’m unable to interpret medical images."), is_refusal("I cannot see a fracture.")
+    (True, False)
+    """
+    text = folded(answer)
+    return _REFUSALS.search(text) is not None or _DISCLAIMERS.search(text) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is read of an answer
+
+_MARKS = re.compile(r"<[^<>]*>|\\[a-z]+|[*_#\"“”{}$|>~]")
+_ROLE = re.compile(r"^\s*(?:human|user|assistant|model|ai|response)\s*:\s*")
+_OPTIONS_AGAIN = re.compile(
+    r"[\[(]\s*(?:yes|true)\s*(?:,|/|or)\s*(?:no|false)\s*[\])]|[\[(]\s*(?:no|false)\s*(?:,|/|or)\s*(?:yes|true)\s*[\])]"
+    r"|\b(?:yes|true)\s*(?:/|\bor\b)\s*(?:no|false)\b|\b(?:no|false)\s*(?:/|\bor\b)\s*(?:yes|true)\b"
+    r"|\b(?:yes and no|no and yes)\b"
+)
+_SENTENCE = re.compile(r"[^.!?\n;]+(?:\.(?=\w)[^.!?\n;]+)*[.!?\n;]*")
+_CLAUSES = re.compile(
+    r",|\s+-+\s+(?!(?:none|absent|negative|<absent>)\b)|[–—]|\(|\)|\b(?:but|although|though|however|while|whereas|because|so|therefore)\b"
+    r"|\band (?=(?:there|it|this|these|the|i|we|no|yes)\b)"
+)
+_LISTED = re.compile(r"(?:\b(?:no|not)\b|<denied>|<lacking>)[^.;]*?(?:,[^.;]*)+\b(?:or|nor)\b")
+
+
+def _sentences(answer: str) -> list[str]:
+    """The sentences that answer: folded, without marks, the prompt, and questions with what follows them."""
+    text = _OPTIONS_AGAIN.sub(" ", _MARKS.sub(" ", folded(answer).replace("[", " [ ")))
+    text = _ROLE.sub("", _ROLE.sub("", text))
+    kept: list[str] = []
+    for sentence in _SENTENCE.findall(text):
+        words = sentence.strip(" []\n.!;,")
+        if words.rstrip(". \n").endswith("?"):
+            if any(re.search(r"[a-z]", one) for one in kept):
+                break  # talk that begins once the answer is given
+            continue
+        if not words.startswith(("please", "would you", "let me know", "choose one")):
+            kept.append(words)
+    return kept
+
+
+def _clauses(sentence: str) -> list[str]:
+    """The clauses of a sentence; a list that is denied as a whole stays in one piece."""
+    text = spelled(sentence)
+    while found := _LISTED.search(text):
+        listed = found.group()
+        text = text.replace(listed, listed.replace(",", " or "), 1)
+    return [clause.strip() for clause in _CLAUSES.split(text) if clause.strip()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Yes and no
+
+# Each alternative of _LEAD may stand before a verdict; it is taken off as often as one is there.
+_LEAD = re.compile(
+    r"^(?:(?:final |the |my |short )*(?:answer|verdict|conclusion|response)(?: to (?:the|this|your) question)?"
+    r"(?: is| would be)?(?: most likely| likely| probably)?|(?:i|we) (?:think|believe|would say|would answer)(?: that)?"
+    r"|i'd say|in (?:conclusion|summary|short)|overall|thus|hence|then|and|well|ok|okay|actually|most likely|likely"
+    r"|probably|very likely|sorry|in this (?:image|case)|\(?[a-d1-9][).:])\s*[:=-]*\s*|^[\s:=>'()\[\]-]+"
+)
+_END = r"[\s:'\])]*(?:$|:)"
+_IT_IS = r"(?:that|this|it|the statement|this statement|the claim) (?:is|'s)"
+_YES = re.compile(
+    rf"(?:yes|yeah|yep|yup|yea)\b|(?:true|correct|affirmative){_END}|{_IT_IS} (?:true|correct|right){_END}"
+    rf"|i (?:think|believe) so{_END}"
+)
+_NO = re.compile(
+    # "no" is a verdict at the end of its clause and before a clause of its own, else it denies the noun that follows
+    r"(?:nope|nah)\b|no(?=[\s:'\])]*(?:$|:)"
+    r"| (?:there|its?|it's|this|that|these|those|the|i|we|they|he|she|because|since|as|not)\b)"
+    rf"|(?:false|untrue|incorrect){_END}"
+    rf"|{_IT_IS} (?:false|incorrect|untrue|wrong|not (?:true|correct|right)){_END}"
+    rf"|(?:definitely|certainly|absolutely|of course|probably|(?:most |very )?likely|clearly) not{_END}"
+    rf"|not (?:really|at all|likely|exactly|that i can (?:see|tell)){_END}"
+    rf"|i (?:think not|(?:do not|don't) (?:think|believe) so){_END}"
+)
+# What is a verdict only where it is the whole answer: "Sure!" may begin any, and "positive" may describe anything.
+_SEEN = r"(?:present|seen|visible|noted|visuali[sz]ed|shown|detected|identified|found|evident|there|observed)"
+_ALONE = re.compile(
+    rf"(?P<yes>y|positive|likely|(?:is |are |it is |they are )?{_SEEN})"
+    rf"|(?P<no>n|<absent>|none|(?:none|<denied>|not) (?:(?:is|are|was|were|to be) )?{_SEEN})"
+    r"|(?P<sure>absolutely|definitely|certainly|of course|indeed|sure)"
+)
+_ELLIPSIS = re.compile(
+    r"(?:it|there|this|that|they|these|those|he|she|i|you|we) (?:is|are|was|were|does|do|did|has|have|can|could)"
+    r"(?P<denied> not)?"
+)
+
+
+def _said(clause: str) -> bool | None:
+    """True for a clause that begins with a plain yes, False for a plain no, None for another."""
+    if _BOTH.fullmatch(clause):
+        return None
+    rest: str | None = clause
+    while rest is not None:
+        if _NO.match(rest):
+            return False
+        if _YES.match(rest):
+            return True
+        shorter = _LEAD.sub("", rest, count=1)
+        rest = shorter if shorter != rest else None
+    behind = _BEHIND.search(clause)
+    return None if behind is None else behind[1] == "yes"
+
+
+_BOTH = re.compile(r"\W*(?:(?:yes|no|true|false)\W+){2,}\W*|\W*(?:(?:yes|no|true|false)\W+)+(?:yes|no|true|false)\W*")
+_BEHIND = re.compile(r":\s*(yes|no)$")  # "pleural effusion: no"
+
+
+def _agreed(readings: Iterable[bool | None]) -> bool | None:
+    said = {one for one in readings if one is not None}
+    return said.pop() if len(said) == 1 else None
+
+
+@remembered
+def yes_or_no(answer: str, question: str) -> bool | None:
+    """True where an answer to a yes/no question says yes, False where no, None where it cannot be decided.
+
+    >>> yes_or_no("There are no abnormalities.", "Is this image normal?"), yes_or_no("No way to tell.", "Is it a CT?")
+    (True, None)
+    """
+    plain = _QUICK.get(answer)
+    if plain is not None:
+        return plain
+    sentences = _sentences(answer)
+    declines = is_refusal(answer)
+    verdicts: list[bool] = []
+    kept: list[str] = []
+    for sentence in sentences:
+        if declines and _REFUSALS.search(sentence):
+            if not verdicts:
+                break  # what a model says after it has declined is no answer
+            continue
+        kept.append(sentence)
+        verdicts += [said for clause in _CLAUSES.split(sentence) if (said := _said(clause)) is not None]
+    denied = denies_in_its_claim(question)
+    if verdicts and not denied:
+        return _agreed(verdicts)
+    clauses = [clause for sentence in kept for clause in _clauses(sentence)]
+    if verdicts := verdicts or [said for clause in clauses if (said := _said(clause)) is not None]:
+        # "No, there is no effusion" to "Is there no effusion?" can mean either
+        stated = _agreed(affirms(clause, question) for clause in clauses) if denied else None
+        return _agreed([*verdicts, stated])
+    if declines and any(_DISCLAIMERS.search(sentence) for sentence in kept):
+        return None
+    whole = len(clauses) == 1
+    alone = _alone(clauses[0], whole, denied) if whole or (kept and len(_clauses(kept[0])) == 1) else None
+    return _agreed([alone, *(affirms(clause, question) for clause in clauses)])
+
+
+def _alone(clause: str, whole: bool, denied: bool) -> bool | None:
+    """What a first sentence says that has no words of its own, such as "Absent." and "It is not."; else None."""
+    before = ""
+    while before != clause:
+        before, clause = clause, _LEAD.sub("", clause, count=1).strip(" :'()[]")
+    if found := _ALONE.fullmatch(clause):
+        if found["sure"]:
+            return True if whole else None
+        return found["yes"] is not None
+    if not denied and (found := _ELLIPSIS.fullmatch(clause)):
+        return found["denied"] is None
+    return None
+
+
+_QUICK = {f"{word}{mark}": word.lower() == "yes" for word in ("yes", "no", "Yes", "No") for mark in ("", ".")}
+"""What nearly every short answer is: read without a search."""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choices
+
+_LAST_OR = re.compile(r"(.*)\bor\b([^,?]*)", re.DOTALL)
+_CLAUSE_BEFORE_LIST = re.compile(r"\s*(?:which|what|where)\b[^,]*,")
+_FILLERS = frozenset({"just", "only", "either", "in", "on", "at", "of", "from"})
+
+
+@remembered
+def choices(question: str) -> tuple[str, ...]:
+    """The options a closed question offers, as words joined by spaces; empty where it has no "or".
+
+    Two forms, those of VQA-RAD and SLAKE. "Which ..., A, B or C?" is a list with a start and an end. In "Is it A, B or
+    C ...?" neither is marked: the first option is as long as the second, and of the last one word is taken (of both
+    two, if they are "A x or B x"). Words such as "just" and "either" belong to no option.
+
+    >>> choices("Which plane is the image scanned, transverse plane or coronal plane?")
+    ('transverse plane', 'coronal plane')
+    >>> choices("Are there multiple or just 1 metastatic focus?")
+    ('multiple', '1')
+    """
+    offer = _LAST_OR.match(folded(question))
+    if offer is None:
+        return ()
+    before, last = offer[1], _without_fillers(folded_words(offer[2]))
+    clause = _CLAUSE_BEFORE_LIST.match(before)
+    start = clause.end() if clause else 0
+    texts = re.split(r",|\bor\b", before[start:])
+    parts = [part for text in texts if (part := folded_words(text))]
+    if not clause and parts:
+        # an option has at most two words here, so the last longer part is the clause that the first option ends
+        first, *middle = parts[max((i for i, part in enumerate(parts) if len(part) > 2), default=0) :]
+        middle = [option for part in middle if (option := _without_fillers(part))]
+        alike = first[-1:] == last[1:2]
+        first_length = len(middle[0]) if middle else 1 + alike
+        parts, last = [first[-first_length:], *middle], last[: 1 + alike]
+    options = (_without_fillers(option) for option in (*parts, last))
+    return tuple(" ".join(option) for option in options if option)
+
+
+def _without_fillers(words: Sequence[str]) -> tuple[str, ...]:
+    kept = list(words)
+    while kept and kept[0] in _FILLERS:
+        del kept[0]
+    return tuple(kept)
+
+
+# An option by another name. Our choice: what radiologists call the options of VQA-RAD and SLAKE.
+_SYNONYMS = {
+    "transverse": "axial",
+    "woman": "female",
+    "girl": "female",
+    "lady": "female",
+    "man": "male",
+    "boy": "male",
+    "gentleman": "male",
+    "single": "1",
+    "solitary": "1",
+    "several": "multiple",
+    "many": "multiple",
+    "numerous": "multiple",
+    "cyst": "cystic",
+    "abnormality": "abnormal",
+    "anomaly": "abnormal",
+    "unremarkable": "normal",
+    "bilaterally": "bilateral",
+    "hyperdensity": "hyperdense",
+    "hypodensity": "hypodense",
+    "pulmonary": "lung",
+    "cardiac": "heart",
+    "hepatic": "liver",
+    "renal": "kidney",
+    "splenic": "spleen",
+}
+_LARGER, _SMALLER = (
+    frozenset({"bigger", "larger", "greater", "biggest", "largest"}),
+    frozenset({"smaller", "smallest", "lesser"}),
+)
+_DENYING = re.compile(r"\b(?:not|no|rather <than>|instead of|unlike|as opposed to|different from)\b|<denied>|<lacking>")
+
+
+def _canonical(words: Iterable[str]) -> list[str]:
+    return [DIGITS.get(one, _SYNONYMS.get(one, one)) for one in (singular(word) for word in words)]
+
+
+def _choice(answer: str, options: Sequence[str], question: str) -> str | None:
+    """The option that the answer chooses; None where none is, or more than one."""
+    pattern, option_of = _naming(tuple(options))
+    kept: set[str] = set()
+    denied: set[str] = set()
+    for sentence in _sentences(answer):
+        if _REFUSALS.search(sentence):
+            if not kept:
+                return None
+            continue
+        for clause in _option_clauses(sentence):
+            named, others = _named(clause, pattern, option_of, question)
+            kept |= named
+            denied |= others
+    if len(kept) != 1 and "both" in kept:
+        return "both"
+    kept -= denied if len(kept - denied) == 1 else set()
+    if len(kept) == 1:
+        return kept.pop()
+    left = [option for option in options if option not in denied]
+    return left[0] if not kept and denied and len(left) == 1 else None
+
+
+_PLAIN_VERDICT = re.compile(r"^(?:yes|no)\b *[,:-]")  # chooses no option and denies none: "No, the patient is male."
+_OPTION_CLAUSES = re.compile(
+    r",(?= *(?:(?:not|but|while|whereas|rather|instead|it|this|that)|(?:the )?\w+(?: \w+)? (?:is|are))\b)"
+    r"|\b(?:but|while|whereas|however|although)\b"
+)
+
+
+def _option_clauses(sentence: str) -> list[str]:
+    return [clause for clause in _OPTION_CLAUSES.split(_PLAIN_VERDICT.sub("", spelled(sentence))) if clause.strip()]
+
+
+_OPEN_CHOICE = re.compile(r"\b(?:could be|may be|might be|cannot|can not|whether|possibly)\b")
+
+
+def _named(
+    clause: str, pattern: re.Pattern[str], option_of: dict[str, str], question: str
+) -> tuple[set[str], set[str]]:
+    """The options that a clause names, and those that it denies. A list such as "A or B" names none."""
+    clause = _MORE_THAN_ONE.sub("multiple", clause)
+    marked = _canonical(_TOKEN.findall(_THAN.sub("<than>", clause)))
+    text = " ".join(marked)
+    found = [(match.start(), match.end(), option_of[match.group()]) for match in pattern.finditer(text)]
+    if not found:
+        return set(), set()
+    found = _without_lists(text, found)
+    if "<than>" in marked and not _DENYING.search(text):
+        found = _of_comparison(text, found, question)
+    if _OPEN_CHOICE.search(clause):
+        return set(), set()
+    kept: set[str] = set()
+    denied: set[str] = set()
+    turned = _turned(text, question, option_of)
+    for start, _, option in found:
+        (denied if bool(_DENYING.search(text[:start])) != turned else kept).add(option)
+    return kept, denied
+
+
+_MORE_THAN_ONE = re.compile(r"\bmore than (?:one|1)\b")
+_THAN = re.compile(r"\b(?:than|compared (?:to|with)|relative to)\b")
+_TOKEN = re.compile(r"<\w+>|,|[^\W_]+")
+
+
+_JOINTS = frozenset({"or", "and", "versus", "vs", "the", "a", "an", ",", "image", "scan"})
+
+
+def _without_lists(text: str, found: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    """Leave out the options that are only listed: "A or B", "between A and B", "of A, B and C"."""
+    runs: list[list[tuple[int, int, str]]] = []
+    joints: list[str] = []
+    for one in found:
+        between = text[runs[-1][-1][1] : one[0]].split() if runs else []
+        again = bool(runs) and one[2] in (option for _, _, option in runs[-1])
+        if runs and not again and all(word in _JOINTS for word in between):
+            runs[-1].append(one)
+            joints[-1] += " ".join(between)
+        else:
+            runs.append([one])
+            joints.append("")
+    kept = []
+    for run, joint in zip(runs, joints, strict=True):
+        introduced = re.search(r"\b(?:between|of|among|from)(?: the| a| an)? $", text[: run[0][0]])
+        listed = len(run) > 1 and (introduced or re.search(r"\bor\b|\bvs\b|\bversus\b", joint))
+        if not listed or _DENYING.search(text[: run[0][0]]):
+            kept += run
+    return kept
+
+
+def _of_comparison(text: str, found: list[tuple[int, int, str]], question: str) -> list[tuple[int, int, str]]:
+    """Of "A is bigger than B" A, if what is asked for is the bigger one; B, if it is the smaller one."""
+    at = text.index("<than>")
+    asked, said = set(folded_words(question)), set(text[:at].split())
+    turned = bool((asked & _LARGER and said & _SMALLER) or (asked & _SMALLER and said & _LARGER))
+    return [one for one in found if (one[0] > at) == turned]
+
+
+def _turned(text: str, question: str, option_of: dict[str, str]) -> bool:
+    """Does the clause call an option normal where the question asks for the abnormal one, or the other way round?"""
+    asked = {NORMAL[word] for word in folded_words(question) if word in NORMAL}
+    said = {NORMAL[word] for word in text.split() if word in NORMAL and word not in option_of}
+    return len(asked) == len(said) == 1 and asked != said
+
+
+@lru_cache(maxsize=1024)
+def _naming(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
+    """What finds an option in words, and the option that each phrase names.
+
+    An option is named in full, or by the words that set it apart: "T1" names "T1 weighted" beside "T2 weighted". The
+    longest phrase wins, so "upper left" does not name "left" as well.
+    """
+    option_of: dict[str, str] = {}
+    for option in options:
+        own_words = _canonical(_TOKEN.findall(spelled(option)))
+        option_of.setdefault(" ".join(own_words), option)
+        shared = {word for other in options if other != option for word in _canonical(_TOKEN.findall(spelled(other)))}
+        if own := " ".join(word for word in own_words if word not in shared):
+            option_of.setdefault(own, option)
+        if option in ("both", "bilateral"):
+            option_of.setdefault("both" if option == "bilateral" else "bilateral", option)
+    phrases = "|".join(re.escape(phrase) for phrase in sorted(option_of, key=len, reverse=True))
+    return re.compile(rf"(?<!\S)(?:{phrases})(?!\S)"), option_of
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def chosen(answer: str, reference: str, question: str = "") -> str | None:
+    """The option that an answer to a closed question chooses, as words joined by spaces; None where it chooses none.
+
+    The options are yes and no where the reference is one of them, else what `choices` reads from the question and,
+    where that holds nothing like it, the reference.
+
+    Raises:
+        InputError: The reference has no words.
+
+    >>> chosen("Between CT and MRI, this is an MRI.", "MRI", "Is this an MRI or a CT scan?")
+    'mri'
+    """
+    options, _ = _offered(reference, question)
+    if options == ("yes", "no"):
+        said = yes_or_no(answer, question)
+        return None if said is None else ("yes" if said else "no")
+    return _choice(answer, options, question)
+
+
+@remembered
+def verdict(answer: str, reference: str, question: str = "") -> Literal["right", "wrong", "unparsed"]:
+    """Does the answer choose what the reference chooses? "unparsed" where it chooses nothing: see `chosen`.
+
+    Raises:
+        InputError: The reference has no words.
+
+    >>> verdict("The left side.", "Left", "Is the lesion on the left or right?")
+    'right'
+    >>> verdict("There is a fracture.", "no", "Is there a fracture?"), verdict("It is unclear.", "no", "Is it a CT?")
+    ('wrong', 'unparsed')
+    """
+    said = chosen(answer, reference, question)
+    if said is None:
+        return "unparsed"
+    return "right" if said == _offered(reference, question)[1] else "wrong"
+
+
+@remembered
+def _offered(reference: str, question: str) -> tuple[tuple[str, ...], str]:
+    """The options, and which of them is the reference's."""
+    wanted = " ".join(wanted_words(reference))
+    if wanted in ("yes", "no"):
+        return ("yes", "no"), wanted
+    options = choices(question)
+    if options:
+        pattern, option_of = _naming(options)
+        named = {
+            option_of[phrase] for phrase in pattern.findall(" ".join(_canonical(_TOKEN.findall(spelled(reference)))))
+        }
+        if len(named) == 1:
+            return options, named.pop()
+    return (*options, wanted), wanted
