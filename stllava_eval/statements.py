@@ -1,11 +1,11 @@
-"""A yes/no question and a statement -> does the statement affirm what the question asks, deny it, or neither?
+"""A yes/no question and a statement -> whether the statement affirms what the question asks, denies it, or neither.
 
-A question claims something: "Is the heart enlarged?" that the heart is enlarged. A statement that speaks of the same
-thing agrees with the claim or contradicts it, whether or not it says "yes" or "no". What is read is the *head* of the
-claim (what is said to be there, or to be so), whether the head is denied in the question and in the statement, and
-contraries such as normal and abnormal. The rule knows no direction: a denial counts as much as an affirmation.
+A question makes a claim: "Is the heart enlarged?" claims that the heart is enlarged. A statement about the same thing
+agrees with the claim or contradicts it, even if it does not say "yes" or "no". The rules look at the *head* of the
+claim (the thing that is said to exist, or the property), at whether question and statement deny the head, and at
+opposites such as normal and abnormal. They are symmetric: denials are read by the same rules as affirmations.
 
-A statement that speaks of something else, or that leaves the matter open ("may", "cannot be excluded"), is not read.
+A statement about something else, or one that leaves the matter open ("may", "cannot be excluded"), gives neither.
 """
 
 import re
@@ -16,7 +16,7 @@ from typing import Literal
 
 from stllava_eval.words import DIGITS, folded, remembered, singular, word_set
 
-# The lists of this module are our choice, made on the development half of tests/hand_read_verdicts.jsonl.
+# The lists of this module are our choice, made on the development part of tests/hand_read_verdicts.jsonl.
 
 NORMAL = dict.fromkeys(word_set("normal normally unremarkable healthy typical intact clear"), 1) | dict.fromkeys(
     word_set(
@@ -27,7 +27,7 @@ NORMAL = dict.fromkeys(word_set("normal normally unremarkable healthy typical in
 )
 """Words that call something normal (1) or abnormal (-1)."""
 
-# What a normal organ is not. Each denies "normal", and "normal" denies each; two of them say nothing of one another.
+# Deviations of an organ. Each of them contradicts "normal", but they do not contradict each other.
 _DEVIANT = re.compile(
     r"enlarg|dilat|widen|swollen|swell|deviat|devi$|displac|fractur|thicken|flatten|atroph|collaps|distend|narrow|"
     r"hyperinfl|hypoinfl|obstruct"
@@ -39,9 +39,10 @@ _FAMILIES = (
     {"t1": "t1", "t2": "t2", "flair": "flair"},
     {"male": "male", "man": "male", "female": "female", "woman": "female"},
 )
-"""Of each family an image or a patient has one member: to name another one is to deny the first."""
+"""An image or a patient has one member of each family, so naming one member denies the others."""
 
-_NAMING = word_set("is was are be shows appears seems looks")  # "this is a CT" says what it is, "after the CT" does not
+# "this is a CT" says what the image is, "after the CT" does not
+_NAMING = word_set("is was are be shows appears seems looks")
 _OTHER_SIDE = {"left": "right", "right": "left", "upper": "lower", "lower": "upper"}
 _DENIALS = word_set("no not none <denied> <lacking> <absent> <excluded>")
 _INFERRING = word_set("indicates indicate suggests suggest means shows represents is are was")
@@ -82,7 +83,7 @@ _SCAFFOLD = (
         particular x however therefore"""
     )
 )
-"""Words that carry no claim of their own: they stand around it in questions and in answers."""
+"""Words without content of their own, which surround a claim in questions and in answers."""
 
 _SPELLINGS = (
     (re.compile(r"\bx[- ]?rays?\b|\bradiographs?\b|\bcxr\b"), " xray "),
@@ -99,7 +100,7 @@ _SPELLINGS = (
     (re.compile(r"\b(?:no|without(?: a)?) (?:doubt|question)\b|\bnot only\b|\bno longer\b"), " "),
     (re.compile(r"\b(neither|not|no|never)\b(.*?)\bnor\b"), r"\1\2or"),
     (re.compile(r"\bnever\b"), " not "),
-    # denials that stand before what they deny, and such as stand behind it
+    # denials that precede what they deny, and further below those that follow it
     (
         re.compile(r"\b(?:free of|free from|absence of|lack of|lacking|devoid of|without)\b"),
         " <lacking> ",
@@ -123,25 +124,25 @@ _OPEN = re.compile(
     r"|(?:\bnot|<denied>|\bno) (?:\w+ )?(?:determine|tell|exclude|rule|assess|evaluate|confirm|say|know|way|"
     r"information|ability)\b"
 )
-"""What leaves the matter open."""
+"""Expressions that leave the matter open."""
 _WORD = re.compile(r"<\w+>|[^\W_][^\W_]*(?:'[^\W_]+)?")
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """What a question claims.
+    """The claim of a question.
 
     Args:
-        kind: Which words answer it: those of normal and abnormal, those of a deviation, members of a family, others.
-        heads: What is said to be there or to be so, as stems; two where the question joins them by "or".
-        keys: The stems of what it is said of.
-        value: 1, or -1 where the claim is denied or calls something abnormal (and 1 where both).
-        denied: The question itself denies, as "Is there no effusion?" does.
+        kind: The words that can answer it: normal and abnormal, deviations, members of a family, or others.
+        heads: The stems of the thing that is said to exist, or of the property; two if the question joins them by "or".
+        keys: The stems of the words that the head is said of.
+        value: 1 for an affirmative claim; -1 if it is denied or calls something abnormal, but not both.
+        denied: Whether the question itself contains a denial, as in "Is there no effusion?".
         known: The stems of all words of the question.
-        sides: Left or right, upper or lower, if the question names one of two.
-        compared: The claim's stems in their order, of a comparison with "than".
-        exists: It is said to be there ("Is there ...?"), not to be so ("Is it ...?").
-        placed: The question says where.
+        sides: Left or right, upper or lower, if the question names one of the two.
+        compared: The claim's stems in order, if it is a comparison with "than"; otherwise empty.
+        exists: Whether it claims that something exists ("Is there ...?") instead of a property ("Is it ...?").
+        placed: Whether the question names a place.
     """
 
     kind: Literal["normal", "deviant", "family", "plain"]
@@ -157,7 +158,7 @@ class _Claim:
 
 
 def spelled(text: str) -> str:
-    """`text`, folded, with one spelling for modalities, contractions and denials."""
+    """Fold a text, and give modalities, contractions and denials one spelling each."""
     text = folded(text)
     for pattern, spelling in _SPELLINGS:
         text = pattern.sub(spelling, text)
@@ -166,9 +167,9 @@ def spelled(text: str) -> str:
 
 @remembered
 def stem(word: str) -> str:
-    """A word without the endings in which a noun, its plural, its adjective and its participle differ.
+    """Remove the endings in which a noun, its plural, its adjective and its participle differ.
 
-    At least four letters stay. Our choice, and only for this module: "fractures" and "fractured" speak of one thing.
+    At least four letters are kept. Our choice, for this module only: "fractures" and "fractured" mean the same here.
 
     >>> [stem(word) for word in ("calcifications", "calcified", "masses", "lesion")]
     ['calc', 'calc', 'mass', 'lesion']
@@ -186,11 +187,12 @@ def _words(text: str) -> list[str]:
 
 
 def affirms(clause: str, question: str) -> bool | None:
-    """Does a clause affirm the question's claim (True), deny it (False), or neither (None)?
+    """Return True if a clause affirms the question's claim, False if it denies the claim, None if it does neither.
 
     Args:
-        clause: Part of an answer, as `spelled` gives it, that denies at most what follows in it.
-        question: A question that yes or no answers.
+        clause: Part of an answer, as `spelled` returns it. A denial in it applies to the words that follow, unless it
+            is one of those that follow what they deny ("absent", "excluded").
+        question: A yes/no question.
 
     >>> affirms("the heart is not enlarged", "Is the heart enlarged?"), affirms("no mass", "Is the heart enlarged?")
     (False, None)
@@ -215,25 +217,26 @@ def affirms(clause: str, question: str) -> bool | None:
         return None if value is None else value == claim.value
     said = _of_heads(words, stems, claim)
     if said is None and claim.kind == "deviant" and claim.value > 0 and _normality(words, stems, claim) == 1:
-        return False  # what is normal is not enlarged, dilated or fractured
+        return False  # a normal organ is not enlarged, dilated or fractured
     return said
 
 
 def _states(words: Sequence[str], claim: _Claim) -> bool:
-    """Is this a statement, with a verb or a denial, or else an ellipsis of the question's own words?
+    """Return whether this is a statement: it has a verb or a denial, or only words of the question.
 
-    A list of words that names everything states nothing, even if "is" is among them.
+    A long list of words is not a statement, even if "is" is among them.
     """
     if _STATING.isdisjoint(words):
         return _plain_before(words, claim, len(words))
     return sum(word not in _SCAFFOLD and stem(word) not in claim.known for word in words) <= _LONGEST
 
 
-_LONGEST = 12  # words of its own in a clause that is read (our choice): sentences of models have fewer
+# A clause with more content words that are not in the question is taken as a list (our choice): sentences have fewer.
+_LONGEST = 12
 
 
 def denies_in_its_claim(question: str) -> bool:
-    """Is the question's claim a denial, as in "Is there no effusion?" or "Is the spleen absent?"?"""
+    """Return whether the question's claim is a denial, as in "Is there no effusion?" or "Is the spleen absent?"."""
     if not _DENYING.search(folded(question)):
         return False
     claim = _claim(question)
@@ -246,6 +249,7 @@ _DENYING = re.compile(
 
 
 def _of_heads(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> bool | None:
+    """Return whether the clause affirms or denies the claim's head; None if it does not speak of it."""
     places = [stems.index(head) for head in claim.heads if head in stems]
     if not places or not _about(words, stems, claim, places[0]):
         return None
@@ -255,12 +259,12 @@ def _of_heads(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> bool
     agrees = said.pop() == claim.value
     affirmed = agrees == (claim.value > 0)
     if not affirmed and len(places) < len(claim.heads):
-        return None  # of "a fracture or dislocation" one alone is denied
+        return None  # it denies only one of "a fracture or dislocation"
     return agrees
 
 
 def _normality(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> int | None:
-    """1 where the clause calls the claim's subject normal, -1 where abnormal, None where it calls it neither."""
+    """Return 1 if the clause calls the claim's subject normal, -1 if it calls it abnormal, else None."""
     for place, word in enumerate(words):
         sign = NORMAL.get(word)
         if sign is None and claim.kind == "normal" and _DEVIANT.match(stems[place]):
@@ -272,12 +276,16 @@ def _normality(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> int
         value = sign * _polarity(words, place)
         whole = claim.kind == "normal" and not claim.keys
         if whole and value < 0:
-            return value  # a part that is abnormal makes the image abnormal
+            return value  # an abnormal part makes the image abnormal
         return value if _about(words, stems, claim, len(words) if whole else place) else None
     return None
 
 
 def _of_family(words: Sequence[str], claim: _Claim) -> bool | None:
+    """Return whether the clause affirms or denies the claim's member of a family; naming another member denies it.
+
+    None if the clause names no member of the image or patient that the question asks about.
+    """
     (head,) = claim.heads
     family = next(members for members in _FAMILIES if head in members.values())
     found = [(place, family[word]) for place, word in enumerate(words) if word in family]
@@ -295,7 +303,10 @@ def _of_family(words: Sequence[str], claim: _Claim) -> bool | None:
 
 
 def _compared(stems: Sequence[str], claim: _Claim) -> bool | None:
-    """A comparison is affirmed by its words in their order, and denied where they stand in another."""
+    """Return whether the clause affirms or denies a comparison: the claim's words in another order deny it.
+
+    A denial in the clause reverses this. None if the clause does not have exactly the claim's words.
+    """
     said = tuple(word for word in stems if word in set(claim.compared))
     if sorted(said) != sorted(claim.compared):
         return None
@@ -303,10 +314,11 @@ def _compared(stems: Sequence[str], claim: _Claim) -> bool | None:
 
 
 def _about(words: Sequence[str], stems: Sequence[str], claim: _Claim, place: int) -> bool:
-    """Is this said of what the question asks about: of all its words, or of nothing else?
+    """Return whether the word at `place` is said of the thing that the question asks about.
 
-    What is there needs no other word right before it: "pleural effusion" is no "pericardial effusion". What is so needs
-    no other subject: "the ureter is dilated" says nothing of the bowel. And neither may be placed elsewhere.
+    The clause has all words of that thing, or no content words before `place` that are not in the question. So a
+    "pericardial effusion" does not answer for a "pleural effusion", nor "the ureter is dilated" for the bowel. A clause
+    that names another place than the question does not answer it either.
     """
     complete = claim.keys <= set(stems)
     if claim.exists and _DEFINED.match(" ".join(words[place + 1 :])):
@@ -323,9 +335,10 @@ _DEFINED = re.compile(r"(?:is|are) (?:an?|the|defined|known|called|caused|when|u
 
 
 def _plain_before(words: Sequence[str], claim: _Claim, place: int) -> bool:
+    """Return whether no content word before `place` is missing from the question."""
     before = list(words[:place])
     if claim.exists and claim.kind != "normal":
-        # what shows it does not belong to it: "the lungs show an effusion"
+        # the subject of "show" is not part of what is shown: "the lungs show an effusion"
         start = max((at for at, word in enumerate(before) if word in _SHOWING or word.startswith("<")), default=-1)
         before = before[start + 1 :]
     return all(
@@ -339,18 +352,18 @@ def _plain_before(words: Sequence[str], claim: _Claim, place: int) -> bool:
 
 
 def _elsewhere(words: Sequence[str], claim: _Claim) -> bool:
-    """Does the clause speak of the other side alone?"""
+    """Return whether the clause names only the side that the question does not ask about."""
     return any(_OTHER_SIDE[side] in words and side not in words for side in claim.sides) and not claim.compared
 
 
-_GOES_ON = word_set("and as which that who since when with")  # what follows says something else
+_GOES_ON = word_set("and as which that who since when with")  # the words after these no longer concern the head
 
 
 def _polarity(words: Sequence[str], place: int) -> int:
-    """1 where the word is affirmed, -1 where it is denied: once, or three times."""
+    """Return 1 if the word at `place` is affirmed, and -1 if it is denied; two denials cancel out."""
     denials = 0
     for at, word in enumerate(words[:place]):
-        # "the absence of lung markings indicates ..." denies the markings alone
+        # "the absence of lung markings indicates ..." denies only the markings
         ended = word == "<lacking>" and not _INFERRING.isdisjoint(words[at:place])
         denials += word in _DENIALS and not ended
     after = list(takewhile(lambda word: word not in _GOES_ON, words[place + 1 :]))
@@ -384,11 +397,11 @@ _RHETORICAL = re.compile(r"(?:is|are|was|were|does|do|did|has|have|can|could|wil
 
 @remembered
 def _claim(question: str) -> _Claim | None:
-    """The claim of a yes/no question; None where it has no words of its own."""
+    """Return the claim of a yes/no question; None if it has no content word, or asks "Isn't ...?"."""
     text = spelled(question)
     text = text.partition("?")[0] if "?" in text else text
     if _RHETORICAL.match(text):
-        return None  # "Isn't it enlarged?" is affirmed by some with what others deny it with
+        return None  # people who mean the same answer "Isn't it enlarged?" with yes and with no
     whole = _words(text)
     text = _TAIL.sub(" ", " ".join(whole))
     denied_behind = 0
@@ -415,7 +428,7 @@ def _claim(question: str) -> _Claim | None:
 
 
 def _up_to_preposition(words: list[str]) -> list[str]:
-    """The words before the first preposition that follows a word with a meaning of its own."""
+    """Return the words before the first preposition that follows a content word."""
     for place, word in enumerate(words):
         if word in _PREPOSITIONS and any(one not in _SCAFFOLD for one in words[:place]):
             return words[:place]
@@ -423,6 +436,15 @@ def _up_to_preposition(words: list[str]) -> list[str]:
 
 
 def _claim_of(content: list[str], core: list[str], whole: list[str], denied_behind: int, exists: bool) -> _Claim:
+    """Build a claim.
+
+    Args:
+        content: The content words of what is claimed.
+        core: The words of what is claimed.
+        whole: The words of the question.
+        denied_behind: The number of denials after what is claimed.
+        exists: Whether the claim is that something exists.
+    """
     kind: Literal["normal", "deviant", "family", "plain"] = "plain"
     head = content[-1]
     if normal := [word for word in content if word in NORMAL]:

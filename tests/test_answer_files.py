@@ -192,7 +192,7 @@ def test_medevalkits_results_have_no_ids_and_score_the_same(shared, home, tmp_pa
     read = read_answers(tmp_path / "results.json", name)
     assert len(read.replies) == {"vqarad": 451, "slake": 1061}[name]
     assert {
-        "vqarad": "26 of 451 rows share both with another image's",
+        "vqarad": "26 of 451 rows share both with a row about another image",
         "slake": "1033 rows in languages other than English are left out",
     }[name] in caplog.text
     kept = [row for row in rows if row.get("lang", "en") == "en"]
