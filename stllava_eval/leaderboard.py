@@ -124,7 +124,7 @@ def board_text(rows: Sequence[BoardRow], chosen: Sequence[str] = ()) -> str:
         table = tabulate(body, heads, tablefmt="simple", disable_numparse=True, colalign=align)
         heading = "\n".join(map(printable, title(task, of_task)))
         told = [*_remarks(of_task), *notes.lines()]
-        parts += [f"{heading}\n\n{table}", *map(printable, told), signatures(of_task)]
+        parts += [f"{heading}\n\n{table}", *map(printable, told), signatures(of_task, columns)]
     if systems := _systems(rows):
         parts.append(tabulate(systems[1:], systems[0], tablefmt="simple", disable_numparse=True))
     return "\n\n".join([*filter(None, parts), f"{EXPLAINED}\n{NOTICE}"])
@@ -323,13 +323,13 @@ def board_latex(rows: Sequence[BoardRow], chosen: Sequence[str] = (), intervals:
         intervals: Whether to show the interval of each measured score.
     """
     parts = [f"% {NOTICE} In the preamble: \\usepackage{{booktabs,graphicx}}"]
-    parts += [f"% {_set_name(task)}: {line}" for task, of in by_task(rows).items() for line in _provenance(of)]
+    parts += [f"% {_set_name(task)}: {line}" for task, of in by_task(rows).items() for line in _provenance(of, chosen)]
     tables = [_latex_table(rows, family, columns, intervals) for family, columns in _families(chosen).items()]
     return "\n\n".join(["\n".join(parts), *filter(None, tables)]) + "\n"
 
 
-def _provenance(rows: Sequence[BoardRow]) -> list[str]:
-    return signatures(rows).splitlines()
+def _provenance(rows: Sequence[BoardRow], chosen: Sequence[str]) -> list[str]:
+    return signatures(rows, _columns(rows, chosen)).splitlines()
 
 
 def _latex_table(rows: Sequence[BoardRow], family: str, columns: Sequence[str], intervals: bool) -> str:
@@ -393,8 +393,8 @@ def _raised(letters: str) -> str:
     return rf"$^{{{letters}}}$" if letters else ""
 
 
-def signatures(rows: Sequence[BoardRow]) -> str:
-    """Return how each measured system of a task was asked, and the versions of the scores."""
+def signatures(rows: Sequence[BoardRow], columns: Sequence[str]) -> str:
+    """Return how each measured system of a task was asked, and the versions of the scores in the columns."""
     how: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         if row.kind == "measured" and row.scores:
@@ -406,7 +406,7 @@ def signatures(rows: Sequence[BoardRow]) -> str:
         if row.kind != "reported"
         for name, of in row.scores.items()
     }
-    shown = [versions[name] for name in COLUMNS if name in versions]
+    shown = [versions[name] for name in columns if name in versions]
     return "\n".join([*lines, f"versions: {', '.join(shown)}"]) if lines else ""
 
 

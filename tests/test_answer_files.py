@@ -52,7 +52,7 @@ def test_answers_that_all_equal_their_references_are_warned_about(prepared, tmp_
 )
 def test_a_line_about_another_question_than_its_id_is_refused(prepared, tmp_path, carried, field):
     rows = [{"id": "test-1-0", "answer": "yes"}, {"id": "test-0-0", "answer": "yes", **carried}]
-    with pytest.raises(InputError, match=rf"a.jsonl:2: {field} of id test-0-0 is .* and the prepared test split has"):
+    with pytest.raises(InputError, match=rf"a.jsonl:2: {field} of id test-0-0 is .* but the prepared test split has"):
         read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
 
 

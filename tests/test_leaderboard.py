@@ -104,7 +104,7 @@ def test_reported_rows_are_the_papers_and_only_of_official_data(official, tmp_pa
         scores = found[task, "STLLaVA-Med"].scores
         assert [round(100 * scores[name].value, 2) for name in scores] == list(figures)
         assert all(score.n == 0 and score.low is None for score in scores.values())
-    assert "no share of 272" in found["vqarad", "STLLaVA-Med"].notes["closed_llavamed"]
+    assert "not a whole number of questions" in found["vqarad", "STLLaVA-Med"].notes["closed_llavamed"]
     assert not any(row.kind == "reported" for row in board(runs))
 
 
@@ -421,7 +421,7 @@ def test_the_docs_commands_make_the_papers_table_with_two_measured_rows(official
 @pytest.mark.parametrize(
     ("task", "reason"),
     [
-        ("vqarad_short", "papers report the bare question, and vqarad_short adds a prompt to it"),
+        ("vqarad_short", "papers ask the bare question, and vqarad_short adds a prompt to it"),
         ("slake", "papers report the official test split, and the prepared split is the sample test"),
     ],
 )
@@ -574,6 +574,13 @@ def test_a_terminal_board_prints_the_signature_of_each_row(prepared, tmp_path):
     assert f'a: {asked}|max_new_tokens 8|until ["</s>"]\n' in text
     assert f"b: {asked}\n" in text
     assert "versions: recall_llavamed v1, f1_llavamed v1, recall v2" in text
+
+
+def test_the_versions_below_a_board_are_those_of_its_columns(prepared, tmp_path):
+    rows = board([small_run(tmp_path / "a", right)])
+    columns = ("recall_v1", "closed_accuracy")
+    for text in (board_text(rows, columns), board_latex(rows, columns)):
+        assert "versions: recall_v1 v1, closed_accuracy v2\n" in text
 
 
 def test_a_row_is_named_by_the_system_that_was_given(prepared, tmp_path):
