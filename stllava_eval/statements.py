@@ -1,11 +1,11 @@
-"""A yes/no question and a statement -> does the statement affirm what the question asks, deny it, or neither?
+"""A yes/no question and a statement -> whether the statement affirms what the question asks, denies it, or neither.
 
-A question claims something: "Is the heart enlarged?" that the heart is enlarged. A statement that speaks of the same
-thing agrees with the claim or contradicts it, whether or not it says "yes" or "no". What is read is the *head* of the
-claim (what is said to be there, or to be so), whether the head is denied in the question and in the statement, and
-contraries such as normal and abnormal. The rule knows no direction: a denial counts as much as an affirmation.
+A question makes a claim: "Is the heart enlarged?" claims that the heart is enlarged. A statement about the same thing
+agrees with the claim or contradicts it, even if it does not say "yes" or "no". The rules look at the *head* of the
+claim (the thing that is said to exist, or the property), at whether question and statement deny the head, and at
+opposites such as normal and abnormal. They are symmetric: denials are read by the same rules as affirmations.
 
-A statement that speaks of something else, or that leaves the matter open ("may", "cannot be excluded"), is not read.
+A statement about something else, or one that leaves the matter open ("may", "cannot be excluded"), gives neither.
 """
 
 import re
@@ -28,7 +28,7 @@ NORMAL = dict.fromkeys(word_set("normal normally unremarkable healthy intact cle
 )
 """Words that call something normal (1) or abnormal (-1)."""
 
-# What a normal organ is not. Each denies "normal", and "normal" denies each; two of them say nothing of one another.
+# Deviations of an organ. Each of them contradicts "normal", but they do not contradict each other.
 _DEVIANT = re.compile(
     r"enlarg|dilat|widen|swollen|swell|deviat|displac|shift|fractur|thicken|flatten|blunt|atroph|collaps|distend|narrow|"
     r"elevat|increas|decreas|hyperinfl|hypoinfl|obstruct"
@@ -46,7 +46,7 @@ _FAMILIES = (
     _members("t1|t2|flair"),
     _members("male man|female woman"),
 )
-"""Of each family an image or a patient has one member: to name another one is to deny the first."""
+"""An image or a patient has one member of each family, so naming one member denies the others."""
 
 _PROPERTIES = (
     _members("homogeneous homogenous|heterogeneous heterogenous inhomogeneous"),
@@ -115,7 +115,7 @@ _SCAFFOLD = (
         particular x however therefore impression interpretation assessment conclusion"""
     )
 )
-"""Words that carry no claim of their own: they stand around it in questions and in answers."""
+"""Words without content of their own, which surround a claim in questions and in answers."""
 
 _EDGES = r"(?:circumscribed|defined|demarcated|delineated|marginated)\b"
 _SPELLINGS = tuple(
@@ -201,13 +201,13 @@ _OPEN = re.compile(
     r"|(?:\bnot|<denied>|\bno) (?:\w+ )?(?:determine|tell|exclude|rule|assess|evaluate|confirm|say|know|way|"
     r"information|ability|answer|conclusion|diagnosis|verdict)\b"
 )
-"""What leaves the matter open."""
+"""Expressions that leave the matter open."""
 _WORD = re.compile(r"<\w+>|[^\W_][^\W_]*(?:'[^\W_]+)?")
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """What a question claims.
+    """The claim of a question.
 
     Args:
         kind: Which words answer it: those of normal and abnormal, those of a deviation, members of a family, others.
@@ -240,7 +240,7 @@ class _Claim:
 
 @remembered
 def spelled(text: str) -> str:
-    """`text`, folded, with one spelling for modalities, contractions and denials."""
+    """Fold a text, and give modalities, contractions and denials one spelling each."""
     text = folded(text)
     for needles, pattern, spelling in _SPELLINGS:
         for needle in needles:
@@ -252,9 +252,9 @@ def spelled(text: str) -> str:
 
 @remembered
 def stem(word: str) -> str:
-    """A word without the endings in which a noun, its plural, its adjective and its participle differ.
+    """Remove the endings in which a noun, its plural, its adjective and its participle differ.
 
-    At least four letters stay. Our choice, and only for this module: "fractures" and "fractured" speak of one thing.
+    At least four letters are kept. Our choice, for this module only: "fractures" and "fractured" mean the same here.
 
     >>> [stem(word) for word in ("calcifications", "calcified", "masses", "lesion")]
     ['calc', 'calc', 'mass', 'lesion']
@@ -273,11 +273,12 @@ def _words(text: str) -> list[str]:
 
 
 def affirms(clause: str, question: str) -> bool | None:
-    """Does a clause affirm the question's claim (True), deny it (False), or neither (None)?
+    """Return True if a clause affirms the question's claim, False if it denies the claim, None if it does neither.
 
     Args:
-        clause: Part of an answer, as `spelled` gives it, that denies at most what follows in it.
-        question: A question that yes or no answers.
+        clause: Part of an answer, as `spelled` returns it. A denial in it applies to the words that follow, unless it
+            is one of those that follow what they deny ("absent", "excluded").
+        question: A yes/no question.
 
     >>> affirms("the heart is not enlarged", "Is the heart enlarged?"), affirms("no mass", "Is the heart enlarged?")
     (False, None)
@@ -314,9 +315,9 @@ def _read(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> bool | N
 
 
 def _states(words: Sequence[str], claim: _Claim) -> bool:
-    """Is this a statement, with a verb or a denial, or else an ellipsis of the question's own words?
+    """Return whether this is a statement: it has a verb or a denial, or only words of the question.
 
-    A list of words that names everything states nothing, even if "is" is among them.
+    A long list of words is not a statement, even if "is" is among them.
     """
     if _STATING.isdisjoint(words):
         return _plain_before(words, claim, len(words)) or _names_one(words, claim)
@@ -341,7 +342,7 @@ _LONGEST = 12  # words of its own in a clause that is read (our choice): sentenc
 
 
 def denies_in_its_claim(question: str) -> bool:
-    """Is the question's claim a denial, as in "Is there no effusion?" or "Is the spleen absent?"?"""
+    """Return whether the question's claim is a denial, as in "Is there no effusion?" or "Is the spleen absent?"."""
     if not _DENYING.search(folded(question)):
         return False
     claim = _claim(question)
@@ -354,6 +355,7 @@ _DENYING = re.compile(
 
 
 def _of_heads(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> bool | None:
+    """Return whether the clause affirms or denies the claim's head; None if it does not speak of it."""
     places = [stems.index(head) for head in claim.heads if head in stems]
     if not places or not _about(words, stems, claim, places[0]):
         return None
@@ -363,12 +365,12 @@ def _of_heads(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> bool
     agrees = said.pop() == claim.value
     affirmed = agrees == (claim.value > 0)
     if not affirmed and len(places) < len(claim.heads):
-        return None  # of "a fracture or dislocation" one alone is denied
+        return None  # it denies only one of "a fracture or dislocation"
     return agrees
 
 
 def _normality(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> int | None:
-    """1 where the clause calls the claim's subject normal, -1 where abnormal, None where it calls it neither."""
+    """Return 1 if the clause calls the claim's subject normal, -1 if it calls it abnormal, else None."""
     for place, word in enumerate(words):
         sign = NORMAL.get(word)
         if sign is None and claim.kind == "normal" and _DEVIANT.match(word) and stems[place] not in claim.known:
@@ -388,6 +390,10 @@ def _normality(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> int
 
 
 def _of_family(words: Sequence[str], claim: _Claim) -> bool | None:
+    """Return whether the clause affirms or denies the claim's member of a family; naming another member denies it.
+
+    None if the clause names no member of the image or patient that the question asks about.
+    """
     (head,) = claim.heads
     family = next(members for members in _FAMILIES if head in members.values())
     found = [(place, family[word]) for place, word in enumerate(words) if word in family]
@@ -419,7 +425,10 @@ def _of_contrary(words: Sequence[str], stems: Sequence[str], claim: _Claim) -> b
 
 
 def _compared(stems: Sequence[str], claim: _Claim) -> bool | None:
-    """A comparison is affirmed by its words in their order, and denied where they stand in another."""
+    """Return whether the clause affirms or denies a comparison: the claim's words in another order deny it.
+
+    A denial in the clause reverses this. None if the clause does not have exactly the claim's words.
+    """
     said = tuple(word for word in stems if word in set(claim.compared))
     if sorted(said) != sorted(claim.compared):
         return None
@@ -427,10 +436,11 @@ def _compared(stems: Sequence[str], claim: _Claim) -> bool | None:
 
 
 def _about(words: Sequence[str], stems: Sequence[str], claim: _Claim, place: int) -> bool:
-    """Is this said of what the question asks about: of all its words, or of nothing else?
+    """Return whether the word at `place` is said of the thing that the question asks about.
 
-    What is there needs no other word right before it: "pleural effusion" is no "pericardial effusion". What is so needs
-    no other subject: "the ureter is dilated" says nothing of the bowel. And neither may be placed elsewhere.
+    The clause has all words of that thing, or no content words before `place` that are not in the question. So a
+    "pericardial effusion" does not answer for a "pleural effusion", nor "the ureter is dilated" for the bowel. A clause
+    that names another place than the question does not answer it either.
     """
     complete = claim.keys <= set(stems)
     if claim.exists and _DEFINED.match(" ".join(words[place + 1 :])):
@@ -447,6 +457,7 @@ _DEFINED = re.compile(r"(?:is|are) (?:an?|the|defined|known|called|caused|when|u
 
 
 def _plain_before(words: Sequence[str], claim: _Claim, place: int) -> bool:
+    """Return whether no content word before `place` is missing from the question."""
     before = list(words[:place])
     if claim.exists and claim.kind != "normal":
         # what shows it does not belong to it: "the lungs show an effusion"
@@ -472,14 +483,14 @@ def _elsewhere(words: Sequence[str], claim: _Claim) -> bool:
     )
 
 
-_GOES_ON = word_set("and as which that who since when with")  # what follows says something else
+_GOES_ON = word_set("and as which that who since when with")  # the words after these no longer concern the head
 
 
 def _polarity(words: Sequence[str], place: int) -> int:
-    """1 where the word is affirmed, -1 where it is denied: once, or three times."""
+    """Return 1 if the word at `place` is affirmed, and -1 if it is denied; two denials cancel out."""
     denials = 0
     for at, word in enumerate(words[:place]):
-        # "the absence of lung markings indicates ..." denies the markings alone
+        # "the absence of lung markings indicates ..." denies only the markings
         ended = word == "<lacking>" and not _INFERRING.isdisjoint(words[at:place])
         denials += word in _DENIALS and not ended
     after = list(takewhile(lambda word: word not in _GOES_ON, words[place + 1 :]))
@@ -513,11 +524,11 @@ _RHETORICAL = re.compile(r"(?:is|are|was|were|does|do|did|has|have|can|could|wil
 
 @remembered
 def _claim(question: str) -> _Claim | None:
-    """The claim of a yes/no question; None where it has no words of its own."""
+    """Return the claim of a yes/no question; None if it has no content word, or asks "Isn't ...?"."""
     text = spelled(question)
     text = text.partition("?")[0] if "?" in text else text
     if _RHETORICAL.match(text):
-        return None  # "Isn't it enlarged?" is affirmed by some with what others deny it with
+        return None  # people who mean the same answer "Isn't it enlarged?" with yes and with no
     whole = _words(text)
     text = _TAIL.sub(" ", " ".join(whole))
     denied_behind = 0
@@ -544,7 +555,7 @@ def _claim(question: str) -> _Claim | None:
 
 
 def _up_to_preposition(words: list[str]) -> list[str]:
-    """The words before the first preposition that follows a word with a meaning of its own."""
+    """Return the words before the first preposition that follows a content word."""
     for place, word in enumerate(words):
         if word in _PREPOSITIONS and any(one not in _SCAFFOLD for one in words[:place]):
             return words[:place]
@@ -552,6 +563,15 @@ def _up_to_preposition(words: list[str]) -> list[str]:
 
 
 def _claim_of(content: list[str], core: list[str], whole: list[str], denied_behind: int, exists: bool) -> _Claim:
+    """Build a claim.
+
+    Args:
+        content: The content words of what is claimed.
+        core: The words of what is claimed.
+        whole: The words of the question.
+        denied_behind: The number of denials after what is claimed.
+        exists: Whether the claim is that something exists.
+    """
     kind: Literal["normal", "deviant", "family", "plain"] = "plain"
     head = content[-1]
     if normal := [word for word in content if word in NORMAL]:

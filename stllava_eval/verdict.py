@@ -1,9 +1,9 @@
-"""A closed question's answer -> the option that it chooses, read as a person reads it; what cannot be decided is not.
+"""The answer to a closed question -> the option that it chooses, or None if a person could not decide it.
 
-Of a yes/no question the first plain verdict counts ("Yes, there is no pneumothorax but an effusion" is a yes). Where
-there is none, statements are held against what the question claims (`statements.py`). Of a choice, the option that is
-named and not denied is the one that is chosen. Talk around the answer is left out: the prompt and the question said
-again, questions of the model's own and what follows them.
+For a yes/no question the first plain verdict counts ("Yes, there is no pneumothorax but an effusion" is a yes). If
+there is none, statements are compared with what the question claims (`statements.py`). For a choice, the answer chooses
+the option that it names and does not deny. Text around the answer is left out: the repeated prompt and question, and
+questions of the model's own with everything after them.
 
 Two verdicts that contradict each other, a possibility, a refusal, and a statement about something else choose nothing.
 """
@@ -24,7 +24,8 @@ _UNSEEN = (
     r"(?:medical )?(?:image|picture|photo|scan|x-?ray|radiograph)s?\b"
 )
 _REFUSALS = re.compile(
-    # Our choice. "I cannot see a mass" and "I'm unable to find one" are answers, so what cannot be done is named too.
+    # Our choice. "I cannot see a mass" and "I'm unable to find one" are answers, so the patterns name what cannot be
+    # done.
     r"\bi (?:do not|don't) know\b"
     r"|\b(?:i (?:cannot|can't|can not|could not|couldn't|won't|will not|do not|don't)(?: be able to)?"
     r"|i(?: am|'m) (?:unable|not able) to|unable to|not able to|sorry, (?:but )?(?:i )?can't) "
@@ -37,7 +38,7 @@ _REFUSALS = re.compile(
     # Gemini's filter kept the answer back: the system declined (lmms_eval/models/{simple,chat}/gemini.py).
     r"|^\[safety_blocked:"
 )
-# What says that a model would rather not answer, though it may do so all the same.
+# Phrases after which a model may still answer.
 _DISCLAIMERS = re.compile(
     r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
     r"|\bi(?: am|'m) (?:sorry|not qualified|not a (?:doctor|physician|radiologist|medical))"
@@ -46,10 +47,10 @@ _DISCLAIMERS = re.compile(
 
 @remembered
 def is_refusal(answer: str) -> bool:
-    """Does the answer decline to answer, by the patterns above?
+    """Return whether the answer declines to answer, by the patterns above.
 
-    It reads no verdict: the score `refused` of a closed question is 1 only where `chosen` finds none beside it, as in
-    "I'm not a doctor, but yes".
+    It does not look for a verdict: "I'm not a doctor, but yes" matches too. So the score `refused` of a closed question
+    is 1 only if `chosen` also finds no option.
 
     >>> is_refusal("I’m unable to interpret medical images."), is_refusal("I cannot see a fracture.")
     (True, False)
@@ -84,7 +85,7 @@ _DECLINED = (
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is read of an answer
+# Which parts of an answer are read
 
 _MARKS = re.compile(r"<[^<>]*>|\\[a-z]+|[*_#\"“”{}$|>~]")
 _ROLE = re.compile(r"^\s*(?:human|user|assistant|model|ai|response)\s*:\s*")
@@ -104,7 +105,10 @@ _LISTED = re.compile(r"(?:\b(?:no|not)\b|<denied>|<lacking>)[^.;]*?(?:,[^.;]*)+\
 
 
 def _sentences(answer: str) -> list[str]:
-    """The sentences that answer: folded, without marks, the prompt, and questions with what follows them."""
+    """Return the sentences that answer, folded, without marks, the prompt, and questions.
+
+    A question after the first statement ends the answer.
+    """
     text = _OPTIONS_AGAIN.sub(" ", _MARKS.sub(" ", folded(answer).replace("[", " [ ")))
     text = _ROLE.sub("", _ROLE.sub("", text))
     kept: list[str] = []
@@ -112,7 +116,7 @@ def _sentences(answer: str) -> list[str]:
         words = sentence.strip(" []\n.!;,")
         if words.rstrip(". \n").endswith("?"):
             if any(re.search(r"[a-z]", one) for one in kept):
-                break  # talk that begins once the answer is given
+                break  # what follows is not part of the answer
             continue
         if not words.startswith(("please", "would you", "let me know", "choose one")):
             kept.append(words)
@@ -120,7 +124,7 @@ def _sentences(answer: str) -> list[str]:
 
 
 def _clauses(sentence: str) -> list[str]:
-    """The clauses of a sentence; a list that is denied as a whole stays in one piece."""
+    """Split a sentence into clauses, but keep a list that is denied as a whole ("no mass, cyst or stone") in one."""
     text = spelled(sentence)
     while found := _LISTED.search(text):
         listed = found.group()
@@ -131,7 +135,7 @@ def _clauses(sentence: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Yes and no
 
-# Each alternative of _LEAD may stand before a verdict; it is taken off as often as one is there.
+# Each alternative of _LEAD may precede a verdict; they are removed one after another.
 _LEAD = re.compile(
     r"^(?:(?:final |the |my |short )*(?:answer|verdict|conclusion|response)(?: to (?:the|this|your) question)?"
     r"(?: is| would be)?(?: most likely| likely| probably)?|(?:i|we) (?:think|believe|would say|would answer)(?: that)?"
@@ -146,7 +150,7 @@ _YES = re.compile(
     rf"|(?:i (?:would )?(?:think|believe|suppose)|it (?:seems|appears)) so{_END}"
 )
 _NO = re.compile(
-    # "no" is a verdict at the end of its clause and before a clause of its own, else it denies the noun that follows
+    # "no" is a verdict at the end of its clause and before another clause; before a noun it denies that noun
     r"(?:nope|nah)\b|no(?=[\s:'\])]*(?:$|:)"
     r"| (?:there|its?|it's|this|that|these|those|the|i|we|they|he|she|because|since|as|not)\b"
     r"| to (?:this|that|the|your) question\b)"
@@ -156,7 +160,7 @@ _NO = re.compile(
     rf"|not (?:really|at all|likely|exactly|quite|entirely|fully|completely|that i can (?:see|tell)){_END}"
     rf"|i (?:(?:would )?think not|(?:do not|don't|would not|wouldn't) (?:think|believe) so){_END}"
 )
-# What is a verdict only where it is the whole answer: "Sure!" may begin any, and "positive" may describe anything.
+# These are verdicts only as a whole clause: "Sure!" may begin any answer, and "positive" may describe anything.
 _SEEN = r"(?:present|seen|visible|noted|visuali[sz]ed|shown|detected|identified|found|evident|there|observed)"
 _ALONE = re.compile(
     rf"(?P<yes>y|positive|likely|(?:is |are |it is |they are )?{_SEEN})"
@@ -172,7 +176,7 @@ _ELLIPSIS = re.compile(
 
 
 def _said(clause: str) -> bool | None:
-    """True for a clause that begins with a plain yes, False for a plain no, None for another."""
+    """Return True if a clause begins with a plain yes, False for a plain no, and None otherwise."""
     if _BOTH.fullmatch(clause):
         return None
     rest: str | None = clause
@@ -198,7 +202,7 @@ def _agreed(readings: Iterable[bool | None]) -> bool | None:
 
 @remembered
 def yes_or_no(answer: str, question: str) -> bool | None:
-    """True where an answer to a yes/no question says yes, False where no, None where it cannot be decided.
+    """Return True if an answer to a yes/no question says yes, False if it says no, None if this cannot be decided.
 
     >>> yes_or_no("There are no abnormalities.", "Is this image normal?"), yes_or_no("No way to tell.", "Is it a CT?")
     (True, None)
@@ -213,7 +217,7 @@ def yes_or_no(answer: str, question: str) -> bool | None:
     for sentence in sentences:
         if declines and _REFUSALS.search(sentence):
             if not verdicts:
-                break  # what a model says after it has declined is no answer
+                break  # what a model says after it has declined does not count as an answer
             continue
         kept.append(sentence)
         verdicts += [said for clause in _CLAUSES.split(sentence) if (said := _said(clause)) is not None]
@@ -237,7 +241,13 @@ def yes_or_no(answer: str, question: str) -> bool | None:
 
 
 def _alone(clause: str, whole: bool, denied: bool) -> bool | None:
-    """What a first sentence says that has no words of its own, such as "Absent." and "It is not."; else None."""
+    """Return what a clause without a content word says, such as "Absent." or "It is not."; None for any other.
+
+    Args:
+        clause: The clause.
+        whole: Whether it is the whole answer.
+        denied: Whether the question's claim is a denial.
+    """
     before = ""
     while before != clause:
         before, clause = clause, _LEAD.sub("", clause, count=1).strip(" :'()[]")
@@ -251,7 +261,7 @@ def _alone(clause: str, whole: bool, denied: bool) -> bool | None:
 
 
 _QUICK = {f"{word}{mark}": word.lower() == "yes" for word in ("yes", "no", "Yes", "No") for mark in ("", ".")}
-"""What nearly every short answer is: read without a search."""
+"""The most frequent short answers, which are read without a search."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choices
@@ -263,11 +273,11 @@ _FILLERS = frozenset({"just", "only", "either", "in", "on", "at", "of", "from"})
 
 @remembered
 def choices(question: str) -> tuple[str, ...]:
-    """The options a closed question offers, as words joined by spaces; empty where it has no "or".
+    """Return the options that a closed question offers, each as words joined by spaces; none if it has no "or".
 
-    Two forms, those of VQA-RAD and SLAKE. "Which ..., A, B or C?" is a list with a start and an end. In "Is it A, B or
-    C ...?" neither is marked: the first option is as long as the second, and of the last one word is taken (of both
-    two, if they are "A x or B x"). Words such as "just" and "either" belong to no option.
+    Two forms are read, those of VQA-RAD and SLAKE. "Which ..., A, B or C?" is a list with a start and an end. In "Is it
+    A, B or C ...?" neither is marked, so the first option is taken to be as long as the second, and the last option to
+    be one word (both have two words in "A x or B x"). Words such as "just" and "either" belong to no option.
 
     >>> choices("Which plane is the image scanned, transverse plane or coronal plane?")
     ('transverse plane', 'coronal plane')
@@ -283,7 +293,7 @@ def choices(question: str) -> tuple[str, ...]:
     texts = re.split(r",|\bor\b", before[start:])
     parts = [part for text in texts if (part := folded_words(text))]
     if not clause and parts:
-        # an option has at most two words here, so the last longer part is the clause that the first option ends
+        # An option has at most two words here, so the last longer part is the clause that ends with the first option.
         first, *middle = parts[max((i for i, part in enumerate(parts) if len(part) > 2), default=0) :]
         middle = [option for part in middle if (option := _without_fillers(part))]
         alike = first[-1:] == last[1:2]
@@ -300,7 +310,7 @@ def _without_fillers(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-# An option by another name. Our choice: what radiologists call the options of VQA-RAD and SLAKE.
+# Other names of the options of VQA-RAD and SLAKE that radiologists use (our choice).
 _SYNONYMS = {
     "l": "left",
     "r": "right",
@@ -345,7 +355,7 @@ def _canonical(words: Iterable[str]) -> list[str]:
 
 
 def _choice(answer: str, options: Sequence[str], question: str) -> str | None:
-    """The option that the answer chooses; None where none is, or more than one."""
+    """Return the option that the answer chooses; None if it chooses none or several."""
     pattern, option_of = _naming(tuple(options))
     kept: set[str] = set()
     denied: set[str] = set()
@@ -426,7 +436,7 @@ _EXPLAINED = re.compile(
 def _named(
     clause: str, pattern: re.Pattern[str], option_of: dict[str, str], question: str
 ) -> tuple[set[str], set[str]]:
-    """The options that a clause names, and those that it denies. A list such as "A or B" names none."""
+    """Return the options that a clause names, and those that it denies; a list such as "A or B" names none."""
     clause = _MORE_THAN_ONE.sub("multiple", clause)
     marked = _canonical(_TOKEN.findall(_THAN.sub("<than>", clause)))
     text = " ".join(marked)
@@ -489,7 +499,7 @@ def _without_lists(text: str, found: list[tuple[int, int, str]]) -> list[tuple[i
 
 
 def _of_comparison(text: str, found: list[tuple[int, int, str]], question: str) -> list[tuple[int, int, str]]:
-    """Of "A is bigger than B" A, if what is asked for is the bigger one; B, if it is the smaller one."""
+    """Of "A is bigger than B", keep A if the question asks for the bigger one, and B if it asks for the smaller one."""
     at = text.index("<than>")
     asked, said = set(folded_words(question)), set(text[:at].split())
     larger, smaller = bool(asked & _LARGER), bool(asked & _SMALLER)
@@ -518,10 +528,10 @@ def _turned(text: str, question: str, option_of: dict[str, str]) -> bool:
 
 @lru_cache(maxsize=1024)
 def _naming(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
-    """What finds an option in words, and the option that each phrase names.
+    """Return a pattern that finds the options in a text, and the option that each matched phrase names.
 
-    An option is named in full, or by the words that set it apart: "T1" names "T1 weighted" beside "T2 weighted". The
-    longest phrase wins, so "upper left" does not name "left" as well.
+    An option is named in full, or by the words that only it has: "T1" names "T1 weighted" if the other option is "T2
+    weighted". The longest phrase wins, so "upper left" does not name "left" as well.
     """
     option_of: dict[str, str] = {}
     for option in options:
@@ -540,10 +550,10 @@ def _naming(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
 
 
 def chosen(answer: str, reference: str, question: str = "") -> str | None:
-    """The option that an answer to a closed question chooses, as words joined by spaces; None where it chooses none.
+    """Return the option that an answer to a closed question chooses, as words joined by spaces; None if there is none.
 
-    The options are yes and no where the reference is one of them, else what `choices` reads from the question and,
-    where that holds nothing like it, the reference.
+    The options are yes and no if the reference is one of them. Otherwise they are what `choices` reads from the
+    question, and the reference too if none of these is like it.
 
     Raises:
         InputError: The reference has no words.
@@ -560,7 +570,7 @@ def chosen(answer: str, reference: str, question: str = "") -> str | None:
 
 @remembered
 def verdict(answer: str, reference: str, question: str = "") -> Literal["right", "wrong", "unparsed"]:
-    """Does the answer choose what the reference chooses? "unparsed" where it chooses nothing: see `chosen`.
+    """Return whether the answer chooses the reference's option; "unparsed" if it chooses none (see `chosen`).
 
     Raises:
         InputError: The reference has no words.
@@ -578,7 +588,7 @@ def verdict(answer: str, reference: str, question: str = "") -> Literal["right",
 
 @remembered
 def _offered(reference: str, question: str) -> tuple[tuple[str, ...], str]:
-    """The options, and which of them is the reference's."""
+    """Return the options, and which of them is the reference's."""
     wanted = " ".join(wanted_words(reference))
     if wanted in ("yes", "no"):
         return ("yes", "no"), wanted

@@ -382,7 +382,7 @@ def test_reported_rows_are_ordered_but_not_ranked(crowded, browser):
     assert {line[3] for line in reported} == {"-"}  # n
     partial = {line[1].splitlines()[0]: line[0] for line in lines if line[0] == "partial"}
     assert partial == {"some": "partial"}  # it lacks one of six
-    assert "Partial:" in browser.value("document.getElementById('ranking').innerText")
+    assert "A row is partial" in browser.value("document.getElementById('ranking').innerText")
 
 
 @pytest.mark.parametrize("official", [True, False])
