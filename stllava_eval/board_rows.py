@@ -292,6 +292,15 @@ def _names(row: BoardRow) -> list[str]:
     return names
 
 
+def asked_alike(rows: Sequence[BoardRow]) -> list[list[BoardRow]]:
+    """Return the measured rows in groups that may be compared: one training group, prompt, images and extraction."""
+    alike = defaultdict(list)
+    for row in rows:
+        if row.kind == "measured":
+            alike[row.group, row.about["prompt"], row.about["images"], row.about.get("extract")].append(row)
+    return list(alike.values())
+
+
 def _marked(rows: Sequence[BoardRow]) -> list[BoardRow]:
     """Return the rows with `marks`, which compare measured rows of one setting, prompt, kind of images and rule.
 
@@ -300,11 +309,7 @@ def _marked(rows: Sequence[BoardRow]) -> list[BoardRow]:
     compared too, on the questions that all of them answered.
     """
     marks: dict[str, dict[str, str]] = defaultdict(dict)
-    alike = defaultdict(list)
-    for row in rows:
-        if row.kind == "measured":
-            alike[row.setting, row.about["prompt"], row.about["images"], row.about.get("extract")].append(row)
-    for members in alike.values():
+    for members in asked_alike(rows):
         for metric in RANKED:
             for asked, rivals in _rivals(members, metric):
                 scores = {row.system: [questions(row)[id].scores[metric] for id in asked] for row in rivals}

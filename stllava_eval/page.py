@@ -17,7 +17,18 @@ from string import Template
 from typing import Any
 
 from stllava_eval.blind import PRIOR
-from stllava_eval.board_rows import ACCURACIES, BEST, CLOSED, FEW, GROUPS, OPEN, RANKED, BoardRow, questions
+from stllava_eval.board_rows import (
+    ACCURACIES,
+    BEST,
+    CLOSED,
+    FEW,
+    GROUPS,
+    OPEN,
+    RANKED,
+    BoardRow,
+    asked_alike,
+    questions,
+)
 from stllava_eval.home import refuse_file, write_together
 from stllava_eval.inspection import INSPECTED, Inspection, below, inspect, interval_text, share_text
 from stllava_eval.leaderboard import EXPLAINED, NOTICE, WORDS, board_files, by_task, mean_text, remarks, title
@@ -144,19 +155,19 @@ def _columns() -> list[dict[str, Any]]:
 
 
 RANKING = (
-    "Ranks compare measured rows of one training group, whatever their prompts, on the questions that all of them "
-    "answered; equal scores share a rank. A row is partial, and has no rank, if it lacks more than "
-    f"{100 * FEW:g} % of the questions or answered others. Reported figures have neither rank nor n, because their "
-    "answers are not available. Image-blind rows have no rank."
+    "Ranks compare measured rows of one training group that were asked with the same prompt, images and extraction "
+    "rule, on the questions that all of them answered; equal scores share a rank. A row is partial, and has no rank, "
+    f"if it lacks more than {100 * FEW:g} % of the questions or answered others. Reported figures have neither rank "
+    "nor n, because their answers are not available. Image-blind rows have no rank."
 )
 
 
 def ranks(rows: Sequence[BoardRow]) -> dict[str, dict[str, Any]]:
     """Return the ranks of a task's measured rows, by score.
 
-    Rows are ranked within their training group (`GROUPS`), for each score on its questions that all ranked rows
-    answered. A row is ranked if it lacks at most `FEW` of the questions of the most complete row. If there are several
-    such sets of rows, the largest one is ranked. Scores that are printed alike share a rank.
+    Rows are ranked among those that were asked alike (`asked_alike`), for each score on its questions that all ranked
+    rows answered. A row is ranked if it lacks at most `FEW` of the questions of the most complete row. If there are
+    several such sets of rows, the largest one is ranked. Scores that are printed alike share a rank.
 
     Args:
         rows: The rows of one task.
@@ -169,8 +180,7 @@ def ranks(rows: Sequence[BoardRow]) -> dict[str, dict[str, Any]]:
     for metric in RANKED:
         places: dict[str, tuple[int, int]] = {}
         notes = []
-        for group in GROUPS:
-            members = [row for row in rows if row.kind == "measured" and row.group == group]
+        for members in asked_alike(rows):
             values = {
                 row.system: {id: of.scores[metric] for id, of in questions(row).items() if metric in of.scores}
                 for row in members
@@ -186,6 +196,7 @@ def ranks(rows: Sequence[BoardRow]) -> dict[str, dict[str, Any]]:
             for system, mean in means.items():
                 places[system] = (1 + sum(other > mean for other in means.values()), len(means))
             if len(common) < (most := max(len(values[system]) for system in systems)):
+                group = f"{members[0].group}, prompt {members[0].about['prompt']}"
                 notes.append(f"{group}: {metric} is ranked on the {len(common)} of {most} questions that all answered.")
         if places:
             made[metric] = {"places": places, "notes": notes}
