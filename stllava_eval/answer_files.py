@@ -55,8 +55,10 @@ LANGUAGES = ("q_lang", "lang")  # SLAKE's own field, and MedEvalKit's
 CARRIED = (*QUESTIONS, *REFERENCES, *PICTURES)
 """Fields that say which question a row is about, beside its id."""
 LIKE_REFERENCES = 0.95  # of the answers, letter for letter: no model's are (our choice; the best tuned ones have 0.9)
-NO_ANSWERS = ("", "nan", "none", "null", "<na>")
-"""What programs write where there is no answer; a model may say "None", too."""
+NO_ANSWERS = ("", "nan", "none", "null", "<na>", "n/a", "#n/a", "failed to obtain answer via api.")
+"""What programs write where there is no answer, the last VLMEvalKit (vlmeval/api/base.py); a model may say "None"."""
+END = re.compile(r"(</s>|<eos>|<end_of_turn>|<\|[a-z_]+\|>)\s*$")
+"""Tokens that end a reply, of Llama, Gemma, and the templates that write `<|im_end|>` and the like."""
 INDISTINCT = (
     0.1  # of a file without ids, at most (our choice): VQA-RAD's hub copy has 26 of 451 rows, SLAKE 751 of 1,061
 )
@@ -177,6 +179,7 @@ def read_answers(file: Path, task: str, reading: Reading = Reading()) -> AnswerF
     read = _with_prompt(file, task, _answer_file(file, task, found, known, reading), found, known, reading.prompt)
     _warn_of_references(file, read, known)
     _warn_of_no_answers(file, found, known)
+    _warn_of_other_text(file, found, known)
     if left_out and has_ids and not any(name in row for _, row in rows for name in CARRIED):
         log.warning(
             "%s: %d of its %d ids are not %s's, and no row has a question, a reference or an image to hold the others "
@@ -597,6 +600,22 @@ def _warn_of_no_answers(
             "said; leave out the rows that it gave no answer to.",
             *(file, len(empty), spelt),
         )
+
+
+def _warn_of_other_text(
+    file: Path, found: Mapping[tuple[str, int], _Said], known: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The prompt or a token in most replies was decoded with them, and its words are scored as the model's."""
+    replies = [(said.reply, name) for (name, _), said in found.items() if name in known]
+    repeat = sum(_folded(known[name]["question"]) in _folded(reply) for reply, name in replies)
+    ends = sum(END.search(reply) is not None for reply, _ in replies)
+    for many, what in ((repeat, "repeat their whole question"), (ends, "end with a special token")):
+        if 2 * many > len(replies):
+            log.warning(
+                "%s: %d of %d answers %s, which is scored as what the model said. Pass the new text alone, decoded "
+                "without special tokens.",
+                *(file, many, len(replies), what),
+            )
 
 
 def _answer_file(

@@ -293,7 +293,7 @@ def test_questions_without_references_are_told_apart_by_order_alone(home, tmp_pa
         read_answers(write(tmp_path / "b.jsonl", given[::-1]), "vqarad")
 
 
-@pytest.mark.parametrize("said", ["", "nan", "None", "null"])
+@pytest.mark.parametrize("said", ["", "nan", "None", "#N/A", "Failed to obtain answer via API."])
 def test_answers_that_programs_write_for_none_are_warned_about(prepared, tmp_path, caplog, said):
     rows = [{"id": "test-0-0", "answer": said}, {"id": "test-1-0", "answer": "yes"}]
     read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
@@ -304,6 +304,23 @@ def test_answers_that_programs_write_for_none_are_warned_about(prepared, tmp_pat
 def test_an_answer_that_is_no_text_is_refused_with_its_value(prepared, tmp_path, said):
     with pytest.raises(InputError, match=r"a.jsonl:1: answer is .*, and an answer is a text.*leave the row out"):
         read_answers(write(tmp_path / "a.jsonl", [{"id": "test-0-0", "answer": said}]), "vqarad")
+
+
+@pytest.mark.parametrize(
+    ("form", "what"),
+    [
+        ("USER: {question} ASSISTANT: {said}", "repeat their whole question"),
+        ("{said}</s>", "end with a special token"),
+        ("{said}<|im_end|>\n", "end with a special token"),
+        ("{said}", None),
+    ],
+)
+def test_a_prompt_or_a_token_that_was_decoded_with_the_answers_is_warned_about(prepared, tmp_path, caplog, form, what):
+    rows = [
+        {"id": row["id"], "answer": form.format(question=row["question"], said="left")} for row in split_rows("vqarad")
+    ]
+    read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
+    assert f"8 of 8 answers {what}" in caplog.text if what else not caplog.text
 
 
 def test_a_reference_that_says_none_is_no_missing_answer(home, tmp_path, caplog):
