@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stllava_eval.answer_layouts import rows_of
+from stllava_eval.answer_layouts import asked_in, only, rows_of
 from stllava_eval.datasets import DATASETS, numbered_edition, read_manifest
 from stllava_eval.errors import InputError
 from stllava_eval.extract import FINAL, SIGNATURES, Final, finals, opened, unsealed, with_opened_thoughts
@@ -35,10 +35,32 @@ ANSWERS = (
 """Fields in which files of answers hold what the model said."""
 QUESTIONS = ("question", "query", "prompt", "input")
 PROMPTED = ("prompt", "input")  # these may have words around the question; `input` is in lmms-eval's samples
-REFERENCES = ("reference", "gt_ans", "gt_answer", "ground_truth", "gold", "target", "label", "labels")
+REFERENCES = (
+    *("reference", "references", "gt_ans", "gt_answer", "answer_gt", "gt", "ground_truth", "gold", "gold_answer"),
+    *(
+        "target",
+        "label",
+        "labels",
+        "answers",
+        "correct_answer",
+        "true_answer",
+        "expected",
+        "expected_answer",
+        "solution",
+    ),
+)
 PICTURES = ("image_name", "img_name", "image")
 IMAGE_MARK = "<image>"  # which the LLaVA family writes into its prompts
 LANGUAGES = ("q_lang", "lang")  # SLAKE's own field, and MedEvalKit's
+CARRIED = (*QUESTIONS, *REFERENCES, *PICTURES)
+"""Fields that say which question a row is about, beside its id."""
+# Smallest share of answers that equal their references letter for letter at which a warning asks whether the references
+# were read (our choice: the best fine-tuned models reach 0.9).
+LIKE_REFERENCES = 0.95
+NO_ANSWERS = ("", "nan", "none", "null", "<na>", "n/a", "#n/a")
+"""What programs write where there is no answer; a model may say "None"."""
+END = re.compile(r"(</s>|<eos>|<end_of_turn>|<\|[a-z_]+\|>)\s*$")
+"""Tokens that end a reply, of Llama, Gemma, and the templates that write `<|im_end|>` and the like."""
 # Largest share of rows in a file without ids that several questions fit (our choice). VQA-RAD's hub copy has 26 such
 # rows of 451, and SLAKE 751 of 1,061.
 INDISTINCT = 0.1
@@ -122,7 +144,7 @@ def read_answers(file: Path, task: str, reading: Reading = Reading()) -> AnswerF
     """
     split = split_rows(dataset_of(task), reading.split)
     known = {row["id"]: row for row in split}
-    rows = _rows_of_task(file, task)
+    rows = [(place, _unfolded(row, reading)) for place, row in _rows_of_task(file, task)]
     has_ids = reading.id_field or any("doc_id" in row or _id(row, None) is not None for _, row in rows)
     if has_ids:
         given = [_id(row, reading.id_field) for _, row in rows]
@@ -137,12 +159,13 @@ def read_answers(file: Path, task: str, reading: Reading = Reading()) -> AnswerF
         ]
     found: dict[tuple[str, int], _Said] = {}
     repeated, left_out = [], 0
+    held_to = _fields_by_content([row for _, row in rows], split)
     for (place, row), (name, said) in zip(rows, named, strict=True):
         if reading.ignore_unknown and name not in known:
             left_out += 1
             continue
         if name in known:
-            _refuse_another_question(place, name, row, known[name], reading.answer_field, reading.split)
+            _refuse_another_question(place, name, row, known[name], reading, held_to)
         draw = row.get("draw", 0)
         draw = int(draw) if isinstance(draw, str) and draw.isdecimal() else draw
         if type(draw) is not int or draw < 0:
@@ -158,6 +181,14 @@ def read_answers(file: Path, task: str, reading: Reading = Reading()) -> AnswerF
         raise InputError(f"{file}: none of its {left_out} ids is an id of {task}, for example {split[0]['id']}.")
     read = _with_prompt(file, task, _answer_file(file, task, found, known, reading), found, known, reading.prompt)
     _warn_of_references(file, read, known)
+    _warn_of_no_answers(file, found, known)
+    _warn_of_other_text(file, found, known)
+    if left_out and has_ids and not any(name in row for _, row in rows for name in CARRIED):
+        log.warning(
+            "%s: %d of its %d ids are not %s's, and no row has a question, a reference or an image to hold the others "
+            "to: row numbers and ids of another edition are ids of this one, too.",
+            *(file, left_out, len(rows), task),
+        )
     return replace(read, left_out=left_out)
 
 
@@ -187,6 +218,26 @@ def _rows_of_task(file: Path, task: str) -> list[tuple[str, dict[str, Any]]]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Fields
+
+
+def _unfolded(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
+    """A row with what it says of its question under our names: in small letters, and out of what it is nested in.
+
+    lmms-eval's older samples hold the row of the data set in `doc`; ms-swift's and LLaVA's rows hold what was asked in
+    a conversation. Names of answers are left alone: an `Answer` beside a model's is a reference.
+    """
+    found = {name: only(value) if name in CARRIED else value for name, value in row.items()}
+    spelt = {name.lower(): name for name in row if name not in (reading.answer_field, reading.id_field)}
+    for name in (*IDS, *CARRIED, *LANGUAGES):
+        if name not in row and name in spelt:
+            found[name] = only(row[spelt[name]])
+    doc = row.get("doc")
+    if isinstance(doc, dict):
+        held = {name: only(doc[name]) for name in CARRIED if name in doc}
+        held |= {"reference": only(doc["answer"])} if "answer" in doc and not held.keys() & set(REFERENCES) else {}
+        found = held | found
+    asked = asked_in(row)
+    return found if asked is None else {"prompt": asked} | found
 
 
 def _id(row: Mapping[str, Any], id_field: str | None) -> str | None:
@@ -256,7 +307,12 @@ def _reply(
         return _Said(row["reply"], asked, ended(row), final, row["extract"], ours=True)
     question = str(known[name]["question"]) if name in known else ""
     chosen = answer_field or _answer_field(place, row, question, ids)
-    if not isinstance(row.get(chosen), str):
+    if chosen in row and not isinstance(row[chosen], str):
+        raise InputError(
+            f"{place}: {chosen} is {str(row[chosen])[:80]}, and an answer is a text. Write it as one; where the model "
+            "gave none, leave the row out: its question then counts as unanswered."
+        )
+    if chosen not in row:
         raise InputError(_lacks(place, row, "answer", (answer_field,) if answer_field else ANSWERS))
     asked = next((row[key] for key in ("prompt", "text") if key != chosen and isinstance(row.get(key), str)), None)
     return _Said(row[chosen], asked if asked and _folded(question) in _folded(asked) else None, ended(row))
@@ -277,6 +333,11 @@ def _sample(place: str, row: Mapping[str, Any], split: Sequence[Mapping[str, Any
     reply = row.get("filtered_resps", row.get("resps"))
     while isinstance(reply, list) and reply:
         reply = reply[0]
+    if not ids and fallback and not any(isinstance(row.get(one), str) and row[one].strip() for one in CARRIED):
+        raise InputError(
+            f"{place}: doc_id {number} is a row number, and neither input nor target says of which question. Pass the "
+            "samples as lmms-eval wrote them."
+        )
     name = ids[0] if ids else fallback
     if name is None or not isinstance(reply, str):
         raise InputError(f"{place}: no {'answer' if name else 'id'}. Pass the samples that lmms-eval wrote.")
@@ -355,18 +416,25 @@ def _ids_by_content(
     keys = keys if with_reference else [(question, None) for question, _ in keys]
     asked = [(_folded(row["question"]), _folded(row["reference"]) if with_reference else None) for row in split]
     whole = [next(name for name in QUESTIONS if isinstance(row.get(name), str)) not in PROMPTED for _, row in rows]
+    by = "question and reference" if with_reference else "question"
     if len(keys) <= len(asked) and all(
         reference == own[1] and (question == own[0] or (not alone and own[0] in question))
         for (question, reference), own, alone in zip(keys, asked, whole, strict=False)
     ):
-        log.warning(
-            "%s: it has no ids; its questions and references are those of the split, in the split's order.", file
-        )
+        log.warning("%s: it has no ids; its rows have the split's order, by %s.", file, by)
         return [row["id"] for row in split[: len(keys)]]
     waiting: dict[tuple[str, str | None], list[str]] = defaultdict(list)
     for key, row in zip(asked, split, strict=True):
         waiting[key].append(row["id"])
     several = {key for key, names in waiting.items() if len(names) > 1}
+    references = {row["id"]: (_folded(row["reference"]), row["kind"]) for row in split}
+    for (place, _), key in zip(rows, keys, strict=True):
+        if len({references[name] for name in waiting[key]}) > 1:
+            raise InputError(
+                f"{place}: no id and no reference, and it asks {key[0][:80]!r}, which several images of the prepared "
+                "split are asked with different references, in another order than the split's. Add the ids or the "
+                "references, or keep the order in which they were asked."
+            )
     indistinct = sum(key in several for key in keys)
     if indistinct > INDISTINCT * len(keys):
         raise InputError(
@@ -390,10 +458,11 @@ def _ids_by_content(
                 f"{place}: no id, and it asks {key[0][:80]!r}, {counted}. Prepare the copy of the data set that was "
                 "asked; --ignore-unknown leaves out the rows of other splits."
             )
+    shared = "both" if with_reference else "it"
     log.warning(
-        "%s: it has no ids; its rows are identified by question and reference.%s",
-        file,
-        f" {indistinct} of {len(keys)} rows share both with a row about another image; they are assigned in order, "
+        "%s: it has no ids; its rows are identified by %s.%s",
+        *(file, by),
+        f" {indistinct} of {len(keys)} rows share {shared} with a row about another image; they are assigned in order, "
         "which does not change any mean over all questions."
         if indistinct
         else "",
@@ -405,8 +474,42 @@ def _ids_by_content(
 # Each row must match the question with its id
 
 
+def _fields_by_content(
+    rows: Sequence[Mapping[str, Any]], split: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The fields that hold a row's question, and those that hold its image's name, however they are called.
+
+    Where no name that we know is there, a field is one if most of its texts are questions, or images, of the split.
+    """
+    questions = {_folded(row["question"]) for row in split}
+    pictures = {PurePosixPath(row["image_id"]).parts[-2:] for row in split if PurePosixPath(row["image_id"]).suffix}
+    texts: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        for name, value in row.items():
+            if isinstance(held := only(value), str) and held.strip():
+                texts[name].append(held)
+
+    def mostly(known_names: Sequence[str], is_one: Callable[[str], bool]) -> tuple[str, ...]:
+        others = [name for name, held in texts.items() if 2 * sum(map(is_one, held)) > len(held)]
+        return tuple(known_names) if texts.keys() & set(known_names) else (*known_names, *others)
+
+    return (
+        mostly(QUESTIONS, lambda held: _folded(held) in questions),
+        mostly(PICTURES, lambda held: any(_path(held).parts[-depth:] in pictures for depth in (1, 2))),
+    )
+
+
+def _path(name: str) -> PurePosixPath:
+    return PurePosixPath(name.replace("\\", "/"))
+
+
 def _refuse_another_question(
-    place: str, name: str, row: Mapping[str, Any], known: Mapping[str, Any], answer_field: str | None, split: str
+    place: str,
+    name: str,
+    row: Mapping[str, Any],
+    known: Mapping[str, Any],
+    reading: Reading,
+    held_to: tuple[tuple[str, ...], tuple[str, ...]],
 ) -> None:
     """Check that a row's question, reference and image name match the question with its id.
 
@@ -416,28 +519,30 @@ def _refuse_another_question(
     Raises:
         InputError: One of them does not match.
     """
+    answer_field = reading.answer_field
 
     def refuse(field: str, has: str) -> None:
         raise InputError(
-            f"{place}: {field} of id {name} is {str(row[field])[:80]!r}, but the prepared {split} split has {has!r}. "
-            "The ids seem to be of another edition or split: prepare that one, or pass the ids of this one."
+            f"{place}: {field} of id {name} is {str(row[field])[:80]!r}, but the prepared {reading.split} split has "
+            f"{has!r}. The ids seem to be of another edition or split: prepare that one, or pass the ids of this one. "
+            f"If {field} holds something else, leave it out."
         )
 
-    for name_of in QUESTIONS:
-        held = row.get(name_of)
+    for name_of in held_to[0]:
+        held = only(row.get(name_of))
         if isinstance(held, str) and held.strip() and _folded(known["question"]) not in _folded(held):
             refuse(name_of, known["question"])
-    gold = (*REFERENCES, "answer") if answer_field not in (None, "answer") else REFERENCES
-    for name_of in gold:
+    gold = {*REFERENCES, *(("answer",) if answer_field else ())} - {answer_field}
+    for name_of in [one for one in (*REFERENCES, "answer") if one in gold]:
         held = row.get(name_of)
-        if isinstance(held, str | int | float) and _folded(held) != _folded(known["reference"]):
+        if isinstance(held, str | int | float) and str(held).strip() and _folded(held) != _folded(known["reference"]):
             refuse(name_of, known["reference"])
     own = PurePosixPath(known["image_id"])
-    for name_of in PICTURES:
-        held = row.get(name_of)
+    for name_of in held_to[1]:
+        held = only(row.get(name_of))
         if not isinstance(held, str) or not own.suffix:  # the prepared copy has no names of image files
             continue
-        path = PurePosixPath(held.replace("\\", "/"))
+        path = _path(held)
         depth = min(len(path.parts), len(own.parts))
         if path.suffix and path.parts[-depth:] != own.parts[-depth:]:
             refuse(name_of, known["image_id"])
@@ -455,7 +560,14 @@ def _data_rad_ids(task: str, names: Sequence[str | None], split: Sequence[Mappin
     known = {row["id"] for row in split}
     public = {theirs: ours for theirs, ours in data_rad_ids().items() if ours in known}
     given = {name.removeprefix("data_RAD-") for name in names if name is not None}
-    if not given or not given <= public.keys() or given <= known:
+    if not given or not given <= public.keys():
+        return {}
+    if given <= known:
+        log.warning(
+            "%s: each of its ids is a public one of VQA-RAD and one of data_RAD's files, of another question. They are "
+            "taken as public ones.",
+            task,
+        )
         return {}
     log.warning("%s: the ids are those of data_RAD's files; they are converted to VQA-RAD's public ids.", task)
     return {spelt: ours for theirs, ours in public.items() for spelt in (theirs, f"data_RAD-{theirs}")}
@@ -465,7 +577,7 @@ def _numbers_of_its_edition(
     task: str, names: Sequence[str | None], split: str, rows: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> dict[str, str]:
     """Return the ids by row number, if the file numbers all rows of the prepared edition of PathVQA; else nothing."""
-    carried = any(name in row for _, row in rows for name in (*QUESTIONS, *REFERENCES, *PICTURES))
+    carried = any(name in row for _, row in rows for name in CARRIED)
     numbers = {name for name in names if name is not None}
     prepared = read_manifest(dataset_of(task), split)
     if dataset_of(task) == "pathvqa" and not carried and not numbered_edition("pathvqa", prepared.split, numbers):
@@ -484,12 +596,52 @@ def _numbers_of_its_edition(
 def _warn_of_references(file: Path, read: AnswerFile, known: Mapping[str, Mapping[str, Any]]) -> None:
     """Warn if every answer equals its reference: the references may have been read instead of the answers."""
     answers = {name: answer for name, answer in read.answers.items() if name in known}
-    if len(answers) > 1 and all(_folded(said) == _folded(known[name]["reference"]) for name, said in answers.items()):
+    like = sum(_folded(said) == _folded(known[name]["reference"]) for name, said in answers.items())
+    if len(answers) > 1 and like >= LIKE_REFERENCES * len(answers):
+        many = "every answer equals its reference"
+        if like < len(answers):
+            many = f"{like} of {len(answers)} answers equal their references, letter for letter"
         log.warning(
-            "%s: every answer equals its reference. If the file has the model's answers in another field, pass "
-            "--answer-field.",
-            file,
+            "%s: %s. If the file has the model's answers in another field, pass --answer-field.",
+            *(file, many),
         )
+
+
+def _warn_of_no_answers(
+    file: Path, found: Mapping[tuple[str, int], _Said], known: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """A table's empty cell may be an answer that nobody gave or one without words; it is taken for the model's."""
+    empty = [
+        said.reply
+        for (name, _), said in found.items()
+        if said.final is None
+        and said.reply.strip().lower() in NO_ANSWERS
+        # SLAKE has "None" for a reference
+        and not (name in known and _folded(said.reply) == _folded(known[name]["reference"]))
+    ]
+    if empty:
+        spelt = some(sorted({repr(reply.strip()) for reply in empty}))
+        log.warning(
+            "%s: %d answers are %s, which programs also write where there is none. They are scored as what the model "
+            "said; leave out the rows that it gave no answer to.",
+            *(file, len(empty), spelt),
+        )
+
+
+def _warn_of_other_text(
+    file: Path, found: Mapping[tuple[str, int], _Said], known: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """The prompt or a token in most replies was decoded with them, and its words are scored as the model's."""
+    replies = [(said.reply, name) for (name, _), said in found.items() if name in known]
+    repeat = sum(_folded(known[name]["question"]) in _folded(reply) for reply, name in replies)
+    ends = sum(END.search(reply) is not None for reply, _ in replies)
+    for many, what in ((repeat, "repeat their whole question"), (ends, "end with a special token")):
+        if 2 * many > len(replies):
+            log.warning(
+                "%s: %d of %d answers %s, which is scored as what the model said. Pass the new text alone, decoded "
+                "without special tokens.",
+                *(file, many, len(replies), what),
+            )
 
 
 def _answer_file(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,33 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value) if type(value) in (int, float) else value
+
+
+def only(value: Any) -> Any:
+    """Return the one item of a list, and any other value as it is.
+
+    >>> only(["yes"])
+    'yes'
+    """
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def asked_in(row: Mapping[str, Any]) -> str | None:
+    """Return what a row's conversation asks: its user's turns, in `messages` (OpenAI's) or `conversations` (LLaVA's).
+
+    >>> asked_in({"messages": [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]})
+    'Is it?'
+    """
+    turns: list[Any] = next(
+        (row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)), []
+    )
+    said: list[str] = []
+    for turn in turns:
+        if isinstance(turn, dict) and turn.get("role", turn.get("from")) in ("user", "human"):
+            content = turn.get("content", turn.get("value"))
+            parts = content if isinstance(content, list) else [{"text": content}]
+            said += [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+    return "\n".join(said) if said else None
 
 
 def _check_head(file: Path, head: Sequence[Any]) -> None:

@@ -262,9 +262,9 @@ def choose(rows: Sequence[BoardRow], names: Sequence[str]) -> list[BoardRow]:
 
     Args:
         rows: The rows of a board.
-        names: Each is a system, a group (see `GROUPS`; "measured", "reported"), a reported table ("Table 2"), or a
-            system of such a table, "STLLaVA-Med (Table 2)". Letter case is ignored. A text may contain several names,
-            separated by commas.
+        names: Each is a system, a group (see `GROUPS`) or a part of one ("measured", "reported", "fine-tuned"), a
+            reported table ("Table 2"), or a system of such a table, "STLLaVA-Med (Table 2)". Letter case is ignored. A
+            text may contain several names, separated by commas.
 
     Raises:
         InputError: No row has one of the names.
@@ -286,7 +286,9 @@ def choose(rows: Sequence[BoardRow], names: Sequence[str]) -> list[BoardRow]:
 
 
 def _names(row: BoardRow) -> list[str]:
-    names = [row.system, row.group, row.group.split(",")[0]]
+    names = [row.system, row.group, *row.group.split(", ")]
+    if row.kind == "measured":
+        names.append(row.about["checkpoint"])  # as it was named, without what the board adds
     if row.kind == "reported":
         names += [row.about["table"], f"{row.system} ({row.about['table']})"]
     return names

@@ -363,12 +363,13 @@ _FAILED_REQUESTS = (
     "Batch failed",  # simple/batch_gpt4.py
     "[GENERATION_FAILED]",  # simple/{cosmos_wm,diffusers_wm_base,generation_api,magi1_wm,wan2_1_t2i}.py
     "[ERROR] ",  # the same files
+    "Failed to obtain answer via API.",  # VLMEvalKit, vlmeval/api/base.py
 )
 _FAILED_VIDEO = re.compile(r"Video .* (?:can not load|generate failed), check the source", re.DOTALL)
 
 
 def is_failed_request(answer: str) -> bool:
-    """Is this not an answer but the text that an lmms-eval adapter writes in its place when a request has failed?
+    """Is this not an answer but the text that an lmms-eval adapter, or VLMEvalKit, writes when a request has failed?
 
     Such a question belongs left out, counted and listed. Many adapters (`chat/_chat_base.py`, `simple/gpt4v.py`,
     `simple/qwen_vl_api.py`, `simple/llava.py`, ...) write an empty string instead; a model can answer nothing too,

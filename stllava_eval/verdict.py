@@ -187,11 +187,21 @@ def _said(clause: str) -> bool | None:
             return True
         shorter = _LEAD.sub("", rest, count=1)
         rest = shorter if shorter != rest else None
+    ending = _ENDING.fullmatch(clause)
+    if ending and not _UNDECIDED.search(ending["before"]):
+        return ending["said"] == "yes"
     behind = _BEHIND.search(clause)
     return None if behind is None else behind[1] == "yes"
 
 
 _BOTH = re.compile(r"\W*(?:(?:yes|no|true|false)\W+){2,}\W*|\W*(?:(?:yes|no|true|false)\W+)+(?:yes|no|true|false)\W*")
+# "It appears to be yes", "The image shows no": the last word of a clause is the verdict behind a word that announces one.
+_ENDING = re.compile(
+    r"(?P<before>(?:[\w'-]+ ){0,8}"
+    r"(?:is|be|a|an|say|answer|shows?|suggests?|indicates?|seems|appears)) "
+    r"(?:(?:clearly|definitely|likely|probably|indeed|simply|just) )?(?P<said>yes|no)[\s:'\])]*"
+)
+_UNDECIDED = re.compile(r"\b(?:not|never|cannot|neither|nor|if|whether|either|could|may|might|unclear|wrong|\w+n't)\b")
 _BEHIND = re.compile(r":\s*(yes|no)$")  # "pleural effusion: no"
 
 

@@ -44,7 +44,16 @@ def test_answers_that_all_equal_their_references_are_warned_about(prepared, tmp_
     [
         ({"question": "What organ is shown?"}, "question"),
         ({"prompt": "<image>\nWhat organ is shown? Answer briefly."}, "prompt"),
+        ({"Question": "What organ is shown?"}, "question"),
+        ({"conversations": [{"from": "human", "value": "<image>\nWhat organ is shown?"}]}, "prompt"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "What organ is shown?"}]}]}, "prompt"),
+        ({"doc": {"question": "What organ is shown?"}}, "question"),
         ({"reference": "no"}, "reference"),
+        ({"target": ["no"]}, "target"),
+        ({"correct_answer": "no"}, "correct_answer"),
+        ({"Q": "What organ is shown?"}, "Q"),
+        ({"file": "C:\\images\\test-1.png"}, "file"),
+        ({"images": ["test-1.png"]}, "images"),
         ({"gt_ans": "no"}, "gt_ans"),
         ({"image_name": "test-1.png"}, "image_name"),
         ({"image": "images/test-3.png"}, "image"),
@@ -246,6 +255,91 @@ def test_lmms_evals_samples_of_another_task_are_held_to_our_questions(prepared, 
     rows[0] |= {"target": "yes", "input": "Is there a fracture?"}
     with pytest.raises(InputError, match="input of id test-0-0 is 'Is there a fracture"):
         read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
+
+
+def test_a_sample_that_says_nothing_of_its_question_is_refused(prepared, tmp_path):
+    """Its number is a row's of the data set that was asked, which may be another copy in another order."""
+    with pytest.raises(InputError, match="doc_id 0 is a row number, and neither input nor target says of which"):
+        read_answers(write(tmp_path / "a.jsonl", [{"doc_id": 0, "filtered_resps": ["yes"]}]), "vqarad")
+    row = {"doc_id": 0, "doc": {"question": "Is there a fracture?", "answer": "yes"}, "filtered_resps": ["yes"]}
+    with pytest.raises(InputError, match="question of id test-0-0 is 'Is there a fracture"):
+        read_answers(write(tmp_path / "b.jsonl", [row]), "vqarad")
+
+
+def test_ms_swifts_predictions_are_read_with_ids_and_without(prepared, tmp_path):
+    def row(question, said, **more):
+        turns = [{"role": "user", "content": f"<image>{question}"}, {"role": "assistant", "content": said}]
+        return {"response": said, "messages": turns, "images": [{"bytes": None, "path": "a.png"}], **more}
+
+    rows = [row(of["question"], f"said {i}", labels=of["reference"]) for i, of in enumerate(split_rows("vqarad"))]
+    read = read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
+    assert list(read.answers.values()) == [f"said {place}" for place in range(8)]
+    assert read.prompt == "bare"
+    with pytest.raises(InputError, match="prompt of id test-1-0 is '<image>What organ is shown"):
+        read_answers(write(tmp_path / "b.jsonl", [row("What organ is shown?", "lung", id="test-1-0")]), "vqarad")
+
+
+def test_questions_without_references_are_told_apart_by_order_alone(home, tmp_path):
+    """Two images share a question with different references, so whose answer is whose changes the mean."""
+    from conftest import png
+
+    from stllava_eval.datasets import Row, write_split
+
+    references = {"a": "CT", "b": "MRI", "c": "lung"}
+    asked = {"a": "What is this?", "b": "What is this?", "c": "Which organ?"}
+    rows = [Row(id, png((1, 2, 3)), f"{id}.png", asked[id], said, "open", {}) for id, said in references.items()]
+    write_split("vqarad", "test", rows, edition="x", official=False, sample=True, source="x", licence="CC0-1.0")
+    given = [{"question": asked[id], "prediction": said} for id, said in references.items()]
+    assert read_answers(write(tmp_path / "a.jsonl", given), "vqarad").answers == references
+    with pytest.raises(InputError, match="no id and no reference, and it asks 'what is this\\?', which several images"):
+        read_answers(write(tmp_path / "b.jsonl", given[::-1]), "vqarad")
+
+
+@pytest.mark.parametrize("said", ["", "nan", "None", "#N/A"])
+def test_answers_that_programs_write_for_none_are_warned_about(prepared, tmp_path, caplog, said):
+    rows = [{"id": "test-0-0", "answer": said}, {"id": "test-1-0", "answer": "yes"}]
+    read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
+    assert f"1 answers are '{said}', which programs also write where there is none" in caplog.text
+
+
+@pytest.mark.parametrize("said", [None, float("nan"), 2, True, ["yes"], {"text": "yes"}])
+def test_an_answer_that_is_no_text_is_refused_with_its_value(prepared, tmp_path, said):
+    with pytest.raises(InputError, match=r"a.jsonl:1: answer is .*, and an answer is a text.*leave the row out"):
+        read_answers(write(tmp_path / "a.jsonl", [{"id": "test-0-0", "answer": said}]), "vqarad")
+
+
+@pytest.mark.parametrize(
+    ("form", "what"),
+    [
+        ("USER: {question} ASSISTANT: {said}", "repeat their whole question"),
+        ("{said}</s>", "end with a special token"),
+        ("{said}<|im_end|>\n", "end with a special token"),
+        ("{said}", None),
+    ],
+)
+def test_a_prompt_or_a_token_that_was_decoded_with_the_answers_is_warned_about(prepared, tmp_path, caplog, form, what):
+    rows = [
+        {"id": row["id"], "answer": form.format(question=row["question"], said="left")} for row in split_rows("vqarad")
+    ]
+    read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
+    assert f"8 of 8 answers {what}" in caplog.text if what else not caplog.text
+
+
+def test_a_reference_that_says_none_is_no_missing_answer(home, tmp_path, caplog):
+    from conftest import png
+
+    from stllava_eval.datasets import Row, write_split
+
+    row = Row("a", png((1, 2, 3)), "a.png", "Which organ is abnormal?", "None", "open", {})
+    write_split("slake", "test", [row], edition="x", official=False, sample=True, source="x", licence="CC0-1.0")
+    read_answers(write(tmp_path / "a.jsonl", [{"id": "a", "answer": "none"}]), "slake")
+    assert "programs" not in caplog.text
+
+
+def test_row_numbers_are_warned_about_where_unknown_ids_are_left_out(prepared, tmp_path, caplog):
+    rows = [{"id": "test-0-0", "answer": "yes"}, {"id": "7", "answer": "yes"}]
+    read_answers(write(tmp_path / "a.jsonl", rows), "vqarad", Reading(ignore_unknown=True))
+    assert "1 of its 2 ids are not vqarad's, and no row has a question" in caplog.text
 
 
 def test_an_excel_sheet_of_vlmevalkit_is_read(prepared, tmp_path):

@@ -363,6 +363,30 @@ def test_a_wrong_choice_of_rows_or_columns_is_one_line(prepared, tmp_path, capsy
     assert said.count("\n") == 1
 
 
+def test_a_row_is_chosen_by_the_name_that_its_system_was_given(prepared, tmp_path, capsys):
+    """Of a file of answers the board adds that nobody says which images were shown."""
+    answers = tmp_path / "a.jsonl"
+    answers.write_text('{"id": "test-0-0", "answer": "no"}\n')
+    score = [
+        "score",
+        "--task",
+        "vqarad",
+        "--answers",
+        str(answers),
+        "--out",
+        str(tmp_path / "run"),
+        "--system",
+        "Med B",
+    ]
+    assert main(score) == 0
+    capsys.readouterr()
+    for name in ("Med B", "Med B (images not recorded)", "training not recorded"):
+        assert main(["leaderboard", str(tmp_path / "run"), "--rows", name]) == 0
+        shown = capsys.readouterr().out
+        assert "Med B (images not recorded)" in shown
+        assert "always" not in shown
+
+
 def test_marks_compare_the_rows_that_are_shown(prepared, tmp_path):
     runs = [small_run(tmp_path / name, say) for name, say in {"a": right, "b": always("no"), "c": right}.items()]
     assert board(runs, chosen=["a,c"])[0].marks["recall"] == BEST

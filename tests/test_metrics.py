@@ -269,7 +269,7 @@ def test_open_scores(answer, reference, recall, precision, f1, exact, bleu1):
     "function", [metrics.recall, metrics.precision, metrics.f1, metrics.exact_match, metrics.bleu1, verdict]
 )
 def test_a_reference_without_words_is_refused(function):
-    with pytest.raises(InputError, match=r"reference '\.': has no words"):
+    with pytest.raises(InputError, match=r"reference '\.': it has no words"):
         function("lung", ".")
 
 

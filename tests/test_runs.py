@@ -83,7 +83,11 @@ def test_ids_that_the_split_does_not_have_are_refused_by_name(prepared):
             "test-1-1",
             id="lmms-eval's, by the id in its records",
         ),
-        pytest.param({"doc_id": 3, "filtered_resps": "yes", "resps": [["no"]]}, "test-1-1", id="lmms-eval's, by place"),
+        pytest.param(
+            {"doc_id": 3, "target": "the left lung", "filtered_resps": "yes", "resps": [["no"]]},
+            "test-1-1",
+            id="lmms-eval's, by place",
+        ),
     ],
 )
 def test_answers_are_read_from_every_form(prepared, tmp_path, row, of):
@@ -91,7 +95,9 @@ def test_answers_are_read_from_every_form(prepared, tmp_path, row, of):
 
 
 def test_an_empty_answer_is_an_answer(prepared, tmp_path):
-    file = write(tmp_path / "a.jsonl", [{"doc_id": 0, "filtered_resps": ""}, {"id": "test-1-0", "answer": ""}])
+    file = write(
+        tmp_path / "a.jsonl", [{"doc_id": 0, "target": "yes", "filtered_resps": ""}, {"id": "test-1-0", "answer": ""}]
+    )
     assert read_answers(file, "vqarad").answers == {"test-0-0": "", "test-1-0": ""}
 
 
@@ -135,7 +141,7 @@ def test_lines_of_other_tasks_are_left_out(prepared, tmp_path):
         pytest.param("[1]", r"a.jsonl item 0: not an object", id="a list"),
         pytest.param('{"answer": "x"}', r"a.jsonl:1: no id", id="no id"),
         pytest.param('{"id": "1"}', r"a.jsonl:1: no answer", id="no answer"),
-        pytest.param('{"id": "1", "answer": 3}', r"a.jsonl:1: no answer", id="not text"),
+        pytest.param('{"id": "1", "answer": 3}', r"a.jsonl:1: answer is 3, and an answer is a text", id="not text"),
         pytest.param('{"id": "1", "answer": "x"}\n' * 2, r"1 ids appear twice \(1\)", id="twice"),
         pytest.param(
             '{"id": "1", "answer": "x"}\n{"id": "2", "answer": "no", "answer": "yes"}',
@@ -220,14 +226,14 @@ def test_answers_of_several_tasks_make_one_run(prepared, tmp_path, capsys):
 )
 def test_what_was_asked_is_never_taken_for_the_answer(prepared, tmp_path, line):
     (tmp_path / "answers.jsonl").write_text(json.dumps(line))
-    with pytest.raises(InputError, match=r"answers\.jsonl:1: no answer"):
+    with pytest.raises(InputError, match=r"answers\.jsonl:1: answer is .*, and an answer is a text"):
         read_answers(tmp_path / "answers.jsonl", "vqarad")
 
 
 @pytest.mark.parametrize("id", [{"a": 1}, 7])
 def test_an_id_of_lmms_evals_samples_is_text_or_the_rows_place_counts(prepared, tmp_path, id):
     record = {"id": id, "image_id": "a", "score": 1}
-    line = {"doc_id": 0, "filtered_resps": ["yes"], "recall": record}
+    line = {"doc_id": 0, "target": "yes", "filtered_resps": ["yes"], "recall": record}
     (tmp_path / "samples.jsonl").write_text(json.dumps(line))
     assert read_answers(tmp_path / "samples.jsonl", "vqarad").answers == {"test-0-0": "yes"}
 

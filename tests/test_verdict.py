@@ -405,3 +405,27 @@ def test_words_without_their_endings():
 def test_a_clause_about_something_else_affirms_nothing():
     assert affirms("the liver is enlarged", "Is the heart enlarged?") is None
     assert affirms("a pleural effusion is present", "Is there a pericardial effusion?") is None
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "It appears to be {}.",
+        "The answer seems to be {}",
+        "the image shows {}",
+        "this is a {}",
+        "I would say {}.",
+        "I think the answer is probably {}.",
+    ],
+)
+def test_a_verdict_at_the_end_of_its_clause_is_read(frame):
+    assert yes_or_no(frame.format("yes"), "Is there a mass?") is True
+    assert yes_or_no(frame.format("no"), "Is there a mass?") is False
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["I would not say yes.", "It could be yes.", "I cannot say if the answer is yes", "It isn't clear that it is no"],
+)
+def test_a_verdict_that_is_not_given_is_not_read(answer):
+    assert yes_or_no(answer, "Is there a mass?") is None
