@@ -195,7 +195,7 @@ def _said(clause: str) -> bool | None:
 
 
 _BOTH = re.compile(r"\W*(?:(?:yes|no|true|false)\W+){2,}\W*|\W*(?:(?:yes|no|true|false)\W+)+(?:yes|no|true|false)\W*")
-# "It appears to be yes", "The image shows no": the last word of a clause is the verdict, behind a word that announces it.
+# "It appears to be yes", "The image shows no": a clause's last word is its verdict, behind a word that announces one.
 _ENDING = re.compile(
     r"(?P<before>(?:[\w'-]+ ){0,8}"
     r"(?:is|be|a|an|say|answer|shows?|suggests?|indicates?|seems|appears)) "
