@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,11 +21,8 @@ from stllava_eval.datasets import Row, read_rows
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import whole_file
 from stllava_eval.images import decode
-from stllava_train.recipe import DpoRecipe, check_prepared
-from stllava_train.training import first_process, read_trace
-
-if TYPE_CHECKING:
-    from stllava_train.dpo import DpoTrainer, DpoWork
+from stllava_train.recipe import Training, check_prepared
+from stllava_train.training import Work, first_process, read_trace
 
 MAX_NEW_TOKENS = 256  # our choice: a longer answer is cut, which costs time and no point
 SCORES = {"open": ("recall", "f1", "words"), "closed": ("closed_accuracy", "unparsed", "words")}
@@ -50,9 +47,10 @@ class Examination(TrainerCallback):
         InputError: A split is not prepared, or of a run that goes on an evaluation is missing or damaged.
     """
 
-    def __init__(self, work: DpoWork, out: Path, step: int) -> None:
+    def __init__(self, work: Work, out: Path, step: int) -> None:
         self.work, self.trace, self.folder = work, out / "evaluations.jsonl", out / "checkpoints"
         self.rows = questions(work.recipe)
+        self.in_16_bits = work.recipe.dtype == "bfloat16"  # as in a step: what is trained is held in float32
         self.lines = [line for line in read_trace(self.trace) if line["step"] <= step] if step else []
         every = work.recipe.evaluate_every
         wanted = {0, *range(every, step + 1, every)} if step else set()
@@ -108,7 +106,7 @@ class Examination(TrainerCallback):
         held: list[Any] = [None]
         if first_process():
             policy = _unwrapped(model)
-            with _resting(policy):
+            with _resting(policy), torch.autocast(policy.device.type, torch.bfloat16, enabled=self.in_16_bits):
                 held[0] = {"step": step, "versions": VERSIONS} | self._scores(policy)
             with self.trace.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(held[0]) + "\n")
@@ -140,11 +138,11 @@ class Examination(TrainerCallback):
         """The line of the step that is kept."""
         return max((line for line in self.lines if line["step"]), key=lambda line: (line["score"], -line["step"]))
 
-    def keep_best(self, trainer: DpoTrainer) -> dict[str, Any]:
+    def keep_best(self, model: Any) -> dict[str, Any]:
         """Load the best step's weights; what it was, for `run.json`."""
-        best = self._best_weights({name for name, _ in _trained(trainer.model)})
+        best = self._best_weights({name for name, _ in _trained(model)})
         with torch.no_grad():
-            for name, parameter in _trained(trainer.model):
+            for name, parameter in _trained(model):
                 parameter.copy_(best[name])
         last, start = self.lines[-1], self.lines[0]
         return {
@@ -166,15 +164,15 @@ class Examination(TrainerCallback):
         return found
 
 
-def questions(recipe: DpoRecipe) -> dict[str, list[Row]]:
+def questions(recipe: Training) -> dict[str, list[Row]]:
     """Of each validation split, at most so many: open and closed ones in the split's proportion, at least one of each.
 
-    Always the same ones, in the split's order.
+    Always the same ones, in the split's order; none where the recipe evaluates on none.
 
     Raises:
         InputError: A split is not prepared, or lacks a kind.
     """
-    check_prepared(recipe.evaluate_on)
+    check_prepared(recipe.evaluate_on, recipe.command)
     return {name: _drawn(name, recipe.evaluate_questions) for name in recipe.evaluate_on}
 
 

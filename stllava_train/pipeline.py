@@ -105,7 +105,7 @@ class Pipeline:
                     "seed= is that of every stage" if wrong == ["seed"] else "a round starts from the newest checkpoint"
                 )
                 raise InputError(f"{stage}.{wrong[0]}: {where}. Leave it out.")
-        read_recipe(recipe.sft.recipe, recipe.sft.changes)
+        sft = read_recipe(recipe.sft.recipe, recipe.sft.changes)
         dpo = read_dpo_recipe(recipe.dpo.recipe, recipe.dpo.changes)
         if recipe.candidates.recipe not in PRESETS:
             raise InputError(f"candidates.recipe: {recipe.candidates.recipe}: unknown. Choose of {', '.join(PRESETS)}.")
@@ -125,9 +125,10 @@ class Pipeline:
         if out.is_relative_to(images) or images.is_relative_to(out):
             raise InputError(f"--out {self.out}: it lies in {self.images}, or that in it. Choose another folder.")
         images_in(self.images)
-        if dpo.evaluate_on:
-            from stllava_train.examination import questions
+        if sft.evaluate_on or dpo.evaluate_on:
+            from stllava_train.examination import questions  # with torch
 
+            questions(sft)
             questions(dpo)
 
     def run(self) -> int:
