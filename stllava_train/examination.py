@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -39,12 +40,13 @@ class Examination(TrainerCallback):
     start's by more than the recipe's `stop_unparsed`: a model that has unlearnt to say yes or no.
 
     Args:
-        work: Of the run.
+        work: Of the run, of either stage.
         out: Its folder.
         step: Steps taken before, in a run that goes on.
 
     Raises:
-        InputError: A split is not prepared, or of a run that goes on an evaluation is missing or damaged.
+        InputError: A split is not prepared, or of a run that goes on an evaluation is missing or damaged, or asked
+            other questions.
     """
 
     def __init__(self, work: Work, out: Path, step: int) -> None:
@@ -63,6 +65,12 @@ class Examination(TrainerCallback):
             raise InputError(
                 f"{self.trace}: scored by other versions ({', '.join(sorted(others))}) than today's ({VERSIONS}), so "
                 "steps do not compare. Go on with the release that began, or train anew with another --out."
+            )
+        self.asked = _hash(self.rows)
+        if any(line.get("questions", self.asked) != self.asked for line in self.lines):
+            raise InputError(
+                f"{self.trace}: its evaluations asked other questions than the validation splits hold now, so steps do "
+                "not compare. Prepare the splits as they were, or train anew with another --out."
             )
         if first_process():
             with whole_file(self.trace) as unfinished:
@@ -107,7 +115,7 @@ class Examination(TrainerCallback):
         if first_process():
             policy = _unwrapped(model)
             with _resting(policy), torch.autocast(policy.device.type, torch.bfloat16, enabled=self.in_16_bits):
-                held[0] = {"step": step, "versions": VERSIONS} | self._scores(policy)
+                held[0] = {"step": step, "versions": VERSIONS, "questions": self.asked} | self._scores(policy)
             with self.trace.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(held[0]) + "\n")
         broadcast_object_list(held)
@@ -115,6 +123,16 @@ class Examination(TrainerCallback):
         if step and step == self.best["step"] and first_process():  # a file each: a run may go on from before the last
             with whole_file(self._file(step)) as unfinished:
                 save_file({name: one.detach().cpu().contiguous() for name, one in _trained(model)}, unfinished)
+            self._drop_beaten()
+
+    def _drop_beaten(self) -> None:
+        """Delete kept weights that no run goes on from: in stage 1 each file can be a whole network."""
+        ends = [folder.name.rpartition("-")[2] for folder in self.folder.glob("checkpoint-*")]
+        before = [_best(self.lines, int(end)) for end in ends if end.isdecimal()]
+        needed = {self._file(line["step"]) for line in (self.best, *before) if line}
+        for file in self.folder.glob("best-*.safetensors"):
+            if file not in needed:
+                file.unlink()
 
     def _file(self, step: int) -> Path:
         return self.folder / f"best-{step}.safetensors"
@@ -136,7 +154,9 @@ class Examination(TrainerCallback):
     @property
     def best(self) -> dict[str, Any]:
         """The line of the step that is kept."""
-        return max((line for line in self.lines if line["step"]), key=lambda line: (line["score"], -line["step"]))
+        best = _best(self.lines, self.lines[-1]["step"])
+        assert best is not None
+        return best
 
     def keep_best(self, model: Any) -> dict[str, Any]:
         """Load the best step's weights; what it was, for `run.json`."""
@@ -162,6 +182,22 @@ class Examination(TrainerCallback):
         found["score"] = sum(halves) / len(halves)
         found["unparsed"] = sum(of["unparsed"] for of in found.values() if isinstance(of, dict)) / len(halves)
         return found
+
+
+def _best(lines: Sequence[dict[str, Any]], end: int) -> dict[str, Any] | None:
+    """Of the evaluations up to step `end`, the start's left out, the one with the highest score, and the earliest."""
+    of = (line for line in lines if 0 < line["step"] <= end)
+    return max(of, key=lambda line: (line["score"], -line["step"]), default=None)
+
+
+def _hash(rows: Mapping[str, Sequence[Row]]) -> str:
+    """Of everything that decides the scores of the same answers, in 16 hex digits."""
+    asked = [
+        [name, row.id, row.question, row.reference, row.kind, hashlib.sha256(row.image).hexdigest()]
+        for name, of in rows.items()
+        for row in of
+    ]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def questions(recipe: Training) -> dict[str, list[Row]]:

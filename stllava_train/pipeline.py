@@ -20,6 +20,7 @@ from typing import Any
 
 from stllava_eval import __version__
 from stllava_eval.cli import TASKS
+from stllava_eval.datasets import read_manifest
 from stllava_eval.errors import InputError, printable
 from stllava_eval.home import alone, read_json, refuse_file, write_json
 from stllava_train.ledger import read_rows
@@ -340,7 +341,8 @@ class Pipeline:
     def _settings(self, recipe: Training) -> dict[str, Any]:
         """Where it starts from is known by its weights, not by its name."""
         values = {key: value for key, value in recipe.as_dict().items() if key != "start"}
-        return {"recipe": values, "start": self._checkpoint(recipe.start)}
+        asked = {name: read_manifest(name, "validation").sha256_file for name in recipe.evaluate_on}
+        return {"recipe": values, "start": self._checkpoint(recipe.start), "validation": asked}
 
     def _images_of(self, data: Sequence[Path]) -> str:
         """Of the images that the conversations show."""

@@ -23,6 +23,7 @@ from rounding import FLOAT32, apart, assert_same
 from safetensors.torch import load_file
 
 from stllava_eval.answering import Answerer
+from stllava_eval.datasets import read_rows, write_split
 from stllava_eval.errors import InputError
 from stllava_eval.home import write_json
 from stllava_eval.network.checkpoint import open_checkpoint
@@ -1209,3 +1210,28 @@ def test_the_same_seed_gives_the_same_evaluations(evaluated, data, tmp_path):
     train(work_of(read_recipe(str(recipe)), data), tmp_path / "again", progress=False)
     for name in ("evaluations.jsonl", "adapter_model.safetensors", "curves.png"):
         assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_run_does_not_go_on_with_other_questions(evaluated, data):
+    recipe, whole = evaluated
+    work = work_of(read_recipe(str(recipe)), data)
+    Examination(work, whole, 4)
+    rows = [dataclasses.replace(row, reference="heart") for row in read_rows("slake", "validation")]
+    facts = {"edition": "t", "official": False, "sample": True, "source": "t", "licence": "t"}
+    write_split("slake", "validation", rows, **facts)
+    with pytest.raises(InputError, match=r"evaluations.jsonl: its evaluations asked other questions than"):
+        Examination(work, whole, 4)
+
+
+def test_weights_of_earlier_best_steps_are_kept_where_a_run_can_go_on_from_them(
+    small, data, tmp_path, validation, monkeypatch
+):
+    examined(monkeypatch, score=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    train(work_of(small(evaluate_on=["slake"], evaluate_every=1), data), tmp_path / "run", progress=False)
+    assert sorted(file.name for file in (tmp_path / "run" / "checkpoints").iterdir() if file.is_file()) == [
+        f"best-{step}.safetensors" for step in (2, 4, 5)
+    ]
+    assert {file.name for file in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")} == {
+        "checkpoint-4",
+        "checkpoint-5",
+    }
