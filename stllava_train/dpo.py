@@ -27,7 +27,7 @@ from trl import DPOConfig, DPOTrainer
 from stllava_eval.errors import InputError
 from stllava_eval.home import home
 from stllava_train.conversations import ANSWER, Conversation, Encoder, image_file
-from stllava_train.examination import Examination, questions
+from stllava_train.examination import Examination, questions, warn_of_learnt
 from stllava_train.ledger import Ledger
 from stllava_train.pairs import Pair, read_pairs
 from stllava_train.pixels import Pixels
@@ -474,7 +474,7 @@ def open_work(
     data = [{"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "pairs": len(pairs)}]
     if steps_of(len(pairs), recipe) == 0:
         raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
-    questions(recipe)  # a split that is missing is named before any work
+    validation = questions(recipe)  # a split that is missing is named before any work
     shown = []
     for line, pair in enumerate(pairs, 1):
         if (image := image_file(images, pair.image)) is None:
@@ -491,6 +491,7 @@ def open_work(
     collator = Collator(pairs, images, processor, encoder, checkpoint.config.text_config.pad_token_id or 0)
     counts = count(collator, recipe, [one.place for one in shown])
     seen = looked_at(shown, progress) if first_process() else Images([], [], {}, "")
+    warn_of_learnt(validation, set(seen.pixels.values()))
     if broken := seen.broken:
         raise InputError(f"{broken[0]} Put it back, or leave the pair out.")
     for one, pair in zip(shown, pairs, strict=True):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from stllava_eval.answering import Answerer, Question, only_answers
 from stllava_eval.datasets import Row, read_rows
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import whole_file
-from stllava_eval.images import decode
+from stllava_eval.images import decode, pixel_hash
 from stllava_train.recipe import Training, check_prepared
 from stllava_train.training import Work, first_process, read_trace
+
+log = logging.getLogger("stllava_train")
 
 MAX_NEW_TOKENS = 256  # our choice: a longer answer is cut, which costs time and no point
 SCORES = {"open": ("recall", "f1", "words"), "closed": ("closed_accuracy", "unparsed", "words")}
@@ -210,6 +213,24 @@ def questions(recipe: Training) -> dict[str, list[Row]]:
     """
     check_prepared(recipe.evaluate_on, recipe.command)
     return {name: _drawn(name, recipe.evaluate_questions) for name in recipe.evaluate_on}
+
+
+def warn_of_learnt(rows: Mapping[str, Sequence[Row]], learnt: Collection[str]) -> None:
+    """Warn where images that are asked about are trained on too, a line for each split.
+
+    Args:
+        rows: As `questions` gives them.
+        learnt: `pixel_hash` of each image that is trained on.
+    """
+    for name, of in rows.items():
+        images = {row.image_id: row.image for row in of}
+        both = [image for image, file in images.items() if pixel_hash(decode(file)) in learnt]
+        if both:
+            log.warning(
+                "evaluate_on: %s validation: %d of the %d images that are asked about are trained on, such as %s, so "
+                "its score shows in part what is remembered",
+                *(name, len(both), len(images), both[0]),
+            )
 
 
 def _drawn(name: str, most: int) -> list[Row]:

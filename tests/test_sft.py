@@ -1235,3 +1235,16 @@ def test_weights_of_earlier_best_steps_are_kept_where_a_run_can_go_on_from_them(
         "checkpoint-4",
         "checkpoint-5",
     }
+
+
+def test_validation_images_that_are_trained_on_are_counted(small, tmp_path, validation, caplog):
+    row = read_rows("slake", "validation")[0]
+    (tmp_path / "a.png").write_bytes(row.image)
+    turns = [{"from": "human", "value": "<image>\nWhere?"}, {"from": "gpt", "value": "left"}]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([{"id": "a", "image": "a.png", "conversations": turns}]))
+    work_of(small(evaluate_on=["slake"], batch=2), file)
+    assert (
+        f"evaluate_on: slake validation: 1 of the 2 images that are asked about are trained on, such as {row.image_id},"
+        in caplog.text
+    )
