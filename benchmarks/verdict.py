@@ -105,7 +105,8 @@ def main() -> None:
     parser.add_argument("--json", default="-", metavar="FILE", help="where the figures go (default: printed)")
     parser.add_argument("--answers", action="append", default=[], metavar="NAME=FILE", help="a run's answers")
     arguments = parser.parse_args()
-    read = lines(HERE / "tests" / "hand_read_verdicts.jsonl")
+    files = ("hand_read_verdicts.jsonl", "independent_read_verdicts.jsonl")
+    read = [row for file in files for row in lines(HERE / "tests" / file)]
     figures: dict[str, Any] = {
         "agreement": {
             half: agreement([row for row in read if row["half"] == half])

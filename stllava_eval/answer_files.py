@@ -1,9 +1,9 @@
-"""A file of answers that others wrote -> the final answer to each question, after every line was held to its question.
+"""A file of answers that others wrote -> the final answer to each question, checked against the prepared split.
 
-What people send differs: in the names of its fields, in its ids, in whether it has ids at all. A name that could mean
-two things is refused. Where a row carries its question, reference or image, these must be those of its id: ids of
-another edition are often ids of this one too, of other questions. What the file does not say about prompt and images
-is called "not recorded".
+Such files differ in the names of their fields, in their ids, and in whether they have ids at all. A field that could
+mean two things is refused. If a row has a question, a reference or an image name, it must match the question with the
+row's id, because ids of another edition are often valid here too, but belong to other questions. If the file names
+neither the prompt nor the images, they are called "not recorded".
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ ANSWERS = (
 )
 """Fields in which files of answers hold what the model said."""
 QUESTIONS = ("question", "query", "prompt", "input")
-PROMPTED = ("prompt", "input")  # those with more than the question in them; lmms-eval's samples have `input`
+PROMPTED = ("prompt", "input")  # these may have words around the question; `input` is in lmms-eval's samples
 REFERENCES = ("reference", "gt_ans", "gt_answer", "ground_truth", "gold", "target", "label", "labels")
 PICTURES = ("image_name", "img_name", "image")
 IMAGE_MARK = "<image>"  # which the LLaVA family writes into its prompts
 LANGUAGES = ("q_lang", "lang")  # SLAKE's own field, and MedEvalKit's
-INDISTINCT = (
-    0.1  # of a file without ids, at most (our choice): VQA-RAD's hub copy has 26 of 451 rows, SLAKE 751 of 1,061
-)
+# Largest share of rows in a file without ids that several questions fit (our choice). VQA-RAD's hub copy has 26 such
+# rows of 451, and SLAKE 751 of 1,061.
+INDISTINCT = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,75 +49,76 @@ class AnswerFile:
     """What a file of answers holds for one task."""
 
     replies: dict[str, tuple[Final, ...]]
-    """By question id, in the order of their draws."""
+    """The final answers of each question's replies by question id, in the order in which they were sampled."""
     settings: dict[str, Any]
-    """Those of `runs.DECIDING` that are known, and `extract` and `images` always."""
+    """`extract`, `images`, and each other setting of `runs.DECIDING` that is known."""
     prompt: str = NOT_RECORDED
-    """The preset of `questions.PROMPTS` that was asked, `custom` with a hash, or that nobody says."""
+    """The preset of `questions.PROMPTS` that was asked, `custom` with a hash, or `NOT_RECORDED`."""
     texts: dict[str, str] = field(default_factory=dict)
-    """What the model was asked, by question id; empty where nobody says."""
+    """What the model was asked, by question id; empty if it is not recorded."""
     left_out: int = 0
-    """Rows about questions that the split does not have, where these are to be ignored."""
+    """Number of rows that were ignored because the split does not have their questions."""
 
     @property
     def answers(self) -> dict[str, str]:
-        """By question id, the final answer of the first reply."""
+        """Return the final answer of each question's first reply, by question id."""
         return {name: of[0].answer for name, of in self.replies.items()}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a file of answers is to be read, where its reader decides."""
+    """What the user says about a file of answers: the options of `stllava-eval score`."""
 
     extract: str | None = None
-    """The rule that takes the final answer out of each reply. None takes the answers of a run folder as they are
-    there, and `final` for every other row."""
+    """The rule that extracts the final answer from each reply. None keeps the answers of a run folder and applies
+    `final` to all other rows."""
     answer_field: str | None = None
-    """The field that holds what the model said; None finds it, where only one field can be meant."""
+    """The field with the model's answer; None finds it, if only one field can be meant."""
     id_field: str | None = None
-    """The field that holds the question's id; None finds it."""
+    """The field with the question's id; None finds it."""
     ignore_unknown: bool = False
-    """Leave out rows whose question the split does not have, as in files that hold more than one split."""
+    """Whether to leave out rows whose question the split does not have, as in files that hold more than one split."""
     split: str = "test"
     """The prepared split that was asked."""
     prompt: str | None = None
-    """The preset of `questions.PROMPTS` that was asked, where neither the file nor the task's name says so."""
+    """The preset of `questions.PROMPTS` that was asked, if neither the file nor the task's name says it."""
     images: str | None = None
-    """Which images were shown (own, other, black), where the file does not say."""
+    """The images that were shown (own, other, black), if the file does not say it."""
 
 
 @dataclass(frozen=True)
 class _Said:
-    """One row of a file of answers: the reply, and the other fields that we use."""
+    """The reply in one row of a file of answers, and what the row says about it."""
 
     reply: str
     asked: str | None = None
-    """The text that was asked."""
+    """The text that the model was asked; None if the row does not have it."""
     ended: bool | None = None
+    """Whether the reply ended by itself; None if the row does not say."""
     final: Final | None = None
-    """The final answer as a run folder holds it."""
+    """The final answer, if the row is of a run folder."""
     extract: str = ""
-    """The signature of the rule that took it out."""
+    """The signature of the rule that extracted it."""
     ours: bool = False
-    """The row is of a run folder or of lmms-eval, so opened thoughts are marked already."""
+    """Whether the row is of a run folder or of lmms-eval, where opened thoughts are marked already."""
 
 
 def read_answers(file: Path, task: str, reading: Reading = Reading()) -> AnswerFile:
     """Read the final answers in a file: JSON lines, a JSON array, CSV, TSV, Parquet or an Excel sheet.
 
-    Rows are ours (`id`, `answer`; of a run folder with `reply` too), of the LLaVA family (`question_id`, `text`), of
-    lmms-eval's samples of our tasks, or name their answer by one of `ANSWERS`. Rows of another task are left out. A
-    file without ids, as MedEvalKit and VLMEvalKit write them, is read by its questions and references.
+    A row is ours (`id`, `answer`; in a run folder also `reply`), of the LLaVA family (`question_id`, `text`), of
+    lmms-eval's samples of our tasks, or has its answer in one of the fields `ANSWERS`. Rows of another task are left
+    out. A file without ids, such as those of MedEvalKit and VLMEvalKit, is read by its questions and references.
 
     Args:
         file: The file.
-        task: Whose answers are wanted. A task with a prompt in its name (`vqarad_short`) says what was asked.
-        reading: What its reader decides.
+        task: The task that was answered. If its name contains a prompt (`vqarad_short`), this is what was asked.
+        reading: What the user says about the file.
 
     Raises:
-        InputError: The file cannot be read or is empty, a row lacks an id or an answer or has several fields that may
-            be its answer, an id comes twice, a row is about another question than its id, the answers were taken out
-            by different rules, or the file says another prompt or other images than `reading`.
+        InputError: The file cannot be read or is empty, a row has no id or no answer or several fields that may be
+            its answer, an id appears twice, a row is about another question than its id, the answers were extracted
+            by different rules, or `reading` contradicts the file about the prompt or the images.
     """
     split = split_rows(dataset_of(task), reading.split)
     known = {row["id"]: row for row in split}
@@ -145,26 +146,26 @@ def read_answers(file: Path, task: str, reading: Reading = Reading()) -> AnswerF
         draw = row.get("draw", 0)
         draw = int(draw) if isinstance(draw, str) and draw.isdecimal() else draw
         if type(draw) is not int or draw < 0:
-            raise InputError(f"{place}: draw {draw!r}. It is the number of a sampled reply, from 0 on.")
+            raise InputError(f"{place}: draw {draw!r}. It must be the number of a sampled reply: 0, 1, ...")
         if (name, draw) in found:
             repeated.append(name)
         found[name, draw] = said
     if repeated:
         raise InputError(
-            f"{file}: {len(repeated)} ids come twice ({some(repeated)}). Keep one answer for each question."
+            f"{file}: {len(repeated)} ids appear twice ({some(repeated)}). Keep one answer for each question."
         )
     if not found:
-        raise InputError(f"{file}: none of its {left_out} ids is one of {task}, for example {split[0]['id']}.")
+        raise InputError(f"{file}: none of its {left_out} ids is an id of {task}, for example {split[0]['id']}.")
     read = _with_prompt(file, task, _answer_file(file, task, found, known, reading), found, known, reading.prompt)
     _warn_of_references(file, read, known)
     return replace(read, left_out=left_out)
 
 
 def _rows_of_task(file: Path, task: str) -> list[tuple[str, dict[str, Any]]]:
-    """The rows that are about the task: those of another of our tasks, or of SLAKE's Chinese half, are left out.
+    """Return the rows about the task, without those of our other tasks and of SLAKE's Chinese half.
 
     Raises:
-        InputError: None is left.
+        InputError: No row is left.
     """
     every = rows_of(file)
     rows = [
@@ -176,11 +177,11 @@ def _rows_of_task(file: Path, task: str) -> list[tuple[str, dict[str, Any]]]:
         spoken = [next((str(row[name]) for name in LANGUAGES if row.get(name)), "en") for _, row in rows]
         rows = [row for row, language in zip(rows, spoken, strict=True) if language.lower() == "en"]
         if other := len(spoken) - len(rows):
-            log.warning("%s: %d rows in other languages than English are left out.", file, other)
+            log.warning("%s: %d rows in languages other than English are left out.", file, other)
     if not rows:
         said = sorted({str(row["task"]) for _, row in every if "task" in row})
-        hint = f" Its rows are of {some(said)}." if said else ""
-        raise InputError(f"{file}: no answers of {task}.{hint} Each row has id and answer.")
+        hint = f" Its rows are about {some(said)}." if said else ""
+        raise InputError(f"{file}: no answers to {task}.{hint} Each row needs an id and an answer.")
     return rows
 
 
@@ -189,7 +190,7 @@ def _rows_of_task(file: Path, task: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _id(row: Mapping[str, Any], id_field: str | None) -> str | None:
-    """A row's id as a text; pandas makes floats of whole numbers."""
+    """Return a row's id as a text, or None; pandas turns whole numbers into floats, so 12.0 becomes "12"."""
     names = (id_field,) if id_field else IDS
     value = next((row[name] for name in names if row.get(name) not in (None, "")), None)
     if isinstance(value, float) and value.is_integer():
@@ -205,10 +206,10 @@ def _id_and_reply(
     known: Mapping[str, Mapping[str, Any]],
     reading: Reading,
 ) -> tuple[str, _Said]:
-    """A row's id and reply.
+    """Return a row's id and reply.
 
     Raises:
-        InputError: It lacks one, or has several fields that may be its answer.
+        InputError: The row has no id or no reply, or several fields that may be its answer.
     """
     if "doc_id" in row and not reading.answer_field:
         return _sample(place, row, split)
@@ -226,19 +227,29 @@ def _reply(
     reading: Reading,
     ids: bool = True,
 ) -> _Said:
-    """What a row says the model replied to question `name`; `ids` is false where the file has none.
+    """Return what a row says that the model replied to the question with id `name`.
+
+    Args:
+        place: The row's place in the file, for messages.
+        row: Its fields.
+        name: The id of its question.
+        known: The split's rows by id.
+        reading: What the user says about the file.
+        ids: Whether the file has ids.
 
     Raises:
-        InputError: The row has no reply, or several fields that may be it.
+        InputError: The row has no reply, or several fields that may be its reply.
     """
     answer_field = reading.answer_field
     if "reply" in row and "extract" in row and not answer_field:  # a run folder's
         if not all(isinstance(row[key], str) for key in ("reply", "answer", "extract")):
-            raise InputError(f"{place}: no answer. A line of a run folder has reply, answer and extract, all text.")
+            raise InputError(
+                f"{place}: no answer. A line of a run folder has reply, answer and extract, and each is a text."
+            )
         forms, was_cut = row.get("forms", []), row.get("cut", False)
         if not isinstance(forms, list) or not isinstance(was_cut, bool):
             raise InputError(
-                f"{place}: forms {forms!r} or cut {was_cut!r} is not as a run wrote it. Take it from the run."
+                f"{place}: forms {forms!r} or cut {was_cut!r} is not what a run writes. Copy the line from the run."
             )
         final = Final(row["answer"], was_cut, tuple(map(str, forms)), row["reply"])
         asked = row["text"] if isinstance(row.get("text"), str) else None
@@ -252,7 +263,13 @@ def _reply(
 
 
 def _sample(place: str, row: Mapping[str, Any], split: Sequence[Mapping[str, Any]]) -> tuple[str, _Said]:
-    """Of lmms-eval's samples the id is in each score's record, else the number of the row counts."""
+    """Return the id and the reply of one of lmms-eval's samples; its id is in each score's record.
+
+    Without such a record, the split's row with the number `doc_id` is meant.
+
+    Raises:
+        InputError: It has no id or no reply.
+    """
     records = [value for value in row.values() if isinstance(value, dict) and "image_id" in value and "id" in value]
     ids = [record["id"] for record in records if isinstance(record["id"], str)]
     number = row["doc_id"]
@@ -268,31 +285,33 @@ def _sample(place: str, row: Mapping[str, Any], split: Sequence[Mapping[str, Any
 
 
 def _answer_field(place: str, row: Mapping[str, Any], question: str, ids: bool) -> str:
-    """The one field that may hold what the model said.
+    """Return the name of the one field that may hold the model's answer.
 
-    Where a file has no ids, `answer` beside another such field was the reference that the row was found by.
+    In a file without ids, `answer` beside another such field is the reference, by which the row's id was found.
 
     Raises:
-        InputError: There are several.
+        InputError: Several fields may hold it.
     """
     held = [name for name in ANSWERS if name in row]
     if not ids and len(held) > 1 and "answer" in held:
         held.remove("answer")
     if {"text", "answer"} <= row.keys() and question and _folded(question) in _folded(row["text"]):
-        held.remove("text")  # what was asked, as in a line of an older run folder
+        held.remove("text")  # it is what was asked, as in a line of an older run folder
     if len(held) > 1:
         raise InputError(
             f"{place}: {' and '.join(held)} could each be the model's answer, and one of them may be the reference. "
-            "Pass --answer-field with the one that the model gave."
+            "Pass --answer-field with the name of the field that has the model's answer."
         )
     return held[0] if held else "answer"
 
 
 def _lacks(place: str, row: Mapping[str, Any], what: str, names: Sequence[str]) -> str:
+    """Say that a row has no id or no answer (`what`), where it is read from (`names`), and what the row has instead."""
     seen = ", ".join(map(str, list(row)[:12]))
+    kind = "a text or a number" if what == "id" else "a text"
     return (
-        f"{place}: no {what}. A line has id and answer, both text; known names are {', '.join(names)}, and the line "
-        f"has {seen}. Name another one by --{what}-field."
+        f"{place}: no {what}. It must be {kind} in {'the field' if len(names) == 1 else 'one of the fields'} "
+        f"{', '.join(names)}; this row has the fields {seen}. Pass --{what}-field with the right name."
     )
 
 
@@ -301,12 +320,12 @@ def _lacks(place: str, row: Mapping[str, Any], what: str, names: Sequence[str]) 
 
 
 def _folded(text: object) -> str:
-    """Lower case, single spaces, and none before a mark: copies of a data set differ in these."""
+    """Return a text in lower case with single spaces and none before a mark; copies of a data set differ in these."""
     return re.sub(r" (?=[?.,;:!])", "", " ".join(str(text).lower().split()))
 
 
 def _asked_and_reference(place: str, row: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The question, or the prompt around it, and the reference of a row without an id."""
+    """Return the folded question, or the prompt around it, and the folded reference, if any, of a row without an id."""
     question = next((row[name] for name in QUESTIONS if isinstance(row.get(name), str)), None)
     if question is None:
         raise InputError(_lacks(place, row, "id", IDS))
@@ -318,15 +337,18 @@ def _asked_and_reference(place: str, row: Mapping[str, Any]) -> tuple[str, str |
 def _ids_by_content(
     file: Path, rows: Sequence[tuple[str, Mapping[str, Any]]], split: Sequence[Mapping[str, Any]], reading: Reading
 ) -> list[str]:
-    """The id of each row of a file that has none, found by its question and reference.
+    """Find the id of each row of a file without ids by its question and reference.
 
-    Rows in the order of the split, from its first one on, are it, since every question and reference says so. In any
-    other order a row is the one that asks its question with its reference. Where several images share both, the rows
-    are taken in order: no mean over all questions depends on that, but intervals, categories and paired comparisons
-    do, so these may be few.
+    If all rows have the questions and references of the split in the split's order, starting at its first row, they
+    get the split's ids in order. Otherwise each row gets the id of the question with its text and reference. If
+    several images share both, the rows get their ids in order. No mean over all questions depends on this, but
+    intervals, categories and paired comparisons do, so at most the share `INDISTINCT` of the rows may be such.
+
+    Returns:
+        One id per row.
 
     Raises:
-        InputError: A row has no question, its question is none of the split's, or too many rows cannot be told apart.
+        InputError: A row has no question, the split does not have its question, or too many rows are ambiguous.
     """
     keys = [_asked_and_reference(place, row) for place, row in rows]
     with_reference = all(reference is not None for _, reference in keys)
@@ -337,7 +359,9 @@ def _ids_by_content(
         reference == own[1] and (question == own[0] or (not alone and own[0] in question))
         for (question, reference), own, alone in zip(keys, asked, whole, strict=False)
     ):
-        log.warning("%s: no ids; its rows are the split's, in the split's order, by question and reference.", file)
+        log.warning(
+            "%s: it has no ids; its questions and references are those of the split, in the split's order.", file
+        )
         return [row["id"] for row in split[: len(keys)]]
     waiting: dict[tuple[str, str | None], list[str]] = defaultdict(list)
     for key, row in zip(asked, split, strict=True):
@@ -346,9 +370,9 @@ def _ids_by_content(
     indistinct = sum(key in several for key in keys)
     if indistinct > INDISTINCT * len(keys):
         raise InputError(
-            f"{file}: no ids, and {indistinct} of {len(keys)} rows ask a question that several images share with its "
-            "reference, in another order than the prepared split's. Keep the order in which they were asked, name the "
-            "ids by --id-field, or prepare the copy of the data set that was asked."
+            f"{file}: no ids, and {indistinct} of {len(keys)} rows have the same question and reference as rows about "
+            "other images, in another order than the prepared split's. Keep the order in which the questions were "
+            "asked, pass --id-field with the field of the ids, or prepare the copy of the data set that was asked."
         )
     found = []
     for (place, _), key in zip(rows, keys, strict=True):
@@ -367,10 +391,10 @@ def _ids_by_content(
                 "asked; --ignore-unknown leaves out the rows of other splits."
             )
     log.warning(
-        "%s: no ids; its rows are told apart by question and reference.%s",
+        "%s: it has no ids; its rows are identified by question and reference.%s",
         file,
-        f" {indistinct} of {len(keys)} rows share both with another image's and are taken in order, which changes no "
-        "mean over all questions."
+        f" {indistinct} of {len(keys)} rows share both with a row about another image; they are assigned in order, "
+        "which does not change any mean over all questions."
         if indistinct
         else "",
     )
@@ -378,25 +402,25 @@ def _ids_by_content(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a line carries must be its question's
+# Each row must match the question with its id
 
 
 def _refuse_another_question(
     place: str, name: str, row: Mapping[str, Any], known: Mapping[str, Any], answer_field: str | None, split: str
 ) -> None:
-    """Hold a row's question, reference and image to those of its id.
+    """Check that a row's question, reference and image name match the question with its id.
 
-    A prompt may have words around the question, and an image's name folders before it. White space and letter case do
-    not count.
+    A prompt may have words around the question, and an image name may have folders before it. White space and letter
+    case are ignored.
 
     Raises:
-        InputError: One is another.
+        InputError: One of them does not match.
     """
 
     def refuse(field: str, has: str) -> None:
         raise InputError(
-            f"{place}: {field} of id {name} is {str(row[field])[:80]!r}, and the prepared {split} split has {has!r}. "
-            "The ids are those of another edition or split: prepare that one, or pass the ids of this one."
+            f"{place}: {field} of id {name} is {str(row[field])[:80]!r}, but the prepared {split} split has {has!r}. "
+            "The ids seem to be of another edition or split: prepare that one, or pass the ids of this one."
         )
 
     for name_of in QUESTIONS:
@@ -411,7 +435,7 @@ def _refuse_another_question(
     own = PurePosixPath(known["image_id"])
     for name_of in PICTURES:
         held = row.get(name_of)
-        if not isinstance(held, str) or not own.suffix:  # the copy that was prepared has no names of images
+        if not isinstance(held, str) or not own.suffix:  # the prepared copy has no names of image files
             continue
         path = PurePosixPath(held.replace("\\", "/"))
         depth = min(len(path.parts), len(own.parts))
@@ -420,9 +444,9 @@ def _refuse_another_question(
 
 
 def _data_rad_ids(task: str, names: Sequence[str | None], split: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Public VQA-RAD ids by the ids of data_RAD's own files, where every id of the file is one of theirs.
+    """Return the public VQA-RAD ids by data_RAD's ids, if every id of the file is one of data_RAD's; else nothing.
 
-    59 of them are also public ids, of other questions, so one by one nothing could be said: all or nothing.
+    59 of data_RAD's ids are also public ids, but of other questions, so a single id does not show which ones are meant.
     """
     if dataset_of(task) != "vqarad":
         return {}
@@ -433,21 +457,21 @@ def _data_rad_ids(task: str, names: Sequence[str | None], split: Sequence[Mappin
     given = {name.removeprefix("data_RAD-") for name in names if name is not None}
     if not given or not given <= public.keys() or given <= known:
         return {}
-    log.warning("%s: the ids are those of data_RAD's files; they are read as the public ones.", task)
+    log.warning("%s: the ids are those of data_RAD's files; they are converted to VQA-RAD's public ids.", task)
     return {spelt: ours for theirs, ours in public.items() for spelt in (theirs, f"data_RAD-{theirs}")}
 
 
 def _numbers_of_its_edition(
     task: str, names: Sequence[str | None], split: str, rows: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> dict[str, str]:
-    """The ids by row number, of a file that numbers all rows of the edition of PathVQA that is prepared."""
+    """Return the ids by row number, if the file numbers all rows of the prepared edition of PathVQA; else nothing."""
     carried = any(name in row for _, row in rows for name in (*QUESTIONS, *REFERENCES, *PICTURES))
     numbers = {name for name in names if name is not None}
     prepared = read_manifest(dataset_of(task), split)
     if dataset_of(task) == "pathvqa" and not carried and not numbered_edition("pathvqa", prepared.split, numbers):
         log.warning(
-            "%s: its ids are row numbers of a data set with two editions, and no row has a question, a reference or "
-            "an image. They are taken as those of the %s.",
+            "%s: the ids are row numbers, PathVQA has two editions, and no row has a question, a reference or an image "
+            "name to check. The ids are assumed to be those of the %s.",
             task,
             prepared.edition,
         )
@@ -458,10 +482,13 @@ def _numbers_of_its_edition(
 
 
 def _warn_of_references(file: Path, read: AnswerFile, known: Mapping[str, Mapping[str, Any]]) -> None:
+    """Warn if every answer equals its reference: the references may have been read instead of the answers."""
     answers = {name: answer for name, answer in read.answers.items() if name in known}
     if len(answers) > 1 and all(_folded(said) == _folded(known[name]["reference"]) for name, said in answers.items()):
         log.warning(
-            "%s: every answer equals its reference. Is it the model's? --answer-field names another field.", file
+            "%s: every answer equals its reference. If the file has the model's answers in another field, pass "
+            "--answer-field.",
+            file,
         )
 
 
@@ -472,13 +499,17 @@ def _answer_file(
     known: Mapping[str, Mapping[str, Any]],
     reading: Reading,
 ) -> AnswerFile:
-    """The final answer of each row, by the rule that is wanted, and the settings that are known."""
+    """Extract the final answer of each row, and collect the settings that are known.
+
+    Raises:
+        InputError: The answers were extracted by different rules, or `reading` contradicts the run about the images.
+    """
     extract = reading.extract
     rules = {said.extract or SIGNATURES[FINAL] for said in found.values()}
     if extract is None and len(rules) > 1:
         raise InputError(
-            f"{file}: its answers were taken out of the replies by different rules ({', '.join(sorted(rules))}). "
-            "Pass --extract with the one that is wanted."
+            f"{file}: its answers were extracted from the replies by different rules ({', '.join(sorted(rules))}). "
+            "Pass --extract with the rule to apply to all of them."
         )
     foreign = [key for key, said in found.items() if not said.ours and not is_failed_request(said.reply)]
     marked = with_opened_thoughts([found[key].reply for key in foreign], [found[key].ended for key in foreign])
@@ -494,13 +525,16 @@ def _answer_file(
     settings: dict[str, Any] = {"images": NOT_RECORDED}
     prompt = NOT_RECORDED
     if file.name == "answers.jsonl" and all(said.ours for said in found.values()):
-        with suppress(InputError):  # a copy that was taken out of its run folder
+        with suppress(InputError):  # it may be a copy outside its run folder
             of_task = open_run(file.parent).tasks.get(task)
             if of_task is not None:
                 settings, prompt = settings | of_task.settings, of_task.prompt
     if reading.images is not None:
         if settings["images"] not in (NOT_RECORDED, reading.images):
-            raise InputError(f"{file}: --images {reading.images}, but its run was shown {settings['images']} images.")
+            raise InputError(
+                f"{file}: --images {reading.images}, but its run was shown {settings['images']} images. Leave the "
+                "option out."
+            )
         settings["images"] = reading.images
     settings = {**settings, "extract": SIGNATURES[extract] if extract else rules.pop()}
     return AnswerFile({name: tuple(of[draw] for draw in sorted(of)) for name, of in by_id.items()}, settings, prompt)
@@ -514,10 +548,10 @@ def _with_prompt(
     known: Mapping[str, Mapping[str, Any]],
     given: str | None,
 ) -> AnswerFile:
-    """The file with the prompt that was asked: what its rows say, else what its reader says, by option or task name.
+    """Return the file with the prompt that was asked: from its rows, else from the task's name or --prompt (`given`).
 
     Raises:
-        InputError: They say different things.
+        InputError: The two contradict each other.
     """
     of_task = next((preset for preset in PROMPTS if task == f"{dataset_of(task)}_{preset}"), None)
     preset = of_task or given
@@ -532,14 +566,14 @@ def _with_prompt(
     if preset is not None:
         if said not in (NOT_RECORDED, preset):
             what = f"--task {task}" if of_task else f"--prompt {preset}"
-            raise InputError(f"{file}: {what}, but by its rows the prompt was {said}. Name that one.")
+            raise InputError(f"{file}: {what}, but its rows show that the prompt was {said}. Name that one.")
         said = preset
         texts = texts or {name: text(row, {"prompt": preset}) for name, row in known.items()}
     return replace(read, prompt=said, texts=texts)
 
 
 def _spelt(texts: Mapping[str, str], known: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The texts as the first preset spells them that they all are but for white space; else as they are."""
+    """Return the texts in the spelling of the first preset that they equal up to white space; else unchanged."""
     for preset in PROMPTS:
         own = {name: text(known[name], {"prompt": preset}) for name in texts}
         if all(own[name].split() == held.split() for name, held in texts.items()):

@@ -1,4 +1,4 @@
-"""The bytes of a file of answers -> its rows, each with its place for messages, in any layout that people send."""
+"""The bytes of a file of answers, in any of the layouts that we read -> its rows, each with its place for messages."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from typing import Any
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import loads, read_bytes, read_text
 
-UNPACKED_BYTES = 2**30  # of a Parquet or Excel file (our choice): PathVQA's 6,761 answers of 4,096 tokens have 0.1
+# Largest size of an unpacked Parquet or Excel file (our choice, 1 GiB). 6,761 answers of 4,096 tokens, the most that
+# PathVQA's test split can have, take a tenth of it.
+UNPACKED_BYTES = 2**30
 
 
 def rows_of(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Read the rows of a file: JSON lines, a JSON array, CSV, TSV, Parquet or an Excel sheet, as its name and text say.
+    """Read the rows of a file: JSON lines, a JSON array, CSV, TSV, Parquet or an Excel sheet.
+
+    The layout is chosen by the file's suffix; a file with any other suffix is a JSON array if it begins with `[`, and
+    JSON lines otherwise.
 
     Returns:
-        The place of each row, for messages, and its fields by name. Cells of CSV and TSV are texts, those of an Excel
-        sheet texts too where they hold a number.
+        One pair per row: its place in the file, for messages, and its fields by name. The cells of CSV, TSV and Excel
+        are texts, even if they hold a number.
 
     Raises:
-        InputError: The file cannot be read, is larger than we read, or is not of its layout.
+        InputError: The file cannot be read, is too large, or does not have the layout that its suffix names.
     """
     suffix = file.suffix.lower()
     try:
@@ -48,10 +53,10 @@ def rows_of(file: Path) -> list[tuple[str, dict[str, Any]]]:
             row = loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(
-                f"{file}:{number}: not JSON ({error}). Each line is one object with id and answer."
+                f"{file}:{number}: not JSON ({error}). Each line must be one object with id and answer."
             ) from error
         if not isinstance(row, dict):
-            raise InputError(f"{file}:{number}: not an object. Each line is one object with id and answer.")
+            raise InputError(f"{file}:{number}: not an object. Each line must be one object with id and answer.")
         found.append((f"{file}:{number}", row))
     return found
 
@@ -63,7 +68,7 @@ def _array(file: Path, text: str) -> list[dict[str, Any]]:
         raise InputError(f"{file}: not JSON ({error}). Pass a list of objects with id and answer.") from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise InputError(f"{file} item {number}: not an object. Each item is one object with id and answer.")
+            raise InputError(f"{file} item {number}: not an object. Each item must be one object with id and answer.")
     return rows
 
 
@@ -78,13 +83,13 @@ def _separated(file: Path, text: str, mark: str) -> list[tuple[str, dict[str, An
                 continue
             if len(cells) != len(head):
                 raise InputError(
-                    f"{file}:{table.line_num}: {len(cells)} cells, and the first line names {len(head)} columns. "
-                    "Put answers that hold a separator or a line break into quotes."
+                    f"{file}:{table.line_num}: {len(cells)} cells, but the first line names {len(head)} columns. "
+                    "Put answers that contain a separator or a line break into quotes."
                 )
             found.append((f"{file}:{table.line_num}", dict(zip(head, cells, strict=True))))
         return found
     except csv.Error as error:
-        raise InputError(f"{file}:{table.line_num}: cannot be read as a table ({error}). Write it again.") from error
+        raise InputError(f"{file}:{table.line_num}: cannot be read as a table ({error}). Export it again.") from error
 
 
 def _parquet(file: Path, content: bytes) -> list[dict[str, Any]]:
@@ -95,30 +100,30 @@ def _parquet(file: Path, content: bytes) -> list[dict[str, Any]]:
         opened = pq.ParquetFile(pa.BufferReader(content))
         groups = range(opened.num_row_groups)
         _check_size(file, sum(opened.metadata.row_group(number).total_byte_size for number in groups))
-        names = [name for name in opened.schema_arrow.names if name != "image"]  # pictures are not looked at
+        names = [name for name in opened.schema_arrow.names if name != "image"]  # images are not needed
         return opened.read(columns=names).to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: no Parquet file ({one_line(error)}). Write it again.") from error
+        raise InputError(f"{file}: not a Parquet file ({one_line(error)}). Export it again.") from error
 
 
 def _excel(file: Path, content: bytes) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of an Excel file's one sheet, as VLMEvalKit writes them."""
+    """Read the rows of an Excel file with one sheet, such as VLMEvalKit writes."""
     import openpyxl  # lmms-eval installs it
 
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as packed:
             _check_size(file, sum(member.file_size for member in packed.infolist()))
-        # with formulas as they were typed: an answer that begins with "=" is one, and a text all the same
+        # Formulas are read as they were typed, because an answer that begins with "=" is stored as a formula.
         book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=False)
         sheets = {sheet.title: [list(line) for line in sheet.iter_rows(values_only=True)] for sheet in book.worksheets}
     except InputError:
         raise
     except Exception as error:  # openpyxl raises what its XML reader, zipfile and its own checks happen to raise
-        raise InputError(f"{file}: no Excel file ({one_line(error)}). Write it again.") from error
+        raise InputError(f"{file}: not an Excel file ({one_line(error)}). Export it again.") from error
     filled = {title: lines for title, lines in sheets.items() if any(map(any, lines))}
     if len(filled) != 1:
         raise InputError(
-            f"{file}: {len(filled)} sheets with rows ({', '.join(filled)}). Keep the one with the answers."
+            f"{file}: {len(filled)} sheets have rows ({', '.join(filled)}). Keep only the sheet with the answers."
         )
     head, *lines = next(iter(filled.values()))
     while head and head[-1] is None:
@@ -132,7 +137,7 @@ def _excel(file: Path, content: bytes) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _cell(value: Any) -> Any:
-    """A cell as the text it was written from: an empty text leaves an empty cell, digits may have become a number."""
+    """Return a cell as the text that was written: an empty one is an empty cell, and digits may be a number."""
     if value is None:
         return ""
     if isinstance(value, float) and value.is_integer():
@@ -142,11 +147,14 @@ def _cell(value: Any) -> Any:
 
 def _check_head(file: Path, head: Sequence[Any]) -> None:
     if twice := next((name for name in head if list(head).count(name) > 1), None):
-        raise InputError(f"{file}: two columns are named {twice!r}. Keep one of them.")
+        raise InputError(f"{file}: two columns are named {twice!r}. Keep only one of them.")
     if not any(head):
-        raise InputError(f"{file}: the first line names no columns. It names id and answer.")
+        raise InputError(f"{file}: the first line names no columns. It must name id and answer.")
 
 
 def _check_size(file: Path, size: int) -> None:
     if size > UNPACKED_BYTES:
-        raise InputError(f"{file}: {size:,} bytes unpacked, and at most {UNPACKED_BYTES:,} are read. Pass the answers.")
+        raise InputError(
+            f"{file}: it has {size:,} bytes when unpacked, and at most {UNPACKED_BYTES:,} are read. Pass a file with "
+            "the answers only."
+        )

@@ -16,16 +16,18 @@ PRIOR = "commonest answer"  # the label of `TrainingAnswers.commonest`
 
 @dataclass(frozen=True)
 class TrainingAnswers:
-    """How often each answer comes in a training split, in lower case: by question, and by kind of question."""
+    """How often each answer, in lower case, appears in a training split: by question, and by kind of question."""
 
     edition: str
     questions: Mapping[str, Counter[str]]
-    """By the question's words, in lower case with single spaces."""
+    """The counts of answers by the question's text, in lower case with single spaces."""
     kinds: Mapping[str, Counter[str]]
-    """Of "open" and "closed"."""
+    """The counts of answers by kind of question, "open" and "closed"."""
 
     def commonest(self, test: Iterable[Mapping[str, str]]) -> dict[str, str]:
-        """Return the commonest training answer to each test question, by its id: to the same words, else of its kind.
+        """Return the commonest training answer to each test question, by the question's id.
+
+        It is taken from training questions with the same text, or, if there are none, from all of the same kind.
 
         Ties go to the alphabetically first, so that the result does not depend on the rows' order.
         """
@@ -39,18 +41,18 @@ class Blind:
     """The image-blind baselines of a test split."""
 
     answers: dict[str, dict[str, str]]
-    """By label, the answer to each question by its id."""
+    """The answers by label; each is a dictionary from question id to answer."""
     note: str
-    """Which training split the commonest words and answers are of; or why they are not there, and what to do."""
+    """A sentence that names the training split of the commonest words and answers, or says why they are missing."""
 
 
 def blind_answers(name: str) -> Blind:
     """Return the image-blind baselines of the prepared test split of data set `name`.
 
-    The constants; and the k commonest words of open training answers, and the commonest training answer to the very
-    question (`PRIOR`). Training answers are those of the prepared training split. Where none is prepared, the official
-    test split of a data set whose licence allows it has the counts that the package ships; they are never taken for a
-    sample set or another edition.
+    They are the constants, the k commonest words of open training answers, and the commonest training answer to the
+    same question (`PRIOR`). Training answers are counted in the prepared training split. If none is prepared, an
+    official test split uses the counts that the package ships for data sets whose licence allows it. These counts are
+    never used for a sample set or another edition.
 
     Raises:
         InputError: The test split is not prepared, or a prepared split is damaged.
@@ -61,20 +63,20 @@ def blind_answers(name: str) -> Blind:
     test = read_split(name, "test", images=False).to_list()
     of_test = read_manifest(name, "test")
     constants = {f'always "{constant}"': constant for constant in CONSTANTS}
-    train, from_where = prepared_answers(name, of_test.sample), "as it is prepared here"
+    train, from_where = prepared_answers(name, of_test.sample), "which is prepared"
     if train is None and of_test.official:
-        train, from_where = shipped_answers(name), "by the counts that come with the package"
+        train, from_where = shipped_answers(name), "with the counts that the package ships"
     if train is None:
         command = f"stllava-eval prepare {name} --sample" if of_test.sample else _PREPARE.format(name=name)
         note = (
             "The image-blind rows of the commonest training words and answers are missing: they need a training split "
-            f"to go with the {of_test.edition}, and none is prepared. Run `{command}`."
+            f"that belongs to the {of_test.edition}, and none is prepared. Run `{command}`."
         )
         return Blind({label: _to_all(test, constant) for label, constant in constants.items()}, note)
     references = list(train.kinds["open"].elements())
     constants |= {f"{count} commonest words": commonest_words(references, count) for count in WORD_COUNTS}
     answers = {label: _to_all(test, constant) for label, constant in constants.items()}
-    note = f"Commonest words and answers are those of the training split ({train.edition}), {from_where}."
+    note = f"The commonest words and answers are those of the training split ({train.edition}), {from_where}."
     return Blind(answers | {PRIOR: train.commonest(test)}, note)
 
 
@@ -82,7 +84,7 @@ _PREPARE = "stllava-eval prepare {name} --split train --from DIR"
 
 
 def prepared_answers(name: str, sample: bool = False) -> TrainingAnswers | None:
-    """Return the answer counts of the prepared training split; None where there is none, or `sample` is another.
+    """Return the answer counts of the prepared training split; None if there is none, or if its `sample` differs.
 
     Raises:
         InputError: The split is damaged.
@@ -100,7 +102,7 @@ def prepared_answers(name: str, sample: bool = False) -> TrainingAnswers | None:
 
 
 def shipped_answers(name: str) -> TrainingAnswers | None:
-    """Return the answer counts of the official training split that the package ships; None of a data set without.
+    """Return the answer counts of the official training split that the package ships; None if it ships none.
 
     They are in training_answers.json, which `python benchmarks/training_answers.py` writes.
     """

@@ -1,4 +1,4 @@
-"""Run folders, reported rows -> the rows of a board beside image-blind ones, every measured mean with its interval."""
+"""Run folders and reported figures -> the rows of a board: measured (with intervals), reported and image-blind ones."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPEN = ("recall_llavamed", "f1_llavamed", "recall", "f1")
 CLOSED = ("closed_llavamed", "closed_llavamed_batch", "closed_accuracy")
 RANKED = (*OPEN, *CLOSED)
 ACCURACIES = {"accuracy_open_reported": "open", "accuracy_closed_reported": "closed"}
-"""What a paper calls accuracy by a rule that is none of our scores, by the kind of questions."""
+"""Scores that a paper calls accuracy and that follow none of our rules -> the kind of their questions."""
 SETTINGS = ("zero-shot", "fine-tuned", "training not recorded")
 PAPER_GROUPS = ("zero-shot, without Med-IM", "zero-shot, with Med-IM")  # the two groups of the paper's Table 2
 GROUPS = (
@@ -42,7 +42,7 @@ GROUPS = (
     "image-blind",
 )
 BEST, EQUAL = "best", "not distinguishable from the best"
-FEW = 0.01  # share of a score's questions that a row may lack and still be compared on the others (our choice)
+FEW = 0.01  # a row may lack this share of a score's questions and is still compared on the others (our choice)
 
 
 @dataclass(frozen=True)
@@ -53,33 +53,33 @@ class BoardRow:
     system: str
     kind: Literal["measured", "reported", "blind"]
     setting: str
-    """One of `SETTINGS`, whether the system has learnt from this data set; of a reported row `PAPER_GROUPS` too."""
+    """Whether the system was trained on this data set: one of `SETTINGS`, or for a reported row of `PAPER_GROUPS`."""
     data: str  # "official", "sample", or the edition's name
     scores: dict[str, ScoreRow]
-    """By metric; `words_open` and `words_closed` are the mean words of an answer to a question of that kind."""
+    """By metric; `words_open` and `words_closed` are the mean words of answers to questions of that kind."""
     unanswered: int
     marks: dict[str, str] = field(default_factory=dict)
-    """By metric `BEST`, or `EQUAL`: a paired test, adjusted over the column, finds no difference from the best."""
+    """By metric: `BEST`, or `EQUAL` if a paired test, adjusted over the column, finds no difference from the best."""
     about: dict[str, str] = field(default_factory=dict)
-    """What the row rests on: checkpoint, its hash, prompt, date, ...; of a reported row its source."""
+    """How the row was made: checkpoint, its hash, prompt, date, ...; the source of a reported row."""
     notes: dict[str, str] = field(default_factory=dict)
-    """Of a reported row's figures, by metric."""
+    """Notes on the figures of a reported row, by metric."""
     answers: Mapping[str, str] = field(default_factory=dict)
-    """By question id; none of a reported row."""
+    """By question id; empty for a reported row."""
     scored: Scored | None = None
-    """Everything that the scores are made of; None of a reported row."""
+    """The scores of every question and category; None for a reported row."""
     at_limit: int = 0
-    """Replies that were stopped at their limit of new tokens."""
+    """Number of replies that were stopped at the limit of new tokens."""
     empty: int = 0
-    """Replies whose final answer is empty, but for those that were cut in their thought."""
+    """Number of replies with an empty final answer, without those that were cut off while the model was thinking."""
     not_shown: tuple[str, ...] = ()
-    """Of a measured row: the kinds of images, of "other" and "black", with which no run of its weights is here."""
+    """Of "other" and "black": the images that no run on this board showed to the weights of this measured row."""
     remarks: tuple[str, ...] = ()
-    """What a reader of the row has to know besides; the rows of a task share some of them."""
+    """Further remarks for the reader; the rows of a task share some of them."""
 
     @property
     def group(self) -> str:
-        """One of `GROUPS`."""
+        """The row's group, one of `GROUPS`."""
         return "image-blind" if self.kind == "blind" else f"{self.kind}, {self.setting}"
 
 
@@ -91,22 +91,22 @@ def board(
     chosen: Sequence[str] | None = None,
     blind: bool = True,
 ) -> list[BoardRow]:
-    """The rows of each task in the order of `GROUPS`, runs in the order given.
+    """Return the rows of each task in the order of `GROUPS`, with the runs of a group in the given order.
 
     A run that did not ask every question of a task (`--limit`) is scored on those it asked, so its n is smaller. A run
-    that was shown black or other images stands among the image-blind rows. Marks compare the rows that are returned.
+    that was shown black or other images is among the image-blind rows. Marks compare the rows that are returned.
 
     Args:
         runs: Run folders.
-        tasks: Default: those of the runs, else all that are prepared.
-        published: Reported rows too, where the official split is what was asked.
-        progress: Whether to show a bar on stderr.
-        chosen: The rows to return, by the names of `choose`; default: all.
+        tasks: The tasks (default: those of the runs, or all that are prepared).
+        published: Whether to add reported rows, if the official split is prepared.
+        progress: Whether to show a progress bar on stderr.
+        chosen: The rows to return, by names as in `choose` (default: all).
         blind: Whether to return image-blind rows.
 
     Raises:
-        InputError: A folder is no run, a task's test split is not prepared or has changed since the run, or a chosen
-            row is not there.
+        InputError: A folder is not a run, a task's test split is not prepared or has changed since the run, or a
+            chosen row does not exist.
     """
     from tqdm import tqdm
 
@@ -122,7 +122,7 @@ def board(
     for task in tasks:
         made += sorted(_marked([row for row in rows if row.task == task]), key=lambda row: GROUPS.index(row.group))
     if not made:
-        raise InputError("the board has no row. Name runs, leave --no-blind out, or pass --published.")
+        raise InputError("the board has no rows. Name runs, leave out --no-blind, or pass --published.")
     return made
 
 
@@ -130,7 +130,7 @@ def _tasks(read: Mapping[str, Run], tasks: Sequence[str] | None) -> list[str]:
     from stllava_eval.datasets import DATASETS, is_prepared
 
     if tasks and len(set(tasks)) < len(tasks):
-        raise InputError(f"{', '.join(tasks)}: a task is named twice. Name each once.")
+        raise InputError(f"{', '.join(tasks)}: a task is named twice. Name each task once.")
     for run in read.values():
         if tasks and not set(tasks) & run.tasks.keys():
             raise InputError(f"{run.folder}: it has none of {', '.join(tasks)}. Leave it out, or name its tasks too.")
@@ -143,13 +143,13 @@ def _tasks(read: Mapping[str, Run], tasks: Sequence[str] | None) -> list[str]:
 
 
 def _of_task(task: str, read: Mapping[str, Run], published: bool, blind: bool, bar: Any) -> list[BoardRow]:
-    """The rows of one task, not marked: measured ones in the order of their runs, reported ones, blind ones."""
+    """Return the rows of one task without marks: measured ones in the order of their runs, reported and blind ones."""
     from stllava_eval.datasets import is_prepared, read_manifest
 
     if published and not is_prepared(dataset_of(task), "test") and not any(task in run.tasks for run in read.values()):
         reported, _ = _published(task, "official", "")
         if reported:
-            remark = f"{task} is not prepared here, so no row is measured and none is image-blind."
+            remark = f"{task} is not prepared here, so it has neither measured nor image-blind rows."
             return [replace(row, remarks=(*row.remarks, remark)) for row in reported]
     prepared = read_manifest(dataset_of(task), "test")
     data = "sample" if prepared.sample else "official" if prepared.official else prepared.edition
@@ -167,13 +167,13 @@ def _of_task(task: str, read: Mapping[str, Run], published: bool, blind: bool, b
     rows += reported + (_baselines(task, data) if blind else [])
     names = [row.system for row in rows if row.kind != "reported"]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"{twice[0]}: two rows of {task} would have this name. Rename a run folder.")
+        raise InputError(f"{twice[0]}: two rows of {task} would have this name. Rename one of the run folders.")
     shared = (reason,) if reason else ()
     return [replace(row, remarks=(*shared, *row.remarks)) for row in rows if blind or row.kind != "blind"]
 
 
 def _baselines(task: str, data: str) -> list[BoardRow]:
-    """The image-blind baselines of a task; each says which training answers they are made of."""
+    """Return the image-blind rows of a task; a remark on each says which training answers they are computed from."""
     baselines = blind_answers(dataset_of(task))
     rows = []
     for label, answers in baselines.answers.items():
@@ -186,13 +186,13 @@ def _baselines(task: str, data: str) -> list[BoardRow]:
 
 
 def _not_shown(row: BoardRow, shown: set[tuple[str | None, str]]) -> tuple[str, ...]:
-    if row.kind != "measured" or row.about.get("model") == "answers":  # nobody can ask a file of answers again
+    if row.kind != "measured" or row.about.get("model") == "answers":  # answers cannot be asked again
         return ()
     return tuple(images for images in ("other", "black") if (row.about.get("sha256"), images) not in shown)
 
 
 def _named(runs: Mapping[str, Run]) -> dict[str, Run]:
-    """The runs by the name of their system, where `score --system` gave one, else by their folder's."""
+    """Return the runs by the system's name if `score --system` gave one, else by the folder's name."""
     given = [str(run.manifest.get("named") or label) for label, run in runs.items()]
     return {
         name if given.count(name) == 1 else f"{name} ({label})" if name != label else name: run
@@ -237,7 +237,7 @@ def _measured(task: str, name: str, data: str, of: RunTask, manifest: Mapping[st
 
 
 def _overall(scored: Scored) -> dict[str, ScoreRow]:
-    """The means over all questions by metric, and the mean words of answers to each kind of question."""
+    """Return the means over all questions by metric, and the mean words of answers to each kind of question."""
     made = {row.metric: row for row in scored.rows if row.category == "all"}
     for kind, its_own in (("open", OPEN[0]), ("closed", CLOSED[0])):
         of_kind = [of for of in scored.questions.values() if its_own in of.scores]
@@ -258,28 +258,28 @@ def _overall(scored: Scored) -> dict[str, ScoreRow]:
 
 
 def choose(rows: Sequence[BoardRow], names: Sequence[str]) -> list[BoardRow]:
-    """Return the rows that have one of the names, in their order.
+    """Return the rows that have one of the names, in the order of `rows`.
 
     Args:
-        rows: Of a board.
-        names: A system, a group (see `GROUPS`; "measured", "reported"), a reported table ("Table 2"), or a system of
-            such a table, "STLLaVA-Med (Table 2)"; letter case is not looked at. One text may hold several, separated by
-            commas.
+        rows: The rows of a board.
+        names: Each is a system, a group (see `GROUPS`; "measured", "reported"), a reported table ("Table 2"), or a
+            system of such a table, "STLLaVA-Med (Table 2)". Letter case is ignored. A text may contain several names,
+            separated by commas.
 
     Raises:
-        InputError: No row has a name.
+        InputError: No row has one of the names.
     """
     of_rows = [(row, {name.casefold() for name in _names(row)}) for row in rows]
     known = {name for _, of_row in of_rows for name in of_row}
     wanted: set[str] = set()
     for given in names:
         parts = [part.strip() for part in given.split(",")]
-        while parts:  # a system's or a group's own name may hold commas: the longest that is known counts
+        while parts:  # names of systems and groups may contain commas, so the longest known name counts
             length = next((n for n in range(len(parts), 0, -1) if ", ".join(parts[:n]).casefold() in known), 0)
             if not length:
                 said = dict.fromkeys([*(row.system for row in rows), *(row.group for row in rows)])
                 tables = dict.fromkeys(row.about["table"] for row in rows if row.kind == "reported")
-                raise InputError(f"--rows {parts[0]}: unknown. Rows are {', '.join((*said, *tables))}.")
+                raise InputError(f"--rows {parts[0]}: unknown. Known names: {'; '.join((*said, *tables))}.")
             wanted.add(", ".join(parts[:length]).casefold())
             parts = parts[length:]
     return [row for row, of_row in of_rows if of_row & wanted]
@@ -292,19 +292,24 @@ def _names(row: BoardRow) -> list[str]:
     return names
 
 
-def _marked(rows: Sequence[BoardRow]) -> list[BoardRow]:
-    """Return the rows with `marks`: of measured rows of one setting, prompt and rule, score by score.
-
-    A score's rivals are the rows that answered the same questions *that have it*: whoever left out open questions is a
-    rival all the same in closed ones. A row that lacks `FEW` of the questions of the fullest one, or fewer, is a rival
-    too, on the questions that all of them answered.
-    """
-    marks: dict[str, dict[str, str]] = defaultdict(dict)
+def asked_alike(rows: Sequence[BoardRow]) -> list[list[BoardRow]]:
+    """Return the measured rows in groups that may be compared: one training group, prompt, images and extraction."""
     alike = defaultdict(list)
     for row in rows:
         if row.kind == "measured":
-            alike[row.setting, row.about["prompt"], row.about["images"], row.about.get("extract")].append(row)
-    for members in alike.values():
+            alike[row.group, row.about["prompt"], row.about["images"], row.about.get("extract")].append(row)
+    return list(alike.values())
+
+
+def _marked(rows: Sequence[BoardRow]) -> list[BoardRow]:
+    """Return the rows with `marks`, which compare measured rows of one setting, prompt, kind of images and rule.
+
+    Each score is compared among the rows that answered the same of its questions, so a run without open questions is
+    still compared in closed accuracy. A row that lacks at most `FEW` of the questions of the most complete row is
+    compared too, on the questions that all of them answered.
+    """
+    marks: dict[str, dict[str, str]] = defaultdict(dict)
+    for members in asked_alike(rows):
         for metric in RANKED:
             for asked, rivals in _rivals(members, metric):
                 scores = {row.system: [questions(row)[id].scores[metric] for id in asked] for row in rivals}
@@ -326,7 +331,10 @@ def _marked(rows: Sequence[BoardRow]) -> list[BoardRow]:
 
 
 def _rivals(rows: Sequence[BoardRow], metric: str) -> list[tuple[list[str], list[BoardRow]]]:
-    """Groups of two rows or more that answered the same questions of a score, but for `FEW`, with what all answered."""
+    """Return groups of two rows or more that answered the same questions of a score but for `FEW`.
+
+    Each comes with the ids of the questions that all of its rows answered.
+    """
     groups: list[tuple[set[str], list[BoardRow]]] = []
     answered = {row.system: {id for id, of in questions(row).items() if metric in of.scores} for row in rows}
     for row in sorted(rows, key=lambda row: -len(answered[row.system])):
@@ -347,15 +355,15 @@ def _rivals(rows: Sequence[BoardRow], metric: str) -> list[tuple[list[str], list
 
 
 def questions(row: BoardRow) -> dict[str, QuestionScores]:
-    """The scores of each question that a row's system answered, by id; none of a reported row."""
+    """Return the scores of each question that a row's system answered, by id; empty for a reported row."""
     return row.scored.questions if row.scored else {}
 
 
 def _published(task: str, data: str, edition: str) -> tuple[list[BoardRow], str]:
-    """The reported rows of a task, see published.json; or none, and the reason in a sentence."""
+    """Return the reported rows of a task (from published.json), or no rows and a sentence with the reason."""
     if data != "official":
         return [], (
-            f"No reported row is shown: papers report the official test split, and what is prepared is {edition}."
+            f"No reported row is shown: papers report the official test split, and the prepared split is the {edition}."
         )
     rows = json.loads(files("stllava_eval").joinpath("published.json").read_text(encoding="utf-8"))["rows"]
     made = []
@@ -382,18 +390,18 @@ def _published(task: str, data: str, edition: str) -> tuple[list[BoardRow], str]
             )
         )
     reason = (
-        f"No reported row is shown: papers report the bare question, and {task} adds a prompt to it. Their rows are on "
-        f"the board of {dataset_of(task)}."
+        f"No reported row is shown: papers ask the bare question, and {task} adds a prompt to it. The board of "
+        f"{dataset_of(task)} shows their rows."
     )
     return made, "" if made else reason
 
 
 def _accuracies(cells: Mapping[str, float]) -> dict[str, str]:
-    """By metric, the note on figures that a paper calls accuracy, where it has some."""
+    """Return the note on figures that a paper calls accuracy, by metric; empty if it has none."""
     names = [name for name in ACCURACIES if name in cells]
     told = " and ".join(f"{cells[name]} on {ACCURACIES[name]} questions" for name in names)
     note = (
-        f"an accuracy of {told}. The rule by which an answer is right there and what the system was trained on are not "
-        "public, so it is compared with none of our scores."
+        f"the paper reports an accuracy of {told}. Its rule for right answers and the system's training data are not "
+        "public, so it cannot be compared with any of our scores."
     )
     return dict.fromkeys(names, note)

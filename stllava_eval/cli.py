@@ -90,8 +90,8 @@ def parser() -> argparse.ArgumentParser:
         name="prepare",
         help="check an official split and write it under $STLLAVA_HOME/data",
         description="Check an official split, counts and images, and write it as one Parquet file with a manifest "
-        "under $STLLAVA_HOME/data. A split with other counts is refused. Of several editions that are prepared, the "
-        "one named last is in use; the same call takes another into use again at once.",
+        "under $STLLAVA_HOME/data. A split with other counts is refused. All prepared editions are "
+        "kept, and the one prepared last is in use; to switch back to another one, repeat its call.",
         examples=[
             "stllava-eval prepare --sample",
             "stllava-eval prepare vqarad --from ~/downloads/vqa_rad",
@@ -144,9 +144,10 @@ def parser() -> argparse.ArgumentParser:
         name="score",
         help="score a file of answers, without a model",
         description="Score a file of answers (JSON lines, a JSON array, CSV, TSV, Parquet, xlsx) against the prepared "
-        "test split. Rows are ours (id, answer), of the LLaVA family (question_id, text), lmms-eval's samples, or name "
-        "the answer otherwise. Ids are the data set's own; a question, reference or image in a row must be its id's. "
-        "MedEvalKit's and VLMEvalKit's files have no ids and are read by question and reference.",
+        "test split. A row has id and answer, or question_id and text (LLaVA family), or another known field of the "
+        "answer; lmms-eval's samples are read too. Ids are the data set's own, and a question, reference or image in a "
+        "row must match its id. MedEvalKit's and VLMEvalKit's files have no ids and are read by question and "
+        "reference (docs/answer-files.md).",
         examples=[
             "stllava-eval score --task vqarad --answers runs/a/answers.jsonl",
             "stllava-eval score --task slake --answers samples_slake.jsonl --json",
@@ -159,7 +160,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         choices=TASKS[:-1],
         metavar="TASK",
-        help="the task that was answered; may come several times, each with its file of answers",
+        help="the task that was answered; may be given several times, each with a file of answers",
     )
     score.add_argument("--answers", required=True, action="append", type=Path, metavar="FILE", help="file of answers")
     score.add_argument(
@@ -171,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--answer-field",
         metavar="NAME",
-        help="field with the model's answer (default: found, if only one can be meant)",
+        help="field with the model's answer (default: the only one that can be meant)",
     )
     score.add_argument(
         "--id-field", metavar="NAME", help="field with the question's id (default: id, question_id, qid)"
@@ -204,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--system",
         metavar="NAME",
-        help="what gave the answers, for the run folder and boards (default: the file's name)",
+        help="the system that gave the answers, as boards name it (default: the file's name)",
     )
     score.add_argument(
         "--details",
@@ -233,27 +234,27 @@ def parser() -> argparse.ArgumentParser:
     board.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders (default: image-blind rows only)")
     board.add_argument("--tasks", help="comma-separated (default: those of the runs, else all that are prepared)")
     board.add_argument(
-        "--published", action="store_true", help="show what papers report of the official test splits, too"
+        "--published", action="store_true", help="also show what papers report on the official test splits"
     )
     board.add_argument(
         "--rows",
         action="append",
         metavar="NAMES",
-        help="rows to show, by system, group or reported table, comma-separated; may come several times (default: all)",
+        help="systems, groups or reported tables to show, comma-separated; may be given several times (default: all)",
     )
     board.add_argument(
         "--columns",
         metavar="NAMES",
-        help="scores to show in tables and files, comma-separated; LaTeX has one table of them (default: each its own)",
+        help="scores to show, except on the page, comma-separated; LaTeX then has one table (default: differs)",
     )
-    board.add_argument("--no-blind", action="store_true", help="leave the image-blind rows out")
+    board.add_argument("--no-blind", action="store_true", help="leave out the image-blind rows")
     board.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
         help="write board.md, .csv, .json, .tex, the .bib that it cites and the page index.html there",
     )
-    board.add_argument("--intervals", action="store_true", help="show 95 %% intervals in board.tex, too")
+    board.add_argument("--intervals", action="store_true", help="also show 95 %% intervals in board.tex")
     _page_options(board)
     board.add_argument("--json", action="store_true", help="print every number as JSON")
     board.set_defaults(command=_leaderboard)
@@ -264,7 +265,7 @@ def parser() -> argparse.ArgumentParser:
         help="test whether runs differ from the first",
         description="Print by how much later runs' scores differ from the first's on the same questions, with 95 % "
         "intervals and tests, both clustered by image, the latter adjusted for their number. Runs on another split, "
-        "other questions, image files or prompts are refused; settings that differ otherwise are told.",
+        "other questions, image files or prompts are refused; other settings that differ are listed.",
         examples=[
             "stllava-eval compare runs/stage1 runs/dpo",
             "stllava-eval compare runs/llava runs/stage1 runs/dpo --json",
@@ -317,10 +318,10 @@ def parser() -> argparse.ArgumentParser:
         ],
     )
     gate.add_argument("candidate", type=Path, metavar="CANDIDATE", help="run folder")
+    gate.add_argument("--baseline", required=True, type=Path, metavar="RUN", help="run folder to compare it with")
     gate.add_argument(
-        "--baseline", required=True, type=Path, metavar="RUN", help="run folder that it has to live up to"
+        "--policy", type=Path, metavar="FILE", help="YAML file of margins and guards (default: see docs/gate.md)"
     )
-    gate.add_argument("--policy", type=Path, metavar="FILE", help="YAML of what may be lost (default: docs/gate.md)")
     gate.add_argument("--out", type=Path, metavar="DIR", help="write gate.json, gate.md and gate.xml (JUnit) there")
     gate.set_defaults(command=_gate)
 

@@ -1,7 +1,8 @@
-"""One field of a record that somebody else wrote -> a text, an id or an image, or a line that says what it should be.
+"""One field of a record that somebody else wrote -> a text, an id or an image, or an error that says what is expected.
 
 pandas, `datasets` and hand-made JSON write the same value in several ways: `MRI` or `["MRI"]`, 1 or 1.0, and a missing
-value as null or nan. What can have one meaning only is read; everything else is refused, never turned into a text.
+value as null or nan. A value with a single possible meaning is read. Everything else is refused and never turned into
+a text.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from typing import Any
 
 from stllava_eval.errors import InputError
 
-SHOWN = 60  # characters of a value in a message. Our choice
+SHOWN = 60  # a message shows at most this many characters of a value (our choice)
 IMAGE = "an image is {bytes, path}, with the whole file (JPEG, PNG, ...) in bytes, as on the hub"
 
 
 def missing(value: object) -> bool:
-    """Whether the value is null, or pandas' nan for one."""
+    """Return whether the value is null, or the nan that pandas writes for it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def alone(value: object) -> object:
-    """Return the text in a list of exactly one text; every other value as it is.
+    """Return the text from a list of exactly one text, and every other value unchanged.
 
     >>> alone(["MRI"]), alone(["MRI", "CT"])
     ('MRI', ['MRI', 'CT'])
@@ -32,15 +33,16 @@ def alone(value: object) -> object:
 
 
 def text(value: object, what: str, numbers: bool = False) -> str:
-    """Return a text as it is; where numbers are allowed, a number as the text that the authors' files have for it.
+    """Return a text unchanged and, if numbers are allowed, a number as the text in the authors' files.
 
     Args:
-        value: Of any type.
+        value: A value of any type.
         what: The field's name, for the message.
-        numbers: VQA-RAD's authors write some answers as numbers, and pandas makes 2.0 of 2.
+        numbers: Whether a number is allowed: VQA-RAD's authors wrote some answers as numbers, and pandas turns 2 into
+            2.0.
 
     Raises:
-        InputError: It is something else, or it cannot be written in UTF-8.
+        InputError: The value is something else, or cannot be encoded in UTF-8.
 
     >>> text(2.0, "answer", numbers=True)
     '2'
@@ -49,7 +51,7 @@ def text(value: object, what: str, numbers: bool = False) -> str:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise InputError(f"{what} {_shown(value)} holds half of a character. Write it in UTF-8") from None
+            raise InputError(f"{what} {_shown(value)} contains half of a surrogate pair. Write it in UTF-8") from None
         return value
     if numbers and type(value) in (int, float) and math.isfinite(value):  # type: ignore[arg-type]
         return _number(value)  # type: ignore[arg-type]
@@ -57,10 +59,10 @@ def text(value: object, what: str, numbers: bool = False) -> str:
 
 
 def identity(value: object, what: str) -> str | None:
-    """Return an id as a text, a whole number without `.0`; None where it is missing or blank.
+    """Return an id as a text, a whole number without `.0`; None if it is missing or blank.
 
     Raises:
-        InputError: It is neither a whole number nor a text.
+        InputError: The value is neither a whole number nor a text.
 
     >>> identity(7.0, "qid"), identity("7.0", "qid"), identity(float("nan"), "qid")
     ('7', '7', None)
@@ -76,15 +78,15 @@ def identity(value: object, what: str) -> str | None:
 
 
 def image_name(value: object, what: str, folders: int = 0) -> str | None:
-    """Return the name of an image file with `/` between its parts; None where it is missing or blank.
+    """Return the name of an image file with `/` between its parts; None if it is missing or blank.
 
     Args:
-        value: Of any type.
+        value: A value of any type.
         what: The field's name, for the message.
-        folders: How many folders above the file belong to the name, of those that it has.
+        folders: How many folders above the file belong to its name; the other folders are dropped.
 
     Raises:
-        InputError: It is no text.
+        InputError: The value is not a text.
 
     >>> image_name("C:\\\\slake\\\\imgs\\\\xmlab1\\\\source.jpg", "img_name", folders=1)
     'xmlab1/source.jpg'
@@ -96,13 +98,13 @@ def image_name(value: object, what: str, folders: int = 0) -> str | None:
 
 
 def image(value: object) -> bytes | str | None:
-    """Return an encoded image, or the name of its file where there is only that; None where both are missing.
+    """Return an encoded image, or the name of its file if the value has no bytes; None if it has neither.
 
     Args:
-        value: `{"bytes", "path"}` as `datasets` writes it, the bytes alone, or the file's name alone.
+        value: `{"bytes", "path"}` as `datasets` writes it, or only the bytes, or only the file's name.
 
     Raises:
-        InputError: It is something else, with what an image is.
+        InputError: The value is something else. The message says what an image looks like.
     """
     if missing(value) or (isinstance(value, str) and not value.strip()):
         return None
@@ -131,11 +133,11 @@ def _number(value: float) -> str:
 
 
 def _kind(value: Any) -> str:
-    """What a value of a wrong type is, with its beginning."""
+    """Return a phrase that says what a value of a wrong type is and shows its beginning."""
     if value is None:
         return "is null"
     if missing(value):
-        return "is nan, a missing value (pandas reads the word None so, too)"
+        return "is nan, a missing value (pandas also reads the word None as one)"
     if isinstance(value, list | tuple):
         return f"{_shown(value)} is a list of {len(value)}"
     names = {dict: "an object", bytes: "bytes", bool: "true or false", int: "a number", float: "a number"}

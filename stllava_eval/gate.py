@@ -261,7 +261,7 @@ def _needed(
 
 
 def _scores(task: str, run: RunTask) -> dict[str, QuestionScores]:
-    """The scores of each answered question, `closed_format` among them: 1 where one option's words are there."""
+    """Return the scores of each answered question; `closed_format` is 1 if it has the words of exactly one option."""
     from stllava_eval.metrics import is_failed_request
     from stllava_eval.verdict_v1 import options_named
 
@@ -278,14 +278,14 @@ def _scores(task: str, run: RunTask) -> dict[str, QuestionScores]:
 
 
 KINDS = {"open": "recall and f1", "closed": "closed_accuracy"}
-"""The kinds of questions, and the scores that they alone have."""
+"""The kinds of questions, and the scores that only they have."""
 
 
 def _kinds(task: str, run: RunTask) -> dict[str, list[str]]:
-    """The questions of each kind that a run was asked.
+    """Return the ids of the questions of each kind that a run was asked.
 
-    A kind of which it holds no reply, answered or failed, was not asked at all. A file of answers says of no question
-    whether it was asked; of a kind that it has answers to, those that it lacks count as unanswered.
+    A kind without any reply, answered or failed, was not asked. A file of answers does not say which questions were
+    asked; if it has answers to a kind, the missing answers to that kind count as unanswered.
     """
     kinds: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for row in split_rows(dataset_of(task)):
@@ -299,10 +299,10 @@ def _kinds(task: str, run: RunTask) -> dict[str, list[str]]:
 
 
 def _asked(task: str, baseline: RunTask, candidate: RunTask) -> set[str]:
-    """The questions that both runs have to have answered: of the kinds that the baseline was asked, those of either.
+    """Return the questions that both runs must have answered: those of either run, of the kinds that the baseline had.
 
     Raises:
-        InputError: The candidate was not asked a kind that the baseline was asked: it would escape that kind's scores.
+        InputError: The candidate was not asked a kind that the baseline was asked, so it would escape its scores.
     """
     old, new = _kinds(task, baseline), _kinds(task, candidate)
     for kind in old.keys() - new.keys():
@@ -337,7 +337,9 @@ def _speed(manifests: Sequence[Mapping[str, Any]], policy: Policy) -> tuple[list
 def _notes(baseline: Run, candidate: Run) -> list[str]:
     notes = unlike_settings(baseline, candidate)
     if (images := baseline.manifest.get("images")) == NOT_RECORDED:
-        notes.append("Neither run says which images it was shown. Score with --images own if they were the questions'.")
+        notes.append(
+            "Neither run records which images it was shown. Score with --images own if they were the questions' own."
+        )
     elif images not in (None, "own"):
         notes.append(f"Both runs were shown {images} images: this says nothing about what the images are worth.")
     for task, of in baseline.tasks.items():

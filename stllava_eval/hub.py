@@ -83,6 +83,8 @@ def refuse_no_checkpoint(folder: Path, name: str) -> None:
     if not (folder / "config.json").is_file():
         alone = next((file for file in PROJECTOR_FILES if (folder / file).is_file()), None)
         hint = f"Pass {name}/{alone} as --projector." if alone else "Pass a folder with one and weights."
+        if inner := sorted(file.parent.name for file in folder.glob("*/adapter_config.json")):
+            hint = f"It holds adapters in folders of their own: pass one of them, such as {name}/{inner[0]}."
         if (folder / "losses.jsonl").is_file():
             hint = "It is a training run that is not finished: go on with it by --resume."
         raise InputError(f"{name} is not a checkpoint: it has no config.json. {hint}")

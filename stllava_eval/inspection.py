@@ -160,7 +160,7 @@ def _consistency(task: str, answers: Mapping[str, str]) -> list[Consistency]:
 
 
 def below(row: ScoreRow, overall: Mapping[str, ScoreRow]) -> bool:
-    """Whether a category's interval lies wholly on the bad side of the overall mean."""
+    """Return whether a category's whole interval is worse than the overall mean."""
     whole = overall[row.metric].value
     if whole is None or row.low is None or row.high is None:
         return False
@@ -212,8 +212,8 @@ def inspect_text(found: Sequence[Inspection]) -> str:
         ]
         parts.append(table(body, ["score", "this run", "commonest answer", "best without the image", "which is"]))
     how = (
-        "Scores x100 with 95 % intervals clustered by image, and n. < marks a category whose interval lies wholly on "
-        "the bad side of the mean, not adjusted for the number of categories."
+        "Scores x100 with 95 % intervals clustered by image, and n. < marks a category whose whole interval is "
+        "worse than the mean, not adjusted for the number of categories."
     )
     return "\n\n".join([*parts, f"{how}\n{NOTICE}"])
 

@@ -1,4 +1,4 @@
-"""The rows of a board -> text for a terminal, Markdown, CSV, JSON and LaTeX."""
+"""The rows of a board -> tables for a terminal, Markdown, CSV, JSON and LaTeX."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stllava_eval.board_rows import (
     BoardRow,
     questions,
 )
-from stllava_eval.board_rows import RANKED as RANKED  # what uses the texts uses these too
+from stllava_eval.board_rows import RANKED as RANKED  # also for the users of this module
 from stllava_eval.board_rows import board as board
 from stllava_eval.errors import InputError, printable
 from stllava_eval.home import json_text
@@ -40,35 +40,36 @@ KNOWN = (*SCORES, *WORDS[1:], *ACCURACIES)
 SIGNS = {BEST: "*", EQUAL: "~"}
 EXPLAINED = (
     "Scores x100 with 95 % intervals clustered by image; words: mean per answer; unparsed: % of closed answers without "
-    "a verdict; cut: % of replies that stopped inside their thought, which are never right. "
-    f"* {BEST} of the measured rows of one group and prompt that answered the same questions of this score (1 % may be "
-    f"missing, and is left out); ~ {EQUAL} (paired test by image, Holm over the column)."
+    "a verdict; cut: % of replies that were cut off while the model was thinking, which are never right. "
+    f"* {BEST} of the measured rows of one group and prompt that answered the same questions of this score (a row may "
+    "lack 1 % of them; all are then compared on the questions that they share); "
+    f"~ {EQUAL} (paired test by image, Holm over the column)."
 )
 Cell = Callable[[BoardRow, str], str]
 
 
 def read_columns(given: str | None) -> tuple[str, ...]:
-    """Return the columns that a comma-separated list names; none for None, which leaves each output its own.
+    """Return the columns that a comma-separated list names; none for None, so that each output uses its own columns.
 
     Raises:
-        InputError: A name is no score's, or comes twice.
+        InputError: A name is not that of a score, or appears twice.
     """
     names = tuple(name.strip() for name in given.split(",")) if given is not None else ()
     if unknown := [name for name in names if name not in KNOWN]:
-        raise InputError(f"--columns {unknown[0]}: unknown. Columns are {', '.join(KNOWN)}.")
+        raise InputError(f"--columns {unknown[0]}: unknown. Known columns: {', '.join(KNOWN)}.")
     if len(set(names)) < len(names):
-        raise InputError(f"--columns {given}: a column comes twice. Name each once.")
+        raise InputError(f"--columns {given}: a column appears twice. Name each column once.")
     return names
 
 
 def _columns(rows: Iterable[BoardRow], chosen: Sequence[str]) -> tuple[str, ...]:
-    """The chosen columns; by default `COLUMNS`, and what papers call accuracy where a row has it."""
+    """Return the chosen columns; by default `COLUMNS`, and each accuracy of a paper that a row has."""
     reported = [name for name in ACCURACIES if any(name in row.scores for row in rows)]
     return tuple(chosen) or (*COLUMNS, *reported)
 
 
 class _Notes:
-    """The notes of one table, each with a letter of its own, in the order in which the table first shows them."""
+    """The notes of one table, each with its own letter, in the order in which the table first shows them."""
 
     def __init__(self) -> None:
         self.letters: dict[str, str] = {}
@@ -77,11 +78,11 @@ class _Notes:
         return self.letters.setdefault(line, _letter(len(self.letters)))
 
     def of(self, row: BoardRow, metric: str) -> str:
-        """The letter of the note on a figure; empty where it has none."""
+        """Return the letter of the note on a figure; empty if it has no note."""
         return self.letter(_note(row, metric)) if metric in row.notes and metric in row.scores else ""
 
     def cell(self, row: BoardRow, metric: str) -> str:
-        """A figure with its marks and the letter of its note, for a terminal or Markdown."""
+        """Return a figure with its marks and the letter of its note, for a terminal or Markdown."""
         letter = self.of(row, metric)
         return " ".join(filter(None, (_cell(row, metric), letter and f"[{letter}]")))
 
@@ -103,11 +104,11 @@ def _note(row: BoardRow, metric: str) -> str:
 
 
 def board_text(rows: Sequence[BoardRow], chosen: Sequence[str] = ()) -> str:
-    """The board for a terminal, one table a task.
+    """Return the board for a terminal, one table per task.
 
     Args:
-        rows: Of a board.
-        chosen: Columns; see `read_columns`.
+        rows: The rows of a board.
+        chosen: Columns, as `read_columns` returns them.
     """
     from tabulate import tabulate
 
@@ -123,18 +124,18 @@ def board_text(rows: Sequence[BoardRow], chosen: Sequence[str] = ()) -> str:
         table = tabulate(body, heads, tablefmt="simple", disable_numparse=True, colalign=align)
         heading = "\n".join(map(printable, title(task, of_task)))
         told = [*_remarks(of_task), *notes.lines()]
-        parts += [f"{heading}\n\n{table}", *map(printable, told), signatures(of_task)]
+        parts += [f"{heading}\n\n{table}", *map(printable, told), signatures(of_task, columns)]
     if systems := _systems(rows):
         parts.append(tabulate(systems[1:], systems[0], tablefmt="simple", disable_numparse=True))
     return "\n\n".join([*filter(None, parts), f"{EXPLAINED}\n{NOTICE}"])
 
 
 def board_markdown(rows: Sequence[BoardRow], chosen: Sequence[str] = ()) -> str:
-    """The board as Markdown: the columns of the paper's tables, then every column of each task, then the systems.
+    """Return the board as Markdown: the columns of the paper's tables, then all columns of each task, then the systems.
 
     Args:
-        rows: Of a board.
-        chosen: Columns, of the first table and of the others; see `read_columns`.
+        rows: The rows of a board.
+        chosen: Columns of all tables but the last, as `read_columns` returns them.
     """
     from tabulate import tabulate
 
@@ -178,7 +179,7 @@ SOURCE = ("source", "table", "row")
 
 
 def board_csv(rows: Sequence[BoardRow], chosen: Sequence[str] = ()) -> str:
-    """A line for each score of each system, with everything that a row rests on; `chosen` as in `board_text`."""
+    """Return a CSV line for each score of each system, with how the row was made; `chosen` as in `board_text`."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     heads = ["task", "data", "system", "group", "metric", "value", "low", "high", "n", "images_asked", "unanswered"]
@@ -193,7 +194,7 @@ def board_csv(rows: Sequence[BoardRow], chosen: Sequence[str] = ()) -> str:
 
 
 def board_json(rows: Sequence[BoardRow], chosen: Sequence[str] = ()) -> dict[str, Any]:
-    """Every number, for a program; scores are shares in [0, 1], words in words; `chosen` as in `board_text`."""
+    """Return every number, for programs: shares in [0, 1], and words as numbers; `chosen` as in `board_text`."""
     made = [
         {"group": row.group}
         | {
@@ -211,12 +212,12 @@ def _scores(row: BoardRow, chosen: Sequence[str]) -> dict[str, ScoreRow]:
 
 
 def board_files(rows: Sequence[BoardRow], chosen: Sequence[str] = (), intervals: bool = False) -> dict[str, str]:
-    """The board's files by name: Markdown, CSV, JSON, LaTeX, and the sources that the LaTeX tables cite.
+    """Return the board's files by name: Markdown, CSV, JSON, LaTeX, and the sources that the LaTeX tables cite.
 
     Args:
-        rows: Of a board.
-        chosen: Columns; see `read_columns`.
-        intervals: Whether the LaTeX tables show them.
+        rows: The rows of a board.
+        chosen: Columns, as `read_columns` returns them.
+        intervals: Whether the LaTeX tables show intervals.
     """
     return {
         "board.md": board_markdown(rows, chosen),
@@ -229,7 +230,7 @@ def board_files(rows: Sequence[BoardRow], chosen: Sequence[str] = (), intervals:
 
 # --- the paper's tables -----------------------------------------------------------------------------------------------
 
-BATCH = "By the batch rule (closed_llavamed_batch), the one that its source reports."
+BATCH = "By the batch rule (closed_llavamed_batch), which is the one that its source reports."
 FAMILIES: dict[str, tuple[str, ...]] = {
     "Published scores": ("recall_llavamed", "f1_llavamed", "closed_llavamed"),
     "Clean scores": ("recall", "f1", "closed_accuracy"),
@@ -253,16 +254,16 @@ def _families(chosen: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _heads(columns: Sequence[str]) -> list[str]:
-    """The head of each column: as the paper prints it, or the score's own name where two would be alike."""
+    """Return the head of each column: as the paper prints it, or the score's name if two heads would be alike."""
     short = [HEADS.get(name, name) for name in columns]
     return [head if short.count(head) == 1 else name for head, name in zip(short, columns, strict=True)]
 
 
 @dataclass(frozen=True)
 class _Line:
-    """One system of a paper's table: the letters of its notes, and its cells."""
+    """One system in a table like the paper's: the letters of its notes, and its cells."""
 
-    row: BoardRow  # of one of the tasks
+    row: BoardRow  # the system's row of one of the tasks
     letters: list[str]
     cells: list[str]
 
@@ -270,9 +271,9 @@ class _Line:
 def _paper_table(
     rows: Sequence[BoardRow], columns: Sequence[str], cell: Cell, batch: str, notes: _Notes
 ) -> dict[str, list[_Line]]:
-    """By group, a line for each system that has one of the scores: the columns of each task.
+    """Return, by group, a line for each system that has one of the scores, with the columns of each task.
 
-    Where a source reports the batch rule alone, its figure is under `closed_llavamed`, with the sign `batch`.
+    If a source reports only the batch rule, its figure is shown under `closed_llavamed`, with the sign `batch`.
     """
     tasks = list(by_task(rows))
     by_system: dict[tuple[str, str, str], dict[str, BoardRow]] = defaultdict(dict)
@@ -291,7 +292,7 @@ def _paper_table(
         names = {name for row in of_system.values() for name in row.scores}
         if "closed_llavamed_batch" in names:
             names.add("closed_llavamed")
-        if names & set(columns):  # a source may report the other family alone
+        if names & set(columns):  # a source may report only the other family
             letters = [
                 notes.letter(f"{_set_name(row.task)}: {line}")
                 for row in of_system.values()
@@ -306,27 +307,29 @@ SETS = {"vqarad": "VQA-RAD", "slake": "SLAKE", "pathvqa": "PathVQA"}
 
 
 def _set_name(task: str) -> str:
-    """As papers print it, with the prompt that the task adds."""
+    """Return the data set's name as papers print it, with the prompt that the task adds."""
     name = dataset_of(task)
     return SETS[name] + (f" ({task.removeprefix(name + '_')})" if task != name else "")
 
 
 def board_latex(rows: Sequence[BoardRow], chosen: Sequence[str] = (), intervals: bool = False) -> str:
-    """The board as LaTeX tables, published and clean scores in the columns of the paper's; booktabs and graphicx.
+    """Return the board as LaTeX tables of published and of clean scores, with the columns of the paper's tables.
+
+    They need the packages booktabs and graphicx.
 
     Args:
-        rows: Of a board.
-        chosen: Columns of the only table; see `read_columns`.
-        intervals: Whether each measured score has its interval.
+        rows: The rows of a board.
+        chosen: Columns of a single table, as `read_columns` returns them.
+        intervals: Whether to show the interval of each measured score.
     """
     parts = [f"% {NOTICE} In the preamble: \\usepackage{{booktabs,graphicx}}"]
-    parts += [f"% {_set_name(task)}: {line}" for task, of in by_task(rows).items() for line in _provenance(of)]
+    parts += [f"% {_set_name(task)}: {line}" for task, of in by_task(rows).items() for line in _provenance(of, chosen)]
     tables = [_latex_table(rows, family, columns, intervals) for family, columns in _families(chosen).items()]
     return "\n\n".join(["\n".join(parts), *filter(None, tables)]) + "\n"
 
 
-def _provenance(rows: Sequence[BoardRow]) -> list[str]:
-    return signatures(rows).splitlines()
+def _provenance(rows: Sequence[BoardRow], chosen: Sequence[str]) -> list[str]:
+    return signatures(rows, _columns(rows, chosen)).splitlines()
 
 
 def _latex_table(rows: Sequence[BoardRow], family: str, columns: Sequence[str], intervals: bool) -> str:
@@ -363,7 +366,7 @@ def _latex_table(rows: Sequence[BoardRow], family: str, columns: Sequence[str], 
 def _caption(
     rows: Sequence[BoardRow], family: str, columns: Sequence[str], intervals: bool, table: str, notes: _Notes
 ) -> str:
-    """What the table shows, and the meaning of each mark that it has."""
+    """Return the caption: what the table shows, and the meaning of each mark in it."""
     named = {head: name for head, name in zip(_heads(columns), columns, strict=True) if head.lower() != name}
     parts = [f"{family}, " + r"$\times 100$"]
     parts[0] += ", words per answer" if set(columns) & set(WORDS) else ""
@@ -390,8 +393,8 @@ def _raised(letters: str) -> str:
     return rf"$^{{{letters}}}$" if letters else ""
 
 
-def signatures(rows: Sequence[BoardRow]) -> str:
-    """Return what a task's measured values rest on: how each system was asked, and the versions of the scores."""
+def signatures(rows: Sequence[BoardRow], columns: Sequence[str]) -> str:
+    """Return how each measured system of a task was asked, and the versions of the scores in the columns."""
     how: dict[str, list[str]] = defaultdict(list)
     for row in rows:
         if row.kind == "measured" and row.scores:
@@ -403,7 +406,7 @@ def signatures(rows: Sequence[BoardRow]) -> str:
         if row.kind != "reported"
         for name, of in row.scores.items()
     }
-    shown = [versions[name] for name in COLUMNS if name in versions]
+    shown = [versions[name] for name in columns if name in versions]
     return "\n".join([*lines, f"versions: {', '.join(shown)}"]) if lines else ""
 
 
@@ -412,7 +415,7 @@ def score_text(scored: Scored, details: bool = False) -> str:
 
     Args:
         scored: The scores.
-        details: Those of every category too, not only the means over all questions.
+        details: Whether to show those of every category too, not only the means over all questions.
     """
     from tabulate import tabulate
 
@@ -427,7 +430,7 @@ def score_text(scored: Scored, details: bool = False) -> str:
 
 
 def by_task(rows: Iterable[BoardRow]) -> dict[str, list[BoardRow]]:
-    """The rows of each task."""
+    """Return the rows of each task."""
     made: dict[str, list[BoardRow]] = {}
     for row in rows:
         made.setdefault(row.task, []).append(row)
@@ -442,7 +445,7 @@ def _by_group(rows: Iterable[BoardRow]) -> dict[str, list[BoardRow]]:
 
 
 def title(task: str, rows: Sequence[BoardRow]) -> list[str]:
-    """What a task's table is about, and whether it is only a sample."""
+    """Return the heading of a task's table, and a warning if it is about sample data."""
     line = f"{task} ({rows[0].data})"
     if asked := max((questions(row) for row in rows), key=len):
         open_n, closed_n = (sum(name in of.scores for of in asked.values()) for name in (OPEN[0], CLOSED[0]))
@@ -452,7 +455,7 @@ def title(task: str, rows: Sequence[BoardRow]) -> list[str]:
 
 
 def remarks(rows: Sequence[BoardRow]) -> list[str]:
-    """What a reader of a task's table has to know besides, the notes on figures included."""
+    """Return the remarks below a task's table, including the notes on figures."""
     noted = {_note(row, metric): None for row in rows for metric in row.notes if metric in row.scores}
     return [*_remarks(rows), *noted]
 
@@ -463,17 +466,17 @@ def _remarks(rows: Sequence[BoardRow]) -> list[str]:
     for images in ("other", "black"):
         if lacking := [row.system for row in rows if images in row.not_shown]:
             made.append(
-                f"Not shown {images} images, so it is not known what the right ones are worth to them: "
-                f"{', '.join(lacking)}. `stllava-eval run --images {images}` does it, of a server "
+                f"Not run with {images} images, so it is not known how much the right images help them: "
+                f"{', '.join(lacking)}. Use `stllava-eval run --images {images}`, or for a server "
                 f"`--model_args ...,images={images}`."
             )
     if any(row.about.get("prompt", "").startswith("custom") for row in rows):
-        made.append("custom: a prompt that is none of ours, by its hash.")
+        made.append("A prompt called custom is none of our presets; the hash after it identifies its text.")
     return list(dict.fromkeys([*made, *(line for row in rows for line in row.remarks)]))
 
 
 def _answered(row: BoardRow) -> list[str]:
-    """How many questions a row's scores are of, where that is not all of the split."""
+    """Return how many questions a row was scored on, if these are not all of the split."""
     if row.scored is None:
         return []
     scored, every = len(row.scored.questions), len(row.scored.questions) + len(row.scored.unanswered)
@@ -483,7 +486,7 @@ def _answered(row: BoardRow) -> list[str]:
 
 
 def stopped(row: BoardRow) -> list[str]:
-    """Return what a reader has to know of a run's replies: sampled, stopped at a limit, empty, cut or refused."""
+    """Return remarks on a run's replies: how many were sampled, stopped at a limit, empty, cut off or refusals."""
     if not row.about or row.scored is None:
         return []
     limit = row.about.get("max_new_tokens")
@@ -496,7 +499,7 @@ def stopped(row: BoardRow) -> list[str]:
 
 
 def _systems(rows: Sequence[BoardRow]) -> list[list[str]]:
-    """Heads and a line for each system that was run or reported."""
+    """Return the heads and a line for each system that was run or reported."""
     made: dict[tuple[str, str], list[BoardRow]] = defaultdict(list)
     for row in rows:
         if row.about:
@@ -531,8 +534,10 @@ def _score(score: ScoreRow) -> str:
 
 
 def mean_text(score: ScoreRow) -> str:
-    """Return a mean as every board, file and page shows it: x100 with two decimals, words and accuracies of papers with
-    one."""
+    """Return a mean as every board, file and page shows it.
+
+    Shares are multiplied by 100 and have two decimals; words, and accuracies of papers, have one.
+    """
     if score.value is None:
         return "-"
     if score.metric in WORDS:
@@ -556,19 +561,19 @@ def _latex_cell(row: BoardRow, metric: str, letter: str, interval: bool) -> str:
 
 
 def _plain(text: str) -> str:
-    """On one line of at most 48 characters: a long path is cut in front."""
+    """Return a text on one line of at most 48 characters; a longer one loses its beginning."""
     text = printable(text)
     return text if len(text) <= 48 else f"...{text[-45:]}"
 
 
 def _no_formula(text: str) -> str:
-    """Printable, and not what a spreadsheet takes for a formula."""
+    """Make a text printable, and quote it if a spreadsheet would take it for a formula."""
     text = printable(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def markdown(text: str) -> str:
-    """`text` as Markdown and HTML show it: on one line, nothing in it formats, links or starts a table cell."""
+    """Escape a text for Markdown and HTML: it is on one line, and nothing in it formats, links or starts a cell."""
     text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = text.replace("@", "&#64;").replace("://", ":&#47;&#47;")  # GitHub makes links of names and addresses
     return re.sub(r"([\\`*_{}\[\]()|~!$]|(?<!&)#)", r"\\\1", text)
@@ -588,7 +593,7 @@ _LATEX = {
 
 
 def latex(text: str) -> str:
-    """`text` as pdfLaTeX shows it; signs that are not Latin become `?`, and straight quotes those of the print."""
+    """Escape a text for pdfLaTeX; characters that are not Latin become `?`, and straight quotes become typographic."""
     plain = printable(text).encode("latin-1", "replace").decode("latin-1")
     parts = "".join(_LATEX.get(sign, sign) for sign in plain).split('"')
     return (parts[0] + "".join(("''" if number % 2 else "``") + part for number, part in enumerate(parts[1:]))).replace(

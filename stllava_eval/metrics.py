@@ -86,6 +86,7 @@ def _counts_llavamed(text: str) -> Counter[str]:
     return Counter(normalize_llavamed(normalize_llavamed(text)).split())
 
 
+@remembered
 def _hits_llavamed(answer: str, reference: str) -> int:
     """How many words of the answer are in the reference: each of its repetitions is one more hit."""
     wanted = _counts_llavamed(reference)
@@ -255,7 +256,8 @@ def _wanted(reference: str, words: Words) -> tuple[str, ...]:
 @remembered
 def _found(answer: str, reference: str, words: Words) -> int:
     """How many of the reference's words the answer has; one said twice counts twice only if it is wanted twice."""
-    return (Counter(words(answer)) & Counter(_wanted(reference, words))).total()
+    wanted = Counter(_wanted(reference, words))
+    return sum(min(count, wanted[word]) for word, count in Counter(words(answer)).items() if word in wanted)
 
 
 def recall(answer: str, reference: str, words: Words = singular_words) -> float:
@@ -500,7 +502,7 @@ def _bleu(answer: Sequence[str], reference: Sequence[str], orders: tuple[int, ..
     for n in orders:
         found = Counter(zip(*(answer[i:] for i in range(n)), strict=False))
         wanted = Counter(zip(*(reference[i:] for i in range(n)), strict=False))
-        matches = (found & wanted).total()
+        matches = sum(min(count, wanted[gram]) for gram, count in found.items() if gram in wanted)
         logarithms.append(math.log(matches / found.total() if matches else sys.float_info.min) / len(orders))
     penalty = min(1.0, math.exp(1 - len(reference) / len(answer)))
     return penalty * math.exp(math.fsum(logarithms))

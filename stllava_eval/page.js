@@ -14,7 +14,7 @@ function element(tag, attributes = {}, ...children) {
   return made;
 }
 
-// A control that is drawn anew keeps the focus; `draw` may draw any of them.
+// A control that is drawn again keeps the focus; `draw` may draw any of them.
 function keepingFocus(draw) {
   const id = document.activeElement && document.activeElement.id;
   draw();
@@ -83,7 +83,7 @@ function start(data) {
 
   // [what the rank column says, after it, why]
   function rank(row) {
-    if (!(state.by in row.scores)) return ["-", "", "it has no such score"];
+    if (!(state.by in row.scores)) return ["-", "", "the row does not have this score"];
     const place = ((taskNow().ranks[state.by] || { places: {} }).places)[row.system];
     if (row.kind === "measured" && place) return [`${place[0]}`, `of ${place[1]}`, `in the group "${row.group}"`];
     if (row.kind === "measured") return ["partial", "", "it did not answer the same questions as the ranked rows"];
@@ -144,7 +144,7 @@ function start(data) {
   function line(row, shown) {
     const [place, of, why] = rank(row);
     const standing = [row.group, row.unanswered ? `${row.unanswered} not answered` : null].filter(Boolean).join(", ");
-    const named = Object.keys(row.about).length ? element("button", { type: "button", className: "more", textContent: row.system, title: "what this row rests on", onclick: () => tell(row) }) : row.system;
+    const named = Object.keys(row.about).length ? element("button", { type: "button", className: "more", textContent: row.system, title: "how this row was made", onclick: () => tell(row) }) : row.system;
     const kinds = Object.keys(KINDS).map((kind) => [kind, shown.filter((one) => one.kind === kind)]).filter(([, columns]) => columns.length);
     const cells = kinds.flatMap(([kind, columns]) => {
       const n = columns.map((one) => row.scores[one.name]).filter(Boolean).map((figure) => figure[N])[0];
@@ -248,7 +248,7 @@ function start(data) {
   function drawQuestions() {
     const viewer = data.viewer[state.task];
     if (!viewer) { byId("question-controls").replaceChildren(); byId("pager").replaceChildren(); byId("found").textContent = ""; byId("cards").replaceChildren(element("p", { className: "soft", textContent: "No run of this data set is on this board." })); return; }
-    byId("kept").textContent = viewer.questions.length < viewer.of ? `Here are ${viewer.questions.length} of ${viewer.of} questions, those on which the systems differ most; the page would be too large with all.` : "";
+    byId("kept").textContent = viewer.questions.length < viewer.of ? `The page has ${viewer.questions.length} of ${viewer.of} questions, those on which the systems differ most, because it would be too large with all of them.` : "";
     const names = viewer.systems.map((one) => [one.name, one.name]);
     const shows = [["all", "all questions"], ["ab", "A right, B wrong"], ["ba", "B right, A wrong"], ["changed", "the answer changed from A to B (DPO: A before, B after)"], ["wrong", "A and B wrong"], ["unparsed", "A without a verdict"], ["empty", "A with an empty answer"], ["silent", "A did not answer"]];
     const categories = new Set();

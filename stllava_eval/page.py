@@ -1,4 +1,4 @@
-"""A board, its runs -> files: Markdown, CSV, JSON, LaTeX and one page that needs no network."""
+"""A board -> its files: Markdown, CSV, JSON, LaTeX and one HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ from string import Template
 from typing import Any
 
 from stllava_eval.blind import PRIOR
-from stllava_eval.board_rows import ACCURACIES, BEST, CLOSED, FEW, GROUPS, OPEN, RANKED, BoardRow, questions
+from stllava_eval.board_rows import (
+    ACCURACIES,
+    BEST,
+    CLOSED,
+    FEW,
+    GROUPS,
+    OPEN,
+    RANKED,
+    BoardRow,
+    asked_alike,
+    questions,
+)
 from stllava_eval.home import refuse_file, write_together
 from stllava_eval.inspection import INSPECTED, Inspection, below, inspect, interval_text, share_text
 from stllava_eval.leaderboard import EXPLAINED, NOTICE, WORDS, board_files, by_task, mean_text, remarks, title
@@ -25,8 +36,8 @@ from stllava_eval.metrics import SCORES, is_failed_request
 from stllava_eval.runs import QuestionScores, ScoreRow, categories_of, dataset_of, split_rows
 
 LIMIT = 5_000_000  # bytes of the page; beyond it, the viewer shows fewer questions
-SIDE = 200  # pixels of a thumbnail's longer side; our choice
-CUT = 400  # characters of an answer that the page shows; our choice
+SIDE = 200  # the longer side of a thumbnail, in pixels (our choice)
+CUT = 400  # the page shows at most this many characters of an answer (our choice)
 
 
 def write_board(
@@ -40,15 +51,15 @@ def write_board(
     """Write the files of `leaderboard.board_files` and index.html into `out`.
 
     Args:
-        out: A folder; files of these names in it are replaced.
-        rows: What `board` makes of run folders.
-        images: `page`: thumbnails in index.html; `folder`: in a folder `images` beside it; `none`.
-        pathvqa_images: Show PathVQA's images too, unless it is the sample anyway. They belong to publishers.
-        columns: Of the files; see `leaderboard.read_columns`. The page has all.
-        intervals: Whether the LaTeX tables show them.
+        out: A folder, in which files of these names are replaced.
+        rows: The rows that `board` returns.
+        images: Where thumbnails are: `page` (in index.html), `folder` (in a folder `images` beside it) or `none`.
+        pathvqa_images: Whether to show PathVQA's images too, which belong to publishers. Its sample's are always shown.
+        columns: Columns of the files, as `leaderboard.read_columns` returns them. The page has its own.
+        intervals: Whether the LaTeX tables show intervals.
 
     Raises:
-        InputError: The folder cannot be written; what was in it stays as it was.
+        InputError: The folder cannot be written; its files are not changed.
     """
     refuse_file(out, "--out")
     pictures = _Pictures(images)
@@ -120,20 +131,20 @@ _OTHER_COLUMNS = {
         name: (
             "accuracy (paper)",
             kind,
-            "as a paper reports it, by a rule that is none of our scores",
+            "as a paper reports it, by a rule that none of our scores follows",
         )
         for name, kind in ACCURACIES.items()
     },
     "words_open": ("words", "open", "mean words of an answer to an open question"),
     "words_closed": ("words", "closed", "mean words of an answer to a closed question"),
     "unparsed": ("unparsed", "closed", "closed answers without a verdict, x100"),
-    "cut": ("cut", "both", "replies that stopped inside their thought, x100"),
-    "empty": ("empty", "both", "answers without any text: a count"),
+    "cut": ("cut", "both", "replies that were cut off while the model was thinking, x100"),
+    "empty": ("empty", "both", "number of answers without any text"),
 }
 
 
 def _columns() -> list[dict[str, Any]]:
-    """The columns of the first table in their order: their heads, the questions they are about, what they mean."""
+    """Return the columns of the first table in order, each with its head, kind of questions and meaning."""
     published = {True: "as the published script counts", False: "our definition"}
     about = {name: (name, SCORES[name].kind, published[bool(SCORES[name].published)]) for name in RANKED}
     return [
@@ -144,32 +155,32 @@ def _columns() -> list[dict[str, Any]]:
 
 
 RANKING = (
-    "Ranks compare measured rows of one training group on the questions that all of them answered; a tie shares its "
-    f"rank. Partial: the row lacks more than {100 * FEW:g} % of the questions, or answered others, so it has no rank. "
-    "Reported figures rest on answers that are not at hand: no rank, no n. Image-blind rows have no rank."
+    "Ranks compare measured rows of one training group that were asked with the same prompt, images and extraction "
+    "rule, on the questions that all of them answered; equal scores share a rank. A row is partial, and has no rank, "
+    f"if it lacks more than {100 * FEW:g} % of the questions or answered others. Reported figures have neither rank "
+    "nor n, because their answers are not available. Image-blind rows have no rank."
 )
 
 
 def ranks(rows: Sequence[BoardRow]) -> dict[str, dict[str, Any]]:
     """Return the ranks of a task's measured rows, by score.
 
-    Rows are ranked in their own training group (`GROUPS`), in each score on the questions that have it: on those that
-    all ranked rows answered, where each lacks `FEW` of the questions of the fullest one or fewer. Of several such sets
-    of questions, that of the most rows is ranked. Scores that are equal as printed share a rank.
+    Rows are ranked among those that were asked alike (`asked_alike`), for each score on its questions that all ranked
+    rows answered. A row is ranked if it lacks at most `FEW` of the questions of the most complete row. If there are
+    several such sets of rows, the largest one is ranked. Scores that are printed alike share a rank.
 
     Args:
-        rows: Of one task.
+        rows: The rows of one task.
 
     Returns:
-        By score, `places`: system -> [rank, rows ranked with it]; and `notes`: a sentence for each group whose ranks
-        rest on fewer questions than its fullest row answered.
+        By score, `places`: system -> (its rank, the number of ranked rows); and `notes`: a sentence for each group
+        whose ranks are computed on fewer questions than its most complete row answered.
     """
     made: dict[str, dict[str, Any]] = {}
     for metric in RANKED:
         places: dict[str, tuple[int, int]] = {}
         notes = []
-        for group in GROUPS:
-            members = [row for row in rows if row.kind == "measured" and row.group == group]
+        for members in asked_alike(rows):
             values = {
                 row.system: {id: of.scores[metric] for id, of in questions(row).items() if metric in of.scores}
                 for row in members
@@ -185,6 +196,7 @@ def ranks(rows: Sequence[BoardRow]) -> dict[str, dict[str, Any]]:
             for system, mean in means.items():
                 places[system] = (1 + sum(other > mean for other in means.values()), len(means))
             if len(common) < (most := max(len(values[system]) for system in systems)):
+                group = f"{members[0].group}, prompt {members[0].about['prompt']}"
                 notes.append(f"{group}: {metric} is ranked on the {len(common)} of {most} questions that all answered.")
         if places:
             made[metric] = {"places": places, "notes": notes}
@@ -192,7 +204,10 @@ def ranks(rows: Sequence[BoardRow]) -> dict[str, dict[str, Any]]:
 
 
 def _fullest(values: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The systems of the largest set that answered the same questions but for `FEW`; of equal sets the fullest one."""
+    """Return the largest set of systems that answered the same questions but for `FEW`.
+
+    Of sets of one size, it is the one that answered the most questions.
+    """
     sets: list[tuple[set[str], list[str]]] = []
     for system in sorted(values, key=lambda system: -len(values[system])):
         own = set(values[system])
@@ -227,7 +242,7 @@ def _row(row: BoardRow) -> dict[str, Any]:
 
 
 def _figure(score: ScoreRow) -> list[Any]:
-    """The value, its interval, n, and mean and interval as text: every figure is rounded here, none in the page."""
+    """Return a value, its interval, n, and value and interval as text; figures are rounded here and not in the page."""
     text = f"{score.value:.0f}" if score.metric == "empty" else mean_text(score)
     plain = score.metric in (*WORDS, "unparsed", "cut", "empty")
     spread = "" if plain else interval_text(score.low, score.high).strip()
@@ -235,14 +250,14 @@ def _figure(score: ScoreRow) -> list[Any]:
 
 
 def _empty(row: BoardRow) -> dict[str, ScoreRow]:
-    """How many answers hold no text, as a figure of the first table; none of a reported row."""
+    """Return the number of empty answers as a figure of the first table; nothing for a reported row."""
     if "words" not in row.scores:
         return {}
     return {"empty": replace(row.scores["words"], metric="empty", value=float(row.empty), low=None, high=None)}
 
 
 def _inspection(one: Inspection) -> dict[str, Any]:
-    """The two tables of "Why it errs", of one run and task: cells of text."""
+    """Return the cells of the two tables of "Why it errs" for one run and task, as text."""
     return {
         "task": one.task,
         "run": one.run,
@@ -274,7 +289,7 @@ def _short(value: float | None) -> float | None:
 
 
 def _viewed(task: str, shown: Sequence[BoardRow], pictures: _Pictures | None) -> dict[str, Any]:
-    """Every question of a task, every system's answer to it, and a sign for how good that is."""
+    """Return every question of a task, and for each system its answers and a sign that rates each answer."""
     name = dataset_of(task)
     rows = split_rows(name)
     return {
@@ -303,8 +318,12 @@ def _viewed(task: str, shown: Sequence[BoardRow], pictures: _Pictures | None) ->
 
 
 def _sign(row: Mapping[str, Any], scored: Mapping[str, QuestionScores]) -> str:
-    """R right, W wrong, U no verdict, by most of the sampled replies; open: X all words of the reference, else tenths;
-    - no answer: what `_shown` gives is then the reason."""
+    """Rate a system's answer to a question by one character.
+
+    Closed questions: R right, W wrong, U without a verdict, by most of the sampled replies. Open questions: X if the
+    answer has all words of the reference, otherwise the recall in tenths. `-` if there is no answer; `_shown` then
+    returns the reason.
+    """
     if row["id"] not in scored:
         return "-"
     scores = scored[row["id"]].scores
@@ -318,7 +337,7 @@ _FAILED = re.compile(r"\[LMMS_EVAL_REQUEST_FAILED after (\d+) (?:attempts|retrie
 
 
 def _shown(answer: str | None) -> str:
-    """An answer as the viewer shows it, cut where it is long; where there is none, why."""
+    """Return an answer as the viewer shows it, cut after `CUT` characters; if there is no answer, the reason."""
     if answer is None:
         return "not asked"
     if not is_failed_request(answer):

@@ -1,9 +1,9 @@
-"""A closed question's answer -> the option that it chooses, read as a person reads it; what cannot be decided is not.
+"""The answer to a closed question -> the option that it chooses, or None if a person could not decide it.
 
-Of a yes/no question the first plain verdict counts ("Yes, there is no pneumothorax but an effusion" is a yes). Where
-there is none, statements are held against what the question claims (`statements.py`). Of a choice, the option that is
-named and not denied is the one that is chosen. Talk around the answer is left out: the prompt and the question said
-again, questions of the model's own and what follows them.
+For a yes/no question the first plain verdict counts ("Yes, there is no pneumothorax but an effusion" is a yes). If
+there is none, statements are compared with what the question claims (`statements.py`). For a choice, the answer chooses
+the option that it names and does not deny. Text around the answer is left out: the repeated prompt and question, and
+questions of the model's own with everything after them.
 
 Two verdicts that contradict each other, a possibility, a refusal, and a statement about something else choose nothing.
 """
@@ -24,7 +24,8 @@ _UNSEEN = (
     r"(?:medical )?(?:image|picture|photo|scan|x-?ray|radiograph)s?\b"
 )
 _REFUSALS = re.compile(
-    # Our choice. "I cannot see a mass" and "I'm unable to find one" are answers, so what cannot be done is named too.
+    # Our choice. "I cannot see a mass" and "I'm unable to find one" are answers, so the patterns name what cannot be
+    # done.
     r"\bi (?:do not|don't) know\b"
     r"|\b(?:i (?:cannot|can't|can not|could not|couldn't|won't|will not|do not|don't)(?: be able to)?"
     r"|i(?: am|'m) (?:unable|not able) to|unable to|not able to|sorry, (?:but )?(?:i )?can't) "
@@ -33,10 +34,11 @@ _REFUSALS = re.compile(
     r"|\b(?:cannot|can't|can not) be (?:answered|assessed|determined)\b"
     r"|\b(?:not possible|impossible) to (?:answer|assess|determine|say|tell)\b"
     r"|\b(?:no|without|lack the|lack any|do(?:es)? not have (?:the|any)) (?:ability|access|means|possibility|way)\b"
+    r"|\bno (?:image|picture|scan|x-?ray)s? (?:is|are|was|were|has been|have been) (?:attached|provided|uploaded)\b"
     # Gemini's filter kept the answer back: the system declined (lmms_eval/models/{simple,chat}/gemini.py).
     r"|^\[safety_blocked:"
 )
-# What says that a model would rather not answer, though it may do so all the same.
+# Phrases after which a model may still answer.
 _DISCLAIMERS = re.compile(
     r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
     r"|\bi(?: am|'m) (?:sorry|not qualified|not a (?:doctor|physician|radiologist|medical))"
@@ -45,20 +47,45 @@ _DISCLAIMERS = re.compile(
 
 @remembered
 def is_refusal(answer: str) -> bool:
-    """Does the answer decline to answer, by the patterns above?
+    """Return whether the answer declines to answer, by the patterns above.
 
-    It reads no verdict: the score `refused` of a closed question is 1 only where `chosen` finds none beside it, as in
-    "I'm not a doctor, but yes".
+    It does not look for a verdict: "I'm not a doctor, but yes" matches too. So the score `refused` of a closed question
+    is 1 only if `chosen` also finds no option.
 
     >>> is_refusal("I’m unable to interpret medical images."), is_refusal("I cannot see a fracture.")
     (True, False)
     """
     text = folded(answer)
+    if not any(needle in text for needle in _DECLINING) or not any(needle in text for needle in _DECLINED):
+        return False  # saves the search of the patterns, none of which matches then
     return _REFUSALS.search(text) is not None or _DISCLAIMERS.search(text) is not None
 
 
+# What every refusal has one of ("no" is in "not" and "cannot"), and what it says of which it declines.
+_DECLINING = ("no", "n't", "unable", "sorry", "impossible", "without", "lack", "as a", "[safety")
+_DECLINED = (
+    *("know", "answer", "analy", "assess", "assist", "comment", "comply", "determine", "diagnose", "help", "interpret"),
+    *(
+        "offer",
+        "provide",
+        "say",
+        "tell",
+        "access",
+        "open",
+        "process",
+        "see",
+        "view",
+        "ability",
+        "means",
+        "possib",
+        "way",
+    ),
+    *("attached", "uploaded", "sorry", "qualified", "not a ", "as a", "[safety"),
+)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# What is read of an answer
+# Which parts of an answer are read
 
 _MARKS = re.compile(r"<[^<>]*>|\\[a-z]+|[*_#\"“”{}$|>~]")
 _ROLE = re.compile(r"^\s*(?:human|user|assistant|model|ai|response)\s*:\s*")
@@ -69,14 +96,19 @@ _OPTIONS_AGAIN = re.compile(
 )
 _SENTENCE = re.compile(r"[^.!?\n;]+(?:\.(?=\w)[^.!?\n;]+)*[.!?\n;]*")
 _CLAUSES = re.compile(
-    r",|\s+-+\s+(?!(?:none|absent|negative|<absent>)\b)|[–—]|\(|\)|\b(?:but|although|though|however|while|whereas|because|so|therefore)\b"
+    r",|\s+-+\s+(?!(?:none|absent|negative|<absent>)\b)|[–—]|\(|\)"
+    r"|\b(?:but|although|though|however|while|whereas|because|therefore"
+    r"|(?<!think )(?<!believe )(?<!suppose )(?<!seems )(?<!appears )so)\b"
     r"|\band (?=(?:there|it|this|these|the|i|we|no|yes)\b)"
 )
 _LISTED = re.compile(r"(?:\b(?:no|not)\b|<denied>|<lacking>)[^.;]*?(?:,[^.;]*)+\b(?:or|nor)\b")
 
 
 def _sentences(answer: str) -> list[str]:
-    """The sentences that answer: folded, without marks, the prompt, and questions with what follows them."""
+    """Return the sentences that answer, folded, without marks, the prompt, and questions.
+
+    A question after the first statement ends the answer.
+    """
     text = _OPTIONS_AGAIN.sub(" ", _MARKS.sub(" ", folded(answer).replace("[", " [ ")))
     text = _ROLE.sub("", _ROLE.sub("", text))
     kept: list[str] = []
@@ -84,7 +116,7 @@ def _sentences(answer: str) -> list[str]:
         words = sentence.strip(" []\n.!;,")
         if words.rstrip(". \n").endswith("?"):
             if any(re.search(r"[a-z]", one) for one in kept):
-                break  # talk that begins once the answer is given
+                break  # what follows is not part of the answer
             continue
         if not words.startswith(("please", "would you", "let me know", "choose one")):
             kept.append(words)
@@ -92,7 +124,7 @@ def _sentences(answer: str) -> list[str]:
 
 
 def _clauses(sentence: str) -> list[str]:
-    """The clauses of a sentence; a list that is denied as a whole stays in one piece."""
+    """Split a sentence into clauses, but keep a list that is denied as a whole ("no mass, cyst or stone") in one."""
     text = spelled(sentence)
     while found := _LISTED.search(text):
         listed = found.group()
@@ -103,44 +135,48 @@ def _clauses(sentence: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Yes and no
 
-# Each alternative of _LEAD may stand before a verdict; it is taken off as often as one is there.
+# Each alternative of _LEAD may precede a verdict; they are removed one after another.
 _LEAD = re.compile(
     r"^(?:(?:final |the |my |short )*(?:answer|verdict|conclusion|response)(?: to (?:the|this|your) question)?"
     r"(?: is| would be)?(?: most likely| likely| probably)?|(?:i|we) (?:think|believe|would say|would answer)(?: that)?"
-    r"|i'd say|in (?:conclusion|summary|short)|overall|thus|hence|then|and|well|ok|okay|actually|most likely|likely"
-    r"|probably|very likely|sorry|in this (?:image|case)|\(?[a-d1-9][).:])\s*[:=-]*\s*|^[\s:=>'()\[\]-]+"
+    r"|i'd say|in (?:conclusion|summary|short)|overall|thus|hence|then|and|well|ok|okay|actually"
+    r"|(?:(?:most|very|quite) )?(?:likely|probably)|(?:definitely|certainly|absolutely|of course|indeed)(?=,? \w)"
+    r"|sorry|in this (?:image|case)|\(?[a-d1-9][).:])\s*[:=,-]*\s*|^[\s:=>'()\[\]-]+"
 )
 _END = r"[\s:'\])]*(?:$|:)"
 _IT_IS = r"(?:that|this|it|the statement|this statement|the claim) (?:is|'s)"
 _YES = re.compile(
     rf"(?:yes|yeah|yep|yup|yea)\b|(?:true|correct|affirmative){_END}|{_IT_IS} (?:true|correct|right){_END}"
-    rf"|i (?:think|believe) so{_END}"
+    rf"|(?:i (?:would )?(?:think|believe|suppose)|it (?:seems|appears)) so{_END}"
 )
 _NO = re.compile(
-    # "no" is a verdict at the end of its clause and before a clause of its own, else it denies the noun that follows
+    # "no" is a verdict at the end of its clause and before another clause; before a noun it denies that noun
     r"(?:nope|nah)\b|no(?=[\s:'\])]*(?:$|:)"
-    r"| (?:there|its?|it's|this|that|these|those|the|i|we|they|he|she|because|since|as|not)\b)"
+    r"| (?:there|its?|it's|this|that|these|those|the|i|we|they|he|she|because|since|as|not)\b"
+    r"| to (?:this|that|the|your) question\b)"
     rf"|(?:false|untrue|incorrect){_END}"
     rf"|{_IT_IS} (?:false|incorrect|untrue|wrong|not (?:true|correct|right)){_END}"
-    rf"|(?:definitely|certainly|absolutely|of course|probably|(?:most |very )?likely|clearly) not{_END}"
-    rf"|not (?:really|at all|likely|exactly|that i can (?:see|tell)){_END}"
-    rf"|i (?:think not|(?:do not|don't) (?:think|believe) so){_END}"
+    rf"|(?:definitely|certainly|absolutely|of course|(?:(?:most|very) )?(?:probably|likely)|clearly) not{_END}"
+    rf"|not (?:really|at all|likely|exactly|quite|entirely|fully|completely|that i can (?:see|tell)){_END}"
+    rf"|i (?:(?:would )?think not|(?:do not|don't|would not|wouldn't) (?:think|believe) so){_END}"
 )
-# What is a verdict only where it is the whole answer: "Sure!" may begin any, and "positive" may describe anything.
+# These are verdicts only as a whole clause: "Sure!" may begin any answer, and "positive" may describe anything.
 _SEEN = r"(?:present|seen|visible|noted|visuali[sz]ed|shown|detected|identified|found|evident|there|observed)"
 _ALONE = re.compile(
     rf"(?P<yes>y|positive|likely|(?:is |are |it is |they are )?{_SEEN})"
-    rf"|(?P<no>n|<absent>|none|(?:none|<denied>|not) (?:(?:is|are|was|were|to be) )?{_SEEN})"
+    r"|(?P<no>n|none|(?:(?:it|this|that) (?:is|seems|appears) )?(?:(?:very|highly|most|rather|quite) )?<absent>"
+    r"|(?:(?:it|they|this|that) )?(?:(?:is|are|can|could) )?(?:none|<denied>|not) (?:(?:is|are|was|were|to be|be) )?"
+    rf"{_SEEN})"
     r"|(?P<sure>absolutely|definitely|certainly|of course|indeed|sure)"
 )
 _ELLIPSIS = re.compile(
     r"(?:it|there|this|that|they|these|those|he|she|i|you|we) (?:is|are|was|were|does|do|did|has|have|can|could)"
-    r"(?P<denied> not)?"
+    r"(?P<denied> not)?(?: any| one)?"
 )
 
 
 def _said(clause: str) -> bool | None:
-    """True for a clause that begins with a plain yes, False for a plain no, None for another."""
+    """Return True if a clause begins with a plain yes, False for a plain no, and None otherwise."""
     if _BOTH.fullmatch(clause):
         return None
     rest: str | None = clause
@@ -166,7 +202,7 @@ def _agreed(readings: Iterable[bool | None]) -> bool | None:
 
 @remembered
 def yes_or_no(answer: str, question: str) -> bool | None:
-    """True where an answer to a yes/no question says yes, False where no, None where it cannot be decided.
+    """Return True if an answer to a yes/no question says yes, False if it says no, None if this cannot be decided.
 
     >>> yes_or_no("There are no abnormalities.", "Is this image normal?"), yes_or_no("No way to tell.", "Is it a CT?")
     (True, None)
@@ -181,14 +217,15 @@ def yes_or_no(answer: str, question: str) -> bool | None:
     for sentence in sentences:
         if declines and _REFUSALS.search(sentence):
             if not verdicts:
-                break  # what a model says after it has declined is no answer
+                break  # what a model says after it has declined does not count as an answer
             continue
         kept.append(sentence)
         verdicts += [said for clause in _CLAUSES.split(sentence) if (said := _said(clause)) is not None]
     denied = denies_in_its_claim(question)
     if verdicts and not denied:
         return _agreed(verdicts)
-    clauses = [clause for sentence in kept for clause in _clauses(sentence)]
+    each = [_clauses(sentence) for sentence in kept]
+    clauses = [clause for of_sentence in each for clause in of_sentence]
     if verdicts := verdicts or [said for clause in clauses if (said := _said(clause)) is not None]:
         # "No, there is no effusion" to "Is there no effusion?" can mean either
         stated = _agreed(affirms(clause, question) for clause in clauses) if denied else None
@@ -196,12 +233,21 @@ def yes_or_no(answer: str, question: str) -> bool | None:
     if declines and any(_DISCLAIMERS.search(sentence) for sentence in kept):
         return None
     whole = len(clauses) == 1
-    alone = _alone(clauses[0], whole, denied) if whole or (kept and len(_clauses(kept[0])) == 1) else None
+    opening = each[0] if each else []
+    if len(opening) > 1 and (shorter := _LEAD.sub("", kept[0], count=1)) != kept[0]:
+        opening = _clauses(shorter)  # "Indeed, it is."
+    alone = _alone(opening[0], whole, denied) if len(opening) == 1 else None
     return _agreed([alone, *(affirms(clause, question) for clause in clauses)])
 
 
 def _alone(clause: str, whole: bool, denied: bool) -> bool | None:
-    """What a first sentence says that has no words of its own, such as "Absent." and "It is not."; else None."""
+    """Return what a clause without a content word says, such as "Absent." or "It is not."; None for any other.
+
+    Args:
+        clause: The clause.
+        whole: Whether it is the whole answer.
+        denied: Whether the question's claim is a denial.
+    """
     before = ""
     while before != clause:
         before, clause = clause, _LEAD.sub("", clause, count=1).strip(" :'()[]")
@@ -215,7 +261,7 @@ def _alone(clause: str, whole: bool, denied: bool) -> bool | None:
 
 
 _QUICK = {f"{word}{mark}": word.lower() == "yes" for word in ("yes", "no", "Yes", "No") for mark in ("", ".")}
-"""What nearly every short answer is: read without a search."""
+"""The most frequent short answers, which are read without a search."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Choices
@@ -227,11 +273,11 @@ _FILLERS = frozenset({"just", "only", "either", "in", "on", "at", "of", "from"})
 
 @remembered
 def choices(question: str) -> tuple[str, ...]:
-    """The options a closed question offers, as words joined by spaces; empty where it has no "or".
+    """Return the options that a closed question offers, each as words joined by spaces; none if it has no "or".
 
-    Two forms, those of VQA-RAD and SLAKE. "Which ..., A, B or C?" is a list with a start and an end. In "Is it A, B or
-    C ...?" neither is marked: the first option is as long as the second, and of the last one word is taken (of both
-    two, if they are "A x or B x"). Words such as "just" and "either" belong to no option.
+    Two forms are read, those of VQA-RAD and SLAKE. "Which ..., A, B or C?" is a list with a start and an end. In "Is it
+    A, B or C ...?" neither is marked, so the first option is taken to be as long as the second, and the last option to
+    be one word (both have two words in "A x or B x"). Words such as "just" and "either" belong to no option.
 
     >>> choices("Which plane is the image scanned, transverse plane or coronal plane?")
     ('transverse plane', 'coronal plane')
@@ -247,7 +293,7 @@ def choices(question: str) -> tuple[str, ...]:
     texts = re.split(r",|\bor\b", before[start:])
     parts = [part for text in texts if (part := folded_words(text))]
     if not clause and parts:
-        # an option has at most two words here, so the last longer part is the clause that the first option ends
+        # An option has at most two words here, so the last longer part is the clause that ends with the first option.
         first, *middle = parts[max((i for i, part in enumerate(parts) if len(part) > 2), default=0) :]
         middle = [option for part in middle if (option := _without_fillers(part))]
         alike = first[-1:] == last[1:2]
@@ -264,8 +310,10 @@ def _without_fillers(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-# An option by another name. Our choice: what radiologists call the options of VQA-RAD and SLAKE.
+# Other names of the options of VQA-RAD and SLAKE that radiologists use (our choice).
 _SYNONYMS = {
+    "l": "left",
+    "r": "right",
     "transverse": "axial",
     "woman": "female",
     "girl": "female",
@@ -283,6 +331,8 @@ _SYNONYMS = {
     "anomaly": "abnormal",
     "unremarkable": "normal",
     "bilaterally": "bilateral",
+    "hyperinflated": "hyperinflation",
+    "hypoinflated": "hypoinflation",
     "hyperdensity": "hyperdense",
     "hypodensity": "hypodense",
     "pulmonary": "lung",
@@ -295,7 +345,9 @@ _LARGER, _SMALLER = (
     frozenset({"bigger", "larger", "greater", "biggest", "largest"}),
     frozenset({"smaller", "smallest", "lesser"}),
 )
-_DENYING = re.compile(r"\b(?:not|no|rather <than>|instead of|unlike|as opposed to|different from)\b|<denied>|<lacking>")
+_DENYING = re.compile(
+    r"\b(?:not|no|instead of|unlike|as opposed to|different from|differs? from)\b|\brather <than>|<denied>|<lacking>"
+)
 
 
 def _canonical(words: Iterable[str]) -> list[str]:
@@ -303,20 +355,29 @@ def _canonical(words: Iterable[str]) -> list[str]:
 
 
 def _choice(answer: str, options: Sequence[str], question: str) -> str | None:
-    """The option that the answer chooses; None where none is, or more than one."""
+    """Return the option that the answer chooses; None if it chooses none or several."""
     pattern, option_of = _naming(tuple(options))
     kept: set[str] = set()
     denied: set[str] = set()
-    for sentence in _sentences(answer):
+    sentences = _sentences(answer)
+    declines = any(_REFUSALS.search(sentence) for sentence in sentences)
+    labels = {label for sentence in sentences if not declines and (label := _label(sentence, pattern, option_of))}
+    if len(labels) == 1:
+        return labels.pop()  # "Abnormal. The heart is enlarged, the lungs are normal.": what explains it is not read
+    for sentence in sentences:
         if _REFUSALS.search(sentence):
             if not kept:
                 return None
             continue
-        for clause in _option_clauses(sentence):
-            named, others = _named(clause, pattern, option_of, question)
-            kept |= named
-            denied |= others
-    if len(kept) != 1 and "both" in kept:
+        for part in _EXPLAINED.split(sentence):
+            names = [_named(clause, pattern, option_of, question) for clause in _option_clauses(part)]
+            kept = kept.union(*(named for named, _ in names))
+            denied = denied.union(*(others for _, others in names))
+            if any(named for named, _ in names):
+                break
+    if len(kept) != 1 and (
+        "both" in kept or ("both" in options and len(kept) == 2 and _LEFT_AND_RIGHT.search(folded(answer)))
+    ):
         return "both"
     kept -= denied if len(kept - denied) == 1 else set()
     if len(kept) == 1:
@@ -325,6 +386,19 @@ def _choice(answer: str, options: Sequence[str], question: str) -> str | None:
     return left[0] if not kept and denied and len(left) == 1 else None
 
 
+def _label(sentence: str, pattern: re.Pattern[str], option_of: dict[str, str]) -> str | None:
+    """The option that is all that a sentence says before it explains itself; else None."""
+    clauses = _option_clauses(_EXPLAINED.split(sentence, maxsplit=1)[0])
+    text = " ".join(_canonical(_TOKEN.findall(clauses[0]))) if clauses else ""
+    found = pattern.findall(text)
+    bare = len(found) == 1 and _LABELS.issuperset(pattern.sub(" ", text).split())
+    return option_of[found[0]] if bare else None
+
+
+_LABELS = frozenset(
+    {"the", "a", "an", "it", "is", "this", "answer", "option", "image", "scan", "side", "view", "final"}
+)
+
 _PLAIN_VERDICT = re.compile(r"^(?:yes|no)\b *[,:-]")  # chooses no option and denies none: "No, the patient is male."
 _OPTION_CLAUSES = re.compile(
     r",(?= *(?:(?:not|but|while|whereas|rather|instead|it|this|that)|(?:the )?\w+(?: \w+)? (?:is|are))\b)"
@@ -332,17 +406,37 @@ _OPTION_CLAUSES = re.compile(
 )
 
 
+_AND = re.compile(r"\band (?=(?:the )?\w+(?: \w+)? (?:is|are)\b)")
+_VERB = re.compile(r"\b(?:is|are|shows?|has|have|looks?|appears?)\b")
+
+
 def _option_clauses(sentence: str) -> list[str]:
-    return [clause for clause in _OPTION_CLAUSES.split(_PLAIN_VERDICT.sub("", spelled(sentence))) if clause.strip()]
+    clauses: list[str] = []
+    for clause in _OPTION_CLAUSES.split(_PLAIN_VERDICT.sub("", spelled(sentence))):
+        joint = _AND.search(clause)
+        if joint and _VERB.search(clause[: joint.start()]):  # "the lungs are clear and the heart is enlarged"
+            clauses += [clause[: joint.start()], clause[joint.end() :]]
+        else:
+            clauses.append(clause)
+    return [clause for clause in clauses if clause.strip()]
 
 
-_OPEN_CHOICE = re.compile(r"\b(?:could be|may be|might be|cannot|can not|whether|possibly)\b")
+_OPEN_CHOICE = re.compile(
+    r"\b(?:could be|may be|might be|cannot|can not|whether|possibly)\b"
+    r"|(?<!answer )(?<!choice )\bwould (?:be|appear|look|have|show)\b"  # what another image would show
+)
+_LEFT_AND_RIGHT = re.compile(r"\b(left|right)(?: \w+)? and (?:(?:on )?(?:the )?)?(?!\1)(?:left|right)\b")
+# What explains a choice begins here. It is read only where nothing is chosen before it.
+_EXPLAINED = re.compile(
+    r"\b(?:because|since|given that|due to|where|as (?=(?:the|it|there|this|these|indicated|evidenced|seen|shown)\b))"
+    r"|\((?!\w\))|, as\b(?! (?:well|opposed|compared))"
+)
 
 
 def _named(
     clause: str, pattern: re.Pattern[str], option_of: dict[str, str], question: str
 ) -> tuple[set[str], set[str]]:
-    """The options that a clause names, and those that it denies. A list such as "A or B" names none."""
+    """Return the options that a clause names, and those that it denies; a list such as "A or B" names none."""
     clause = _MORE_THAN_ONE.sub("multiple", clause)
     marked = _canonical(_TOKEN.findall(_THAN.sub("<than>", clause)))
     text = " ".join(marked)
@@ -352,18 +446,30 @@ def _named(
     found = _without_lists(text, found)
     if "<than>" in marked and not _DENYING.search(text):
         found = _of_comparison(text, found, question)
-    if _OPEN_CHOICE.search(clause):
+    if _OPEN_CHOICE.search(clause) or _spares(text, question, option_of):
         return set(), set()
     kept: set[str] = set()
     denied: set[str] = set()
     turned = _turned(text, question, option_of)
-    for start, _, option in found:
-        (denied if bool(_DENYING.search(text[:start])) != turned else kept).add(option)
+    behind = False
+    for place, (start, end, option) in reversed(list(enumerate(found))):
+        after = text[end : found[place + 1][0] if place + 1 < len(found) else None]
+        if place + 1 == len(found) or not _JOINTS.issuperset(after.split()):
+            behind = _DENIED_BEHIND.match(after) is not None  # of "A and B are not seen" A is denied too
+        (denied if (bool(_DENYING.search(text[:start])) != behind) != turned else kept).add(option)
     return kept, denied
 
 
+_DENIED_BEHIND = re.compile(
+    r"(?: (?!(?:and|as|which|that|who|since|when|with|<than>)\b)[\w<>]+){0,3}? "
+    r"(?:(?:is|are|was|were|be|do|does|did|has|have|can|could) not\b|<absent>)"
+    r"| no(?= ,|$)"
+)
+
+
 _MORE_THAN_ONE = re.compile(r"\bmore than (?:one|1)\b")
-_THAN = re.compile(r"\b(?:than|compared (?:to|with)|relative to)\b")
+_SIZES = dict.fromkeys(_LARGER, 1) | dict.fromkeys(_SMALLER, -1)
+_THAN = re.compile(r"\b(?:than|compared (?:to|with)|relative to|followed by)\b")
 _TOKEN = re.compile(r"<\w+>|,|[^\W_]+")
 
 
@@ -393,26 +499,39 @@ def _without_lists(text: str, found: list[tuple[int, int, str]]) -> list[tuple[i
 
 
 def _of_comparison(text: str, found: list[tuple[int, int, str]], question: str) -> list[tuple[int, int, str]]:
-    """Of "A is bigger than B" A, if what is asked for is the bigger one; B, if it is the smaller one."""
+    """Of "A is bigger than B", keep A if the question asks for the bigger one, and B if it asks for the smaller one."""
     at = text.index("<than>")
     asked, said = set(folded_words(question)), set(text[:at].split())
-    turned = bool((asked & _LARGER and said & _SMALLER) or (asked & _SMALLER and said & _LARGER))
+    larger, smaller = bool(asked & _LARGER), bool(asked & _SMALLER)
+    # where the question names both, they are its options, and what is asked for is neither
+    turned = larger != smaller and bool(said & (_SMALLER if larger else _LARGER))
     return [one for one in found if (one[0] > at) == turned]
 
 
+def _spares(text: str, question: str, option_of: dict[str, str]) -> bool:
+    """Does the clause call something normal, where the question is about what is not: "the left side is normal"?"""
+    values = {NORMAL[word] for word in text.split() if word in NORMAL}
+    return (
+        values == {1} and NORMAL.keys().isdisjoint({*folded_words(question), *option_of}) and not _DENYING.search(text)
+    )
+
+
 def _turned(text: str, question: str, option_of: dict[str, str]) -> bool:
-    """Does the clause call an option normal where the question asks for the abnormal one, or the other way round?"""
-    asked = {NORMAL[word] for word in folded_words(question) if word in NORMAL}
-    said = {NORMAL[word] for word in text.split() if word in NORMAL and word not in option_of}
-    return len(asked) == len(said) == 1 and asked != said
+    """Does the clause call an option normal where the question asks for the abnormal one, or smaller for the bigger?"""
+    for values in (NORMAL, {} if "<than>" in text else _SIZES):
+        asked = {values[word] for word in folded_words(question) if word in values}
+        said = {values[word] for word in text.split() if word in values and word not in option_of}
+        if len(asked) == len(said) == 1:
+            return asked != said
+    return False
 
 
 @lru_cache(maxsize=1024)
 def _naming(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
-    """What finds an option in words, and the option that each phrase names.
+    """Return a pattern that finds the options in a text, and the option that each matched phrase names.
 
-    An option is named in full, or by the words that set it apart: "T1" names "T1 weighted" beside "T2 weighted". The
-    longest phrase wins, so "upper left" does not name "left" as well.
+    An option is named in full, or by the words that only it has: "T1" names "T1 weighted" if the other option is "T2
+    weighted". The longest phrase wins, so "upper left" does not name "left" as well.
     """
     option_of: dict[str, str] = {}
     for option in options:
@@ -431,10 +550,10 @@ def _naming(options: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
 
 
 def chosen(answer: str, reference: str, question: str = "") -> str | None:
-    """The option that an answer to a closed question chooses, as words joined by spaces; None where it chooses none.
+    """Return the option that an answer to a closed question chooses, as words joined by spaces; None if there is none.
 
-    The options are yes and no where the reference is one of them, else what `choices` reads from the question and,
-    where that holds nothing like it, the reference.
+    The options are yes and no if the reference is one of them. Otherwise they are what `choices` reads from the
+    question, and the reference too if none of these is like it.
 
     Raises:
         InputError: The reference has no words.
@@ -451,7 +570,7 @@ def chosen(answer: str, reference: str, question: str = "") -> str | None:
 
 @remembered
 def verdict(answer: str, reference: str, question: str = "") -> Literal["right", "wrong", "unparsed"]:
-    """Does the answer choose what the reference chooses? "unparsed" where it chooses nothing: see `chosen`.
+    """Return whether the answer chooses the reference's option; "unparsed" if it chooses none (see `chosen`).
 
     Raises:
         InputError: The reference has no words.
@@ -469,7 +588,7 @@ def verdict(answer: str, reference: str, question: str = "") -> Literal["right",
 
 @remembered
 def _offered(reference: str, question: str) -> tuple[tuple[str, ...], str]:
-    """The options, and which of them is the reference's."""
+    """Return the options, and which of them is the reference's."""
     wanted = " ".join(wanted_words(reference))
     if wanted in ("yes", "no"):
         return ("yes", "no"), wanted

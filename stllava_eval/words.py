@@ -9,7 +9,7 @@ from stllava_eval.errors import InputError
 ARTICLES = frozenset({"a", "an", "the"})
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)}
-# The scores of one question share its words, and questions share references; remembering more would only cost memory.
+# The scores of one question use the same words, and questions share references. A larger cache would only cost memory.
 remembered = lru_cache(maxsize=2048)
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("‘’ʼ´′", "'"))
@@ -18,7 +18,7 @@ _WORD = re.compile(r"\d+(?:\.\d+)*|[^\W\d_][^\W_]*(?:'[^\W_]+)*")
 
 
 def folded(text: str) -> str:
-    """`text` without differences of case, width, ligature, accent or apostrophe; zero-width marks are gone."""
+    """Fold differences of case, width, ligature, accent and apostrophe, and remove zero-width marks."""
     if not text.isascii():
         text = unicodedata.normalize("NFKD", text.translate(_APOSTROPHES)).casefold()
         text = "".join(letter for letter in text if unicodedata.category(letter) not in ("Mn", "Cf"))
@@ -27,15 +27,15 @@ def folded(text: str) -> str:
 
 @remembered
 def folded_words(text: str) -> tuple[str, ...]:
-    """The words that the clean scores compare.
+    """Return the words of a text before plurals are folded; version 1 of the clean scores compares these.
 
     Unicode is folded (NFKD, case, accents, curly apostrophes, µ to μ), number words up to twelve are digits, "a", "an"
-    and "the" are dropped unless nothing else is there. A word is a number with its decimals, or letters and digits
-    that start with a letter, with an apostrophe inside or not; every other mark separates, and so do dashes of any
-    kind. One form for all: "x-ray" is "x ray", "5cm" is "5 cm", "1,000" is "1000".
+    and "the" are dropped unless the text has no other word. A word is a number with its decimals, or letters and digits
+    that start with a letter, with an apostrophe inside or not; every other mark, including dashes of any kind,
+    separates words. So "x-ray" equals "x ray", "5cm" equals "5 cm", and "1,000" equals "1000".
 
-    Not done: plurals (see `singular_words`), synonyms, abbreviations, and Chinese, where a run of characters is one
-    word.
+    Plurals (see `singular_words`), synonyms and abbreviations are not folded. Chinese is not segmented: a run of
+    characters is one word.
 
     >>> folded_words("Two T2‑weighted lesions, 2.5cm: Sjögren’s?")
     ('2', 't2', 'weighted', 'lesions', '2.5', 'cm', "sjogren's")
@@ -46,10 +46,10 @@ def folded_words(text: str) -> tuple[str, ...]:
 
 @remembered
 def singular(word: str) -> str:
-    """An English noun without its plural's ending; another word that ends like one loses the ending too.
+    """Remove the plural ending of an English noun, and of any other word with the same ending.
 
-    Our choice beside Porter's and Snowball's stemmers: on real answers it finds what they find, and it folds nothing
-    but number (docs/metrics.md has the table).
+    We chose this rule over Porter's and Snowball's stemmers: on real answers it gives the same scores, and it folds
+    only singular and plural (docs/metrics.md has the comparison).
 
     >>> [singular(word) for word in ("lungs", "masses", "biopsies", "pelvis", "foci")]
     ['lung', 'mass', 'biopsy', 'pelvis', 'focus']
@@ -79,7 +79,7 @@ _IRREGULAR = {
 
 @remembered
 def singular_words(text: str) -> tuple[str, ...]:
-    """`folded_words` in the singular: the words that the clean open scores compare.
+    """Return `folded_words` in the singular: the words that version 2 of the clean open scores compares.
 
     >>> singular_words("The lungs")
     ('lung',)
@@ -88,16 +88,16 @@ def singular_words(text: str) -> tuple[str, ...]:
 
 
 def wanted_words(reference: str) -> tuple[str, ...]:
-    """The words of a reference.
+    """Return the words of a reference.
 
     Raises:
-        InputError: It has none.
+        InputError: It has no words.
     """
     if wanted := folded_words(reference):
         return wanted
-    raise InputError(f"reference {reference!r}: has no words, so nothing can be right. Leave the question out.")
+    raise InputError(f"reference {reference!r}: it has no words, so no answer can be right. Leave the question out.")
 
 
 def word_set(text: str) -> frozenset[str]:
-    """The words of a text, divided by white space: how the lists of the rules are written down."""
+    """Return the set of words in a text that white space separates, the form in which the rules' lists are written."""
     return frozenset(text.split())

@@ -50,7 +50,7 @@ base_model: {json.dumps(manifest["start"]["name"])}
 ```sh
 lmms-eval --model stllava_med --tasks vqarad,slake,pathvqa --model_args {source}
 ```
-
+{_other_tools(folder)}
 ## Data
 {data}
 {warning}
@@ -72,6 +72,37 @@ Versions: {_plain(versions)}; commit {_plain(str(manifest["commit"]))}.
 """
     with whole_file(folder / CARD) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def left_out_by_peft(folder: Path) -> str:
+    """In words, what plain PEFT and transformers leave out when they load the run in `folder`; empty for nothing.
+
+    They load one adapter on one whole model: of an adapter whose base is an adapter too, they take the whole model
+    below both, and say nothing.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        return ""
+    try:
+        below = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        tower = read_json(folder / "run.json")["start"]["vision_tower"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""
+    if isinstance(below, str) and (Path(below) / "adapter_config.json").is_file():
+        return f"the adapter in {below}"
+    return f"the vision tower in {tower}" if tower else ""
+
+
+def _other_tools(folder: Path) -> str:
+    """How tools that know one adapter on one whole model load the run; empty for a run that is a whole model."""
+    if not (folder / "adapter_config.json").is_file():
+        return ""
+    command = f"stllava-train merge {shlex.quote(_plain(str(folder)))} --out DIR"
+    lost = left_out_by_peft(folder)
+    silently = f" **Without that they leave out {_plain(lost)}, and say nothing.**" if lost else ""
+    return f"""
+It is an adapter, which `stllava-eval` and `stllava-train` load with everything that it builds on. For plain PEFT,
+transformers and servers, first write it as one whole checkpoint: `{command}`.{silently}
+"""
 
 
 def _of_sft(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[str, str, str]:

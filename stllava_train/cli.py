@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import textwrap
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from stllava_eval import __version__
 from stllava_eval.errors import InputError, of_the_disk, printable
 from stllava_eval.home import local, read_bytes
+from stllava_train.card import left_out_by_peft
 
 if TYPE_CHECKING:
     from stllava_train.asking import Asked, Preset
@@ -900,6 +902,13 @@ def _train(arguments: argparse.Namespace, stage: Any, recipe: Any, data: Any) ->
             record_default_checkpoint(arguments.out)
         beside = "losses.jsonl, curves.png, tensorboard and README.md are beside it"
         print(printable(f"{arguments.out}: the checkpoint; {beside}"))
+        if lost := left_out_by_peft(arguments.out):
+            print(
+                printable(
+                    f"{arguments.out}: plain PEFT and transformers leave out {lost}, and say nothing. For them, write "
+                    f"one whole checkpoint: stllava-train merge {shlex.quote(str(arguments.out))} --out DIR"
+                )
+            )
     return 0
 
 

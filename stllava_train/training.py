@@ -612,6 +612,7 @@ def _manifest(work: Work) -> dict[str, Any]:
         "start": {
             "name": work.checkpoint.name,
             "sha256": work.checkpoint.sha256,
+            "weights_sha256": work.checkpoint.weights_sha256,  # compared by whoever loads an adapter
             "vision_tower": tower and _placed(tower),  # read by whoever loads an adapter
         },
         "trained_on": sorted({*work.sets(), *(trained_on(work.checkpoint.name) or ())}),
@@ -730,12 +731,12 @@ def _placed(source: str) -> str:
 
 def _save(trainer: PartsTrainer, work: Work, out: Path) -> None:
     """The checkpoint, with everything that `stllava_med` needs to load it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    if hasattr(model, "peft_config"):
-        model.peft_config["default"].base_model_name_or_path = _placed(work.recipe.start)
     if trainer.is_fsdp_enabled:  # where each GPU saves its share, transformers' `save_model` writes no weights at all
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(out))
     if trainer.accelerator.is_main_process:
+        if (settings := out / "adapter_config.json").is_file():
+            # not before: PEFT would look on the hub for the config.json of a start that is an adapter itself
+            write_json(settings, read_json(settings) | {"base_model_name_or_path": _placed(work.recipe.start)})
         work.checkpoint.processor().save_pretrained(out)
         (out / "training_args.bin").unlink(missing_ok=True)

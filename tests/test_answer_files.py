@@ -52,7 +52,7 @@ def test_answers_that_all_equal_their_references_are_warned_about(prepared, tmp_
 )
 def test_a_line_about_another_question_than_its_id_is_refused(prepared, tmp_path, carried, field):
     rows = [{"id": "test-1-0", "answer": "yes"}, {"id": "test-0-0", "answer": "yes", **carried}]
-    with pytest.raises(InputError, match=rf"a.jsonl:2: {field} of id test-0-0 is .* and the prepared test split has"):
+    with pytest.raises(InputError, match=rf"a.jsonl:2: {field} of id test-0-0 is .* but the prepared test split has"):
         read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
 
 
@@ -129,9 +129,11 @@ def test_unknown_ids_are_refused_with_a_hint_or_left_out_if_asked(prepared, tmp_
 
 
 def test_no_field_that_is_known_names_those_that_are_and_those_that_were_seen(prepared, tmp_path):
-    with pytest.raises(InputError, match=r"no answer. .* known names are answer, .* and the line has id, verdict"):
+    with pytest.raises(
+        InputError, match=r"no answer. .* one of the fields answer, .*; this row has the fields id, verdict"
+    ):
         read_answers(write(tmp_path / "a.jsonl", [{"id": "test-0-0", "verdict": "no"}]), "vqarad")
-    with pytest.raises(InputError, match=r"no id. .* known names are id, question_id, qid, .*number"):
+    with pytest.raises(InputError, match=r"no id. .* one of the fields id, question_id, qid; .*number"):
         read_answers(write(tmp_path / "a.jsonl", [{"number": "test-0-0", "answer": "no"}]), "vqarad")
 
 
@@ -190,8 +192,8 @@ def test_medevalkits_results_have_no_ids_and_score_the_same(shared, home, tmp_pa
     read = read_answers(tmp_path / "results.json", name)
     assert len(read.replies) == {"vqarad": 451, "slake": 1061}[name]
     assert {
-        "vqarad": "26 of 451 rows share both with another image's",
-        "slake": "1033 rows in other languages than English are left out",
+        "vqarad": "26 of 451 rows share both with a row about another image",
+        "slake": "1033 rows in languages other than English are left out",
     }[name] in caplog.text
     kept = [row for row in rows if row.get("lang", "en") == "en"]
     means = {row.metric: row.value for row in score_table(name, read.replies).rows if row.category == "all"}
@@ -214,7 +216,7 @@ def test_rows_without_ids_in_another_order_than_the_splits_are_refused_where_man
     prepare("slake", "test", str(shared / "data" / "slake"))
     rows = [{**row, "response": "x"} for row in official(shared, "slake") if row["lang"] == "en"]
     (tmp_path / "results.json").write_text(json.dumps(rows[::-1]))
-    with pytest.raises(InputError, match="no ids, and 751 of 1061 rows ask a question that several images share"):
+    with pytest.raises(InputError, match="no ids, and 751 of 1061 rows have the same question and reference"):
         read_answers(tmp_path / "results.json", "slake")
 
 
@@ -273,7 +275,7 @@ def test_what_is_no_excel_file_is_refused_in_one_line(prepared, tmp_path, conten
             archive.writestr("xl/worksheets/sheet1.xml", b"<a>" * 10)
         content = packed.getvalue()
     (tmp_path / "a.xlsx").write_bytes(content)
-    with pytest.raises(InputError, match=r"a.xlsx: no Excel file \("):
+    with pytest.raises(InputError, match=r"a.xlsx: not an Excel file \("):
         read_answers(tmp_path / "a.xlsx", "vqarad")
 
 
@@ -281,8 +283,8 @@ def test_what_is_no_excel_file_is_refused_in_one_line(prepared, tmp_path, conten
     ("text", "why"),
     [
         ("id,answer,answer\n1,yes,no\n", "two columns are named 'answer'"),
-        ("id,answer\n1,yes, it is\n", "3 cells, and the first line names 2 columns"),
-        ("id,answer\n1\n", "1 cells, and the first line names 2 columns"),
+        ("id,answer\n1,yes, it is\n", "3 cells, but the first line names 2 columns"),
+        ("id,answer\n1\n", "1 cells, but the first line names 2 columns"),
     ],
 )
 def test_a_table_whose_cells_do_not_fit_its_columns_is_refused(prepared, tmp_path, text, why):
@@ -332,7 +334,7 @@ def test_the_prompt_is_what_the_rows_say(prepared, tmp_path):
     ]
     file = write(tmp_path / "a.jsonl", rows)
     assert read_answers(file, "vqarad").prompt == "short"
-    with pytest.raises(InputError, match="--prompt bare, but by its rows the prompt was short"):
+    with pytest.raises(InputError, match="--prompt bare, but its rows show that the prompt was short"):
         read_answers(file, "vqarad", Reading(prompt="bare"))
     other = [{**row, "prompt": f"You are a doctor. {row['prompt']}"} for row in rows]
     read = read_answers(write(tmp_path / "b.jsonl", other), "vqarad")

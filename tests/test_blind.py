@@ -27,7 +27,7 @@ def test_the_shipped_counts_give_what_the_prepared_training_split_gives(home, sh
     shipped = blind_answers(name)
     assert shipped.answers == prepared.answers  # every baseline, answer by answer
     assert PRIOR in shipped.answers
-    assert ("prepared here" in prepared.note, "come with the package" in shipped.note) == (True, True)
+    assert ("which is prepared" in prepared.note, "that the package ships" in shipped.note) == (True, True)
 
 
 def test_the_shipped_file_is_what_its_command_writes(home, shared):

@@ -48,6 +48,7 @@ CLIP = {
     "patch_size": 14,
     "projection_dim": 16,
 }
+FC1 = r"vision_tower\.vision_model\.encoder\.layers\.0\.mlp\.fc1"  # a pattern of target_modules
 AUTHORS = {ours: theirs for theirs, ours in PROTOTYPE_PARTS.items()}
 
 
@@ -290,10 +291,12 @@ def test_the_authors_lora_stage(full, tmp_path, strays):
     vision = lora({name: one for name, one in names.items() if "vision_model.encoder" in name and one.dim() == 2}, 2, 2)
     file = lora_file(language) | (lora_file(vision) if strays else {})
     settings = {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "base_model_name_or_path": "./full"}
+    settings["target_modules"] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     (stage / "adapter_config.json").write_text(json.dumps(settings))
     torch.save(file, stage / "adapter_model.bin")
     (stage / "Vit-lora").mkdir()
-    (stage / "Vit-lora" / "adapter_config.json").write_text(json.dumps(settings | {"r": 2, "lora_alpha": 6}))
+    of_vit = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]}
+    (stage / "Vit-lora" / "adapter_config.json").write_text(json.dumps(settings | of_vit))
     of_tower = {name.removeprefix("model.vision_tower."): one for name, one in vision.items()}
     torch.save(lora_file(of_tower), stage / "Vit-lora" / "adapter_model.bin")
     trained = {f"base_model.model.{name}": 1.25 * one for name, one in only(names, "mm_projector").items()}
@@ -323,7 +326,7 @@ def test_a_lora_of_the_tower_alone(full, tmp_path):
     folder, _model = full
     vision = lora({"vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": torch.empty(64, 32)}, 2, 3)
     (tmp_path / "Vit-lora").mkdir()
-    settings = {"r": 2, "lora_alpha": 4, "peft_type": "LORA", "task_type": None}
+    settings = {"r": 2, "lora_alpha": 4, "peft_type": "LORA", "task_type": None, "target_modules": FC1}
     (tmp_path / "Vit-lora" / "adapter_config.json").write_text(json.dumps(settings))
     torch.save(lora_file(vision), tmp_path / "Vit-lora" / "adapter_model.bin")
     ((a, b),) = vision.values()
@@ -911,11 +914,15 @@ def stage(full, tmp_path) -> tuple[Path, dict[str, Tensor]]:
     language = {name: names[name] for name in names if re.search(r"layers\.0\.self_attn\.[qv]_proj", name)}
     tensors = lora_file(lora(without(language, "vision"), 4, 1))
     settings = {"r": 4, "lora_alpha": 8, "peft_type": "LORA", "base_model_name_or_path": "./full"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    targets = {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | targets))
     torch.save(tensors, folder / "adapter_model.bin")
+    torch.save({}, folder / "non_lora_trainables.bin")
     tower = {"vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": torch.empty(64, 32)}
     (folder / "Vit-lora").mkdir()
-    (folder / "Vit-lora" / "adapter_config.json").write_text(json.dumps(settings | {"r": 2, "lora_alpha": 4}))
+    (folder / "Vit-lora" / "adapter_config.json").write_text(
+        json.dumps(settings | {"r": 2, "lora_alpha": 4, "target_modules": FC1})
+    )
     torch.save(lora_file(lora(tower, 2, 2)), folder / "Vit-lora" / "adapter_model.bin")
     return folder, tensors
 
@@ -947,6 +954,72 @@ def test_whole_tensors_in_a_lora_file_replace_the_bases(stage, where):
     checkpoint = open_checkpoint(str(folder), prototypes=3)
     assert dict(checkpoint.weights())[name].equal(wanted)
     assert sum(map(len, checkpoint.audit.dropped.values())) > 2
+
+
+@pytest.mark.parametrize("embedding", [True, False])
+def test_the_authors_lora_of_head_and_embedding(stage, embedding):
+    folder, _ = stage
+    tensors = {"base_model.model.lm_head.lora_A.weight": 0.1 * torch.randn(4, 48)}
+    tensors["base_model.model.lm_head.lora_B.weight"] = 0.1 * torch.randn(ROWS, 4)
+    if embedding:
+        stem = "base_model.model.model.embed_tokens.lora_embedding"
+        tensors |= {f"{stem}_A": 0.1 * torch.randn(4, ROWS), f"{stem}_B": 0.1 * torch.randn(48, 4)}
+    torch.save(tensors, folder / "adapter_model.bin")
+    targets = ["lm_head", *(["embed_tokens"] if embedding else [])]
+    settings_of(folder, target_modules=targets, layers_to_transform=None, layers_pattern=None)
+    shutil.rmtree(folder / "Vit-lora")
+    opened = open_checkpoint(str(folder), prototypes=3)
+    assert opened.layout == "authors' LoRA stage on original"
+    ours, plain = dict(opened.weights()), make().state_dict()
+    a, b = (tensors[f"base_model.model.lm_head.lora_{side}.weight"] for side in "AB")
+    assert_same(ours["lm_head.weight"], plain["lm_head.weight"] + 8 / 4 * b @ a)
+    if embedding:
+        a, b = (tensors[f"{stem}_{side}"] for side in "AB")
+        name = "model.language_model.embed_tokens.weight"
+        assert_same(ours[name], plain[name] + 8 / 4 * (b @ a).T)
+
+
+def test_a_stage_without_its_projector_is_refused(stage):
+    folder, _ = stage
+    (folder / "non_lora_trainables.bin").unlink()
+    with pytest.raises(InputError, match=r"no non_lora_trainables\.bin, the projector"):
+        open_checkpoint(str(folder), prototypes=3)
+
+
+@pytest.mark.parametrize("where", ["stage", "projector", "tower"])
+def test_half_a_part_is_not_filled_up_with_the_bases(full, stage, tmp_path, where):
+    """Each of these is whole by itself, and the base has the same part: which half is whose no tensor would show."""
+    folder, model = full
+    projector = only(original_names(model), "mm_projector")
+    tower = write_tower(tmp_path / "other-tower", model)
+    options = {}
+    if where == "stage":
+        source, file = stage[0], stage[0] / "non_lora_trainables.bin"
+        torch.save({f"base_model.model.{key}": value for key, value in projector.items()}, file)
+    elif where == "projector":
+        source, file = folder, tmp_path / "mm_projector.bin"
+        torch.save(projector, file)
+        options = {"projector": str(file)}
+    else:
+        source, file = folder, tower / "pytorch_model.bin"
+        options = {"vision_tower": str(tower)}
+    open_checkpoint(str(source), prototypes=3, **options)
+    tensors = torch.load(file, weights_only=True)
+    (gone,) = (key for key in tensors if key.endswith(("mlp.2.bias", "encoder.layers.2.mlp.fc1.weight")))
+    torch.save({key: value for key, value in tensors.items() if key != gone}, file)
+    with pytest.raises(CheckpointError, match="missing") as error:
+        open_checkpoint(str(source), prototypes=3, **options)
+    assert all(one.startswith(f"{file.name}: model.") for one in error.value.report["missing"])
+
+
+def test_a_folder_of_several_adapters_names_one(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / "named" / name).mkdir(parents=True)
+        (tmp_path / "named" / name / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        InputError, match=rf"adapters in folders of their own: pass one of them, such as {tmp_path}.*/first"
+    ):
+        open_checkpoint(str(tmp_path / "named"))
 
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model.model."])

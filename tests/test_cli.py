@@ -128,7 +128,7 @@ def test_every_launcher_gives_the_answers_of_one_process(prepared, checkpoint, t
         pytest.param(["score", "--task", "slake", "--answers", "{tmp}/deep"], "deep: not JSON", id="nested too deep"),
         pytest.param(["prepare", "vqarad", "--from", "{tmp}"], "{tmp}", id="nothing to prepare from"),
         pytest.param(
-            ["score", "--task", "vqarad", "--answers", "{tmp}/empty"], "no answers of vqarad", id="empty file"
+            ["score", "--task", "vqarad", "--answers", "{tmp}/empty"], "no answers to vqarad", id="empty file"
         ),
         pytest.param(["score", "--task", "vqarad", "--answers", "{tmp}/none"], "cannot be read", id="no file"),
         pytest.param(["leaderboard", "{tmp}"], "is not a run folder", id="no run"),

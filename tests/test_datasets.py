@@ -657,13 +657,13 @@ def slake_with(tmp_path: Path, **change) -> Path:
         ({"answer": {"text": "Lung"}}, "qid 101: answer {'text': 'Lung'} is an object, and not a text"),
         (
             {"answer": NAN},
-            "qid 101: answer is nan, a missing value (pandas reads the word None so, too), and not a text",
+            "qid 101: answer is nan, a missing value (pandas also reads the word None as one), and not a text",
         ),
         ({"answer": None}, "qid 101: no answer"),
         ({"answer": ...}, "qid 101: no answer"),
         ({"answer": True}, "qid 101: answer True is true or false, and not a text"),
         ({"answer": 7}, "qid 101: answer 7 is a number, and not a text"),  # SLAKE has no numbers
-        ({"answer": "x" * 99 + "\ud83d"}, "holds half of a character"),
+        ({"answer": "x" * 99 + "\ud83d"}, "contains half of a surrogate pair"),
         ({"question": ["Is there?", "Is it?"]}, "qid 101: question ['Is there?', 'Is it?'] is a list of 2"),
         ({"question": NAN}, "qid 101: question is nan, a missing value"),
         ({"question": 7}, "qid 101: question 7 is a number, and not a text"),
@@ -775,8 +775,8 @@ def test_rows_with_one_fault_are_named_together(tmp_path, small_slake):
     with pytest.raises(InputError) as refused:
         prepare("slake", "validation", slake_folder(tmp_path, rows=rows))
     assert str(refused.value) == (
-        f"{tmp_path}/slake: 3 broken rows. qid 100; qid 101: answer is nan, a missing value (pandas reads the word "
-        "None so, too), and not a text; qid 102: answer 7 is a number, and not a text. "
+        f"{tmp_path}/slake: 3 broken rows. qid 100; qid 101: answer is nan, a missing value (pandas also reads the "
+        "word None as one), and not a text; qid 102: answer 7 is a number, and not a text. "
         "Correct them, or pass an unchanged copy."
     )
 

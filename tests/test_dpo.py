@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -361,6 +362,138 @@ def test_a_run_leaves_trace_curves_card_and_manifest(small, data, tmp_path):
     assert any("multi_modal_projector" in name for name in changed)
     assert any("vision_tower" in name for name in changed)
     assert not (out / "ref").exists()
+
+
+# --- what a run builds on ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stages(recipe_file, checkpoint, data, tmp_path) -> tuple[Path, Path, Path]:
+    """A base, an adapter on it and an adapter on that one, each in a folder of its own."""
+    base, first, second = (tmp_path / name for name in ("base", "first", "second"))
+    shutil.copytree(checkpoint, base)
+    for start, out in ((base, first), (first, second)):
+        recipe = read_dpo_recipe(str(recipe_file(start=str(start), epochs=0.4)))
+        train(work_of(recipe, data), out, progress=False)
+    return base, first, second
+
+
+def train_again(recipe_file, data: Path, start: Path, out: Path) -> None:
+    """The run in `out`, with another seed."""
+    shutil.rmtree(out)
+    train(work_of(read_dpo_recipe(str(recipe_file(start=str(start), epochs=0.4, seed=5))), data), out, progress=False)
+
+
+def on_other_weights(folder: Path, base: Path) -> str:
+    return rf"{folder}: it was trained on {base} with other weights than {base} has now"
+
+
+def test_an_adapter_is_not_loaded_on_a_start_that_was_trained_again(stages, recipe_file, data, tmp_path, capsys):
+    from stllava_eval.cli import main as evaluate
+    from stllava_train.cli import main
+
+    base, first, second = stages
+    open_checkpoint(str(second))
+    train_again(recipe_file, data, base, first)
+    open_checkpoint(str(first))
+    with pytest.raises(InputError, match=on_other_weights(second, first)) as error:
+        open_checkpoint(str(second))
+    assert "\n" not in str(error.value)
+    recipe = str(recipe_file(start=str(second)))
+    pairs = ["--pairs", str(data / "pairs.jsonl"), "--images", str(data)]
+    for call, arguments in (
+        (main, ["merge", str(second), "--out", str(tmp_path / "merged")]),
+        (main, ["dpo", "--recipe", recipe, *pairs, "--out", str(tmp_path / "third")]),
+        (main, ["candidates", "--checkpoint", str(second), "--images", str(data), "--out", str(tmp_path / "c.jsonl")]),
+        (evaluate, ["convert", str(second), "--out", str(tmp_path / "converted")]),
+    ):
+        capsys.readouterr()
+        assert call(arguments) == 2
+        told = capsys.readouterr().err
+        assert f"{second}: it was trained on {first} with other weights" in told
+        assert "Traceback" not in told
+    assert not any((tmp_path / name).exists() for name in ("merged", "third", "c.jsonl", "converted"))
+
+
+def test_the_harness_does_not_answer_with_an_adapter_on_a_changed_start(stages, recipe_file, data):
+    from stllava_eval.answering import Answerer
+
+    base, first, second = stages
+    train_again(recipe_file, data, base, first)
+    with pytest.raises(InputError, match=on_other_weights(second, first)):
+        Answerer(str(second), device="cpu")
+
+
+def test_a_base_below_an_adapter_below_is_compared_too(stages):
+    from safetensors.torch import load_file, save_file
+
+    base, first, second = stages
+    tensors = load_file(base / "model.safetensors")
+    name = next(name for name in tensors if "mlp.up_proj" in name)
+    save_file(tensors | {name: tensors[name] * 1.5}, base / "model.safetensors", metadata={"format": "pt"})
+    for run in (first, second):
+        with pytest.raises(InputError, match=on_other_weights(first, base)):
+            open_checkpoint(str(run))
+
+
+def test_an_older_run_without_a_hash_of_weights_is_compared_by_the_one_it_has(stages, recipe_file, data):
+    base, first, second = stages
+    manifest = json.loads((second / "run.json").read_text())
+    del manifest["start"]["weights_sha256"]
+    (second / "run.json").write_text(json.dumps(manifest))
+    open_checkpoint(str(second))
+    train_again(recipe_file, data, base, first)
+    with pytest.raises(InputError, match=on_other_weights(second, first)):
+        open_checkpoint(str(second))
+
+
+def test_what_changes_no_weight_of_the_start_is_no_other_start(stages, tmp_path):
+    """Its place, its tokenizer's files and the version of transformers; an adapter has a tokenizer of its own."""
+    base, first, second = stages
+    before = {name: value.clone() for name, value in open_checkpoint(str(second)).weights()}
+    shutil.move(base, tmp_path / "moved")
+    settings = json.loads((first / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "moved")
+    (first / "adapter_config.json").write_text(json.dumps(settings))
+    tokenizer = json.loads((first / "tokenizer_config.json").read_text())
+    (first / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"note": "of another transformers"}))
+    after = dict(open_checkpoint(str(second)).weights())
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_run_on_an_adapter_says_what_plain_peft_leaves_out(stages, recipe_file, data, tmp_path, capsys):
+    """PEFT takes the whole model below both, and loads; what `merge` writes is the network that was trained."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+
+    from stllava_train.cli import main
+
+    base, first, _ = stages
+    third = tmp_path / "third"
+    recipe = str(recipe_file(start=str(first), epochs=0.4))
+    pairs = ["--pairs", str(data / "pairs.jsonl"), "--images", str(data)]
+    assert main(["dpo", "--recipe", recipe, *pairs, "--out", str(third)]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    merge = f"stllava-train merge {third} --out DIR"
+    assert f"leave out the adapter in {first}, and say nothing" in told
+    assert told.endswith(merge)
+    card = (third / "README.md").read_text()
+    assert merge in card
+    assert f"they leave out the adapter in {first}" in card
+    below = (first / "README.md").read_text()
+    assert "stllava-train merge" in below
+    assert "leave out" not in below
+
+    assert main(["merge", str(third), "--out", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").state_dict()
+    ours = dict(open_checkpoint(str(third)).weights())
+    assert all(torch.equal(merged[name], value) for name, value in ours.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(base), third)
+    theirs = plain.merge_and_unload().state_dict()
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert apart((theirs[name], ours[name])) > 100 * FLOAT32
 
 
 def test_the_cache_serves_runs_of_other_settings_and_gives_the_same_bytes(small, data, tmp_path, home):

@@ -104,7 +104,7 @@ def test_reported_rows_are_the_papers_and_only_of_official_data(official, tmp_pa
         scores = found[task, "STLLaVA-Med"].scores
         assert [round(100 * scores[name].value, 2) for name in scores] == list(figures)
         assert all(score.n == 0 and score.low is None for score in scores.values())
-    assert "no share of 272" in found["vqarad", "STLLaVA-Med"].notes["closed_llavamed"]
+    assert "not a whole number of questions" in found["vqarad", "STLLaVA-Med"].notes["closed_llavamed"]
     assert not any(row.kind == "reported" for row in board(runs))
 
 
@@ -200,11 +200,11 @@ def test_closed_figures_are_shares_of_the_official_questions_but_for_the_footnot
 
 def test_a_system_that_was_not_shown_other_images_is_named(prepared, tmp_path):
     runs = [small_run(tmp_path / "a", right)]
-    assert "Not shown other images" in board_text(board(runs))
+    assert "Not run with other images" in board_text(board(runs))
     same = {"checkpoint": {"name": "a", "sha256": "a" * 4, "trained_on": None}}
     for images in ("other", "black"):
         runs.append(small_run(tmp_path / images, right, images=images, **same))
-    assert "Not shown" not in board_text(board(runs))
+    assert "Not run with" not in board_text(board(runs))
 
 
 def test_the_csv_has_a_line_for_each_score_with_what_it_rests_on(prepared, tmp_path):
@@ -349,9 +349,9 @@ def test_rows_and_columns_of_a_board_can_be_chosen(official, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        pytest.param(["--rows", "a,b"], "--rows b: unknown. Rows are a, always", id="row"),
-        pytest.param(["--columns", "recal"], "--columns recal: unknown. Columns are recall_llavamed, ", id="column"),
-        pytest.param(["--columns", "recall,recall"], "comes twice", id="a column twice"),
+        pytest.param(["--rows", "a,b"], "--rows b: unknown. Known names: a; always", id="row"),
+        pytest.param(["--columns", "recal"], "--columns recal: unknown. Known columns: recall_llavamed, ", id="column"),
+        pytest.param(["--columns", "recall,recall"], "appears twice", id="a column twice"),
         pytest.param(["--intervals"], "Pass --out DIR too", id="intervals of nothing"),
         pytest.param(["--rows", 'always "no"', "--no-blind"], '--rows always "no": unknown', id="left out"),
     ],
@@ -378,7 +378,7 @@ def test_a_board_without_blind_rows_says_nothing_of_training_answers(prepared, t
 def test_that_black_images_were_shown_is_known_where_their_row_is_left_out(prepared, tmp_path):
     same = {"checkpoint": {"name": "a", "sha256": "aaaa", "trained_on": None}}
     runs = [small_run(tmp_path / images, right, images=images, **same) for images in ("own", "other", "black")]
-    assert "Not shown" not in board_text(board(runs, blind=False))
+    assert "Not run with" not in board_text(board(runs, blind=False))
 
 
 def test_the_papers_table_is_whole_where_a_set_is_not_prepared(official, tmp_path):
@@ -388,7 +388,7 @@ def test_the_papers_table_is_whole_where_a_set_is_not_prepared(official, tmp_pat
     rows = board([run], ["vqarad", "slake", "pathvqa"], published=True, chosen=["a", "Table 2"])
     of_pathvqa = [row for row in rows if row.task == "pathvqa"]
     assert len(of_pathvqa) == 8
-    assert "pathvqa is not prepared here, so no row is measured and none is image-blind." in board_text(rows)
+    assert "pathvqa is not prepared here, so it has neither measured nor image-blind rows." in board_text(rows)
     assert r"11.92 & 2.72 & 52.90 \\" in board_latex(rows)
     with pytest.raises(InputError, match="pathvqa test is not prepared"):
         board([run], ["vqarad", "pathvqa"])
@@ -421,8 +421,8 @@ def test_the_docs_commands_make_the_papers_table_with_two_measured_rows(official
 @pytest.mark.parametrize(
     ("task", "reason"),
     [
-        ("vqarad_short", "papers report the bare question, and vqarad_short adds a prompt to it"),
-        ("slake", "papers report the official test split, and what is prepared is sample test"),
+        ("vqarad_short", "papers ask the bare question, and vqarad_short adds a prompt to it"),
+        ("slake", "papers report the official test split, and the prepared split is the sample test"),
     ],
 )
 def test_a_board_without_reported_rows_says_why(official, tmp_path, task, reason):
@@ -464,9 +464,9 @@ def test_umed_lvlms_figures_have_columns_of_their_own(official, tmp_path, shared
     assert cells == 6
     text = board_text(rows)
     assert "open_reported" in text
-    assert text.count("compared with none of our scores") == 4
+    assert text.count("compared with any of our scores") == 4
     chosen = board_latex(rows, ("accuracy_open_reported",))
-    assert chosen.count("compared with none of our scores") == 4
+    assert chosen.count("compared with any of our scores") == 4
     assert r"UMed-LVLM~\cite{zhou2025umedlvlm} & 74.9$^{c}$ & 90.4$^{d}$ \\" in chosen
     assert "open_reported" not in board_text(board([small_run(tmp_path / "b", right)]))
 
@@ -574,6 +574,13 @@ def test_a_terminal_board_prints_the_signature_of_each_row(prepared, tmp_path):
     assert f'a: {asked}|max_new_tokens 8|until ["</s>"]\n' in text
     assert f"b: {asked}\n" in text
     assert "versions: recall_llavamed v1, f1_llavamed v1, recall v2" in text
+
+
+def test_the_versions_below_a_board_are_those_of_its_columns(prepared, tmp_path):
+    rows = board([small_run(tmp_path / "a", right)])
+    columns = ("recall_v1", "closed_accuracy")
+    for text in (board_text(rows, columns), board_latex(rows, columns)):
+        assert "versions: recall_v1 v1, closed_accuracy v2\n" in text
 
 
 def test_a_row_is_named_by_the_system_that_was_given(prepared, tmp_path):

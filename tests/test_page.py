@@ -14,6 +14,7 @@ from conftest import png
 from small_runs import always, right, small_run
 
 from stllava_eval import page as pages
+from stllava_eval.cli import main
 from stllava_eval.datasets import Row, write_split
 from stllava_eval.errors import InputError
 from stllava_eval.leaderboard import board
@@ -168,9 +169,24 @@ def test_only_who_answered_the_same_questions_is_ranked(home, tmp_path):
     # two questions of 200 may be missing; on the 198 that all four answered, "equal" has 148 right, "better" 150
     assert of["places"] == {"better": (1, 4), "two lacking": (1, 4), "equal": (3, 4), "worse": (4, 4)}
     assert of["notes"] == [
-        "measured, training not recorded: recall is ranked on the 198 of 200 questions that all answered."
+        "measured, training not recorded, prompt bare: recall is ranked on the 198 of 200 questions that all answered."
     ]
     assert "half" not in of["places"]
+
+
+def test_rows_that_were_asked_with_other_prompts_or_images_are_ranked_apart(prepared, tmp_path):
+    rows = [{"id": "test-0-1", "answer": "a"}, {"id": "test-1-1", "answer": "the left lung"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score = ["score", "--task", "vqarad", "--answers", str(tmp_path / "a.jsonl")]
+    for name, more in {
+        "one": ["--prompt", "bare", "--images", "own"],
+        "two": ["--prompt", "bare", "--images", "own"],
+        "short": ["--prompt", "short", "--images", "own"],
+        "unsaid": ["--prompt", "bare"],
+    }.items():
+        assert main([*score, *more, "--out", str(tmp_path / name)]) == 0
+    places = ranks(board([tmp_path / name for name in ("one", "two", "short", "unsaid")]))["recall"]["places"]
+    assert places == {"one": (1, 2), "two": (1, 2), "short": (1, 1), "unsaid (images not recorded)": (1, 1)}
 
 
 def test_who_learnt_from_the_data_set_is_ranked_apart(prepared, tmp_path):
@@ -382,7 +398,7 @@ def test_reported_rows_are_ordered_but_not_ranked(crowded, browser):
     assert {line[3] for line in reported} == {"-"}  # n
     partial = {line[1].splitlines()[0]: line[0] for line in lines if line[0] == "partial"}
     assert partial == {"some": "partial"}  # it lacks one of six
-    assert "Partial:" in browser.value("document.getElementById('ranking').innerText")
+    assert "A row is partial" in browser.value("document.getElementById('ranking').innerText")
 
 
 @pytest.mark.parametrize("official", [True, False])

@@ -130,13 +130,13 @@ def test_lines_of_other_tasks_are_left_out(prepared, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param("", "no answers of vqarad", id="empty"),
+        pytest.param("", "no answers to vqarad", id="empty"),
         pytest.param('{"id": "1", "answer": "x"}\n{"id"', r"a.jsonl:2: not JSON", id="cut off"),
         pytest.param("[1]", r"a.jsonl item 0: not an object", id="a list"),
         pytest.param('{"answer": "x"}', r"a.jsonl:1: no id", id="no id"),
         pytest.param('{"id": "1"}', r"a.jsonl:1: no answer", id="no answer"),
         pytest.param('{"id": "1", "answer": 3}', r"a.jsonl:1: no answer", id="not text"),
-        pytest.param('{"id": "1", "answer": "x"}\n' * 2, r"1 ids come twice \(1\)", id="twice"),
+        pytest.param('{"id": "1", "answer": "x"}\n' * 2, r"1 ids appear twice \(1\)", id="twice"),
         pytest.param(
             '{"id": "1", "answer": "x"}\n{"id": "2", "answer": "no", "answer": "yes"}',
             r"a.jsonl:2: not JSON \(key 'answer' appears twice: line 1 column 1",

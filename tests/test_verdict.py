@@ -7,12 +7,19 @@ from pathlib import Path
 import pytest
 
 from stllava_eval.metrics import SCORES, choices, chosen, closed_accuracy, closed_accuracy_v1, score, verdict
-from stllava_eval.statements import affirms, stem
-from stllava_eval.verdict import is_refusal, yes_or_no
-from stllava_eval.words import singular
+from stllava_eval.statements import _SPELLINGS, affirms, stem
+from stllava_eval.verdict import _DISCLAIMERS, _REFUSALS, is_refusal, yes_or_no
+from stllava_eval.words import folded, singular
 
 SHARED = Path(os.environ.get("STLLAVA_SHARED") or Path(__file__).parents[2] / "shared")
-READ = [json.loads(line) for line in (Path(__file__).parent / "hand_read_verdicts.jsonl").read_text().splitlines()]
+
+
+def rows_of(file):
+    return [json.loads(line) for line in (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines()]
+
+
+READ = rows_of("hand_read_verdicts.jsonl")
+INDEPENDENT = rows_of("independent_read_verdicts.jsonl")  # by another reader, who had not seen the rules at first
 NO_READING = ("unparsed", "refusal")
 
 
@@ -38,6 +45,90 @@ def test_an_answer_is_read_as_a_person_reads_it(row):
     for option in options:
         expected = "unparsed" if wanted is None else "right" if wanted == option else "wrong"
         assert verdict(row["answer"], option, row["question"]) == expected
+
+
+def test_what_another_reader_wrote_is_never_read_as_its_opposite_and_nothing_undecidable_is_credited():
+    agreed = 0
+    for row in INDEPENDENT:
+        wanted = None if row["reading"] in NO_READING else row["reading"]
+        for option in options_of(row):
+            read = chosen(row["answer"], option, row["question"])
+            assert read in (wanted, None), row
+        agreed += read == wanted
+    assert len({(row["question"], row["answer"]) for row in [*READ, *INDEPENDENT]}) == len(READ) + len(INDEPENDENT)
+    assert agreed >= 0.89 * len(INDEPENDENT)
+
+
+PNEUMOTHORAX, HEART, CT = "Is there a pneumothorax?", "Is the heart enlarged?", "Is this a CT?"
+LEFT, ORGAN = "Is the lesion on the left or right?", "Which organ is abnormal, heart or lung?"
+BIGGER, NEITHER = "Which is bigger in this image, liver or spleen?", "Is this image normal or abnormal?"
+BOTH, MODALITY = "Are both lungs clear?", "Is this an MRI or a CT scan?"
+AP = "Is the heart size in this image smaller or larger than if the image was taken AP?"
+MEDIASTINUM = "Is this image taken above the diaphragm?"
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "reading"),
+    [
+        (PNEUMOTHORAX, "Rather than a pneumothorax, there is an effusion.", "no"),
+        (PNEUMOTHORAX, "There is an effusion instead of a pneumothorax.", "no"),
+        (PNEUMOTHORAX, "This is inconsistent with a pneumothorax.", "no"),
+        (PNEUMOTHORAX, "The previously seen pneumothorax is no longer visible.", "no"),
+        (PNEUMOTHORAX, "I doubt that there is a pneumothorax.", "no"),
+        (PNEUMOTHORAX, "There is no doubt that there is a pneumothorax.", "yes"),
+        (PNEUMOTHORAX, "There is more likely an effusion than a pneumothorax.", None),
+        (PNEUMOTHORAX, "A pneumothorax would show as a lucent area.", None),
+        (HEART, "The heart is hardly enlarged.", None),
+        (HEART, "I think so.", "yes"),
+        (HEART, "I don't think so.", "no"),
+        (HEART, "Indeed, it is.", "yes"),
+        (HEART, "It is very unlikely.", "no"),
+        (CT, "It's an MRI rather than a CT.", "no"),
+        (CT, "MRI", "no"),
+        (CT, "CT, MRI", None),
+        (BOTH, "Only the left lung is clear.", "no"),
+        (BOTH, "The left lung is clear.", None),
+        (BOTH, "The left lung is not clear.", "no"),
+        (BOTH, "Both lungs are clear.", "yes"),
+        ("Is there an effusion on both sides?", "There is an effusion on the left side only.", "no"),
+        (MEDIASTINUM, "The image is at the level of the kidneys, which is below the diaphragm.", None),
+        ("Is the mass homogenous?", "The mass is heterogeneous.", "no"),
+        ("Is the mass homogenous?", "The liver is heterogeneous.", None),
+        ("Is the trachea midline?", "The trachea is deviated.", "no"),
+        ("Is this image normal?", "The heart is normal.", None),
+        ("Is this image abnormal?", "There is no clear evidence of an abnormality.", "no"),
+        ("Is this image normal?", "No clear answer can be given.", None),
+        ("Is this image normal?", "Impression: No acute cardiopulmonary abnormality.", "yes"),
+        ("Is the lung normal?", "The lungs are clear of consolidation.", "yes"),
+        ("Is this image normal?", "The chest X-ray is normal.", "yes"),
+    ],
+)
+def test_a_statement_is_not_read_as_its_opposite(question, answer, reading):
+    assert chosen(answer, "yes", question) == reading
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "reading"),
+    [
+        (LEFT, "The left side is not affected.", "right"),
+        (LEFT, "Left (the right side is normal)", "left"),
+        (LEFT, "The left side is normal.", None),
+        (ORGAN, "The lung is not abnormal.", "heart"),
+        (ORGAN, "The lungs are clear and the heart is enlarged.", "heart"),
+        (ORGAN, "The heart and lungs are normal.", None),
+        (BIGGER, "The spleen is smaller.", "liver"),
+        (BIGGER, "The spleen is not as big as the liver.", "liver"),
+        (AP, "It is smaller than on an AP image.", "smaller"),
+        (AP, "smaller rather than larger", "smaller"),
+        (NEITHER, "Abnormal. The heart is enlarged. The lungs are normal.", "abnormal"),
+        (NEITHER, "Normal. Abnormal.", None),
+        (MODALITY, "It is an MRI because CT would show bone as bright.", "mri"),
+        (MODALITY, "CT. MRI would show more soft tissue contrast.", "ct"),
+        (MODALITY, "I'm sorry, I cannot tell. MRI.", None),
+    ],
+)
+def test_a_choice_is_not_read_as_another(question, answer, reading):
+    assert chosen(answer, choices(question)[0], question) == reading
 
 
 @pytest.mark.parametrize("row", [row for row in READ if row["reading"] == "refusal"], ids=lambda row: row["answer"])
@@ -231,6 +322,63 @@ def test_a_list_of_words_gains_nothing_on_the_official_tests():
         for version in (closed_accuracy, closed_accuracy_v1)
     )
     assert now <= before + 0.005
+
+
+YES_AND_NO = [  # a right answer and its opposite
+    ("Yes.", "No."),
+    ("Yes, it is.", "No, it is not."),
+    ("The answer is yes", "The answer is no"),
+    ("I think so", "I don't think so"),
+    ("Certainly", "Certainly not"),
+    ("**Answer:** Yes", "**Answer:** No"),
+    ("Yes, I can see it.", "No, I cannot see it."),
+    ("Affirmative.", "Negative."),
+    ("Definitely yes.", "Definitely not."),
+    ("Most probably yes.", "Most probably not."),
+    ("I would answer yes to this question.", "I would answer no to this question."),
+]
+OF_A_CHOICE = ["{0}", "It is {0}.", "{0}, not {1}", "The image shows {0}.", "The answer is {0}.", "{0} rather than {1}"]
+OF_A_CHOICE += [
+    "Not {1}, but {0}.",
+    "{0} (not {1})",
+    "It's {0}, because the image shows it.",
+    "Of {1} and {0}, it is {0}.",
+]
+
+
+def test_right_answers_in_many_wordings_are_right_on_the_official_tests_and_their_opposites_wrong():
+    left_out = []
+    for file in ("data/vqarad/testset.json", "data/slake/test.json"):
+        if not (SHARED / file).is_file():
+            pytest.skip(f"{SHARED / file} is absent: put the shared material there or set STLLAVA_SHARED")
+        for row in json.loads((SHARED / file).read_text()):
+            if row["answer_type"].strip() != "CLOSED" or row.get("q_lang", "en") != "en":
+                continue
+            question, reference = row["question"], str(row["answer"]).strip()
+            if reference.lower() in ("yes", "no"):
+                wordings = [pair if reference.lower() == "yes" else pair[::-1] for pair in YES_AND_NO]
+            else:
+                option, options = chosen(reference, reference, question), choices(question)
+                if option not in options:
+                    left_out.append((question, reference))  # the reference is none of the options offered
+                    continue
+                others = [one for one in options if one != option]
+                wordings = [
+                    (form.format(option, other), form.format(other, option)) for form in OF_A_CHOICE for other in others
+                ]
+            for right, wrong in wordings:
+                assert verdict(right, reference, question) == "right", (question, right)
+                assert verdict(wrong, reference, question) == "wrong", (question, wrong)
+    assert left_out == [("Which is bigger in this image, kidney or spleen?", "Liver")]
+
+
+def test_looking_for_letters_first_hides_no_spelling_and_no_refusal():
+    texts = {folded(text) for row in [*READ, *INDEPENDENT] for text in (row["question"], row["answer"])}
+    texts |= {f"there is {needle} and {other}" for one, _, _ in _SPELLINGS for needle in one for other in one}
+    for text in texts:
+        for needles, pattern, _ in _SPELLINGS:
+            assert not pattern.search(text) or any(needle in text for needle in needles)
+        assert is_refusal(text) == bool(_REFUSALS.search(text) or _DISCLAIMERS.search(text))
 
 
 def test_without_a_question_plain_verdicts_alone_are_read():

@@ -33,12 +33,14 @@ from stllava_eval.network.configuration import StllavaMedConfig
 from stllava_eval.network.files import (
     WEIGHT_DTYPES,
     WeightFile,
+    file_sha256,
     has_weights,
     located,
     refused,
     some,
     weight_files,
 )
+from stllava_eval.network.lora import PREFIX, Adapter, Delta, Network, adapter_file, merged, read_updates
 from stllava_eval.network.modeling import StllavaMedForConditionalGeneration
 from stllava_eval.network.processing import (
     MISTRAL_INSTRUCT,
@@ -95,16 +97,6 @@ class Taken:
     rows: int | None = None
 
 
-@dataclass(frozen=True)
-class Delta:
-    """A LoRA update of one weight: weight += scale * B @ A."""
-
-    file: Path
-    key_a: str
-    key_b: str
-    scale: float
-
-
 @dataclass
 class Audit:
     """What became of every tensor in the source and of every parameter of the network."""
@@ -115,6 +107,7 @@ class Audit:
     missing: list[str] = field(default_factory=list)
     left_over: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)  # layers that an adapter targets and has no LoRA for
 
     def problems(self) -> list[str]:
         """Empty for a checkpoint that can be used; else a clause for each kind of fault."""
@@ -122,18 +115,20 @@ class Audit:
             ("missing", self.missing),
             ("left over", self.left_over),
             ("of the wrong shape or type", self.wrong),
+            ("targeted by adapter_config.json and without lora_A and lora_B in its file", self.lacking),
         )
         return [f"{len(found)} {kind} ({some(found)})" for kind, found in kinds if found]
 
 
 @dataclass(frozen=True)
-class _Adapter:
-    """A LoRA: its folder, its file, how its keys are named, and what it is of (`language`, `vision` or `both`)."""
+class _Start:
+    """What an adapter was trained on, `start` in its run.json, and the base and tower that it is loaded on now."""
 
     folder: Path
-    file: Path
-    rename: Callable[[str], str | None]
-    part: str
+    known: Mapping[str, Any]
+    base: Path
+    tower: Path | None
+    transformers: Any  # the version that `known` was written with
 
 
 @dataclass
@@ -144,17 +139,22 @@ class _Draft:
     layout: str
     raw: dict[str, Any]  # config.json: flat in the original layouts, transformers' in the others
     weights: list[tuple[Path, Callable[[str], str | None]]] = field(default_factory=list)  # later ones replace
-    adapters: list[_Adapter] = field(default_factory=list)
+    adapters: list[Adapter] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)  # where tokenizer and preprocessor are looked for, in order
     vision: Path | None = None  # folder of the vision tower, if it is not in the weights
+    starts: list[_Start] = field(default_factory=list)  # of the adapters that `stllava-train` has trained
 
     def add_adapter(self, folder: Path, rename: Callable[[str], str | None], part: str) -> None:
         """A LoRA, and whatever whole tensors lie in its file."""
-        file = _adapter_file(folder)
+        file = adapter_file(folder)
         if any(file.samefile(adapter.file) for adapter in self.adapters):
             raise InputError(f"{folder}: this LoRA is given twice. Leave one of them out.")
-        self.adapters.append(_Adapter(folder, file, rename, part))
-        self.weights.append((file, lambda key: SAVED_ELSEWHERE if ".lora_" in key else rename(key)))
+        self.adapters.append(Adapter(folder, file, rename, part))
+
+        def whole(key: str) -> str | None:  # of a layer with a LoRA, PEFT saves a vocabulary's own weight as base_layer
+            return SAVED_ELSEWHERE if ".lora_" in key else rename(key.replace(".base_layer.", "."))
+
+        self.weights.append((file, whole))
 
     def add_settings(self, raw: Mapping[str, Any]) -> None:
         """What a later stage's config.json says about images; shapes are the base's."""
@@ -207,11 +207,11 @@ class Checkpoint:
                     if taken.file == file:
                         tensor = source.get(taken.key)[: taken.rows] if taken.rows else source.get(taken.key)
                         deltas = self.deltas.get(taken.name, ())
-                        merged = _merged(tensor.reshape(taken.shape), deltas)
-                        if not all(bound.isfinite() for bound in merged.aminmax()):
+                        tensor = merged(tensor.reshape(taken.shape), deltas)
+                        if not all(bound.isfinite() for bound in tensor.aminmax()):
                             what = "overflows with its LoRA" if deltas else "holds numbers that are not finite"
                             raise InputError(f"{file.name}: {taken.key} {what}. Use a sound checkpoint.")
-                        yield taken.name, merged
+                        yield taken.name, tensor
 
     def model(
         self, device: Any = "cpu", dtype: torch.dtype = torch.float32, four_bit: bool = False
@@ -343,11 +343,37 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """Hash of every file that decides the answers, and of what the files do not store."""
-        digest = hashlib.sha256(json.dumps(self.config.to_diff_dict(), sort_keys=True, default=str).encode())
+        return self._hash({})
+
+    def _hash(self, changes: Mapping[str, Any]) -> str:
+        """`sha256` where the configuration has these values."""
+        configuration = self.config.to_diff_dict() | changes
+        digest = hashlib.sha256(json.dumps(configuration, sort_keys=True, default=str).encode())
         for file in self.files:
-            with file.open("rb") as opened:
-                digest.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
         return digest.hexdigest()
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the files of weights and of their configurations: what an adapter on this checkpoint depends on.
+
+        Unlike `sha256` it stays as it is with another version of transformers, another tokenizer, which an adapter has
+        for itself, and another place that an adapter_config.json names for its base.
+        """
+        digest = hashlib.sha256()
+        for file in self.files:
+            if file.name == "adapter_config.json":
+                given = {name: value for name, value in read_json(file).items() if name not in PLACES}
+                digest.update(f"{file.name}\0{json.dumps(given, sort_keys=True)}\n".encode())
+            elif file.name == "config.json" or file.suffix in (".safetensors", ".bin"):
+                digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+        return digest.hexdigest()
+
+    def was(self, start: Mapping[str, Any], transformers: Any) -> bool:
+        """Whether this is the checkpoint that a run started from, by what its run.json says of it: `start`."""
+        if "weights_sha256" in start:
+            return start["weights_sha256"] == self.weights_sha256
+        return start.get("sha256") in (self.sha256, self._hash({"transformers_version": transformers}))
 
     def report(self) -> dict[str, Any]:
         """The audit as JSON."""
@@ -413,7 +439,26 @@ def open_checkpoint(
         files = {adapter.file for adapter in replaced}
         draft.weights = [(file, rename) for file, rename in draft.weights if file not in files]
         draft.add_adapter(folder, _flat_name, "vision")
-    return _check(source, draft, prototypes, iterations)
+    checkpoint = _check(source, draft, prototypes, iterations)
+    for start in draft.starts:
+        _check_start(start)
+    return checkpoint
+
+
+def _check_start(start: _Start) -> None:
+    """Whether an adapter's base is what it was trained on: on other weights it is another network.
+
+    Raises:
+        InputError: It is not.
+    """
+    tower = str(start.tower) if start.tower else None
+    now = _check(str(start.base), _read(start.base, str(start.base), vision_tower=tower), None, None)
+    if not now.was(start.known, start.transformers):
+        raise InputError(
+            f"{start.folder}: it was trained on {start.known.get('name')} with other weights than {start.base} has now "
+            f"(sha256 {str(start.known['sha256'])[:16]} in its run.json, now {now.sha256[:16]}). Put the weights of "
+            "then back, or train it again."
+        )
 
 
 def _read(
@@ -478,34 +523,41 @@ def _read_flat(folder: Path, raw: dict[str, Any], base: str | None, above: Seque
 def _read_adapter(folder: Path, base: str | None, above: Sequence[Path]) -> _Draft:
     """A PEFT folder, ours or the authors' LoRA stage, on the checkpoint that it names."""
     named = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    draft = _read(located(named, [folder], "base"), str(named), above=above)
-    if tower := _trained_tower(folder):
-        draft.vision = located(tower, [folder], "vision-tower")
-        draft.weights += [(file, _vision_name) for file in weight_files(draft.vision)]
-    with WeightFile(_adapter_file(folder)) as weights:
-        originals = any(key.startswith("base_model.model.model.layers.") for key in weights.entries)
+    place = located(named, [folder], "base")
+    draft = _read(place, str(named), above=above)
+    manifest = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    start: Any = manifest.get("start")
+    if isinstance(start, dict):
+        if tower := start.get("vision_tower"):
+            draft.vision = located(tower, [folder], "vision-tower")
+            draft.weights += [(file, _vision_name) for file in weight_files(draft.vision)]
+        if isinstance(start.get("sha256"), str):
+            versions = manifest.get("versions")
+            version = versions.get("transformers") if isinstance(versions, dict) else None
+            draft.starts.append(_Start(folder, start, place, draft.vision if tower else None, version))
     draft.folders.insert(0, folder)
     draft.source = folder
-    if not originals:
-        draft.add_adapter(folder, _same, "both")
+    whole = [folder / name for name in TRAINED_WHOLE if (folder / name).is_file()]
+    with WeightFile(adapter_file(folder)) as weights:
+        of_llava = any(re.match(rf"{PREFIX}model\.(layers|embed_tokens|norm)\.", key) for key in weights.entries)
+        of_head = all(key.startswith(f"{PREFIX}lm_head.") for key in weights.entries)  # has one name in both
+    if not of_llava and not (of_head and draft.original):
+        draft.add_adapter(folder, _adapter_name, "both")
+        draft.weights += [(file, _adapter_name) for file in whole]
         draft.layout = f"adapter on {draft.layout}"
         return draft
     draft.add_adapter(folder, _flat_name, "language")
+    draft.weights += [(file, _flat_name) for file in whole]
     draft.layout = f"authors' LoRA stage on {draft.layout}"
     if (folder / "config.json").is_file():
         draft.add_settings(read_json(folder / "config.json"))
-    if (trained := folder / "non_lora_trainables.bin").is_file():
-        draft.weights.append((trained, _flat_name))
+        if not whole:  # LLaVA's training writes both, and its loader looks for this one too
+            raise InputError(
+                f"{folder}: no non_lora_trainables.bin, the projector that the LoRA was trained with. Copy it too."
+            )
     if (folder / "Vit-lora").is_dir():
         draft.add_adapter(folder / "Vit-lora", _flat_name, "vision")
     return draft
-
-
-def _trained_tower(folder: Path) -> str | None:
-    """The vision tower that `stllava-train sft` trained this adapter on, if it was not the base's own."""
-    manifest = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    start = manifest.get("start")
-    return start.get("vision_tower") if isinstance(start, dict) else None
 
 
 def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int | None) -> Checkpoint:
@@ -527,7 +579,9 @@ def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int |
         _check_configuration(config, found)
         patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         config.image_seq_length = patches + (config.vision_feature_select_strategy == "full")
-        wanted = _parameters(config)
+        network = _network(config)
+    tied = set(network.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items() if name not in tied}
     if config.tie_word_embeddings and "lm_head.weight" in found:
         file, key, *_ = head = found.pop("lm_head.weight")
         if _same_values(head, found.get("model.language_model.embed_tokens.weight")):
@@ -549,8 +603,11 @@ def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int |
         if dtype not in WEIGHT_DTYPES:
             audit.wrong.append(f"{file.name}: {key} is {dtype}, not floating point of 16 bits or more")
         taken.append(Taken(file, key, name, aim, dtype, rows))
-    audit.missing = sorted(set(wanted) - set(found))
-    deltas = _deltas(draft, {name: shape for name, shape in wanted.items() if name in found}, audit)
+    audit.missing = sorted(set(wanted) - set(found)) + _of_two_sources(draft, found)
+    stored = {
+        name: found[name][2] if name in VOCABULARY_ROWS else shape for name, shape in wanted.items() if name in found
+    }
+    deltas = _deltas(draft, Network(stored, dict(network.named_modules()), config.tie_word_embeddings), audit)
     if problems := audit.problems():
         raise CheckpointError(source, draft.layout, problems, audit)
     order = {file: place for place, file in enumerate(dict.fromkeys(file for file, _ in draft.weights))}
@@ -601,6 +658,24 @@ def _named(draft: _Draft, audit: Audit) -> dict[str, tuple[Path, str, tuple[int,
     return found
 
 
+def _of_two_sources(draft: _Draft, found: Mapping[str, tuple]) -> list[str]:
+    """Tensors that the last source of the vision tower or of the projector lacks, and an earlier one has.
+
+    One half of the part would be of one training and the other half of another. Whole tensors in an adapter's file are
+    no such source: PEFT replaces them one by one.
+    """
+    adapters = {adapter.file for adapter in draft.adapters}
+    sources = {file: (file.parent, rename) for file, rename in draft.weights if file not in adapters}
+    order = list(sources.values())
+    lacking = []
+    for part in ("model.vision_tower.", "model.multi_modal_projector."):
+        of = {name: file for name, (file, *_) in found.items() if name.startswith(part) and file in sources}
+        last = max(of.values(), key=lambda file: order.index(sources[file]), default=None)
+        if last is not None:
+            lacking += [f"{last.name}: {name}" for name, file in of.items() if sources[file] != sources[last]]
+    return sorted(lacking)
+
+
 class CheckpointError(InputError):
     """A source whose tensors do not fill the network; `report` lists every one of them."""
 
@@ -616,10 +691,14 @@ class CheckpointError(InputError):
             "missing": audit.missing,
             "left_over": audit.left_over,
             "wrong": audit.wrong,
+            "lacking": audit.lacking,
             "dropped": audit.dropped,
         }
 
 
+# beside an adapter, what was trained whole: of LLaVA's trainer, and of those for transformers' models made after it
+TRAINED_WHOLE = ("non_lora_trainables.bin", "non_lora_state_dict.bin")
+PLACES = ("base_model_name_or_path", "revision")  # in adapter_config.json, of the base
 SAVED_ELSEWHERE = ""  # a name for keys that are read by someone else
 MOST_PADDING = 128  # rows behind a vocabulary; llava-hf has 64 (our choice)
 VOCABULARY_ROWS = ("model.language_model.embed_tokens.weight", "lm_head.weight")
@@ -684,20 +763,34 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _parameters(config: Any) -> dict[str, tuple[int, ...]]:
-    """Shape by name of everything that the network must be given."""
+def _network(config: Any) -> Any:
+    """The network without weights: names and shapes of everything that it must be given."""
     with torch.device("meta"):
-        model = StllavaMedForConditionalGeneration(config)
-    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+        return StllavaMedForConditionalGeneration(config)
+
+
+def _deltas(draft: _Draft, network: Network, audit: Audit) -> dict[str, list[Delta]]:
+    """The updates of every adapter, by weight; an adapter's whole tensors have been taken as weights before."""
+    deltas: dict[str, list[Delta]] = {}
+    has_vision = any(adapter.part == "vision" for adapter in draft.adapters)
+    for adapter in draft.adapters:
+        updates = read_updates(adapter, network, strays_are_copies=has_vision)
+        for name, delta in updates.deltas.items():
+            deltas.setdefault(name, []).append(delta)
+        if updates.strays:
+            audit.dropped.setdefault("copies of the vision tower's own LoRA", []).extend(updates.strays)
+        audit.left_over += updates.left_over
+        audit.wrong += updates.wrong
+        audit.lacking += updates.lacking
+        audit.merged[str(adapter.file)] = len(updates.deltas)
+    return deltas
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
 def _same(key: str) -> str | None:
-    """Our own layout, with or without PEFT's prefix."""
-    key = key.removeprefix("base_model.model.")
+    """Our own layout."""
     return key if key.startswith(("model.", "lm_head.")) else None
 
 
@@ -738,10 +831,16 @@ def _llava_hf_name(key: str) -> str | None:
         (r"(?:language_model\.)?(lm_head\..+)", "{}"),
         (r"language_model\.model\.(.+)", "model.language_model.{}"),
         (r"model\.language_model\.(.+)", "model.language_model.{}"),
+        (r"language_model\.((?:layers|embed_tokens|norm)\..+)", "model.language_model.{}"),  # of the body alone
     ):
         if match := re.fullmatch(pattern, key):
             return ours.format(match[1])
     return None
+
+
+def _adapter_name(key: str) -> str | None:
+    """PEFT's name of a weight of this network or of transformers' LLaVA, whose names changed with 4.52 and with 5."""
+    return _llava_hf_name(key.removeprefix(PREFIX))
 
 
 def _droppable(key: str, rename: Callable[[str], str | None]) -> str | None:
@@ -861,135 +960,6 @@ def _vision_configuration(source: str, draft: _Draft, found: Mapping[str, Any]) 
     raise InputError(
         f"{source}: the shape of its vision tower ({named}) is not known. Pass --vision-tower FOLDER, with config.json."
     )
-
-
-# --- LoRA -------------------------------------------------------------------------------------------------------------
-
-
-def _merged(weight: Tensor, deltas: Sequence[Delta]) -> Tensor:
-    """weight + the sum of scale * B @ A, computed in float32, in weight's dtype."""
-    if not deltas:
-        return weight
-    wide = weight.to(torch.float32, copy=True)
-    for delta in deltas:
-        with WeightFile(delta.file) as adapter:  # what is read of a file stays in memory until it is closed
-            a, b = (adapter.get(key).float() for key in (delta.key_a, delta.key_b))
-            wide.addmm_(b, a, alpha=delta.scale)
-    return wide.to(weight.dtype)
-
-
-def _deltas(draft: _Draft, shapes: Mapping[str, tuple[int, ...]], audit: Audit) -> dict[str, list[Delta]]:
-    """The updates of every adapter, by weight; an adapter's whole tensors have been taken as weights before."""
-    deltas: dict[str, list[Delta]] = {}
-    has_vision = any(adapter.part == "vision" for adapter in draft.adapters)
-    for adapter in draft.adapters:
-        settings = _adapter_settings(adapter.folder)
-        seen: set[str] = set()
-        with WeightFile(adapter.file) as weights:
-            stems: dict[str, dict[str, str]] = {}
-            for key in weights.entries:
-                if match := re.fullmatch(r"(.+)\.lora_(A|B)\.weight", key):
-                    stems.setdefault(match[1], {})[match[2]] = key
-                elif ".lora_" in key:
-                    audit.left_over.append(f"{adapter.file.name}: {key}")
-            for stem, pair in stems.items():
-                name = adapter.rename(f"{stem}.weight") or ""
-                keys = [f"{adapter.file.name}: {key}" for key in pair.values()]
-                stray = adapter.part == "language" and "vision_tower." in stem
-                if stray and has_vision:  # saved there by accident, with a rank that adapter_config.json does not know
-                    audit.dropped.setdefault("copies of the vision tower's own LoRA", []).extend(keys)
-                    continue
-                outside = adapter.part == "vision" and not name.startswith("model.vision_tower.")
-                if stray or outside or name not in shapes or len(pair) < 2 or name in seen:
-                    audit.left_over.extend(keys)
-                    continue
-                seen.add(name)
-                (a, type_a), (b, type_b) = (weights.entries[pair[side]] for side in "AB")
-                rank, scale = settings(stem.removeprefix("base_model.model."))
-                sound = len(a) == len(b) == 2 and {type_a, type_b} <= set(WEIGHT_DTYPES)
-                if not sound or (b[0], a[1]) != shapes[name] or not a[0] == b[1] == rank:
-                    audit.wrong.append(
-                        f"{adapter.file.name}: {stem} is {list(b)} x {list(a)} ({type_a}), "
-                        f"not rank {rank} on {list(shapes[name])}"
-                    )
-                    continue
-                deltas.setdefault(name, []).append(Delta(adapter.file, pair["A"], pair["B"], scale))
-            whole = [key for key in weights.entries if ".lora_" not in key]
-            _check_whole_tensors(adapter.folder, whole)
-            if not weights.entries:
-                raise InputError(f"{adapter.file}: an adapter without tensors. Copy it again.")
-        audit.merged[str(adapter.file)] = len(seen)
-    return deltas
-
-
-# settings of adapter_config.json that do not change what a LoRA adds to a weight, or that are read here
-PLAIN_LORA = {
-    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"),
-    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "lora_dropout"),
-    *("megatron_core", "qalora_group_size", "runtime_config"),
-}
-
-
-def _check_whole_tensors(folder: Path, keys: Sequence[str]) -> None:
-    """Every module that is said to be saved whole has tensors."""
-    for module in read_json(folder / "adapter_config.json").get("modules_to_save") or []:
-        if not any(f".{module}." in key for key in keys):
-            raise InputError(f"{folder}: modules_to_save names {module}, which is not in its file. Copy it again.")
-
-
-def _adapter_settings(folder: Path) -> Callable[[str], tuple[int, float]]:
-    """Rank and scale of the LoRA in `folder`, by module.
-
-    Raises:
-        InputError: It is no plain LoRA, or a number in it is none.
-    """
-    from peft.utils.other import get_pattern_key
-
-    file = folder / "adapter_config.json"
-    given = read_json(file)
-    plain: dict[str, tuple] = {
-        "peft_type": ("LORA",),
-        "bias": ("none", None),
-        "use_rslora": (True, False, None),
-        "init_lora_weights": (True, False, None, "gaussian"),  # others change the base's weights as well
-    }
-    for name, allowed in plain.items():
-        value = given.get(name)
-        if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
-            raise InputError(f"{file}: {name} is {value!r}. Only plain LoRA can be merged.")
-    if changing := sorted(name for name, value in given.items() if value and name not in {*PLAIN_LORA, "bias"}):
-        raise InputError(f"{file}: {changing[0]} is {given[changing[0]]!r}. Only plain LoRA can be merged.")
-    modules = given.get("modules_to_save") or []
-    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
-        raise InputError(f"{file}: modules_to_save is {modules!r}, not a list of names. Copy it again.")
-
-    def number(name: str, value: Any, kind: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e6:
-            raise InputError(f"{file}: {name} is {value!r}, not a number above 0. Copy it again.")
-        return value
-
-    def of(module: str) -> tuple[int, float]:
-        found = []
-        for default, pattern, kind in (("r", "rank_pattern", (int,)), ("lora_alpha", "alpha_pattern", (int, float))):
-            patterns = given.get(pattern) or {}
-            with refused(file, f"{pattern} is not usable"):
-                if not isinstance(patterns, dict):
-                    raise TypeError(f"{patterns!r} is no object")
-                key = get_pattern_key(list(patterns), module)
-                value = patterns[key] if key in patterns else given.get(default)
-            found.append(number(default, value, kind))
-        rank, alpha = found
-        return rank, alpha / (math.sqrt(rank) if given.get("use_rslora") else rank)
-
-    return of
-
-
-def _adapter_file(folder: Path) -> Path:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).is_file():
-            return folder / name
-    raise InputError(f"{folder}: an adapter without adapter_model.safetensors or adapter_model.bin. Copy it again.")
 
 
 # --- tokenizer and deciding files ------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,18 @@ class WeightFile:
         if self._safe is not None:
             self._safe.__exit__(*error)
         del self.get
+
+
+def file_sha256(file: Path) -> str:
+    """sha256 of a file's bytes, read once as long as the file stays as it is: weights are long, and asked for often."""
+    found = file.stat()
+    return _sha256(file, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _sha256(file: Path, *_: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # others need scales
