@@ -197,9 +197,10 @@ def draw_curves(trace: Path, image: Path) -> None:
         if examined:
             _draw_examined(grid[4], grid[5], examined)
     else:
-        axes = figure.add_subplot(2 if examined else 1, 1, 1)
+        panels = figure.subplot_mosaic([["losses", "losses"], ["scores", "words"]] if examined else [["losses"]])
+        axes = panels["losses"]
         if examined:
-            _draw_examined(figure.add_subplot(2, 2, 3), figure.add_subplot(2, 2, 4), examined)
+            _draw_examined(panels["scores"], panels["words"], examined)
         _draw(axes, lines, {"answer_loss": "answers", "question_loss": "questions"}, "loss (nats a token)", 50)
         axes.set_ylim(bottom=0)
     with whole_file(image) as unfinished:
