@@ -117,8 +117,13 @@ def _of_sft(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[
         f"{data}\n\n{counts['conversations']} conversations about {counts['images']} images, {counts['rounds']} "
         f"rounds.\nTokens in the first epoch: {counts['tokens']}, of which are learnt {counts['answer_tokens']} of "
         f"answers and\n{counts['question_tokens']} of questions.",
-        f"{manifest['steps']} steps; nats a token, mean of the first and of the last tenth of the steps:\n"
-        f"answers {_ends(lines, 'answer_loss')}, questions {_ends(lines, 'question_loss')}.",
+        "\n".join(
+            [
+                f"{len(lines)} steps; nats a token, mean of the first and of the last tenth of the steps:",
+                f"answers {_ends(lines, 'answer_loss')}, questions {_ends(lines, 'question_loss')}.",
+                *_kept(manifest),
+            ]
+        ),
     )
 
 
@@ -135,16 +140,7 @@ def _of_dpo(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[
     }
     losses = [f"{len(lines)} steps; mean of the first and of the last tenth of the steps:\n"]
     losses += [f"- {words}: {_ends(lines, name)}" for words, name in shown.items()]
-    if kept := manifest.get("kept"):
-        losses.append(
-            f"\nOn validation questions (mean of open F1 and closed accuracy, x100) the start had "
-            f"{100 * kept['start']:.1f}; kept is step {kept['step']} with {100 * kept['score']:.1f}, the last one had "
-            f"{100 * kept['last']:.1f}."
-        )
-        if kept["score"] <= kept["start"]:
-            losses.append("**No step was better than the start there.**")
-        if kept["stopped"]:
-            losses.append("**Stopped early: closed questions lost their yes or no.**")
+    losses += _kept(manifest)
     return (
         "Stage 2 (`stllava-train dpo`)",
         f"- `{_plain(data['file'])}`: {data['pairs']} pairs, sha256 `{data['sha256'][:16]}`\n\n"
@@ -153,6 +149,23 @@ def _of_dpo(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[
         f"{counts['rejected_tokens']} of rejected answers.",
         "\n".join(losses),
     )
+
+
+def _kept(manifest: dict[str, Any]) -> list[str]:
+    """Lines about the step whose weights were kept, of a run that was evaluated on the way."""
+    kept = manifest.get("kept")
+    if not kept:
+        return []
+    lines = [
+        f"\nOn validation questions (mean of open F1 and closed accuracy, x100) the start had "
+        f"{100 * kept['start']:.1f}; kept is step {kept['step']} with {100 * kept['score']:.1f}, the last one had "
+        f"{100 * kept['last']:.1f}."
+    ]
+    if kept["score"] <= kept["start"]:
+        lines.append("**No step was better than the start there.**")
+    if kept["stopped"]:
+        lines.append("**Stopped early: closed questions lost their yes or no.**")
+    return lines
 
 
 PANELS = (  # of stage 2: (what is on the axis, {key of the trace: label})
@@ -165,28 +178,29 @@ COLOURS = ("#1f5fa8", "#c2571a", "#3c7d3c", "#7a4a99")
 
 
 def draw_curves(trace: Path, image: Path) -> None:
-    """What `losses.jsonl` holds of every step, and its running mean, as a PNG.
+    """What `losses.jsonl` holds of every step, and its running mean, as a PNG; the scores of `evaluations.jsonl` too.
 
     The mean is over a fiftieth of the run in stage 1, and a tenth in stage 2, whose steps are few.
-
-    Of stage 2 the scores of `evaluations.jsonl` beside it too.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = _read(trace)
     paired = "margin" in lines[0]
-    figure = Figure(figsize=(11, 9) if paired else (8, 4.5), dpi=120, layout="constrained")
+    examined = _read(trace.with_name("evaluations.jsonl")) if trace.with_name("evaluations.jsonl").exists() else []
+    figure = Figure(figsize=(11, 9) if paired or examined else (8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     if paired:
-        examined = _read(trace.with_name("evaluations.jsonl")) if trace.with_name("evaluations.jsonl").exists() else []
         grid = figure.subplots(3 if examined else 2, 2).flatten()
         for axes, (unit, named) in zip(grid, PANELS, strict=False):
             _draw(axes, lines, named, unit, 10)
         if examined:
             _draw_examined(grid[4], grid[5], examined)
     else:
-        axes = figure.subplots()
+        panels = figure.subplot_mosaic([["losses", "losses"], ["scores", "words"]] if examined else [["losses"]])
+        axes = panels["losses"]
+        if examined:
+            _draw_examined(panels["scores"], panels["words"], examined)
         _draw(axes, lines, {"answer_loss": "answers", "question_loss": "questions"}, "loss (nats a token)", 50)
         axes.set_ylim(bottom=0)
     with whole_file(image) as unfinished:

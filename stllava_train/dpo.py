@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -27,6 +27,7 @@ from trl import DPOConfig, DPOTrainer
 from stllava_eval.errors import InputError
 from stllava_eval.home import home
 from stllava_train.conversations import ANSWER, Conversation, Encoder, image_file
+from stllava_train.examination import Examination, questions, warn_of_learnt
 from stllava_train.ledger import Ledger
 from stllava_train.pairs import Pair, read_pairs
 from stllava_train.pixels import Pixels
@@ -46,9 +47,6 @@ from stllava_train.training import (
     steps_of,
     trained_model,
 )
-
-if TYPE_CHECKING:
-    from stllava_train.examination import Examination
 
 ATTENTION = "stllava_tree"
 # all but cuDNN's, which makes a plan for every new shape, and every batch has one: on an H200 half of a step's time
@@ -271,8 +269,8 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
     recipe: DpoRecipe
 
     def __init__(self, work: DpoWork, trace: Path, examination: Examination | None, **others: Any) -> None:
-        self.pairs, self.collator, self.examination = work.pairs, work.collator, examination
-        super().__init__(work.recipe, trace, **others)
+        self.pairs, self.collator = work.pairs, work.collator
+        super().__init__(work.recipe, trace, examination, **others)
         if "ref" in getattr(self.model, "peft_config", {}):  # trl's copy of an adapter that adds nothing yet
             self.model.delete_adapter("ref")  # the network without adapters is the reference, and costs less
         self._sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
@@ -381,14 +379,6 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
             "rejected_tokens": rejected / pairs,
         }
 
-    def over(self) -> bool:
-        """Whether the run had been stopped when it was broken off."""
-        return self.examination is not None and self.examination.collapsed
-
-    def ended(self) -> dict[str, Any]:
-        """The weights of the best step take the place of the last one's, where there was an examination."""
-        return self.examination.keep_best(self) if self.examination else {}
-
 
 @contextmanager
 def _trl_behind_transformers() -> Iterator[None]:
@@ -484,10 +474,7 @@ def open_work(
     data = [{"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "pairs": len(pairs)}]
     if steps_of(len(pairs), recipe) == 0:
         raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
-    if recipe.evaluate_on:
-        from stllava_train.examination import questions
-
-        questions(recipe)
+    validation = questions(recipe)  # a split that is missing is named before any work
     shown = []
     for line, pair in enumerate(pairs, 1):
         if (image := image_file(images, pair.image)) is None:
@@ -504,6 +491,7 @@ def open_work(
     collator = Collator(pairs, images, processor, encoder, checkpoint.config.text_config.pad_token_id or 0)
     counts = count(collator, recipe, [one.place for one in shown])
     seen = looked_at(shown, progress) if first_process() else Images([], [], {}, "")
+    warn_of_learnt(validation, set(seen.pixels.values()))
     if broken := seen.broken:
         raise InputError(f"{broken[0]} Put it back, or leave the pair out.")
     for one, pair in zip(shown, pairs, strict=True):
@@ -601,34 +589,25 @@ def make_trainer(
         precompute_ref_log_probs=recipe.reference == "cached" and not adapted,  # then trl makes no second network
     )
     order = plan(groups(work.pairs), recipe)
-    callbacks = listeners(out, "stage 2", {"loss": "loss", "accuracy": "right", "margin": "margin"}, progress, step)
-    examination = None
-    if recipe.evaluate_on:
-        from stllava_train.examination import Examination
-
-        examination = Examination(work, out, step)
-        callbacks.append(examination)
+    shown = {"loss": "loss", "accuracy": "right", "margin": "margin"}
     reference = None
     if recipe.reference == "live" and not adapted:
         dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
         reference = share_beginnings(work.checkpoint.model("cpu", dtype)).requires_grad_(False)
-    trainer = quiet(
+    return quiet(
         DpoTrainer(
             work,
             trace,
-            examination,
+            Examination(work, out, step) if recipe.evaluate_on else None,
             model=share_beginnings(trained_model(work)),
             ref_model=reference,
             args=settings,
             data_collator=work.collator,
             train_dataset=Dataset.from_dict({"place": [place for place, _ in order]}),
             processing_class=work.collator.encoder.tokenizer,
-            callbacks=callbacks,
+            callbacks=listeners(out, "stage 2", shown, progress, step),
         )
     )
-    if examination and trainer.is_fsdp_enabled:
-        raise InputError("evaluate_on: under FSDP the network lies on several devices and cannot answer. Set it to [].")
-    return trainer
 
 
 def report(work: DpoWork) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,12 +22,11 @@ from stllava_eval.answering import Answerer, Question, only_answers
 from stllava_eval.datasets import Row, read_rows
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import whole_file
-from stllava_eval.images import decode
-from stllava_train.recipe import DpoRecipe, check_prepared
-from stllava_train.training import first_process, read_trace
+from stllava_eval.images import decode, pixel_hash
+from stllava_train.recipe import Training, check_prepared
+from stllava_train.training import Work, first_process, read_trace
 
-if TYPE_CHECKING:
-    from stllava_train.dpo import DpoTrainer, DpoWork
+log = logging.getLogger("stllava_train")
 
 MAX_NEW_TOKENS = 256  # our choice: a longer answer is cut, which costs time and no point
 SCORES = {"open": ("recall", "f1", "words"), "closed": ("closed_accuracy", "unparsed", "words")}
@@ -42,17 +43,19 @@ class Examination(TrainerCallback):
     start's by more than the recipe's `stop_unparsed`: a model that has unlearnt to say yes or no.
 
     Args:
-        work: Of the run.
+        work: Of the run, of either stage.
         out: Its folder.
         step: Steps taken before, in a run that goes on.
 
     Raises:
-        InputError: A split is not prepared, or of a run that goes on an evaluation is missing or damaged.
+        InputError: A split is not prepared, or of a run that goes on an evaluation is missing or damaged, or asked
+            other questions.
     """
 
-    def __init__(self, work: DpoWork, out: Path, step: int) -> None:
+    def __init__(self, work: Work, out: Path, step: int) -> None:
         self.work, self.trace, self.folder = work, out / "evaluations.jsonl", out / "checkpoints"
         self.rows = questions(work.recipe)
+        self.in_16_bits = work.recipe.dtype == "bfloat16"  # as in a step: what is trained is held in float32
         self.lines = [line for line in read_trace(self.trace) if line["step"] <= step] if step else []
         every = work.recipe.evaluate_every
         wanted = {0, *range(every, step + 1, every)} if step else set()
@@ -65,6 +68,12 @@ class Examination(TrainerCallback):
             raise InputError(
                 f"{self.trace}: scored by other versions ({', '.join(sorted(others))}) than today's ({VERSIONS}), so "
                 "steps do not compare. Go on with the release that began, or train anew with another --out."
+            )
+        self.asked = _hash(self.rows)
+        if any(line.get("questions", self.asked) != self.asked for line in self.lines):
+            raise InputError(
+                f"{self.trace}: its evaluations asked other questions than the validation splits hold now, so steps do "
+                "not compare. Prepare the splits as they were, or train anew with another --out."
             )
         if first_process():
             with whole_file(self.trace) as unfinished:
@@ -108,8 +117,8 @@ class Examination(TrainerCallback):
         held: list[Any] = [None]
         if first_process():
             policy = _unwrapped(model)
-            with _resting(policy):
-                held[0] = {"step": step, "versions": VERSIONS} | self._scores(policy)
+            with _resting(policy), torch.autocast(policy.device.type, torch.bfloat16, enabled=self.in_16_bits):
+                held[0] = {"step": step, "versions": VERSIONS, "questions": self.asked} | self._scores(policy)
             with self.trace.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(held[0]) + "\n")
         broadcast_object_list(held)
@@ -117,6 +126,16 @@ class Examination(TrainerCallback):
         if step and step == self.best["step"] and first_process():  # a file each: a run may go on from before the last
             with whole_file(self._file(step)) as unfinished:
                 save_file({name: one.detach().cpu().contiguous() for name, one in _trained(model)}, unfinished)
+            self._drop_beaten()
+
+    def _drop_beaten(self) -> None:
+        """Delete kept weights that no run goes on from: in stage 1 each file can be a whole network."""
+        ends = [folder.name.rpartition("-")[2] for folder in self.folder.glob("checkpoint-*")]
+        before = [_best(self.lines, int(end)) for end in ends if end.isdecimal()]
+        needed = {self._file(line["step"]) for line in (self.best, *before) if line}
+        for file in self.folder.glob("best-*.safetensors"):
+            if file not in needed:
+                file.unlink()
 
     def _file(self, step: int) -> Path:
         return self.folder / f"best-{step}.safetensors"
@@ -138,13 +157,15 @@ class Examination(TrainerCallback):
     @property
     def best(self) -> dict[str, Any]:
         """The line of the step that is kept."""
-        return max((line for line in self.lines if line["step"]), key=lambda line: (line["score"], -line["step"]))
+        best = _best(self.lines, self.lines[-1]["step"])
+        assert best is not None
+        return best
 
-    def keep_best(self, trainer: DpoTrainer) -> dict[str, Any]:
+    def keep_best(self, model: Any) -> dict[str, Any]:
         """Load the best step's weights; what it was, for `run.json`."""
-        best = self._best_weights({name for name, _ in _trained(trainer.model)})
+        best = self._best_weights({name for name, _ in _trained(model)})
         with torch.no_grad():
-            for name, parameter in _trained(trainer.model):
+            for name, parameter in _trained(model):
                 parameter.copy_(best[name])
         last, start = self.lines[-1], self.lines[0]
         return {
@@ -166,16 +187,50 @@ class Examination(TrainerCallback):
         return found
 
 
-def questions(recipe: DpoRecipe) -> dict[str, list[Row]]:
+def _best(lines: Sequence[dict[str, Any]], end: int) -> dict[str, Any] | None:
+    """Of the evaluations up to step `end`, the start's left out, the one with the highest score, and the earliest."""
+    of = (line for line in lines if 0 < line["step"] <= end)
+    return max(of, key=lambda line: (line["score"], -line["step"]), default=None)
+
+
+def _hash(rows: Mapping[str, Sequence[Row]]) -> str:
+    """Of everything that decides the scores of the same answers, in 16 hex digits."""
+    asked = [
+        [name, row.id, row.question, row.reference, row.kind, hashlib.sha256(row.image).hexdigest()]
+        for name, of in rows.items()
+        for row in of
+    ]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def questions(recipe: Training) -> dict[str, list[Row]]:
     """Of each validation split, at most so many: open and closed ones in the split's proportion, at least one of each.
 
-    Always the same ones, in the split's order.
+    Always the same ones, in the split's order; none where the recipe evaluates on none.
 
     Raises:
         InputError: A split is not prepared, or lacks a kind.
     """
-    check_prepared(recipe.evaluate_on)
+    check_prepared(recipe.evaluate_on, recipe.command)
     return {name: _drawn(name, recipe.evaluate_questions) for name in recipe.evaluate_on}
+
+
+def warn_of_learnt(rows: Mapping[str, Sequence[Row]], learnt: Collection[str]) -> None:
+    """Warn where images that are asked about are trained on too, a line for each split.
+
+    Args:
+        rows: As `questions` gives them.
+        learnt: `pixel_hash` of each image that is trained on.
+    """
+    for name, of in rows.items():
+        images = {row.image_id: row.image for row in of}
+        both = [image for image, file in images.items() if pixel_hash(decode(file)) in learnt]
+        if both:
+            log.warning(
+                "evaluate_on: %s validation: %d of the %d images that are asked about are trained on, such as %s, so "
+                "its score shows in part what is remembered",
+                *(name, len(both), len(images), both[0]),
+            )
 
 
 def _drawn(name: str, most: int) -> list[Row]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from stllava_eval import __version__
 from stllava_eval.cli import TASKS
+from stllava_eval.datasets import read_manifest
 from stllava_eval.errors import InputError, printable
 from stllava_eval.home import alone, read_json, refuse_file, write_json
 from stllava_train.ledger import read_rows
@@ -105,7 +106,7 @@ class Pipeline:
                     "seed= is that of every stage" if wrong == ["seed"] else "a round starts from the newest checkpoint"
                 )
                 raise InputError(f"{stage}.{wrong[0]}: {where}. Leave it out.")
-        read_recipe(recipe.sft.recipe, recipe.sft.changes)
+        sft = read_recipe(recipe.sft.recipe, recipe.sft.changes)
         dpo = read_dpo_recipe(recipe.dpo.recipe, recipe.dpo.changes)
         if recipe.candidates.recipe not in PRESETS:
             raise InputError(f"candidates.recipe: {recipe.candidates.recipe}: unknown. Choose of {', '.join(PRESETS)}.")
@@ -125,9 +126,10 @@ class Pipeline:
         if out.is_relative_to(images) or images.is_relative_to(out):
             raise InputError(f"--out {self.out}: it lies in {self.images}, or that in it. Choose another folder.")
         images_in(self.images)
-        if dpo.evaluate_on:
-            from stllava_train.examination import questions
+        if sft.evaluate_on or dpo.evaluate_on:
+            from stllava_train.examination import questions  # with torch
 
+            questions(sft)
             questions(dpo)
 
     def run(self) -> int:
@@ -339,7 +341,8 @@ class Pipeline:
     def _settings(self, recipe: Training) -> dict[str, Any]:
         """Where it starts from is known by its weights, not by its name."""
         values = {key: value for key, value in recipe.as_dict().items() if key != "start"}
-        return {"recipe": values, "start": self._checkpoint(recipe.start)}
+        asked = {name: read_manifest(name, "validation").sha256_file for name in recipe.evaluate_on}
+        return {"recipe": values, "start": self._checkpoint(recipe.start), "validation": asked}
 
     def _images_of(self, data: Sequence[Path]) -> str:
         """Of the images that the conversations show."""

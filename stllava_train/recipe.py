@@ -53,6 +53,10 @@ class Training:
         four_bit: Hold the frozen language model in 4 bits (NF4, QLoRA).
         gradient_checkpointing: Compute activations anew in the backward pass: less memory, a third more time.
         save_every: Steps between two checkpoints to resume from.
+        evaluate_on: Prepared validation splits whose questions are asked on the way; none asks nothing.
+        evaluate_every: Steps between two such evaluations; the last step has one too.
+        evaluate_questions: Of each of these splits, drawn by seed, at most.
+        stop_unparsed: Stop where the share of closed answers without a verdict, in [0, 1], has grown by more than this.
     """
 
     command: ClassVar[str]  # which of `stllava-train` it is for, and the folder of ours
@@ -71,6 +75,10 @@ class Training:
     four_bit: bool
     gradient_checkpointing: bool
     save_every: int
+    evaluate_on: tuple[str, ...]
+    evaluate_every: int
+    evaluate_questions: int
+    stop_unparsed: float
     seed: int
     language_model: Part
     vision_tower: Part
@@ -97,6 +105,9 @@ class Training:
         yield "max_grad_norm", self.max_grad_norm, 1e-9, MOST, "more than 0"
         for beta in self.betas:
             yield "betas", beta, *BELOW_1
+        for key in ("evaluate_every", "evaluate_questions"):
+            yield key, getattr(self, key), *COUNT
+        yield "stop_unparsed", self.stop_unparsed, 0, 1, "from 0 to 1"
         yield "seed", self.seed, 0, 2**32 - 1, "from 0 to 4294967295"
         for name, part in self.parts().items():
             if part.train != "frozen":
@@ -116,6 +127,12 @@ class Training:
             return "four_bit: transformers trains in 4 bits beside a LoRA only. Set it to false."
         if {self.language_model.train, self.vision_tower.train} == {"lora", "full"}:
             return "one tower is trained lora and the other full. Choose one way, or freeze one."
+        if unknown := [name for name in self.evaluate_on if name not in SETS]:
+            return f"evaluate_on: {unknown[0]}: unknown. Choose of {', '.join(SETS)}."
+        if len(set(self.evaluate_on)) < len(self.evaluate_on):
+            return "evaluate_on: a split comes twice. Name each once."
+        if self.evaluate_questions < 2:
+            return "evaluate_questions: 1. Ask at least an open and a closed one: 2."
         return None
 
 
@@ -177,10 +194,6 @@ class DpoRecipe(Training):
             arXiv:2409.06411); null and 1 weigh all words alike.
         reference: `cached` computes the reference's log-probabilities once, before the first step, and keeps them for
             any run with the same start, pairs and images; `live` computes them anew in every step.
-        evaluate_on: Prepared validation splits whose questions are asked on the way; none asks nothing.
-        evaluate_every: Steps between two such evaluations; the last step has one too.
-        evaluate_questions: Of each of these splits, drawn by seed, at most.
-        stop_unparsed: Stop where the share of closed answers without a verdict, in [0, 1], has grown by more than this.
     """
 
     command: ClassVar[str] = "dpo"
@@ -192,10 +205,6 @@ class DpoRecipe(Training):
     label_smoothing: float
     ld_alpha: float | None
     reference: Literal["cached", "live"]
-    evaluate_on: tuple[str, ...]
-    evaluate_every: int
-    evaluate_questions: int
-    stop_unparsed: float
 
     def ranges(self) -> Iterator[tuple[str, float, float, float, str]]:
         """See `Training`."""
@@ -205,9 +214,6 @@ class DpoRecipe(Training):
         yield "label_smoothing", self.label_smoothing, 0, math.nextafter(0.5, 0), "0 or more and below 0.5"
         if self.ld_alpha is not None:
             yield "ld_alpha", self.ld_alpha, 0, 1, "from 0 to 1"
-        for key in ("evaluate_every", "evaluate_questions"):
-            yield key, getattr(self, key), *COUNT
-        yield "stop_unparsed", self.stop_unparsed, 0, 1, "from 0 to 1"
         yield from super().ranges()
 
     def contradiction(self) -> str | None:
@@ -220,12 +226,6 @@ class DpoRecipe(Training):
             return "loss_weights: all are 0, so nothing is learnt. Set one to 1."
         if "exo_pair" in self.loss and not self.label_smoothing:
             return "label_smoothing: 0, and exo_pair needs more. Its paper (arXiv:2402.00856) has 0.001."
-        if unknown := [name for name in self.evaluate_on if name not in SETS]:
-            return f"evaluate_on: {unknown[0]}: unknown. Choose of {', '.join(SETS)}."
-        if len(set(self.evaluate_on)) < len(self.evaluate_on):
-            return "evaluate_on: a split comes twice. Name each once."
-        if self.evaluate_questions < 2:
-            return "evaluate_questions: 1. Ask at least an open and a closed one: 2."
         return super().contradiction()
 
 
@@ -270,11 +270,12 @@ class Whole:
     seed: int
 
 
-def check_prepared(evaluate_on: Sequence[str]) -> None:
+def check_prepared(evaluate_on: Sequence[str], command: str) -> None:
     """Raise where a data set's validation split is not prepared; the line says what can be evaluated on instead.
 
     Args:
         evaluate_on: Names of `SETS`.
+        command: Of the stage, `sft` or `dpo`: the key's name in a recipe of all begins with it.
 
     Raises:
         InputError: One is not prepared.
@@ -291,7 +292,7 @@ def check_prepared(evaluate_on: Sequence[str]) -> None:
             ways.append(f"`stllava-eval prepare {name} --sample`")
         run = f"Run {' or '.join(ways)}, or pass" if ways else f"{DATASETS[name].title} has none. Pass"
         can = f"evaluate_on=[{','.join(there)}]"
-        raise InputError(f"evaluate_on: {name} validation is not prepared. {run} {can} (to `all`: dpo.{can}).")
+        raise InputError(f"evaluate_on: {name} validation is not prepared. {run} {can} (to `all`: {command}.{can}).")
 
 
 SETS = ("vqarad", "slake", "pathvqa")

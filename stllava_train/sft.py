@@ -31,6 +31,7 @@ from stllava_train.conversations import (
     in_epoch,
     uniform,
 )
+from stllava_train.examination import Examination, questions, warn_of_learnt
 from stllava_train.pixels import Pixels
 from stllava_train.recipe import Recipe
 from stllava_train.training import (
@@ -172,9 +173,9 @@ class SftTrainer(PartsTrainer, SFTTrainer):
 
     recipe: Recipe
 
-    def __init__(self, recipe: Recipe, conversations: Sequence[Conversation], trace: Path, **others: Any) -> None:
-        self.conversations = conversations
-        super().__init__(recipe, trace, **others)
+    def __init__(self, work: SftWork, trace: Path, examination: Examination | None, **others: Any) -> None:
+        self.conversations = work.conversations
+        super().__init__(work.recipe, trace, examination, **others)
         self._sums = torch.zeros(4, dtype=torch.float64, device=self.args.device)
 
     def compute_loss(
@@ -285,6 +286,7 @@ def open_work(
         )
     if steps_of(len(conversations), recipe) == 0:
         raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
+    validation = questions(recipe)  # a split that is missing is named before any work
     checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
     if recipe.four_bit:
         checkpoint.check_four_bit()
@@ -296,6 +298,7 @@ def open_work(
     length = shlex.join(["--checkpoint", recipe.start, "--max-tokens", str(recipe.max_tokens)])
     counts = count(collator, progress, f"{check} {length}")
     seen = looked_at(conversations, progress) if first_process() else Images([], [], {}, "")
+    warn_of_learnt(validation, set(seen.pixels.values()))
     if broken := seen.broken:
         more = f" ({len(broken) - 1} more: `{check}`)" if len(broken) > 1 else ""
         raise InputError(f"{broken[0]} Put it back, or leave the record out.{more}")
@@ -342,9 +345,9 @@ def make_trainer(
     order = plan([[place] for place in range(len(work.conversations))], work.recipe)
     return quiet(
         SftTrainer(
-            work.recipe,
-            work.conversations,
+            work,
             trace,
+            Examination(work, out, step) if work.recipe.evaluate_on else None,
             model=trained_model(work),
             args=settings,
             data_collator=work.collator,

@@ -30,6 +30,7 @@ from stllava_train.recipe import Training
 
 if TYPE_CHECKING:
     from stllava_eval.network.checkpoint import Checkpoint
+    from stllava_train.examination import Examination
 
 IGNORE = -100
 Maker = Callable[["Any", Path, Path, bool, bool, int], "PartsTrainer"]  # (work, out, trace, progress, wandb, step)
@@ -142,7 +143,11 @@ class PartsTrainer:
     Args:
         recipe: How each part is trained.
         trace: `losses.jsonl`, to which every step adds its line.
+        examination: Asks validation questions on the way, where the recipe evaluates on some.
         others: Of trl's trainer.
+
+    Raises:
+        InputError: There is an examination, and the network is split over devices.
     """
 
     model: Any  # trl's and transformers' types leave these open
@@ -152,11 +157,18 @@ class PartsTrainer:
     optimizer: Any
     train: Any
     save_model: Any
+    add_callback: Any
     is_fsdp_enabled: bool
 
-    def __init__(self, recipe: Training, trace: Path, **others: Any) -> None:
-        self.recipe, self.trace = recipe, trace
+    def __init__(self, recipe: Training, trace: Path, examination: Examination | None, **others: Any) -> None:
+        self.recipe, self.trace, self.examination = recipe, trace, examination
         super().__init__(**others)
+        if examination is not None:
+            if self.is_fsdp_enabled:
+                raise InputError(
+                    "evaluate_on: under FSDP the network lies on several devices and cannot answer. Set it to []."
+                )
+            self.add_callback(examination)
         for parameter in self.model.parameters():
             if parameter.requires_grad:  # 16 bits would swallow most updates of a small learning rate
                 parameter.data = parameter.data.float()
@@ -169,12 +181,15 @@ class PartsTrainer:
         raise NotImplementedError
 
     def over(self) -> bool:
-        """Whether a run that goes on had come to its end before all steps were taken."""
-        return False
+        """Whether the run had been stopped early when it was broken off."""
+        return self.examination is not None and self.examination.collapsed
 
     def ended(self) -> dict[str, Any]:
-        """Called before the weights are saved; what it returns goes into `run.json`."""
-        return {}
+        """The best step's weights take the place of the last one's, where there was an examination.
+
+        Called before the weights are saved; what it returns goes into `run.json`.
+        """
+        return self.examination.keep_best(self.model) if self.examination else {}
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW with a group for each part that is trained, the language model's first."""

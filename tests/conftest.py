@@ -146,6 +146,39 @@ def write_small_sets(images: int = 4, shade: int = 0) -> None:
             )
 
 
+@pytest.fixture
+def validation(home):
+    """Validation splits of two images with an open and a closed question each."""
+    from stllava_eval.datasets import DATASETS, Row, write_split
+
+    write_small_sets()
+
+    for name in ("vqarad", "slake"):
+        rows = [
+            Row(
+                id=f"validation-{image}-{kind}",
+                image=png((200 - 60 * image, 100, 30 + 90 * image)),
+                image_id=f"validation-{image}.png",
+                question=question,
+                reference=reference,
+                kind=kind,
+                categories=dict.fromkeys(DATASETS[name].categories, ""),
+            )
+            for image in range(2)
+            for kind, question, reference in (("open", "What organ is shown?", "lung"), ("closed", "Is it?", "yes"))
+        ]
+        write_split(
+            name,
+            "validation",
+            rows,
+            edition="for tests",
+            official=False,
+            sample=True,
+            source="tests",
+            licence="CC0-1.0",
+        )
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A random LLaVA whose answers depend on the image and the question and end by themselves."""

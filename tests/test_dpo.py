@@ -641,40 +641,6 @@ dist.destroy_process_group()
 # --- evaluations on the way -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def validation(home):
-    """Validation splits of two images with an open and a closed question each."""
-    from conftest import write_small_sets
-
-    write_small_sets()
-    from stllava_eval.datasets import DATASETS, Row, write_split
-
-    for name in ("vqarad", "slake"):
-        rows = [
-            Row(
-                id=f"validation-{image}-{kind}",
-                image=png((200 - 60 * image, 100, 30 + 90 * image)),
-                image_id=f"validation-{image}.png",
-                question=question,
-                reference=reference,
-                kind=kind,
-                categories=dict.fromkeys(DATASETS[name].categories, ""),
-            )
-            for image in range(2)
-            for kind, question, reference in (("open", "What organ is shown?", "lung"), ("closed", "Is it?", "yes"))
-        ]
-        write_split(
-            name,
-            "validation",
-            rows,
-            edition="for tests",
-            official=False,
-            sample=True,
-            source="tests",
-            licence="CC0-1.0",
-        )
-
-
 def test_evaluations_on_the_way_keep_the_best_step(small, data, tmp_path, validation, monkeypatch):
     from stllava_train.examination import Examination
 
@@ -713,6 +679,12 @@ def test_examining_changes_nothing_of_what_is_learnt(small, data, tmp_path, vali
     train(work_of(recipe, data), tmp_path / "with", progress=False)
     one, other = (read_trace(tmp_path / name / "losses.jsonl") for name in ("without", "with"))
     assert one == other
+
+
+def test_a_network_in_16_bits_whose_trained_weights_have_32_answers(small, data, tmp_path, validation):
+    recipe = small(evaluate_on=["slake"], evaluate_every=5, dtype="bfloat16")
+    train(work_of(recipe, data), tmp_path / "run", progress=False)
+    assert [line["step"] for line in read_trace(tmp_path / "run" / "evaluations.jsonl")] == [0, 5]
 
 
 def test_training_stops_where_yes_and_no_are_unlearnt(small, data, tmp_path, validation, monkeypatch):

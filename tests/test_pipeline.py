@@ -1,5 +1,6 @@
 """`all`: which stages are made, skipped, gone on with and made again. The stages themselves are made up here."""
 
+import dataclasses
 import itertools
 import json
 import shlex
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from stllava_eval.datasets import read_rows, write_split
 from stllava_eval.errors import InputError
 from stllava_train import pipeline as module
 from stllava_train.pipeline import Pipeline
@@ -262,7 +264,8 @@ def test_files_that_are_no_images_change_nothing(run):
         ("candidates.seed=9", "candidates.seed: seed= is that of every stage"),
         ("sft.seed=9", "sft.seed: seed= is that of every stage"),
         ("dpo.start=elsewhere", "dpo.start: a round starts from the newest checkpoint"),
-        ("dpo.evaluate_on=[slake]", "slake validation is not prepared"),
+        ("dpo.evaluate_on=[slake]", r"slake validation is not prepared.*to `all`: dpo\.evaluate_on=\[\]"),
+        ("sft.evaluate_on=[slake]", r"slake validation is not prepared.*to `all`: sft\.evaluate_on=\[\]"),
     ],
 )
 def test_what_is_wrong_with_a_later_stage_is_told_before_the_first(run, monkeypatch, change, message):
@@ -270,6 +273,17 @@ def test_what_is_wrong_with_a_later_stage_is_told_before_the_first(run, monkeypa
     with pytest.raises(InputError, match=message):
         pipeline_of(run, change)
     assert not run.out.exists()
+
+
+def test_stage_1_is_made_again_where_the_questions_it_is_chosen_by_have_changed(run, validation, capsys):
+    assert run("sft.evaluate_on=[slake]") == STAGES
+    command = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("$ stllava-train sft"))
+    assert "evaluate_on=[slake]" in shlex.split(command)
+    assert run("sft.evaluate_on=[slake]") == []
+    rows = [dataclasses.replace(row, reference="a heart") for row in read_rows("slake", "validation")]
+    facts = {"edition": "t", "official": False, "sample": True, "source": "t", "licence": "t"}
+    write_split("slake", "validation", rows, **facts)
+    assert run("sft.evaluate_on=[slake]")[0] == "sft"
 
 
 def test_a_run_in_the_folder_of_images_is_refused(run):

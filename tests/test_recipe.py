@@ -442,9 +442,9 @@ def test_a_validation_split_that_cannot_be_had_is_answered_with_what_can(home):
         row = Row("1", png((1, 2, 3)), "a", "Where?", "left", "open", fields)
         write_split(name, split, [row], edition="t", official=not sample, sample=sample, source="t", licence="t")
 
-    def told(*names: str) -> str:
+    def told(*names: str, command: str = "dpo") -> str:
         with pytest.raises(InputError) as refused:
-            check_prepared(names)
+            check_prepared(names, command)
         return str(refused.value)
 
     sets = "vqarad", "slake", "pathvqa"
@@ -463,5 +463,6 @@ def test_a_validation_split_that_cannot_be_had_is_answered_with_what_can(home):
         "DIR` or `stllava-eval prepare pathvqa --sample`, or pass evaluate_on=[slake] (to `all`: "
         "dpo.evaluate_on=[slake])."
     )
-    check_prepared(["slake"])
-    check_prepared([])
+    assert told("vqarad", command="sft").endswith("(to `all`: sft.evaluate_on=[]).")
+    check_prepared(["slake"], "sft")
+    check_prepared([], "sft")

@@ -20,12 +20,16 @@ import yaml
 from conftest import write_checkpoint
 from PIL import Image
 from rounding import FLOAT32, apart, assert_same
+from safetensors.torch import load_file
 
+from stllava_eval.answering import Answerer
+from stllava_eval.datasets import read_rows, write_split
 from stllava_eval.errors import InputError
 from stllava_eval.home import write_json
 from stllava_eval.network.checkpoint import open_checkpoint
 from stllava_train.card import draw_curves, write_card
 from stllava_train.conversations import asked, in_epoch
+from stllava_train.examination import Examination, _means, questions
 from stllava_train.recipe import Recipe, read_recipe
 from stllava_train.sft import SftWork, make_trainer, open_work, report, train
 from stllava_train.training import (
@@ -59,6 +63,10 @@ SMALL = {
     "four_bit": False,
     "gradient_checkpointing": False,
     "save_every": 2,
+    "evaluate_on": [],
+    "evaluate_every": 2,
+    "evaluate_questions": 4,
+    "stop_unparsed": 1.0,
     "seed": 0,
     "language_model": LORA,
     "vision_tower": {**LORA, "rank": 2, "alpha": 4, "learning_rate": 1e-3},
@@ -536,24 +544,25 @@ def test_merging_gives_one_whole_checkpoint(unbroken, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_killed_at_a_random_step_goes_on_exactly(unbroken, data, tmp_path, processes):
-    recipe, whole = unbroken
-    run = tmp_path / "run"
-    at = random.randint(1, 4)
-    process = subprocess.Popen(
-        command(recipe, data, run, processes=processes),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    trace = run / "losses.jsonl"
-    while not (trace.exists() and trace.read_text().count("\n") >= at):
+def killed_at(call: list[str], trace: Path, lines: int) -> None:
+    """Run the command until the trace has so many lines, then kill it with its children."""
+    process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (trace.exists() and trace.read_text().count("\n") >= lines):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.002)
     for one in (*psutil.Process(process.pid).children(recursive=True), process):
         os.kill(one.pid, signal.SIGKILL)
     process.wait()
     process.stderr.close()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_a_random_step_goes_on_exactly(unbroken, data, tmp_path, processes):
+    recipe, whole = unbroken
+    run = tmp_path / "run"
+    at = random.randint(1, 4)
+    trace = run / "losses.jsonl"
+    killed_at(command(recipe, data, run, processes=processes), trace, at)
     again = sft(recipe, data, run, "--resume", processes=processes)
     assert again.returncode == 0, again.stderr
     assert trace.read_bytes() == (whole / "losses.jsonl").read_bytes(), f"killed after step {at}"
@@ -1095,3 +1104,147 @@ def test_a_run_knows_its_data_sets_by_the_ids_that_data_writes():
     ids = ("vqarad-synpic1.jpg", "vqarad-synpic2.jpg", "pathvqa-pathvqa-sample-train-a-1", "pmc-7", "slake-sample.png")
     work = SimpleNamespace(conversations=[SimpleNamespace(id=id) for id in ids])
     assert SftWork.sets(work) == {"vqarad", "pathvqa sample", "slake"}
+
+
+# --- evaluations on the way -----------------------------------------------------------------------------------------
+
+
+def examined(monkeypatch, **planned) -> None:
+    """Evaluations with these figures in their order, `score` or `unparsed`, in place of those that come out."""
+    rows = [dict(zip(planned, figures, strict=True)) for figures in zip(*planned.values(), strict=True)]
+    left, inner = iter(rows), Examination._scores
+    monkeypatch.setattr(Examination, "_scores", lambda self, policy: inner(self, policy) | next(left))
+
+
+@pytest.mark.parametrize(
+    ("parts", "file"),
+    [pytest.param({}, "adapter_model.safetensors", id="lora"), pytest.param(FULL, "model.safetensors", id="full")],
+)
+def test_stage_1_keeps_the_best_step_on_validation_questions(
+    small, data, tmp_path, validation, monkeypatch, parts, file
+):
+    examined(monkeypatch, score=[0.5, 0.7, 0.7, 0.1])
+    out = tmp_path / "run"
+    train(work_of(small(evaluate_on=["vqarad", "slake"], **parts), data), out, progress=False)
+    lines = read_trace(out / "evaluations.jsonl")
+    assert [(line["step"], line["score"]) for line in lines] == [(0, 0.5), (2, 0.7), (4, 0.7), (5, 0.1)]
+    assert all({"f1", "recall", "closed_accuracy", "unparsed", "words"} <= line["vqarad"].keys() for line in lines)
+    kept = json.loads((out / "run.json").read_text())["kept"]
+    assert kept == {"step": 2, "score": 0.7, "start": 0.5, "last": 0.1, "stopped": False}
+    best, saved = load_file(out / "checkpoints" / "best-2.safetensors"), load_file(out / file)
+    names = {name.replace(".default", ""): value for name, value in best.items()}
+    shared = saved.keys() & names.keys()
+    assert len(shared) > 10
+    assert all(torch.equal(saved[name], names[name]) for name in shared)
+    assert "kept is step 2 with 70.0, the last one had 10.0." in (out / "README.md").read_text()
+    with Image.open(out / "curves.png") as picture:
+        assert picture.size == (1320, 1080)  # a panel of scores and one of words more
+
+
+@pytest.mark.parametrize("parts", [{}, FULL], ids=["lora", "full"])
+def test_the_scores_on_the_way_are_those_of_the_checkpoint_that_is_kept(small, data, tmp_path, validation, parts):
+    out = tmp_path / "run"
+    recipe = small(evaluate_on=["slake"], evaluate_every=5, **parts)
+    train(work_of(recipe, data), out, progress=False)
+    kept = read_trace(out / "evaluations.jsonl")[-1]
+    assert kept["step"] == 5
+    assert _means(Answerer(str(out), dtype="float32"), questions(recipe)["slake"]) == pytest.approx(kept["slake"])
+
+
+def test_a_network_in_16_bits_whose_trained_weights_have_32_answers(small, data, tmp_path, validation):
+    recipe = small(evaluate_on=["slake"], evaluate_every=5, dtype="bfloat16")
+    train(work_of(recipe, data), tmp_path / "run", progress=False)
+    assert [line["step"] for line in read_trace(tmp_path / "run" / "evaluations.jsonl")] == [0, 5]
+
+
+def test_evaluations_change_nothing_of_what_stage_1_learns(small, data, tmp_path, validation):
+    dropped = {**LORA, "dropout": 0.3}
+    for name, sets in (("without", []), ("with", ["slake"])):
+        recipe = small(language_model=dropped, evaluate_on=sets, evaluate_every=1)
+        train(work_of(recipe, data), tmp_path / name, progress=False)
+    one, other = ((tmp_path / name / "losses.jsonl").read_bytes() for name in ("without", "with"))
+    assert one == other
+
+
+def test_stage_1_stops_where_yes_and_no_are_unlearnt(small, data, tmp_path, validation, monkeypatch):
+    examined(monkeypatch, unparsed=[0.1, 0.25, 0.31])
+    recipe = small(evaluate_on=["slake"], evaluate_every=1, stop_unparsed=0.2)
+    train(work_of(recipe, data), tmp_path / "run", progress=False)
+    assert [line["step"] for line in read_trace(tmp_path / "run" / "losses.jsonl")] == [1, 2]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["kept"]["stopped"]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Stopped early" in card
+    assert "2 steps; nats a token" in card  # of five
+
+
+def test_a_split_that_stage_1_asks_and_that_is_not_prepared_is_named(small, data, home):
+    with pytest.raises(InputError, match=r"slake validation is not prepared.*to `all`: sft\.evaluate_on=\[\]"):
+        work_of(small(evaluate_on=["slake"]), data)
+
+
+@pytest.fixture
+def evaluated(recipe_file, data, tmp_path, validation):
+    """A finished run with an evaluation every step, and its recipe."""
+    recipe = recipe_file(evaluate_on=["slake"], evaluate_every=1)
+    train(work_of(read_recipe(str(recipe)), data), tmp_path / "whole", progress=False)
+    return recipe, tmp_path / "whole"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_with_evaluations_killed_anywhere_ends_in_the_same_bytes(evaluated, data, tmp_path, processes):
+    """The kill comes just behind a line of the evaluations: its step's weights and checkpoint are not written yet."""
+    recipe, whole = evaluated
+    run = tmp_path / "run"
+    at = random.randint(1, 6)
+    killed_at(command(recipe, data, run, processes=processes), run / "evaluations.jsonl", at)
+    again = sft(recipe, data, run, "--resume", processes=processes)
+    assert again.returncode == 0, again.stderr
+    for name in ("losses.jsonl", "evaluations.jsonl", "adapter_model.safetensors"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), f"{name}, killed after line {at}"
+    kept = [json.loads((one / "run.json").read_text())["kept"] for one in (run, whole)]
+    assert kept[0] == kept[1]
+
+
+def test_the_same_seed_gives_the_same_evaluations(evaluated, data, tmp_path):
+    recipe, whole = evaluated
+    train(work_of(read_recipe(str(recipe)), data), tmp_path / "again", progress=False)
+    for name in ("evaluations.jsonl", "adapter_model.safetensors", "curves.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_run_does_not_go_on_with_other_questions(evaluated, data):
+    recipe, whole = evaluated
+    work = work_of(read_recipe(str(recipe)), data)
+    Examination(work, whole, 4)
+    rows = [dataclasses.replace(row, reference="heart") for row in read_rows("slake", "validation")]
+    facts = {"edition": "t", "official": False, "sample": True, "source": "t", "licence": "t"}
+    write_split("slake", "validation", rows, **facts)
+    with pytest.raises(InputError, match=r"evaluations.jsonl: its evaluations asked other questions than"):
+        Examination(work, whole, 4)
+
+
+def test_weights_of_earlier_best_steps_are_kept_where_a_run_can_go_on_from_them(
+    small, data, tmp_path, validation, monkeypatch
+):
+    examined(monkeypatch, score=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    train(work_of(small(evaluate_on=["slake"], evaluate_every=1), data), tmp_path / "run", progress=False)
+    assert sorted(file.name for file in (tmp_path / "run" / "checkpoints").iterdir() if file.is_file()) == [
+        f"best-{step}.safetensors" for step in (2, 4, 5)
+    ]
+    assert {file.name for file in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")} == {
+        "checkpoint-4",
+        "checkpoint-5",
+    }
+
+
+def test_validation_images_that_are_trained_on_are_counted(small, tmp_path, validation, caplog):
+    row = read_rows("slake", "validation")[0]
+    (tmp_path / "a.png").write_bytes(row.image)
+    turns = [{"from": "human", "value": "<image>\nWhere?"}, {"from": "gpt", "value": "left"}]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([{"id": "a", "image": "a.png", "conversations": turns}]))
+    work_of(small(evaluate_on=["slake"], batch=2), file)
+    assert (
+        f"evaluate_on: slake validation: 1 of the 2 images that are asked about are trained on, such as {row.image_id},"
+        in caplog.text
+    )
