@@ -543,7 +543,8 @@ def _add_pairs(commands: Any) -> None:
 def _pairs(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from stllava_train.pairs import make_pairs, read_published, selected, write_pairs
+    from stllava_train.layouts import read_published
+    from stllava_train.pairs import make_pairs, selected, write_pairs
 
     rule, options = pairs_options(arguments)
     if (arguments.source is None) == (not arguments.files) or len(arguments.files) not in (0, 2):

@@ -27,8 +27,9 @@ from trl import DPOConfig, DPOTrainer
 from stllava_eval.errors import InputError
 from stllava_eval.home import home
 from stllava_train.conversations import ANSWER, Conversation, Encoder, image_file
+from stllava_train.layouts import pairs_to_learn
 from stllava_train.ledger import Ledger
-from stllava_train.pairs import Pair, read_pairs
+from stllava_train.pairs import Pair
 from stllava_train.pixels import Pixels
 from stllava_train.recipe import DpoRecipe
 from stllava_train.training import (
@@ -480,7 +481,7 @@ def open_work(
     from stllava_train.check import Images, looked_at
 
     rows_of(recipe, processes().num_processes)
-    pairs = read_pairs(file)
+    pairs = pairs_to_learn(file, images, progress)
     data = [{"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "pairs": len(pairs)}]
     if steps_of(len(pairs), recipe) == 0:
         raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
