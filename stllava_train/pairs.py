@@ -167,6 +167,28 @@ def check_weights(path: Path, pairs: Sequence[Pair]) -> None:
         raise InputError(f"{path}: the weight of every pair is 0, so nothing would be learnt. Raise some.")
 
 
+def relative_weights(pairs: Sequence[Pair]) -> list[float]:
+    """The weight of each pair divided by the mean weight of them all; none where the pairs have no weights.
+
+    MMedPO (arXiv:2412.06141) multiplies the loss of a pair by its clinical relevance, from 0 to 1, and takes the mean
+    over the batch (`dpo_trainer_weighted.py` in aiming-lab/MMedPO). That the weights are divided by their mean before
+    is our choice: what counts is how they compare, equal weights train as none do, and learning rate and gradient
+    clipping keep their meaning. Over an epoch it is the weighted mean of the losses.
+    """
+    weights = [pair.weight for pair in pairs if pair.weight is not None]
+    mean = math.fsum(weights) / len(weights) if weights else 0.0
+    return [weight / mean for weight in weights]
+
+
+def weights_in_words(pairs: Sequence[Pair]) -> list[str]:
+    """A line about the weights; none where there are none."""
+    weights = [pair.weight for pair in pairs if pair.weight is not None]
+    if not weights:
+        return []
+    mean = math.fsum(weights) / len(weights)
+    return [f"weights from {min(weights):g} to {max(weights):g}; in the loss each is divided by their mean, {mean:.4g}"]
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
