@@ -136,7 +136,8 @@ def read_published(path: Path, images: Path | None, allow_test_images: bool = Fa
     places: dict[str, str] = {}
     for number, (place, record) in enumerate(_records(path), 1):
         pictures = _Pictures()
-        read = _read(place, number, pictures.named(record))
+        empty = [key for key, value in record.items() if value is None] if isinstance(record, dict) else []
+        read = _read(place, number, pictures.named(record), empty)
         if why := read.why or trouble(*read.texts):
             left_out[why] += 1
             continue
@@ -201,9 +202,10 @@ def _is_ours(path: Path) -> bool:
         return True
     try:
         with path.open("rb") as lines:
-            first = loads(lines.readline(2**24))
+            text = lines.readline(2**24)
+        first = loads(text)
     except ValueError:  # an array of JSON over several lines, or no JSON
-        return path.suffix == ".jsonl"
+        return path.suffix == ".jsonl" and not text.lstrip().startswith(b"[")
     except (OSError, RecursionError):
         return True
     return isinstance(first, dict) and "image_sha256" in first
@@ -269,8 +271,8 @@ def _written(image: bytes, name: str, images: Path) -> str:
 # --- a record ---------------------------------------------------------------------------------------------------------
 
 
-def _read(place: str, number: int, record: Any) -> _Read:
-    """What a record says; its pictures have names.
+def _read(place: str, number: int, record: Any, empty: Sequence[str]) -> _Read:
+    """What a record says; its pictures have names, and its keys of null, `empty`, are left out.
 
     Raises:
         InputError: It is of no known layout, or of another form.
@@ -280,6 +282,7 @@ def _read(place: str, number: int, record: Any) -> _Read:
     sides = _sides(record) if isinstance(record, dict) else None
     if sides is None:
         what = f"its keys are {', '.join(record)}"[:200] if isinstance(record, dict) else f"it is {short(record)}"
+        what += f" ({', '.join(empty)} is null)" if empty else ""
         raise InputError(
             f"{place}: {what}: no known layout of pairs. `stllava-train pairs --from` reads {KNOWN}; see "
             "docs/preferences.md. Name the keys image, question, chosen and rejected."
@@ -412,13 +415,19 @@ def _side(place: str, key: str, turns: Any, rest: Row) -> tuple[list[Turn], str 
         raise InputError(f"{place}: {key} is {short(turns)}, not turns of a question and an answer. Mend it.")
     record = rest | {"messages": turns}
     wrong: list[str] = []
-    read = read_turns(record, wrong)
+    # a tag in the text of an answer makes no pair, and `trouble` counts it
+    first, *others = read_turns(record, wrong) or [Turn("", "", 0, ())]
+    read = [first, *(replace(turn, tags=turn.tags - ("<image>" in turn.text)) for turn in others)]
     picture = read_picture(record, read, wrong)
     if not wrong and len(read) % 2:
         wrong.append(f"it ends with turn {len(read)}, a question without an answer. Add the answer.")
     if wrong:
-        raise InputError(f"{place}: {key}: {wrong[0]}")
-    return [replace(turn, text=_plain(turn.text)) for turn in read], picture
+        what = re.sub(r'"held:[0-9a-f]*(?:"|\.\.\.)', "one that it holds", wrong[0])
+        raise InputError(f"{place}: {key}: {what}")
+    return [
+        replace(first, text=_plain(first.text)),
+        *(replace(turn, text=turn.text.strip()) for turn in read[1:]),
+    ], picture
 
 
 def _plain(text: str) -> str:

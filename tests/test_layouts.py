@@ -263,6 +263,7 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         flat | {"chosen": "Right."},
         flat | {"chosen": " "},
         flat | {"question": "Where <image1> is it?"},
+        flat | {"rejected": "<image> Right."},
         flat | {"image": "none.png"},
         LAYOUTS["MMedPO"] | {"rejected_noised": 1},
         LAYOUTS["MMedPO"] | {"rejected_image": "noised/a.png"},
@@ -276,11 +277,12 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         "chosen equals rejected": 1,
         "empty chosen": 1,
         "<image1> in question": 1,
+        "<image> in rejected": 1,
         "the two answers are about two images": 3,
         "image cannot be read": 2,
     }
     with pytest.raises(
-        InputError, match=r"8 of its records make no pair .*empty chosen: 1.*`stllava-train pairs --from"
+        InputError, match=r"9 of its records make no pair .*empty chosen: 1.*`stllava-train pairs --from"
     ):
         pairs_to_learn(file, images, progress=False)
 
@@ -290,6 +292,11 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
     [
         ({"question": "Where?", "answer": "Left."}, "its keys are question, answer: no known layout of pairs."),
         ({"image": "a.png", "chosen": "Where? Left.", "rejected": "Where? Right."}, "no known layout of pairs."),
+        (LAYOUTS["RLAIF-V"] | {"rejected": None}, r"idx \(rejected is null\): no known layout of pairs"),
+        (
+            LAYOUTS["trl, texts"] | {"images": [base64.b64encode(one).decode() for one in (RED, GREEN)]},
+            r"it names 2 pictures \(one that it holds, one that it holds\)",
+        ),
         ([1, 2], r"it is \[1, 2\]: no known layout"),
         (LAYOUTS["trl, messages"] | {"images": ["a.png", "sub/b.png"]}, "prompt|chosen: it names 2 pictures"),
         (LAYOUTS["trl, texts"] | {"images": []}, "holds <image> and the record names no image"),
