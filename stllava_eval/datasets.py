@@ -1048,7 +1048,8 @@ def parquet_rows(source: Any, place: str) -> Iterator[dict[str, Any]]:
         place: For messages.
 
     Raises:
-        InputError: It unpacks to more than `UNPACKED_BYTES`, or to more than `TEXTS_BYTES` beside its column `image`.
+        InputError: It unpacks to more than `UNPACKED_BYTES`, or to more than `TEXTS_BYTES` beside its columns
+            `image`, `images` and the like.
         pyarrow.ArrowException, OSError: It is no parquet file.
     """
     import pyarrow.parquet as pq
@@ -1060,7 +1061,7 @@ def parquet_rows(source: Any, place: str) -> Iterator[dict[str, Any]]:
         left = TEXTS_BYTES
         for batch in file.iter_batches(batch_size=16):  # a value that the file holds once may stand in every row
             columns = zip(batch.schema.names, batch, strict=True)
-            left -= sum(column.nbytes for name, column in columns if name != "image")
+            left -= sum(column.nbytes for name, column in columns if not name.startswith("image"))
             if left < 0:
                 raise InputError(f"{place} holds more than {TEXTS_BYTES:,} bytes beside its images. {REMEDY}.")
             yield from batch.to_pylist()

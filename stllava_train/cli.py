@@ -570,19 +570,27 @@ def _add_pairs(commands: Any) -> None:
         "pairs",
         help="write preference pairs: the chosen and the rejected answer",
         description="Write a pair for every two answers of which the judges prefer one, as JSONL, and for other\n"
-        "trainers. What makes no pair is counted by why. --from reads the published pairs of STLLaVA-Med instead.",
+        "trainers. What makes no pair is counted by why. --from reads pairs of other tools and published ones instead.",
         epilog="examples:\n"
         "  stllava-train pairs runs/a/candidates.jsonl runs/a/judged.jsonl --out runs/a/pairs.jsonl --held-out 0.1\n"
         "  stllava-train pairs runs/a/candidates.jsonl runs/a/judged.jsonl --out runs/b/pairs.jsonl \\\n"
         "    --balance-length --format trl --format llama-factory\n"
-        "  stllava-train pairs --from STLLaVA-Med-DPO.parquet --images data/images --out runs/c/pairs.jsonl",
+        "  stllava-train pairs --from STLLaVA-Med-DPO.parquet --images data/images --out runs/c/pairs.jsonl\n"
+        "  stllava-train pairs --from slake_mmedpo.json --images data/slake/imgs --out runs/d/pairs.jsonl",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     pairs.add_argument(
         "files", nargs="*", type=Path, metavar="CANDIDATES JUDGED", help="what `candidates` and `judge` wrote"
     )
     pairs.add_argument("--out", required=True, type=Path, metavar="FILE", help="NAME.jsonl to write")
-    pairs.add_argument("--from", dest="source", type=Path, metavar="FILE", help="pairs in the authors' JSON or parquet")
+    pairs.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE",
+        help="pairs as JSON, JSONL or parquet, laid out for trl, LLaMA-Factory or ms-swift, or published as RLHF-V, "
+        "RLAIF-V, MMedPO (with weights) or STLLaVA-Med-DPO",
+    )
     pairs.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the candidates')")
     pairs.add_argument(
         "--judge", action="append", default=[], metavar="NAME", help="whose verdicts count (default: all; the majority)"
@@ -619,7 +627,8 @@ def _add_pairs(commands: Any) -> None:
 def _pairs(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from stllava_train.pairs import make_pairs, read_published, selected, write_pairs
+    from stllava_train.layouts import read_published
+    from stllava_train.pairs import make_pairs, selected, write_pairs
 
     rule, options = pairs_options(arguments)
     if (arguments.source is None) == (not arguments.files) or len(arguments.files) not in (0, 2):
@@ -795,7 +804,9 @@ def _add_dpo(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     dpo.add_argument("--recipe", required=True, metavar="R", help="a YAML file, or the name of one of ours")
-    dpo.add_argument("--pairs", required=True, type=Path, metavar="FILE", help="what `stllava-train pairs` wrote")
+    dpo.add_argument(
+        "--pairs", required=True, type=Path, metavar="FILE", help="what `stllava-train pairs` wrote, or reads"
+    )
     dpo.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the pairs' images")
     dpo.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder to write")
     _add_training(dpo)

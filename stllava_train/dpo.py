@@ -12,7 +12,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+<<<<<<< HEAD
 from typing import Any
+=======
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+>>>>>>> layouts
 
 import torch
 from datasets import Dataset
@@ -27,9 +32,13 @@ from trl import DPOConfig, DPOTrainer
 from stllava_eval.errors import InputError
 from stllava_eval.home import home
 from stllava_train.conversations import ANSWER, Conversation, Encoder, image_file
+<<<<<<< HEAD
 from stllava_train.examination import Examination, questions, warn_of_learnt
+=======
+from stllava_train.layouts import pairs_to_learn
+>>>>>>> layouts
 from stllava_train.ledger import Ledger
-from stllava_train.pairs import Pair, read_pairs
+from stllava_train.pairs import Pair, relative_weights, weights_in_words
 from stllava_train.pixels import Pixels
 from stllava_train.recipe import DpoRecipe
 from stllava_train.training import (
@@ -51,6 +60,7 @@ from stllava_train.training import (
 ATTENTION = "stllava_tree"
 # all but cuDNN's, which makes a plan for every new shape, and every batch has one: on an H200 half of a step's time
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+MIXED = ("aot", "aot_unpaired", "bco_pair")  # losses that sort or centre a batch's rewards: no pair has its own
 CHUNK = 64  # our choice: pairs whose reference is computed between two writes to the disk
 
 
@@ -119,13 +129,15 @@ class Collator:
     the first `tokens - rest` see all before them, as in any text, and the others what `tree_mask` (R, 1, rest, tokens)
     says; `pixel_values` (R, 3, side, side), and `places` (2B, width), where each scored row's tokens lie among the
     R * tokens. And `pairs`, (B,) places of the pairs; with a cached reference
-    `ref_chosen_logps` and `ref_rejected_logps`, (B,) nats.
+    `ref_chosen_logps` and `ref_rejected_logps`, (B,) nats; of pairs with weights `weights`, (B,), see
+    `relative_weights`.
     """
 
     def __init__(self, pairs: Sequence[Pair], folder: Path, processor: Any, encoder: Encoder, padding: int) -> None:
         self.pairs, self.folder, self.encoder, self.padding = pairs, folder, encoder, padding
         self.pixels = Pixels(processor.image_processor)
         self.reference: Mapping[int, tuple[float, float]] = {}
+        self.weights = relative_weights(pairs)
         self._encoded: dict[int, tuple[Answered, Answered]] = {}
 
     def encoded(self, place: int) -> tuple[Answered, Answered]:
@@ -153,6 +165,8 @@ class Collator:
         if self.reference:
             known = torch.tensor([self.reference[place] for place in places])
             batch["ref_chosen_logps"], batch["ref_rejected_logps"] = known[:, 0], known[:, 1]
+        if self.weights:
+            batch["weights"] = torch.tensor([self.weights[place] for place in places])
         return batch
 
 
@@ -328,6 +342,7 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
                 for place in chunk[state.process_index :: state.num_processes]:
                     batch = self._prepare_inputs(self.collator([{"place": place}]))
                     batch.pop("pairs")
+                    batch.pop("weights", None)
                     with _trl_behind_transformers():
                         chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, batch)
                     found.append({"id": keys[place], "chosen": chosen.item(), "rejected": rejected.item()})
@@ -340,20 +355,51 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """trl's, in its units.
+        """trl's, in its units; of pairs with weights the mean of weight times loss.
 
         Raises:
             InputError: It is no number; the message names the pairs of the batch.
         """
         places = inputs.pop("pairs").tolist()
+        weights = inputs.pop("weights", None)
         with _trl_behind_transformers():
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if weights is None:
+                loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            else:
+                loss = self._weighted_loss(model, inputs, weights)
         self.refuse(loss, [f"pair {self.pairs[place].id}" for place in places])
         with torch.no_grad():
             chosen, rejected = inputs["completion_mask"].sum(1).chunk(2)
             tokens = [chosen.sum(), rejected.sum(), torch.tensor(len(places), device=chosen.device)]
             self._sums += torch.stack([loss.detach() * len(places), *tokens]).to(self._sums)
         return loss
+
+    def _weighted_loss(self, model: Any, inputs: dict[str, Any], weights: Tensor) -> Tensor:
+        """The mean over the batch of weight times loss, where the loss is trl's of a pair by itself.
+
+        trl takes the mean of the losses inside its method. So the network computes the batch once, and the method is
+        called with each pair's rows of what came out: all of trl's losses and figures hold.
+        """
+        inputs = dict(inputs)
+        if "ref_chosen_logps" not in inputs:
+            reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference
+        scored = ("input_ids", "attention_mask", "completion_mask")
+        known = ("ref_chosen_logps", "ref_rejected_logps")
+        read = {key: value for key, value in inputs.items() if key not in ("completion_mask", *known)}
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        outputs = model(**read, use_cache=False, labels=labels, fused_lm_head=True)
+        whole = {key: value for key, value in vars(outputs).items() if isinstance(value, Tensor) and value.dim() == 2}
+        pairs = len(weights)
+        before, self.precompute_ref_logps = self.precompute_ref_logps, True
+        losses = []
+        for number in range(pairs):
+            rows = [number, pairs + number]
+            of_pair = {key: inputs[key][rows] for key in scored} | {key: inputs[key][[number]] for key in known}
+            answered = SimpleNamespace(**{key: value[rows] for key, value in whole.items()})
+            losses.append(super().compute_loss(lambda answered=answered, **_: answered, of_pair))
+        self.precompute_ref_logps = before
+        return (torch.stack(losses) * weights.to(losses[0])).mean()
 
     def step_record(self, logs: Mapping[str, float]) -> dict[str, Any]:
         """What trl measures of a step, in our words; means over its pairs, log-probabilities in nats an answer.
@@ -470,7 +516,7 @@ def open_work(
     from stllava_train.check import Images, looked_at
 
     rows_of(recipe, processes().num_processes)
-    pairs = read_pairs(file)
+    pairs = pairs_to_learn(file, images, progress)
     data = [{"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "pairs": len(pairs)}]
     if steps_of(len(pairs), recipe) == 0:
         raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
@@ -483,6 +529,11 @@ def open_work(
                 f"{file}:{line}: {pair.id}: its image {name} is not in {images}. Pass their folder with --images."
             )
         shown.append(Conversation(pair.id, image, (), f"{file}:{line}"))
+    if pairs[0].weight is not None and (mixed := [name for name in recipe.loss if name in MIXED]):
+        raise InputError(
+            f"{file}: its pairs have weights, and the loss {mixed[0]} is made of several pairs at once. Choose another "
+            "loss, such as loss=[sigmoid], or take the weights out."
+        )
     checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
     if recipe.four_bit:
         checkpoint.check_four_bit()
@@ -619,6 +670,7 @@ def report(work: DpoWork) -> str:
             f"{counts.pairs} pairs about {counts.images} images; the chosen answer is the longer one in {longer:.0%}",
             f"{counts.tokens} tokens, {counts.shared} with every image and shared beginning once; learnt are "
             f"{counts.chosen_tokens} of chosen and {counts.rejected_tokens} of rejected answers",
+            *weights_in_words(work.pairs),
             f"{work.steps} steps of {recipe.batch} pairs: {recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}",
             *needs(work, counts.longest_tree),
             *([f"{work.test_images} pairs show images of a test split"] if work.test_images else []),

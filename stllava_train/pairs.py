@@ -7,25 +7,22 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import combinations, count
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from stllava_eval.errors import InputError, one_line
-from stllava_eval.home import loads, whole_file
-from stllava_eval.images import decode, opened
+from stllava_eval.errors import InputError
+from stllava_eval.home import whole_file
 from stllava_eval.metrics import folded_words
 from stllava_train.candidates import Candidate
-from stllava_train.conversations import ROLE, SPECIAL, Conversation, image_file, records, uniform
-from stllava_train.data import SUFFIXES, safe_names
+from stllava_train.conversations import ROLE, SPECIAL, image_file, uniform
 from stllava_train.ledger import Ledger, Row, line, read_rows
 from stllava_train.record import tags
 from stllava_train.verdicts import Rule, Verdict, preferences
 
 FORMATS = ("trl", "authors", "llama-factory", "ms-swift")
-PUBLISHED_KEYS = ("chosen_conversations", "reject_conversations")  # authors' train_dpo.py; not "rejected"
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,8 @@ class Pair:
         margin: Score of the chosen less that of the rejected, in points of 10, at least 0; None where no scores are
             known, as in the authors' files.
         judges: Who prefer the chosen, sorted; empty where not known.
+        weight: Of its loss beside those of the file's other pairs, finite and 0 or more, such as MMedPO's clinical
+            relevance from 0 to 1; None where its file has no weights, and all pairs count alike.
     """
 
     id: str
@@ -50,9 +49,16 @@ class Pair:
     rejected: str
     margin: float | None
     judges: tuple[str, ...]
+    weight: float | None = None
 
 
-KEYS = tuple(field.name for field in fields(Pair))
+KEYS = tuple(field.name for field in fields(Pair) if field.name != "weight")
+
+
+def row_of(pair: Pair) -> Row:
+    """The row that a file holds: its keys, and a weight where the pair has one."""
+    row = asdict(pair)
+    return row if pair.weight is not None else {key: row[key] for key in KEYS}
 
 
 @dataclass(frozen=True)
@@ -147,14 +153,47 @@ def read_pairs(path: Path) -> list[Pair]:
         found[pair.id] = pair
     if not found:
         raise InputError(f"{path}: it holds no pair. Pass what `stllava-train pairs` wrote.")
+    check_weights(path, list(found.values()))
     return list(found.values())
+
+
+def check_weights(path: Path, pairs: Sequence[Pair]) -> None:
+    """Raises InputError where some pairs have a weight and others have none, or all weights are 0."""
+    weights = [pair.weight for pair in pairs]
+    if None in weights and any(weight is not None for weight in weights):
+        without = next(pair.id for pair in pairs if pair.weight is None)
+        raise InputError(f"{path}: {without}: it has no weight, and others have one. Give each pair a weight, or none.")
+    if weights and not any(weight is None or weight > 0 for weight in weights):
+        raise InputError(f"{path}: the weight of every pair is 0, so nothing would be learnt. Raise some.")
+
+
+def relative_weights(pairs: Sequence[Pair]) -> list[float]:
+    """The weight of each pair divided by the mean weight of them all; none where the pairs have no weights.
+
+    MMedPO (arXiv:2412.06141) multiplies the loss of a pair by its clinical relevance, from 0 to 1, and takes the mean
+    over the batch (`dpo_trainer_weighted.py` in aiming-lab/MMedPO). That the weights are divided by their mean before
+    is our choice: what counts is how they compare, equal weights train as none do, and learning rate and gradient
+    clipping keep their meaning. Over an epoch it is the weighted mean of the losses.
+    """
+    weights = [pair.weight for pair in pairs if pair.weight is not None]
+    mean = math.fsum(weights) / len(weights) if weights else 0.0
+    return [weight / mean for weight in weights]
+
+
+def weights_in_words(pairs: Sequence[Pair]) -> list[str]:
+    """A line about the weights; none where there are none."""
+    weights = [pair.weight for pair in pairs if pair.weight is not None]
+    if not weights:
+        return []
+    mean = math.fsum(weights) / len(weights)
+    return [f"weights from {min(weights):g} to {max(weights):g}; in the loss each is divided by their mean, {mean:.4g}"]
 
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_inside(value: Any) -> bool:
+def is_inside(value: Any) -> bool:
     """Whether it names a file that lies in the folder it is relative to."""
     if not isinstance(value, str) or value == "" or "\0" in value:
         return False
@@ -168,7 +207,7 @@ def _is_margin(value: Any) -> bool:
 # What a row holds -> whether a value is right, and what would be
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "id": (lambda value: isinstance(value, str) and value != "", "a text"),
-    "image": (_is_inside, "a file's name relative to the folder of images"),
+    "image": (is_inside, "a file's name relative to the folder of images"),
     "image_sha256": (
         lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)),
         "64 hex digits",
@@ -178,6 +217,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rejected": (_is_text, "a text"),
     "margin": (_is_margin, "a number from 0 on, or null"),
     "judges": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of names"),
+    "weight": (_is_margin, "a number from 0 on"),
 }
 
 
@@ -187,13 +227,13 @@ def pair_of(row: Row) -> Pair:
     Raises:
         ValueError: It is none; the message says why.
     """
-    form = f"A pair has {', '.join(KEYS)}; see docs/data.md."
+    form = f"A pair has {', '.join(KEYS)}; see docs/data.md. `stllava-train pairs --from` reads other layouts."
     if missing := [key for key in KEYS if key not in row]:
         raise ValueError(f"no {missing[0]}. {form}")
-    if others := [key for key in row if key not in KEYS]:
+    if others := [key for key in row if key not in CHECKS]:
         raise ValueError(f"{others[0]} is no key of a pair. {form}")
     for key, (is_right, right) in CHECKS.items():
-        if not is_right(row[key]):
+        if key in row and not is_right(row[key]):
             raise ValueError(f"{key} is {json.dumps(row[key])[:60]}, not {right}. Mend the line, or delete it.")
     texts = {key: row[key].strip() for key in ("question", "chosen", "rejected")}
     if why := trouble(**texts):
@@ -376,7 +416,7 @@ def write_pairs(
     for part, (path, pairs) in parts.items():
         decided_by = {"stage": "pairs", "part": part, "source": source, "options": asdict(made.options)}
         ledger = Ledger(path, lambda row: row["id"], decided_by | {"rows_sha256": _sha256(pairs)})
-        ledger.add(asdict(pair) for pair in pairs if pair.id not in ledger.rows)
+        ledger.add(row_of(pair) for pair in pairs if pair.id not in ledger.rows)
         counts = {"train": len(made.train), "held_out": len(made.held_out), "left_out": made.left_out}
         ledger.finish([pair.id for pair in pairs], counts=counts)
     for file, text in exports.items():
@@ -408,31 +448,32 @@ def _exports(parts: Mapping[Path, Sequence[Pair]], out: Path, format: str, image
 
 
 def exported(pair: Pair, format: str, image: str) -> Row:
-    """The pair as another trainer reads it, one of `FORMATS`."""
+    """The pair as another trainer reads it, one of `FORMATS`; `layouts` reads it back.
+
+    `id` and `weight` (where the pair has one) go with it. The other trainers pass over both keys.
+    """
     asked = {"from": "human", "value": f"<image>\n{pair.question}"}
     chosen, rejected = ({"from": "gpt", "value": text} for text in (pair.chosen, pair.rejected))
+    named: Row = {"id": pair.id}
+    weight = {} if pair.weight is None else {"weight": pair.weight}
     if format == "authors":  # train_dpo.py:945-975
-        return {
-            "id": pair.id,
-            "image": image,
-            "chosen_conversations": [asked, chosen],
-            "reject_conversations": [asked, rejected],
-        }
+        conversations = {"chosen_conversations": [asked, chosen], "reject_conversations": [asked, rejected]}
+        return named | {"image": image} | conversations | weight
     if format == "llama-factory":
         # hiyouga/LLaMA-Factory, data/README.md, "Sharegpt Format": "Preference Dataset", "Multimodal Image Dataset"
-        return {"conversations": [asked], "chosen": chosen, "rejected": rejected, "images": [image]}
+        return named | {"conversations": [asked], "chosen": chosen, "rejected": rejected, "images": [image]} | weight
     if format == "ms-swift":
         # modelscope/ms-swift, docs/source_en/Customization/Custom-dataset.md, "RLHF", "Multimodal"; no newline behind
         # the tag: its templates for LLaVA add one
         turns = [{"role": "user", "content": f"<image>{pair.question}"}, {"role": "assistant", "content": pair.chosen}]
-        return {"messages": turns, "rejected_response": pair.rejected, "images": [image]}
+        return named | {"messages": turns, "rejected_response": pair.rejected, "images": [image]} | weight
     # trl 1.16, DataCollatorForVisionPreference in trainer/dpo_trainer.py
     question = [{"type": "image"}, {"type": "text", "text": pair.question}]
     answers = {
         name: [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
         for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected))
     }
-    return {"images": [image], "prompt": [{"role": "user", "content": question}], **answers}
+    return named | {"images": [image], "prompt": [{"role": "user", "content": question}]} | answers | weight
 
 
 def _image_path(pair: Pair, format: str, images: Path | None) -> str:
@@ -446,139 +487,4 @@ def _image_path(pair: Pair, format: str, images: Path | None) -> str:
 
 
 def _sha256(pairs: Sequence[Pair]) -> str:
-    return hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
-
-
-# --- published pairs --------------------------------------------------------------------------------------------------
-
-
-def read_published(path: Path, images: Path | None, allow_test_images: bool = False, progress: bool = True) -> Kept:
-    """The pairs of a file in the layout of `ZachSun/STLLaVA-Med-DPO`: the authors' JSON, or parquet with its columns.
-
-    A record has `id`, `image`, `chosen_conversations` and `reject_conversations`, equal but for the last answer; in
-    parquet these may be JSON. The image is a name relative to `images`, or in parquet a struct of bytes and path, which
-    is written to `images` under a name made of its own and its hash. An id that comes again gets a number.
-
-    A pair of ours has one question: records with earlier rounds are refused. Left out are pairs of `trouble`, of images
-    that cannot be read, and of images of prepared test splits. Margins and judges are not known.
-
-    Args:
-        path: JSON, JSONL or parquet.
-        images: The folder of the images.
-        allow_test_images: Keep pairs about images of prepared test splits too.
-        progress: Whether to show bars on stderr.
-
-    Raises:
-        InputError: The file cannot be read, a record is of another form, or no image can be read.
-    """
-    from stllava_train.check import looked_at
-
-    if images is None:
-        raise InputError(f"{path}: a pair knows its image by the pixels. Pass the folder of the images with --images.")
-    left_out: Counter[str] = Counter()
-    pairs: dict[str, Pair] = {}
-    places: dict[str, str] = {}
-    for place, record in _published(path):
-        id, texts, image = _published_pair(place, record)
-        if why := trouble(*texts):
-            left_out[why] += 1
-            continue
-        if not isinstance(image, str):
-            try:
-                decode(image[0])
-            except InputError:
-                left_out["image cannot be read"] += 1
-                continue
-            image = _written(*image, images)
-        if id in pairs:
-            id = next(new for number in count(2) if (new := f"{id}-{number}") not in pairs)
-        pairs[id], places[id] = Pair(id, image, "", *texts, None, ()), place
-    seen = looked_at([Conversation(id, images / pair.image, (), places[id]) for id, pair in pairs.items()], progress)
-    if pairs and len(seen.broken) == len(pairs):
-        raise InputError(f"{seen.broken[0]} No image can be read. Pass the folder of the images with --images.")
-    leaks = set() if allow_test_images else {problem.id for problem in seen.leaks}
-    found = []
-    for id, pair in pairs.items():
-        if (pixels := seen.pixels.get(images / pair.image)) is None:
-            left_out["image cannot be read"] += 1
-        elif id in leaks:
-            left_out["image of a test split"] += 1
-        else:
-            found.append(replace(pair, image_sha256=pixels))
-    return Kept(found, dict(left_out))
-
-
-def _published(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record)."""
-    if path.suffix != ".parquet":
-        yield from records(path)
-        return
-    import pyarrow
-
-    from stllava_eval.datasets import parquet_rows
-
-    try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: no regular file. Pass a JSON or parquet file of pairs.")
-        for number, row in enumerate(parquet_rows(path, str(path)), 1):
-            yield f"{path}: row {number}", row
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{path}: cannot be read as parquet ({one_line(error)}). Download it again.") from error
-
-
-def _published_pair(place: str, record: Any) -> tuple[str, tuple[str, str, str], str | tuple[bytes, str]]:
-    """(id, (question, chosen, rejected), image: its name, or its bytes and name)."""
-    if not isinstance(record, dict):
-        raise InputError(f"{place}: no record. It has id, image, {' and '.join(PUBLISHED_KEYS)}; see docs/data.md.")
-    id, image = record.get("id"), record.get("image")
-    if not isinstance(id, str | int) or isinstance(id, bool) or id == "":
-        raise InputError(f"{place}: id is {_short(id)}. Give the record a text or a whole number.")
-    chosen, rejected = (_turns(place, key, record.get(key)) for key in PUBLISHED_KEYS)
-    if chosen[:-1] != rejected[:-1]:
-        raise InputError(f"{place}: {id}: chosen and rejected do not answer the same question. Mend it, or delete it.")
-    if len(chosen) > 2:
-        raise InputError(
-            f"{place}: {id}: {len(chosen) // 2} rounds. A pair has one question: keep the last round, where it can be "
-            "understood alone, or delete the record."
-        )
-    texts = chosen[0], chosen[1], rejected[1]
-    if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
-        return str(id), texts, (image["bytes"], str(image.get("path") or id))
-    image = image.get("path") if isinstance(image, dict) else image
-    if not isinstance(image, str) or not _is_inside(image):
-        raise InputError(f"{place}: {id}: image is {_short(image)}, not a file's name relative to --images. Mend it.")
-    return str(id), texts, image
-
-
-def _turns(place: str, key: str, turns: Any) -> list[str]:
-    """The stripped texts of human, gpt, human, gpt, ...; the image's tag is taken out of the first."""
-    read = turns
-    if isinstance(turns, str):
-        try:
-            read = loads(turns)
-        except (ValueError, RecursionError):
-            read = None
-    sound = isinstance(read, list) and all(isinstance(one, dict) and isinstance(one.get("value"), str) for one in read)
-    roles = [turn.get("from") for turn in read] if sound else []
-    if not roles or roles != ["human", "gpt"] * (len(roles) // 2):
-        raise InputError(f"{place}: {key} is {_short(turns)}, not turns of human and gpt by turns. See docs/data.md.")
-    texts = [turn["value"] for turn in read]
-    texts[0] = texts[0].replace("<image>", "")
-    return [text.strip() for text in texts]
-
-
-def _written(image: bytes, name: str, images: Path) -> str:
-    """The name in `images` of the file that holds these bytes now."""
-    with opened(image) as header:
-        kind = header.format or ""
-    stem = f"{safe_names([name])[name]}-{hashlib.sha256(image).hexdigest()[:12]}"
-    path = images / f"{stem}{SUFFIXES.get(kind, f'.{kind.lower()}')}"
-    if not path.exists():
-        with whole_file(path) as unfinished:
-            unfinished.write_bytes(image)
-    return path.name
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return hashlib.sha256(json.dumps([row_of(pair) for pair in pairs]).encode()).hexdigest()

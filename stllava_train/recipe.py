@@ -180,7 +180,7 @@ LOSSES = (  # of trl 1.16's DPOTrainer
 class DpoRecipe(Training):
     """Stage 2, as numbers. A file under `recipes/dpo` gives every one of them and names its source.
 
-    A record is a pair. All of a step's pairs count alike.
+    A record is a pair. All of a step's pairs count alike, unless their file gives each a weight.
 
     Attributes:
         template: Of the processor's chat templates; the question is put as in an evaluation.

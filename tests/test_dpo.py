@@ -256,6 +256,150 @@ def test_losses_and_weights_are_those_of_trl(small, data, tmp_path, case):
     assert (apart / moved) ** 0.5 < 2e-3  # AdamW makes a whole step of a gradient that is nothing but rounding
 
 
+# --- a weight per pair ----------------------------------------------------------------------------------------------
+
+
+def weighted(data: Path, tmp_path: Path, weights: list[float]) -> Path:
+    """A folder with the images, and the pairs with these weights."""
+    folder = tmp_path / "weighted"
+    folder.mkdir()
+    for image in data.glob("*.png"):
+        (folder / image.name).write_bytes(image.read_bytes())
+    rows = [json.loads(line) for line in (data / "pairs.jsonl").read_text().splitlines()]
+    rows = [row | {"weight": weight} for row, weight in zip(rows, weights, strict=True)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+WEIGHTS = [0.8, 0.2, 0.0, 1.0, 0.5, 0.3, 0.9, 0.1, 1.0, 0.4]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"reference": "live"},
+        {"reference": "cached"},
+        {"reference": "cached", "loss": ["ipo"]},
+        {"loss": ["robust"], "label_smoothing": 0.1, "ld_alpha": 0.3},
+        {"loss": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+        FULL,
+    ],
+    ids=["live", "cached", "ipo", "robust, LD-DPO", "sigmoid and sft", "full"],
+)
+def test_the_loss_is_the_weighted_mean_of_the_losses_of_the_pairs(small, data, tmp_path, case):
+    """Of each pair alone, as trl computes it, in value and gradient; the weights are divided by their mean, 0.52."""
+    work = work_of(small(**case), weighted(data, tmp_path, WEIGHTS))
+    trainer = make_trainer(work, tmp_path / "run", tmp_path / "trace", progress=False)
+    torch.manual_seed(0)
+    learnt = [value for value in trainer.model.parameters() if value.requires_grad]
+    with torch.no_grad():
+        for value in learnt:
+            value.add_(torch.randn_like(value) * 0.02)  # otherwise every answer is as likely as in the reference
+
+    def loss(places: list[int], weights: list[float] | None) -> tuple[float, torch.Tensor]:
+        batch = work.collator([{"place": place} for place in places])
+        batch.pop("weights")
+        if weights is not None:
+            batch["weights"] = torch.tensor(weights)
+        value = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+        gradients = torch.autograd.grad(value, learnt, allow_unused=True)
+        return value.item(), torch.cat([one.flatten() for one in gradients if one is not None])
+
+    places = [0, 6, 2, 3]
+    batch = work.collator([{"place": place} for place in places])
+    given = [WEIGHTS[place] / (sum(WEIGHTS) / 10) for place in places]
+    assert batch["weights"].tolist() == pytest.approx(given, rel=1e-6)
+    alone = [loss([place], None) for place in places]
+    value, gradient = loss(places, given)
+    assert len({round(one, 4) for one, _ in alone}) == 4
+    assert value == pytest.approx(sum(w * one for w, (one, _) in zip(given, alone, strict=True)) / 4, rel=1e-4)
+    expected = sum(w * one for w, (_, one) in zip(given, alone, strict=True)) / 4
+    assert (gradient - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_equal_weights_of_any_size_train_as_none_do(small, data, tmp_path):
+    losses = {}
+    for name, folder in (
+        ("none", data),
+        ("equal", weighted(data, tmp_path, [0.3] * 10)),
+    ):
+        train(work_of(small(), folder), tmp_path / name, progress=False)
+        losses[name] = read_trace(tmp_path / name / "losses.jsonl")
+    for one, other in zip(losses["none"], losses["equal"], strict=True):
+        for key in ("loss", "margin", "chosen_logps", "rejected_reward", "accuracy"):
+            assert one[key] == pytest.approx(other[key], rel=TRAINED, abs=1e-5), key
+
+
+def test_a_loss_made_of_several_pairs_is_refused_with_weights(small, data, tmp_path):
+    with pytest.raises(InputError, match=r"its pairs have weights, and the loss aot is made of several pairs at once"):
+        work_of(small(loss=["aot"]), weighted(data, tmp_path, WEIGHTS))
+
+
+def test_a_dry_run_names_the_weights(recipe_file, data, tmp_path, capsys):
+    from stllava_train.cli import main
+
+    folder = weighted(data, tmp_path, WEIGHTS)
+    call = ["dpo", "--recipe", str(recipe_file()), "--pairs", str(folder / "pairs.jsonl"), "--images", str(folder)]
+    assert main([*call, "--out", str(tmp_path / "run"), "--dry-run", "evaluate_on=[]"]) == 0
+    assert "weights from 0 to 1; in the loss each is divided by their mean, 0.52\n" in capsys.readouterr().out
+
+
+# --- files of other tools -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["trl", "authors", "llama-factory", "ms-swift"])
+def test_what_we_write_for_others_is_learnt_from_as_our_own_file_is(small, data, tmp_path, format):
+    from stllava_train.pairs import Kept, read_pairs, selected, write_pairs
+
+    folder = weighted(data, tmp_path, WEIGHTS)
+    pairs = read_pairs(folder / "pairs.jsonl")
+    written = write_pairs(selected(Kept(pairs, {})), tmp_path / "out.jsonl", {}, [format], folder)
+    file = next(file for file in written[1:] if file.name != "dataset_info.json")
+    work = open_work(small(), file, folder, progress=False)
+    assert work.pairs == [dataclasses.replace(pair, margin=None, judges=()) for pair in pairs]
+    assert work.counts == work_of(small(), folder).counts
+
+
+def test_trl_trains_on_the_file_that_we_write_for_it(small, data, tmp_path):
+    """Its own trainer, on the file as `datasets` reads it; the first loss is log 2."""
+    from datasets import load_dataset
+    from trl import DPOConfig, DPOTrainer
+
+    from stllava_train.pairs import Kept, read_pairs, selected, write_pairs
+
+    work = work_of(small(), weighted(data, tmp_path, WEIGHTS))
+    folder = tmp_path / "weighted"
+    made = selected(Kept(read_pairs(folder / "pairs.jsonl"), {}))
+    *_, file = write_pairs(made, tmp_path / "out.jsonl", {}, ["trl"], folder)
+    rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+    settings = DPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        per_device_train_batch_size=2,
+        max_steps=2,
+        learning_rate=1e-3,
+        bf16=False,
+        activation_checkpointing=False,
+        use_cpu=True,
+        max_length=None,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+    )
+    from stllava_train.training import trained_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # trl's of its own future
+        trainer = DPOTrainer(
+            model=trained_model(work), args=settings, train_dataset=rows, processing_class=work.checkpoint.processor()
+        )
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-4)
+    assert losses[1] != losses[0]
+
+
 # --- the authors' values --------------------------------------------------------------------------------------------
 
 

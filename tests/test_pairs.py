@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from stllava_eval.errors import InputError
 from stllava_eval.images import decode, pixel_hash
 from stllava_train.candidates import Candidate
+from stllava_train.layouts import read_published
 from stllava_train.ledger import line, read_manifest
 from stllava_train.pairs import (
     FORMATS,
@@ -31,7 +32,6 @@ from stllava_train.pairs import (
     length_balanced,
     make_pairs,
     read_pairs,
-    read_published,
     selected,
     split,
     trouble,
@@ -452,7 +452,7 @@ def test_trl_prepares_what_we_write(tmp_path, images, processor):
     *_, file = write_pairs(made, tmp_path / "pairs.jsonl", {}, ["trl"], images)
     assert file.name == "pairs.trl.jsonl"
     rows = load_dataset("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
-    assert sorted(rows.column_names) == ["chosen", "images", "prompt", "rejected"]
+    assert sorted(rows.column_names) == ["chosen", "id", "images", "prompt", "rejected"]
     first = rows[0]
     assert first["images"] == [str(images / "a.png")]
     assert is_conversational(first)
@@ -478,6 +478,7 @@ def test_the_authors_layout_is_theirs_key_by_key():
 
 def test_ms_swift_gets_messages_and_the_rejected_response():
     assert exported(pair(), "ms-swift", "/images/a.png") == {
+        "id": "a#0",
         "messages": [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "Left."}],
         "rejected_response": "Right.",
         "images": ["/images/a.png"],
@@ -500,6 +501,7 @@ def test_llama_factory_gets_a_folder_with_an_entry_for_each_file(tmp_path, image
     rows = [json.loads((folder / entry["file_name"]).read_text()) for entry in entries.values()]
     assert [len(one) for one in rows] == [len(made.train), len(made.held_out)]
     assert rows[0][0] == {
+        "id": made.train[0].id,
         "conversations": [{"from": "human", "value": "<image>\nWhere?"}],
         "chosen": {"from": "gpt", "value": "Left."},
         "rejected": {"from": "gpt", "value": "Right."},
@@ -620,7 +622,7 @@ def rounds(answer: str, earlier: list = EARLIER) -> list[dict]:
         ),
         pytest.param(
             {"chosen_conversations": rounds("Left."), "reject_conversations": rounds("Right.", [EARLIER[0], LAST[0]])},
-            'reject_conversations is [{"from": "human"',
+            '1: reject_conversations: turn 2 is from "human", not from gpt.',
             id="no turns",
         ),
         pytest.param(
@@ -631,11 +633,17 @@ def rounds(answer: str, earlier: list = EARLIER) -> list[dict]:
             "1: chosen and rejected do not answer the same question.",
             id="other earlier answers",
         ),
-        pytest.param({"reject_conversations": ...}, "reject_conversations is null, not turns", id="no rejected"),
-        pytest.param({"chosen_conversations": "[{"}, 'chosen_conversations is "[{", not turns', id="no JSON"),
+        pytest.param(
+            {"reject_conversations": ...},
+            "its keys are id, image, chosen_conversations: no known layout of pairs. `stllava-train pairs --from`",
+            id="no rejected",
+        ),
+        pytest.param({"chosen_conversations": "[{"}, '1: chosen_conversations is "[{", not turns', id="no JSON"),
         pytest.param({"image": "../b.png"}, '1: image is "../b.png", not a file\'s name relative', id="outside"),
-        pytest.param({"image": None}, "1: image is null, not a file's name relative", id="no image"),
-        pytest.param({"id": None}, "id is null. Give the record a text or a whole number.", id="no id"),
+        pytest.param(
+            {"image": None}, "1: chosen_conversations: turn 1 holds <image> and the record names", id="no image"
+        ),
+        pytest.param({"id": True}, "id is true. Give the record a text or a whole number.", id="no id"),
     ],
 )
 def test_a_record_of_another_form_is_refused_with_its_line(tmp_path, images, home, changes, message):

@@ -1,0 +1,492 @@
+"""Preference pairs as others lay them out -> our pairs: what trl, LLaMA-Factory, ms-swift and published files hold."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from stllava_eval.datasets import parquet_rows
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.home import loads, whole_file
+from stllava_eval.images import decode, opened
+from stllava_train.conversations import Conversation, image_file, records
+from stllava_train.data import SUFFIXES, safe_names
+from stllava_train.ledger import Row
+from stllava_train.pairs import Kept, Pair, check_weights, is_inside, pair_of, read_pairs, trouble
+from stllava_train.record import PICTURES, Turn, read_picture, read_turns, short
+
+KNOWN = "trl, LLaMA-Factory, ms-swift, RLHF-V, RLAIF-V, MMedPO and STLLaVA-Med-DPO"
+# Keys of whole conversations, of which the last answer is the chosen and the rejected one
+BOTH = (
+    ("chosen_conversations", "reject_conversations"),  # STLLaVA-Med's train_dpo.py:945-975; not "rejected"
+    ("chosen_conversations", "rejected_conversations"),
+    ("conversations", "rejected_conversations"),  # MMedPO's data/mimic_dpo_weighted.json; POVID's too
+    ("messages", "rejected_messages"),  # ms-swift 3.8, docs/source_en/Customization/Custom-dataset.md
+)
+# trl, RLAIF-V, LLaMA-Factory's Alpaca format, and ms-swift's older one
+QUESTIONS = ("prompt", "question", "instruction", "query")
+IDS = ("id", "idx", "question_id")  # RLHF-V and RLAIF-V have `idx`
+# MMedPO has `weighted_score`, and its loader calls it `dpo_weight`
+_WEIGHT = re.compile(r"(?:(?:dpo|loss|sample|pair|example|instance)_)?weight|weighted_score")
+_NOISED = ("rejected_noised", "chosen_noised")  # MMedPO's train_dpo_weighted.py: one answer's image is noise
+_PICTURE_TEXT = re.compile(  # PNG, JPEG, GIF, WebP, BMP and both kinds of TIFF begin so in base64
+    r"(?:data:image/[\w.+-]+;base64,)?((?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\r\n]{40,}=*\s*)"
+)
+OTHER_PIXELS = "image has other pixels than the one that was asked about"
+OTHER_IMAGE = "the two answers are about two images"
+UNREADABLE = "image cannot be read"
+
+
+@dataclass
+class _Pictures:
+    """The pictures that a record holds itself, by the name that stands for them in it."""
+
+    held: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+
+    def named(self, value: Any) -> Any:
+        """`value`, in which each picture that is there as bytes or base64 has given way to a name."""
+        if isinstance(value, bytes):
+            return self._name(value, "")
+        if isinstance(value, dict):
+            inner = value.get("bytes")
+            if isinstance(inner, str) and (found := _decoded(inner)) is not None:
+                inner = found
+            if isinstance(inner, bytes):
+                return self._name(inner, str(value.get("path") or ""))
+            # what parquet adds to a struct that lacks a key
+            return {key: self.named(one) for key, one in value.items() if one is not None}
+        if isinstance(value, list):
+            return [self.named(one) for one in value]
+        if isinstance(value, str) and (found := _decoded(value)) is not None:
+            return self._name(found, "")
+        return value
+
+    def _name(self, image: bytes, path: str) -> str:
+        name = f"held:{hashlib.sha256(image).hexdigest()}"
+        self.held.setdefault(name, (image, path))
+        return name
+
+
+def _decoded(text: str) -> bytes | None:
+    """The bytes of a picture that a text holds in base64, with or without `data:image/png;base64,` before it."""
+    if (found := _PICTURE_TEXT.fullmatch(text)) is None:
+        return None
+    try:
+        return base64.b64decode(found[1])
+    except binascii.Error:
+        return None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a record says; `image` is the name of a file or one of `_Pictures`."""
+
+    id: str
+    texts: tuple[str, str, str]
+    image: str
+    weight: float | None = None
+    why: str | None = None  # it makes no pair
+    image_sha256: str = ""  # this and what follows: in our own files alone
+    margin: float | None = None
+    judges: tuple[str, ...] = ()
+
+
+# --- a file -----------------------------------------------------------------------------------------------------------
+
+
+def read_published(path: Path, images: Path | None, allow_test_images: bool = False, progress: bool = True) -> Kept:
+    """The pairs of a file in one of the layouts that `KNOWN` names, or in ours.
+
+    Each record is read by its keys, so a file may hold several layouts. Its answers are texts, turns, or whole
+    conversations with the question inside; `record` reads the turns. Its image is a name relative to `images` or to the
+    file's folder, a whole path into `images`, or the picture itself: bytes, base64, a struct of bytes and path, or a
+    list of one of these. A picture that is held in the file is written to `images` under a name made of its own and its
+    hash. An id that comes again gets a number, and a record without one the number of the record.
+
+    A pair of ours has one question: records with earlier rounds are refused. Left out are pairs of `trouble`, of images
+    that cannot be read, of images of prepared test splits, and those whose answers are about two images (MMedPO's
+    noised ones). Margins and judges are known in our own files alone.
+
+    Args:
+        path: JSON, JSONL or parquet.
+        images: The folder of the images.
+        allow_test_images: Keep pairs about images of prepared test splits too.
+        progress: Whether to show bars on stderr.
+
+    Raises:
+        InputError: The file cannot be read, a record is of another form, or no image can be read.
+    """
+    from stllava_train.check import looked_at
+
+    if images is None:
+        raise InputError(f"{path}: a pair knows its image by the pixels. Pass the folder of the images with --images.")
+    left_out: Counter[str] = Counter()
+    pairs: dict[str, Pair] = {}
+    places: dict[str, str] = {}
+    for number, (place, record) in enumerate(_records(path), 1):
+        pictures = _Pictures()
+        empty = [key for key, value in record.items() if value is None] if isinstance(record, dict) else []
+        read = _read(place, number, pictures.named(record), empty)
+        if why := read.why or trouble(*read.texts):
+            left_out[why] += 1
+            continue
+        if read.image in pictures.held:
+            content, name = pictures.held[read.image]
+            try:
+                decode(content)
+            except InputError:
+                left_out[UNREADABLE] += 1
+                continue
+            image = _written(content, name or read.id, images)
+        else:
+            image = _located(f"{place}: {read.id}", read.image, path, images)
+        id = read.id
+        if id in pairs:
+            id = next(new for again in count(2) if (new := f"{id}-{again}") not in pairs)
+        pairs[id] = Pair(id, image, read.image_sha256, *read.texts, read.margin, read.judges, read.weight)
+        places[id] = place
+    if not places and not left_out:
+        raise InputError(f"{path}: it holds no pair. `stllava-train pairs --from` reads {KNOWN}.")
+    check_weights(path, list(pairs.values()))
+    seen = looked_at([Conversation(id, images / pair.image, (), places[id]) for id, pair in pairs.items()], progress)
+    if pairs and len(seen.broken) == len(pairs):
+        raise InputError(f"{seen.broken[0]} No image can be read. Pass the folder of the images with --images.")
+    leaks = set() if allow_test_images else {problem.id for problem in seen.leaks}
+    found = []
+    for id, pair in pairs.items():
+        if (pixels := seen.pixels.get(images / pair.image)) is None:
+            left_out[UNREADABLE] += 1
+        elif id in leaks:
+            left_out["image of a test split"] += 1
+        elif pair.image_sha256 not in ("", pixels):
+            left_out[OTHER_PIXELS] += 1
+        else:
+            found.append(replace(pair, image_sha256=pixels))
+    return Kept(found, dict(left_out))
+
+
+def pairs_to_learn(path: Path, images: Path, progress: bool = True) -> list[Pair]:
+    """The pairs of a file that `stllava-train pairs` wrote, or of one in another layout: all of them or none.
+
+    Raises:
+        InputError: See `read_pairs` and `read_published`; or a record of another layout makes no pair.
+    """
+    if _is_ours(path):
+        return read_pairs(path)
+    kept = read_published(path, images, allow_test_images=True, progress=progress)
+    if kept.left_out:
+        whys = "; ".join(f"{why}: {number}" for why, number in kept.left_out.items())
+        raise InputError(
+            f"{path}: {sum(kept.left_out.values())} of its records make no pair ({whys}). `stllava-train pairs --from "
+            f"{path} --images {images} --out pairs.jsonl` leaves them out."
+        )
+    return kept.pairs
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether its first row has the hash of a pair's image; what cannot be read is left to our reader's message."""
+    if _is_parquet(path):
+        return False
+    if not path.is_file():
+        return True
+    try:
+        with path.open("rb") as lines:
+            text = lines.readline(2**24)
+        first = loads(text)
+    except ValueError:  # an array of JSON over several lines, or no JSON
+        return path.suffix == ".jsonl" and not text.lstrip().startswith(b"[")
+    except (OSError, RecursionError):
+        return True
+    return isinstance(first, dict) and "image_sha256" in first
+
+
+def _is_parquet(path: Path) -> bool:
+    if path.suffix == ".parquet":
+        return True
+    try:
+        if not path.is_file():  # a pipe would give its first bytes once
+            return False
+        with path.open("rb") as content:
+            return content.read(4) == b"PAR1"
+    except OSError:
+        return False
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, record)."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: no regular file. Pass a JSON or parquet file of pairs.")
+    if not _is_parquet(path):
+        yield from records(path)
+        return
+    import pyarrow
+
+    try:
+        for number, row in enumerate(parquet_rows(path, str(path)), 1):
+            yield f"{path}: row {number}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({one_line(error)}). Download it again.") from error
+
+
+def _located(place: str, name: str, path: Path, images: Path) -> str:
+    """The name, relative to `images`, of the file that a record names there or beside its own file."""
+    if is_inside(name) and image_file(images, name) is not None:
+        return name
+    whole = Path(os.path.normpath(path.parent.absolute() / name)) if "\0" not in name else Path()
+    for folder in (images.absolute(), images.resolve()):
+        for file in (whole, whole.resolve()):
+            if file != folder and file.is_relative_to(folder):
+                return file.relative_to(folder).as_posix()
+    if is_inside(name) and image_file(path.parent, name) is None:
+        return name  # it is nowhere: counted as an image that cannot be read
+    raise InputError(
+        f"{place}: image is {short(name)}, not a file's name relative to --images {images}. Pass the folder that it is "
+        "in, or mend it."
+    )
+
+
+def _written(image: bytes, name: str, images: Path) -> str:
+    """The name in `images` of the file that holds these bytes now."""
+    with opened(image) as header:
+        kind = header.format or ""
+    stem = f"{safe_names([name])[name]}-{hashlib.sha256(image).hexdigest()[:12]}"
+    path = images / f"{stem}{SUFFIXES.get(kind, f'.{kind.lower()}')}"
+    if not path.exists():
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes(image)
+    return path.name
+
+
+# --- a record ---------------------------------------------------------------------------------------------------------
+
+
+def _read(place: str, number: int, record: Any, empty: Sequence[str]) -> _Read:
+    """What a record says; its pictures have names, and its keys of null, `empty`, are left out.
+
+    Raises:
+        InputError: It is of no known layout, or of another form.
+    """
+    if isinstance(record, dict) and "image_sha256" in record:
+        return _read_ours(place, record)
+    sides = _sides(record) if isinstance(record, dict) else None
+    if sides is None:
+        what = f"its keys are {', '.join(record)}"[:200] if isinstance(record, dict) else f"it is {short(record)}"
+        what += f" ({', '.join(empty)} is null)" if empty else ""
+        raise InputError(
+            f"{place}: {what}: no known layout of pairs. `stllava-train pairs --from` reads {KNOWN}; see "
+            "docs/preferences.md. Name the keys image, question, chosen and rejected."
+        )
+    record = sides.record
+    id = _id(place, number, record)
+    place = f"{place}: {id}"
+    weight = _weight(place, record)
+    rest = _rest(record, sides.used)
+    both = [_side(place, key, turns, rest) for key, turns in sides.turns.items()]
+    (chosen, image), (rejected, other) = both
+    if [turn.text for turn in chosen[:-1]] != [turn.text for turn in rejected[:-1]]:
+        raise InputError(f"{place}: chosen and rejected do not answer the same question. Mend it, or delete it.")
+    if len(chosen) > 2 or len(rejected) > 2:
+        raise InputError(
+            f"{place}: {len(chosen) // 2} rounds. A pair has one question: keep the last round, where it can be "
+            "understood alone, or delete the record."
+        )
+    question = chosen[0].text
+    if sides.prompt is not None and _plain(sides.prompt) != question:
+        raise InputError(f"{place}: its prompt is {short(sides.prompt)}, and chosen begins with another question.")
+    if image is None:
+        raise InputError(f"{place}: it names no image. Add the one that it is about, or leave the record out.")
+    why = OTHER_IMAGE if other != image or _has_other_image(record, image) else None
+    return _Read(id, (question, chosen[1].text, rejected[1].text), image, weight, why)
+
+
+def _read_ours(place: str, record: Row) -> _Read:
+    try:
+        pair = pair_of({"margin": None} | record)
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from None
+    texts = pair.question, pair.chosen, pair.rejected
+    return _Read(pair.id, texts, pair.image, pair.weight, None, pair.image_sha256, pair.margin, pair.judges)
+
+
+@dataclass(frozen=True)
+class _Sides:
+    """The conversation that each answer ends, by the key that it is from, as it is written.
+
+    Attributes:
+        record: Whose keys these are.
+        turns: Of the chosen, then of the rejected answer.
+        used: Keys that are read.
+        prompt: A question that the record has beside conversations that hold one.
+    """
+
+    record: Row
+    turns: dict[str, Any]
+    used: tuple[str, ...]
+    prompt: str | None = None
+
+
+def _sides(record: Row) -> _Sides | None:
+    """The two conversations of a record in a known layout; None where it is in none."""
+    for chosen, rejected in BOTH:
+        if chosen in record and rejected in record:
+            return _Sides(record, {key: _list(record[key]) for key in (chosen, rejected)}, (chosen, rejected))
+    turns = next((key for key in ("conversations", "messages") if key in record), None)
+    if turns and "rejected_response" in record:  # ms-swift
+        said = _list(record[turns])
+        if not isinstance(said, list):
+            said = [said]
+        rejected_turns = [*said[:-1], *_answer(record["rejected_response"])]
+        return _Sides(record, {turns: said, "rejected_response": rejected_turns}, (turns, "rejected_response"))
+    if turns and "chosen" in record and "rejected" in record:  # LLaMA-Factory's ShareGPT and OpenAI formats
+        said = _list(record[turns])
+        if not isinstance(said, list):
+            said = [said]
+        ends = {key: [*said, *_answer(record[key])] for key in ("chosen", "rejected")}
+        return _Sides(record, ends, (turns, "chosen", "rejected"))
+    if "text" in record and "chosen" not in record:  # RLHF-V: the texts are an object, or one as text
+        inner = _object(record["text"])
+        return _sides({key: value for key, value in record.items() if key != "text"} | inner) if inner else None
+    for keys in (("chosen", "rejected"), ("response", "rejected_response")):
+        if all(key in record for key in keys):
+            return _asked(record, keys)
+    return None
+
+
+def _asked(record: Row, keys: tuple[str, str]) -> _Sides | None:
+    """The two conversations of a record whose question has a key of its own, or is inside its answers."""
+    asked = next((key for key in QUESTIONS if record.get(key) not in (None, "", [])), None)
+    ends = {key: _answer(record[key]) for key in keys}
+    inside = [end for end in ends.values() if len(end) > 1]
+    prompt = record[asked] if asked else None
+    used = (*keys, *([asked] if asked else ()))
+    if isinstance(prompt, str) and asked == "instruction" and isinstance(record.get("input"), str):
+        used = (*used, "input")  # LLaMA-Factory's Alpaca format joins the two by a newline
+        prompt = "\n".join(part for part in (prompt, record["input"]) if part)
+    if asked is None or (isinstance(prompt, str) and inside):  # as trl's `maybe_extract_prompt`
+        return _Sides(record, ends, used, prompt) if inside else None
+    asks = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    return _Sides(record, {key: [*asks, *end] for key, end in ends.items()}, used)
+
+
+def _answer(value: Any) -> list[Any]:
+    """An answer as turns: a text, a turn, turns, or a list of one text."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    return value if isinstance(value, list) else [value]
+
+
+def _list(value: Any) -> Any:
+    """Turns, which a column of parquet may hold as JSON."""
+    if isinstance(value, str):
+        try:
+            read = loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return read if isinstance(read, list) else value
+    return value
+
+
+def _object(value: Any) -> Row:
+    """An object, or one as JSON; empty where it is neither."""
+    if isinstance(value, str):
+        try:
+            value = loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _side(place: str, key: str, turns: Any, rest: Row) -> tuple[list[Turn], str | None]:
+    """The turns of a conversation, without the image's tag, and its picture."""
+    if not isinstance(turns, list):
+        raise InputError(f"{place}: {key} is {short(turns)}, not turns of a question and an answer. Mend it.")
+    record = rest | {"messages": turns}
+    wrong: list[str] = []
+    # a tag in the text of an answer makes no pair, and `trouble` counts it
+    first, *others = read_turns(record, wrong) or [Turn("", "", 0, ())]
+    read = [first, *(replace(turn, tags=turn.tags - ("<image>" in turn.text)) for turn in others)]
+    picture = read_picture(record, read, wrong)
+    if not wrong and len(read) % 2:
+        wrong.append(f"it ends with turn {len(read)}, a question without an answer. Add the answer.")
+    if wrong:
+        what = re.sub(r'"held:[0-9a-f]*(?:"|\.\.\.)', "one that it holds", wrong[0])
+        raise InputError(f"{place}: {key}: {what}")
+    return [
+        replace(first, text=_plain(first.text)),
+        *(replace(turn, text=turn.text.strip()) for turn in read[1:]),
+    ], picture
+
+
+def _plain(text: str) -> str:
+    return text.replace("<image>", "").strip()
+
+
+def _rest(record: Row, used: Sequence[str]) -> Row:
+    """The keys beside the conversations that `record` has to read or to refuse.
+
+    Facts about one of the answers (its model, its rating) go. Where the picture itself is held, its address and its
+    former path go too.
+    """
+    plain = {
+        key: value
+        for key, value in record.items()
+        if key not in (*used, *IDS) and not _WEIGHT.fullmatch(key) and not key.startswith(("chosen", "reject"))
+    }
+    held = [key for key, value in plain.items() if '"held:' in json.dumps(value, default=str)]
+    if not held:
+        return plain
+    others = {key: value for key, value in plain.items() if key not in held and key.lower() not in PICTURES}
+    return others | {"images": [plain[key] for key in held]}
+
+
+def _has_other_image(record: Row, image: str) -> bool:
+    """Whether the rejected answer is about another picture than the chosen one: MMedPO's and ms-swift's keys for it."""
+    if any(record.get(key) in (1, True, "1") for key in _NOISED):
+        return True
+    keys = ("rejected_image", "rejected_images", "chosen_image", "chosen_images")
+    others = [record.get(key) for key in keys]
+    named = [file for other in others for file in (other if isinstance(other, list) else [other])]
+    files = [file.get("path") if isinstance(file, dict) else file for file in named]
+    return any(file not in (None, "", image) for file in files)
+
+
+def _id(place: str, number: int, record: Row) -> str:
+    key = next((key for key in IDS if key in record), None)
+    if key is None:
+        return f"record-{number}"
+    id = record[key]
+    if not isinstance(id, str | int) or isinstance(id, bool) or id == "":
+        raise InputError(f"{place}: {key} is {short(id)}. Give the record a text or a whole number.")
+    return str(id)
+
+
+def _weight(place: str, record: Row) -> float | None:
+    """The record's weight, a number or one as text; None where it has none."""
+    keys = [key for key in record if _WEIGHT.fullmatch(key) and record[key] is not None]
+    if len(keys) > 1:
+        raise InputError(f"{place}: it has {keys[0]} and {keys[1]}. Keep one of the two.")
+    if not keys:
+        return None
+    value = record[keys[0]]
+    try:
+        weight = math.nan if isinstance(value, bool) or not isinstance(value, str | int | float) else float(value)
+    except (ValueError, OverflowError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise InputError(
+            f"{place}: {keys[0]} is {short(value)}, not a number from 0 on. Mend it, or delete the record."
+        )
+    return weight
