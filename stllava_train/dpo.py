@@ -12,12 +12,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-<<<<<<< HEAD
-from typing import Any
-=======
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
->>>>>>> layouts
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -32,11 +28,8 @@ from trl import DPOConfig, DPOTrainer
 from stllava_eval.errors import InputError
 from stllava_eval.home import home
 from stllava_train.conversations import ANSWER, Conversation, Encoder, image_file
-<<<<<<< HEAD
 from stllava_train.examination import Examination, questions, warn_of_learnt
-=======
 from stllava_train.layouts import pairs_to_learn
->>>>>>> layouts
 from stllava_train.ledger import Ledger
 from stllava_train.pairs import Pair, relative_weights, weights_in_words
 from stllava_train.pixels import Pixels
