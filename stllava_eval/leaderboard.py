@@ -424,9 +424,15 @@ def score_text(scored: Scored, details: bool = False) -> str:
     heads = [*(["questions"] * details), "score", "value [95 %]", "n", "images"]
     table = tabulate(body, heads, tablefmt="simple", disable_numparse=True)
     signature = scored.rows[0].signature.split("|", 2)[2] if scored.rows else ""
+    versions: dict[str, list[str]] = defaultdict(list)
+    for row in scored.rows:
+        if row.category == "all":
+            versions[row.signature.split("|")[1]].append(row.metric)
+    newer = "; ".join(f"{version} of {', '.join(of)}" for version, of in sorted(versions.items()) if version != "v1")
+    told = f"versions: {newer}; v1 of the others\n" if newer else ""
     more = "" if details else "\n--details prints the scores of every category."
     counts = f"unanswered: {len(scored.unanswered)}" + (f", empty: {scored.empty}" if scored.empty else "")
-    return f"{table}\n\n{printable(signature)}\n{counts}{more}\n{NOTICE}"
+    return f"{table}\n\n{printable(signature)}\n{told}{counts}{more}\n{NOTICE}"
 
 
 def by_task(rows: Iterable[BoardRow]) -> dict[str, list[BoardRow]]:

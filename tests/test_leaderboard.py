@@ -630,6 +630,7 @@ def test_score_prints_the_overall_means_and_by_details_every_category(prepared, 
     assert "empty" not in short
     assert "organ=" not in short
     assert "vqarad test for tests|prompt not recorded|extract final-v1" in short
+    assert "versions: v2 of closed_accuracy, unparsed, refused; v1 of the others" in short
     assert main([*score, "--details"]) == 0
     assert "organ=organ 0" in capsys.readouterr().out
     file.write_text(json.dumps({"id": "test-0-0", "answer": " "}))
