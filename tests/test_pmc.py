@@ -246,7 +246,10 @@ def test_a_line_that_is_none_is_named(server, tmp_path):
 
 
 def test_two_runs_in_one_folder_do_not_mix(server, tmp_path):
-    program = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); sys.stdin.read()"
+    program = (
+        "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); "
+        "sys.stdin.read()"
+    )
     lock = str(tmp_path / ".manifest.jsonl.lock")
     with subprocess.Popen(
         [sys.executable, "-c", program, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE
