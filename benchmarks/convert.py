@@ -112,6 +112,7 @@ def write_lora(folder: Path, base: Path, layers: int, rank: int = 128) -> None:
             tensors[f"{stem}.lora_B.weight"] = torch.full((out, rank), 0.01, dtype=torch.float16)
     torch.save(tensors, folder / "adapter_model.bin")
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "base_model_name_or_path": str(base)}
+    settings["target_modules"] = sorted({name.split(".")[-1] for name in LINEAR})
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 

@@ -109,7 +109,7 @@ def write_sq_llava(folder: Path) -> None:
         place.mkdir(exist_ok=True)
         whole = {name.removeprefix("model.vision_tower."): one for name, one in names.items() if f"{part}.w" in name}
         torch.save(layouts.lora_file(layouts.lora(whole, 4, 1)), place / "adapter_model.bin")
-        (place / "adapter_config.json").write_text(json.dumps(settings))
+        (place / "adapter_config.json").write_text(json.dumps({**settings, "target_modules": [part]}))
 
 
 def rows(done, reported: bool = False) -> dict[str, dict]:
