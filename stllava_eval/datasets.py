@@ -1098,7 +1098,7 @@ def _found(name: str, record: Mapping[str, Any], number: int, file: str) -> _Fou
         content = image if isinstance(image, bytes) else picture or image  # a path is the writer's, a name the set's
         return _Found(
             place,
-            # data_RAD numbers VQA-RAD's questions anew
+            # data_RAD has ids of its own for VQA-RAD's questions
             f"data_RAD-{qid}" if qid and name == "vqarad" and "qid_linked_id" not in record else qid,
             content or b"",
             picture,

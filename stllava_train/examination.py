@@ -62,18 +62,18 @@ class Examination(TrainerCallback):
         if not wanted <= {line["step"] for line in self.lines} or not all(map(self._is_whole, self.lines)):
             raise InputError(
                 f"{self.trace}: an evaluation up to step {step} is missing or damaged. Put the file back, or train "
-                "anew with another --out."
+                "again with another --out."
             )
         if others := {str(line.get("versions")) for line in self.lines} - {VERSIONS}:
             raise InputError(
                 f"{self.trace}: scored by other versions ({', '.join(sorted(others))}) than today's ({VERSIONS}), so "
-                "steps do not compare. Go on with the release that began, or train anew with another --out."
+                "steps do not compare. Use the release that began this run, or train again with another --out."
             )
         self.asked = _hash(self.rows)
         if any(line.get("questions", self.asked) != self.asked for line in self.lines):
             raise InputError(
-                f"{self.trace}: its evaluations asked other questions than the validation splits hold now, so steps do "
-                "not compare. Prepare the splits as they were, or train anew with another --out."
+                f"{self.trace}: it was evaluated on other questions than the validation splits have now, so steps do "
+                "not compare. Prepare the splits as they were, or train again with another --out."
             )
         if first_process():
             with whole_file(self.trace) as unfinished:
@@ -129,7 +129,7 @@ class Examination(TrainerCallback):
             self._drop_beaten()
 
     def _drop_beaten(self) -> None:
-        """Delete kept weights that no run goes on from: in stage 1 each file can be a whole network."""
+        """Delete the weights of earlier best steps that no run can resume from: a file may hold a whole network."""
         ends = [folder.name.rpartition("-")[2] for folder in self.folder.glob("checkpoint-*")]
         before = [_best(self.lines, int(end)) for end in ends if end.isdecimal()]
         needed = {self._file(line["step"]) for line in (self.best, *before) if line}
@@ -148,10 +148,10 @@ class Examination(TrainerCallback):
             why = one_line(error) if file.exists() else "the file is gone"
             raise InputError(
                 f"{file}: the weights of the best step cannot be read ({why}). Put the file back, or train "
-                "anew with another --out."
+                "again with another --out."
             ) from error
         if weights.keys() != names:
-            raise InputError(f"{file}: weights of another run. Put the file back, or train anew with another --out.")
+            raise InputError(f"{file}: weights of another run. Put the file back, or train again with another --out.")
         return weights
 
     @property

@@ -147,7 +147,7 @@ class EndpointJudge:
         self.name = name or endpoint.model
         limit = "max_completion_tokens" if preset.thought else "max_tokens"
         self.how = How(preset.form, not preset.thought, limit, preset.thought)
-        self.most = 0.0  # tokens of the dearest prompt so far
+        self.most = 0.0  # tokens of the longest prompt billed so far
         self._hello = endpoint.hello  # is paid, too
         self._urls: dict[str, str] = {}  # of the last images: the questions about one follow each other
 
@@ -200,7 +200,7 @@ class EndpointJudge:
         mark: Callable[[Verdict], None] | None = None,
     ) -> Generator[Verdict, None, None]:
         """A verdict for each, as they come. With a budget, in USD, it ends before what could cost more than is left,
-        as long as no prompt is billed with more tokens than the dearest before it.
+        as long as no prompt is billed with more tokens than the longest one before it.
 
         Args:
             asked: The questions.

@@ -150,7 +150,7 @@ def paid(
         came: That reply, whether it answers or not.
         price: None where none is known; then the tokens alone are added.
         estimate: Tokens of the prompt, about.
-        most: Tokens of the dearest prompt so far.
+        most: Tokens of the longest prompt billed so far.
         limit: Tokens that a reply is allowed.
         share: Of the price, in a batch.
     """

@@ -208,7 +208,7 @@ class PartsTrainer:
         if not torch.isfinite(loss):
             raise InputError(
                 f"step {self.state.global_step + 1}: the loss is {loss.item()} for {', '.join(records)}. Look at these "
-                "records, or lower the learning rates and train anew with another --out."
+                "records, or lower the learning rates and train again with another --out."
             )
 
     def training_step(self, *given: Any, **named: Any) -> Any:
@@ -229,7 +229,7 @@ class PartsTrainer:
         if not math.isfinite(record["gradient_norm"]):  # its weights are no numbers now, and would be saved next
             raise InputError(
                 f"step {record['step']}: the gradient is {record['gradient_norm']}. Lower the learning rates and train "
-                "anew with another --out."
+                "again with another --out."
             )
         record |= {f"learning_rate_{name}": rate for name, rate in self._rates.items()}
         if self.accelerator.is_main_process:
@@ -704,7 +704,7 @@ def _kept(trace: Path, step: int) -> list[dict[str, Any]]:
         if number > len(kept) or kept[number - 1]["step"] != number:
             raise InputError(
                 f"{trace}:{number}: no losses of step {number}, and the run goes on from step {step}. Put the file "
-                "back, or train anew with another --out."
+                "back, or train again with another --out."
             )
     return kept
 

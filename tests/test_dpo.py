@@ -923,7 +923,7 @@ def test_lost_weights_of_the_best_step_are_told_before_the_run_goes_on(halfway, 
         file.unlink()
         if content is not None:
             file.write_bytes(content)
-    with pytest.raises(InputError, match=r"the weights of the best step cannot be read .* train anew"):
+    with pytest.raises(InputError, match=r"the weights of the best step cannot be read .* train again"):
         resume()
     assert len(read_trace(out / "losses.jsonl")) == 4
 

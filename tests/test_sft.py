@@ -432,7 +432,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_records(small, dat
     with pytest.raises(InputError) as told:
         trainer.train()
     assert str(told.value) == (
-        f"step 1: the loss is nan for {names}. Look at these records, or lower the learning rates and train anew with "
+        f"step 1: the loss is nan for {names}. Look at these records, or lower the learning rates and train again with "
         "another --out."
     )
 
@@ -443,7 +443,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_before_it_is_saved(small, da
     trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
     next(iter(trainable(trainer.model).values())).register_hook(lambda gradient: gradient * factor)
     with pytest.raises(
-        InputError, match=r"step 1: the gradient is (nan|inf)\. Lower the learning rates and train anew"
+        InputError, match=r"step 1: the gradient is (nan|inf)\. Lower the learning rates and train again"
     ):
         trainer.train()
     assert not list((tmp_path / "checkpoints").iterdir())
@@ -1219,7 +1219,7 @@ def test_a_run_does_not_go_on_with_other_questions(evaluated, data):
     rows = [dataclasses.replace(row, reference="heart") for row in read_rows("slake", "validation")]
     facts = {"edition": "t", "official": False, "sample": True, "source": "t", "licence": "t"}
     write_split("slake", "validation", rows, **facts)
-    with pytest.raises(InputError, match=r"evaluations.jsonl: its evaluations asked other questions than"):
+    with pytest.raises(InputError, match=r"evaluations.jsonl: it was evaluated on other questions than"):
         Examination(work, whole, 4)
 
 

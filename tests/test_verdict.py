@@ -228,12 +228,16 @@ def test_normal_and_abnormal_are_contraries_in_the_question_and_in_the_answer(as
     assert yes_or_no(answer, f"Does the lung look {asked} in this image?") is agrees
 
 
+def shared_rows(file: str) -> list[dict]:
+    if not (SHARED / file).is_file():
+        pytest.skip(f"{SHARED / file} is absent: put the shared material there or set STLLAVA_SHARED")
+    return json.loads((SHARED / file).read_text())
+
+
 def official_questions():
     files = ["data/vqarad/testset.json", "data/vqarad/trainset.json", "data/slake/test.json", "data/slake/train.json"]
     for file in files:
-        if not (SHARED / file).is_file():
-            pytest.skip(f"{SHARED / file} is absent: put the shared material there or set STLLAVA_SHARED")
-        for row in json.loads((SHARED / file).read_text()):
+        for row in shared_rows(file):
             if row.get("q_lang", "en") == "en" and str(row["answer"]).strip().lower() in ("yes", "no"):
                 yield " ".join(row["question"].split())
 
@@ -313,9 +317,7 @@ def test_a_list_of_words_gains_nothing_on_the_official_tests():
     )
     closed = []
     for file in ("data/vqarad/testset.json", "data/slake/test.json"):
-        if not (SHARED / file).is_file():
-            pytest.skip(f"{SHARED / file} is absent: put the shared material there or set STLLAVA_SHARED")
-        rows = json.loads((SHARED / file).read_text())
+        rows = shared_rows(file)
         closed += [row for row in rows if row["answer_type"].strip() == "CLOSED" and row.get("q_lang", "en") == "en"]
     now, before = (
         sum(version(words, str(row["answer"]), row["question"]) for row in closed) / len(closed)
@@ -349,9 +351,7 @@ OF_A_CHOICE += [
 def test_right_answers_in_many_wordings_are_right_on_the_official_tests_and_their_opposites_wrong():
     left_out = []
     for file in ("data/vqarad/testset.json", "data/slake/test.json"):
-        if not (SHARED / file).is_file():
-            pytest.skip(f"{SHARED / file} is absent: put the shared material there or set STLLAVA_SHARED")
-        for row in json.loads((SHARED / file).read_text()):
+        for row in shared_rows(file):
             if row["answer_type"].strip() != "CLOSED" or row.get("q_lang", "en") != "en":
                 continue
             question, reference = row["question"], str(row["answer"]).strip()

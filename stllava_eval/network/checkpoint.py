@@ -456,8 +456,8 @@ def _check_start(start: _Start) -> None:
     if not now.was(start.known, start.transformers):
         raise InputError(
             f"{start.folder}: it was trained on {start.known.get('name')} with other weights than {start.base} has now "
-            f"(sha256 {str(start.known['sha256'])[:16]} in its run.json, now {now.sha256[:16]}). Put the weights of "
-            "then back, or train it again."
+            f"(sha256 {str(start.known['sha256'])[:16]} in its run.json, now {now.sha256[:16]}). Put the earlier "
+            "weights back, or train it again."
         )
 
 
