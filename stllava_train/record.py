@@ -22,6 +22,7 @@ PICTURES = (
     *("image_urls", "img", "imgs", "img_path", "img_paths", "img_file", "img_name", "img_url", "file_name", "filename"),
     *("media", "picture", "pictures", "photo", "figure", "input_image"),
 )
+INSIDE = {*PICTURES} - {"file_name", "filename", "media", "figure"}  # those that name nothing else, however deep
 NAMED_IN = (*PICTURES, "path", "file", "url", "name")  # keys of an object that stands for one picture
 # and those under which it holds the picture itself, or what stands for it on a server
 HELD = ("bytes", "base64", "b64", "b64_json", "data", "array", "source", "file_id", "uri", "inline_data")
@@ -227,7 +228,7 @@ def _refuse_strays(fields: dict[str, Any], whose: str, pictures: list[str], wron
         if read or value in (None, "", [], {}, False, 0):
             continue
         files = [text for text in _texts(value) if _PICTURE_FILE.fullmatch(text.strip())]
-        about = _ABOUT_PICTURES.search(_snake(key))
+        about = _ABOUT_PICTURES.search(_snake(key)) or _names_inside(value)
         others = [file for file in files if not _is_address(file) and not any(_same(file, one) for one in pictures)]
         if (about and others) if pictures else (about or files):
             wrong.append(
@@ -299,6 +300,16 @@ def _files(value: Any, whose: str, wrong: list[str], key: str = "image") -> list
             return found
     wrong.append(f"{whose} {key} is {short(value)}, not the name of one file.")
     return []
+
+
+def _names_inside(value: Any) -> bool:
+    """Whether a key for pictures is somewhere inside a value, with a text in it: a name may have no suffix."""
+    if isinstance(value, list):
+        return any(map(_names_inside, value))
+    return isinstance(value, dict) and any(
+        _names_inside(inner) or (_snake(key) in INSIDE and any(text.strip() for text in _texts(inner)))
+        for key, inner in value.items()
+    )
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -276,6 +276,7 @@ def test_a_key_for_pictures_without_one_is_text_alone(folder, nothing):
         pytest.param({"scan": "x.png"}, 'its scan is "x.png", which names a picture that is not read', id="scan"),
         pytest.param({"xray_file": "a/x.dcm"}, "its xray_file is .*, which names a picture", id="a DICOM file"),
         pytest.param({"meta": {"study": ["x.png"]}}, "its meta is .*, which names a picture", id="deep inside"),
+        pytest.param({"meta": {"of": [{"images": ["12345"]}]}}, "its meta is .*, which names a", id="deep, no suffix"),
         pytest.param({"image_id": 7}, "its image_id is 7, which names a picture", id="an id of an image"),
         pytest.param({"videos": ["x.mp4"]}, "its videos is .*, which names a picture", id="a video"),
         pytest.param({"content64": "iVBORw0KGgo" * 9}, "its content64 is .*, which names a picture", id="base64"),
