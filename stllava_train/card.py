@@ -235,7 +235,7 @@ def _draw_examined(scores: Any, lengths: Any, lines: Sequence[dict[str, Any]]) -
     _finish(scores, f"validation: {', '.join(sets)}")
     words = [mean(line, "words") for line in lines]
     lengths.plot(steps, words, color=COLOURS[0], marker="o", markersize=3, label="words")
-    lengths.set_ylim(0, 1.3 * max(words))
+    lengths.set_ylim(0, 1.3 * max(words) or 1)  # all answers may be empty
     _finish(lengths, "words an answer, validation")
 
 

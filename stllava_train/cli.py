@@ -629,7 +629,7 @@ def _add_pairs(commands: Any) -> None:
 def _pairs(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from stllava_train.layouts import read_published
+    from stllava_train.layouts import read_published, source_of
     from stllava_train.pairs import make_pairs, selected, write_pairs
 
     rule, options = pairs_options(arguments)
@@ -638,7 +638,7 @@ def _pairs(arguments: argparse.Namespace) -> int:
     images = arguments.images
     if arguments.source:
         kept = read_published(arguments.source, images, arguments.allow_test_images)
-        source = {"file": arguments.source.name, "sha256": _sha256_of(arguments.source)}
+        source: dict[str, Any] = source_of(arguments.source)
     else:
         candidates, verdicts, folder = _judged(*arguments.files)
         images = images or folder

@@ -137,8 +137,8 @@ def counted_about(noun: str, images: Sequence[Path | str | None]) -> str:
     return line + (f" ({without:,} about none)" if without else "")
 
 
-def records(file: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record), of a JSON array or a record a line.
+def records(file: Path, of: str = "conversations") -> Iterator[tuple[str, Any]]:
+    """(place, record), of a JSON array or a record a line; `of`: what a record is, for messages.
 
     The place is `FILE:LINE` of its beginning, from 1; `FILE:LINE:COLUMN` where another record begins before it on that
     line, since `json.dump` writes all on one. No two records share a place.
@@ -150,7 +150,7 @@ def records(file: Path) -> Iterator[tuple[str, Any]]:
         text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
-        raise InputError(f"{file}: cannot be read ({why}). Pass a JSON file of conversations.") from error
+        raise InputError(f"{file}: cannot be read ({why}). Pass a JSON file of {of}.") from error
     decoder = json.JSONDecoder(object_pairs_hook=once)
     space = re.compile(r"\s*")
     at = space.match(text).end()  # type: ignore[union-attr]

@@ -59,6 +59,7 @@ class Examination(TrainerCallback):
         self.lines = [line for line in read_trace(self.trace) if line["step"] <= step] if step else []
         every = work.recipe.evaluate_every
         wanted = {0, *range(every, step + 1, every)} if step else set()
+        wanted |= {step} & {work.steps}  # the last step has one, whatever its number
         if not wanted <= {line["step"] for line in self.lines} or not all(map(self._is_whole, self.lines)):
             raise InputError(
                 f"{self.trace}: an evaluation up to step {step} is missing or damaged. Put the file back, or train "

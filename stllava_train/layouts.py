@@ -18,7 +18,7 @@ from typing import Any
 
 from stllava_eval.datasets import parquet_rows
 from stllava_eval.errors import InputError, one_line
-from stllava_eval.home import loads, whole_file
+from stllava_eval.home import loads, read_bytes, whole_file
 from stllava_eval.images import decode, opened
 from stllava_train.conversations import Conversation, image_file, records
 from stllava_train.data import SUFFIXES, safe_names
@@ -27,6 +27,7 @@ from stllava_train.pairs import Kept, Pair, check_weights, is_inside, pair_of, r
 from stllava_train.record import PICTURES, Turn, read_picture, read_turns, short
 
 KNOWN = "trl, LLaMA-Factory, ms-swift, RLHF-V, RLAIF-V, MMedPO and STLLaVA-Med-DPO"
+READS = f"`stllava-train pairs --from` reads JSON, JSONL and parquet files as of {KNOWN}."
 # Keys of whole conversations, of which the last answer is the chosen and the rejected one
 BOTH = (
     ("chosen_conversations", "reject_conversations"),  # STLLaVA-Med's train_dpo.py:945-975; not "rejected"
@@ -83,8 +84,10 @@ def _decoded(text: str) -> bytes | None:
     if (found := _PICTURE_TEXT.fullmatch(text)) is None:
         return None
     try:
-        return base64.b64decode(found[1])
-    except binascii.Error:
+        content = base64.b64decode(found[1])
+        with opened(content):  # an id, a hash or an answer may begin with the same letters
+            return content
+    except (binascii.Error, InputError):
         return None
 
 
@@ -157,7 +160,7 @@ def read_published(path: Path, images: Path | None, allow_test_images: bool = Fa
         pairs[id] = Pair(id, image, read.image_sha256, *read.texts, read.margin, read.judges, read.weight)
         places[id] = place
     if not places and not left_out:
-        raise InputError(f"{path}: it holds no pair. `stllava-train pairs --from` reads {KNOWN}.")
+        raise InputError(f"{path}: it holds no pair. {READS}")
     check_weights(path, list(pairs.values()))
     seen = looked_at([Conversation(id, images / pair.image, (), places[id]) for id, pair in pairs.items()], progress)
     if pairs and len(seen.broken) == len(pairs):
@@ -184,6 +187,12 @@ def pairs_to_learn(path: Path, images: Path, progress: bool = True) -> list[Pair
     """
     if _is_ours(path):
         return read_pairs(path)
+    if path.is_dir():
+        _shards(path)
+        raise InputError(
+            f"{path}: a folder of shards. `stllava-train pairs --from {path} --images {images} --out pairs.jsonl` "
+            "makes one file of them."
+        )
     kept = read_published(path, images, allow_test_images=True, progress=progress)
     if kept.left_out:
         whys = "; ".join(f"{why}: {number}" for why, number in kept.left_out.items())
@@ -195,19 +204,16 @@ def pairs_to_learn(path: Path, images: Path, progress: bool = True) -> list[Pair
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether its first row has the hash of a pair's image; what cannot be read is left to our reader's message."""
-    if _is_parquet(path):
+    """Whether its first row has the hash of a pair's image."""
+    if not path.is_file() or _is_parquet(path):
         return False
-    if not path.is_file():
-        return True
+    text = b""
     try:
         with path.open("rb") as lines:
             text = lines.readline(2**24)
         first = loads(text)
-    except ValueError:  # an array of JSON over several lines, or no JSON
-        return path.suffix == ".jsonl" and not text.lstrip().startswith(b"[")
-    except (OSError, RecursionError):
-        return True
+    except (OSError, ValueError, RecursionError):  # an array of JSON over several lines, or what cannot be read
+        return b'"image_sha256"' in text and not text.lstrip().startswith(b"[")
     return isinstance(first, dict) and "image_sha256" in first
 
 
@@ -223,12 +229,52 @@ def _is_parquet(path: Path) -> bool:
         return False
 
 
+def source_of(path: Path) -> dict[str, str]:
+    """The name of a file of pairs, or of a folder of shards, and the SHA-256 of what it holds."""
+    hashes = [hashlib.sha256(read_bytes(file)).hexdigest() for file in _shards(path)]
+    whole = hashes[0] if path.is_file() else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    return {"file": path.name, "sha256": whole}
+
+
+def _shards(path: Path) -> list[Path]:
+    """The file, or the parquet files of the folder, which are one file in pieces: RLAIF-V is published so.
+
+    Raises:
+        InputError: The folder holds no parquet file, or files of several splits.
+    """
+    if not path.is_dir():
+        return [path]
+    shards = sorted(path.glob("*.parquet"))
+    kinds = {re.sub(r"\d+", "N", file.name): file for file in shards}
+    if len(kinds) == 1:
+        return shards
+    if kinds:
+        one, other, *_ = kinds.values()
+        raise InputError(
+            f"{path}: its files {one.name} and {other.name} are not shards of one file. Put those of one split into a "
+            "folder of their own, or pass one file."
+        )
+    held = ", ".join(sorted(file.name for file in path.iterdir())[:4]) or "nothing"
+    raise InputError(
+        f"{path}: a folder that holds {held}, and no parquet. {READS} A folder that `datasets` saved becomes a file by "
+        "`load_from_disk(FOLDER)[SPLIT].to_parquet(FILE)`."
+    )
+
+
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record)."""
+    """(place, record), of a file or of a folder of shards."""
+    for file in _shards(path):
+        yield from _records_of(file)
+
+
+def _records_of(path: Path) -> Iterator[tuple[str, Any]]:
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: no regular file. Pass a JSON or parquet file of pairs.")
     if not _is_parquet(path):
-        yield from records(path)
+        try:
+            yield from records(path, "pairs")
+        except InputError as error:
+            raise InputError(f"{error} {READS}") from None
         return
     import pyarrow
 
@@ -242,7 +288,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 def _located(place: str, name: str, path: Path, images: Path) -> str:
     """The name, relative to `images`, of the file that a record names there or beside its own file."""
     if is_inside(name) and image_file(images, name) is not None:
-        return name
+        return Path(name).as_posix()  # ./a.png and a.png are one
     whole = Path(os.path.normpath(path.parent.absolute() / name)) if "\0" not in name else Path()
     for folder in (images.absolute(), images.resolve()):
         for file in (whole, whole.resolve()):
@@ -293,7 +339,7 @@ def _read(place: str, number: int, record: Any, empty: Sequence[str]) -> _Read:
     weight = _weight(place, record)
     rest = _rest(record, sides.used)
     both = [_side(place, key, turns, rest) for key, turns in sides.turns.items()]
-    (chosen, image), (rejected, other) = both
+    (chosen, image), (rejected, image_too) = both
     if [turn.text for turn in chosen[:-1]] != [turn.text for turn in rejected[:-1]]:
         raise InputError(f"{place}: chosen and rejected do not answer the same question. Mend it, or delete it.")
     if len(chosen) > 2 or len(rejected) > 2:
@@ -302,11 +348,14 @@ def _read(place: str, number: int, record: Any, empty: Sequence[str]) -> _Read:
             "understood alone, or delete the record."
         )
     question = chosen[0].text
-    if sides.prompt is not None and _plain(sides.prompt) != question:
-        raise InputError(f"{place}: its prompt is {short(sides.prompt)}, and chosen begins with another question.")
+    for key, other in sides.prompts.items():
+        if not isinstance(other, str) or _plain(other) != question:
+            raise InputError(
+                f"{place}: its {key} is {short(other)}, and the question that is read is {short(question)}. Keep one."
+            )
     if image is None:
         raise InputError(f"{place}: it names no image. Add the one that it is about, or leave the record out.")
-    why = OTHER_IMAGE if other != image or _has_other_image(record, image) else None
+    why = OTHER_IMAGE if image_too != image or _has_other_image(record, image) else None
     return _Read(id, (question, chosen[1].text, rejected[1].text), image, weight, why)
 
 
@@ -327,13 +376,13 @@ class _Sides:
         record: Whose keys these are.
         turns: Of the chosen, then of the rejected answer.
         used: Keys that are read.
-        prompt: A question that the record has beside conversations that hold one.
+        prompts: Further keys with a question: each has to be the one that the conversations hold.
     """
 
     record: Row
     turns: dict[str, Any]
     used: tuple[str, ...]
-    prompt: str | None = None
+    prompts: dict[str, Any] = field(default_factory=dict)
 
 
 def _sides(record: Row) -> _Sides | None:
@@ -352,7 +401,10 @@ def _sides(record: Row) -> _Sides | None:
         said = _list(record[turns])
         if not isinstance(said, list):
             said = [said]
-        ends = {key: [*said, *_answer(record[key])] for key in ("chosen", "rejected")}
+        ends = {key: _answer(record[key]) for key in ("chosen", "rejected")}
+        if all(len(end) > 1 and end[0] == said[0] for end in ends.values()):  # UltraFeedback's `messages` is a copy
+            return _asked({key: value for key, value in record.items() if key != turns}, ("chosen", "rejected"))
+        ends = {key: [*said, *end] for key, end in ends.items()}
         return _Sides(record, ends, (turns, "chosen", "rejected"))
     if "text" in record and "chosen" not in record:  # RLHF-V: the texts are an object, or one as text
         inner = _object(record["text"])
@@ -365,27 +417,46 @@ def _sides(record: Row) -> _Sides | None:
 
 def _asked(record: Row, keys: tuple[str, str]) -> _Sides | None:
     """The two conversations of a record whose question has a key of its own, or is inside its answers."""
-    asked = next((key for key in QUESTIONS if record.get(key) not in (None, "", [])), None)
+    asked = [key for key in QUESTIONS if record.get(key) not in (None, "", [])]
+    prompts = {key: record[key] for key in asked}
     ends = {key: _answer(record[key]) for key in keys}
-    inside = [end for end in ends.values() if len(end) > 1]
-    prompt = record[asked] if asked else None
-    used = (*keys, *([asked] if asked else ()))
-    if isinstance(prompt, str) and asked == "instruction" and isinstance(record.get("input"), str):
+    whole = all(len(end) > 1 and all(isinstance(turn, dict) for turn in end) for end in ends.values())
+    used = (*keys, *asked)
+    if isinstance(prompts.get("instruction"), str) and isinstance(record.get("input"), str):
         used = (*used, "input")  # LLaMA-Factory's Alpaca format joins the two by a newline
-        prompt = "\n".join(part for part in (prompt, record["input"]) if part)
-    if asked is None or (isinstance(prompt, str) and inside):  # as trl's `maybe_extract_prompt`
-        return _Sides(record, ends, used, prompt) if inside else None
-    asks = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    return _Sides(record, {key: [*asks, *end] for key, end in ends.items()}, used)
+        prompts["instruction"] = "\n".join(part for part in (prompts["instruction"], record["input"]) if part)
+    if whole and all(isinstance(prompt, str) and len(_answer(prompt)) == 1 for prompt in prompts.values()):
+        return _Sides(record, ends, used, prompts)  # as trl's `maybe_extract_prompt`
+    if not asked:
+        return None
+    prompt = prompts.pop(asked[0])
+    asks = [{"role": "user", "content": prompt}]
+    if (turns := _turns(prompt)) or isinstance(prompt, list):
+        asks = turns or prompt
+    ends = {key: end if end[: len(asks)] == asks else [*asks, *end] for key, end in ends.items()}
+    return _Sides(record, ends, used, prompts)
 
 
 def _answer(value: Any) -> list[Any]:
-    """An answer as turns: a text, a turn, turns, or a list of one text."""
+    """An answer as turns: a text, a turn, turns (also as JSON), or a list of one text."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         value = value[0]
+    if turns := _turns(value):
+        return turns
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     return value if isinstance(value, list) else [value]
+
+
+def _turns(value: Any) -> list[Any]:
+    """The turns of a value that is some, one, or the JSON of one of these; empty where it is something else."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            value = loads(value)
+        except (ValueError, RecursionError):
+            return []
+    turns = value if isinstance(value, list) else [value]
+    return turns if all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns) else []
 
 
 def _list(value: Any) -> Any:
@@ -413,6 +484,11 @@ def _side(place: str, key: str, turns: Any, rest: Row) -> tuple[list[Turn], str 
     """The turns of a conversation, without the image's tag, and its picture."""
     if not isinstance(turns, list):
         raise InputError(f"{place}: {key} is {short(turns)}, not turns of a question and an answer. Mend it.")
+    if texts := [turn for turn in turns if isinstance(turn, str)]:
+        raise InputError(
+            f"{place}: {key}: {short(texts[0])} is in a list of texts, and a pair has one question, one chosen and one "
+            "rejected answer. Make a record of each pair."
+        )
     record = rest | {"messages": turns}
     wrong: list[str] = []
     # a tag in the text of an answer makes no pair, and `trouble` counts it
@@ -445,6 +521,8 @@ def _rest(record: Row, used: Sequence[str]) -> Row:
         for key, value in record.items()
         if key not in (*used, *IDS) and not _WEIGHT.fullmatch(key) and not key.startswith(("chosen", "reject"))
     }
+    if "origin_dataset" in plain and plain.get("image"):
+        plain.pop("image_path", None)  # RLHF-V's and RLAIF-V's: where the image came from
     held = [key for key, value in plain.items() if '"held:' in json.dumps(value, default=str)]
     if not held:
         return plain
@@ -454,7 +532,8 @@ def _rest(record: Row, used: Sequence[str]) -> Row:
 
 def _has_other_image(record: Row, image: str) -> bool:
     """Whether the rejected answer is about another picture than the chosen one: MMedPO's and ms-swift's keys for it."""
-    if any(record.get(key) in (1, True, "1") for key in _NOISED):
+    no = (None, 0, "", "0", "false", "no")
+    if any((value.lower() if isinstance(value, str) else value) not in no for value in map(record.get, _NOISED)):
         return True
     keys = ("rejected_image", "rejected_images", "chosen_image", "chosen_images")
     others = [record.get(key) for key in keys]
@@ -468,6 +547,8 @@ def _id(place: str, number: int, record: Row) -> str:
     if key is None:
         return f"record-{number}"
     id = record[key]
+    if isinstance(id, float) and id.is_integer():  # pandas makes floats of a column in which a number lacks
+        id = int(id)
     if not isinstance(id, str | int) or isinstance(id, bool) or id == "":
         raise InputError(f"{place}: {key} is {short(id)}. Give the record a text or a whole number.")
     return str(id)
@@ -476,6 +557,11 @@ def _id(place: str, number: int, record: Row) -> str:
 def _weight(place: str, record: Row) -> float | None:
     """The record's weight, a number or one as text; None where it has none."""
     keys = [key for key in record if _WEIGHT.fullmatch(key) and record[key] is not None]
+    if halves := [key for key in record if re.fullmatch(r"(?:chosen|rejected)_weights?", key)]:
+        raise InputError(
+            f"{place}: its {halves[0]} is {short(record[halves[0]])}, and a pair has one weight. Name it weight, or "
+            "take it out."
+        )
     if len(keys) > 1:
         raise InputError(f"{place}: it has {keys[0]} and {keys[1]}. Keep one of the two.")
     if not keys:

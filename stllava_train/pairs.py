@@ -176,8 +176,12 @@ def relative_weights(pairs: Sequence[Pair]) -> list[float]:
     clipping keep their meaning. Over an epoch it is the weighted mean of the losses.
     """
     weights = [pair.weight for pair in pairs if pair.weight is not None]
-    mean = math.fsum(weights) / len(weights) if weights else 0.0
-    return [weight / mean for weight in weights]
+    if not weights:
+        return []
+    most = max(weights)
+    shares = [weight / most for weight in weights]  # their sum is finite, however large the weights are
+    mean = math.fsum(shares) / len(shares)
+    return [share / mean for share in shares]
 
 
 def weights_in_words(pairs: Sequence[Pair]) -> list[str]:
@@ -185,7 +189,7 @@ def weights_in_words(pairs: Sequence[Pair]) -> list[str]:
     weights = [pair.weight for pair in pairs if pair.weight is not None]
     if not weights:
         return []
-    mean = math.fsum(weights) / len(weights)
+    mean = math.fsum(weight / len(weights) for weight in weights)
     return [f"weights from {min(weights):g} to {max(weights):g}; in the loss each is divided by their mean, {mean:.4g}"]
 
 

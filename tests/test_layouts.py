@@ -15,7 +15,7 @@ from stllava_eval.images import decode, pixel_hash
 from stllava_train.cli import main
 from stllava_train.layouts import pairs_to_learn, read_published
 from stllava_train.ledger import line
-from stllava_train.pairs import Kept, Pair, read_pairs, selected, write_pairs
+from stllava_train.pairs import Kept, Pair, read_pairs, relative_weights, selected, weights_in_words, write_pairs
 
 RED, GREEN = png((200, 0, 0)), png((0, 200, 0))
 
@@ -147,6 +147,30 @@ LAYOUTS = {
         "idx": "7",
     },
     "MMedPO": {"id": 7, "image": "a.png", "conversations": [HUMAN, GPT], "rejected_conversations": [HUMAN, WRONG]},
+    "trl, single turns": {"images": ["a.png"], "prompt": USER, "chosen": LEFT, "rejected": RIGHT},
+    "trl, turns as JSON": {
+        "images": ["a.png"],
+        "prompt": json.dumps([USER]),
+        "chosen": json.dumps([LEFT]),
+        "rejected": json.dumps([RIGHT]),
+    },
+    "trl, prompt beside whole conversations": {
+        "images": ["a.png"],
+        "prompt": [USER],
+        "chosen": [USER, LEFT],
+        "rejected": [USER, RIGHT],
+    },
+    "UltraFeedback": {
+        "image": "a.png",
+        "prompt": "Where is it?",
+        "prompt_id": "f00",
+        "chosen": [*SAID],
+        "rejected": [SAID[0], {"role": "assistant", "content": "Right."}],
+        "messages": [*SAID],
+        "score_chosen": 8.0,
+        "score_rejected": 2.5,
+    },
+    "a question under two keys": {"image": "a.png", "question": "Where is it?", "prompt": "Where is it?", **TEXTS},
     "whole path": {"image": ..., "question": "Where is it?", **TEXTS},
     "beside the file": {"image": "images/a.png", "question": "Where is it?", **TEXTS},
 }
@@ -197,6 +221,60 @@ def test_pictures_in_json_are_read_too(tmp_path, images):
     asks = {"role": "user", "content": [part, {"type": "text", "text": "Where is it?"}]}
     made = read(write(tmp_path / "file.jsonl", {"prompt": [asks], "chosen": [LEFT], "rejected": [RIGHT]}), images)
     assert [(images / one.image).read_bytes() for one in made.pairs] == [GREEN]
+
+
+def test_what_only_begins_like_a_picture_in_base64_stays_text(tmp_path, images):
+    """`Qk` begins a BMP, and one in 4,096 ids, hashes and words of base64."""
+    like = "Qk" + 42 * "A"
+    record = LAYOUTS["RLAIF-V"] | {"id": like, "chosen": like, "hash": like}
+    (one,) = read(write(tmp_path / "file.json", record), images).pairs
+    assert (one.id, one.chosen, one.image) == (like, like, "a.png")
+
+
+def test_a_whole_float_is_an_id_and_a_dot_before_a_name_is_no_other_image(tmp_path, images):
+    """pandas writes 7.0 where another row has no number."""
+    made = read(write(tmp_path / "file.parquet", LAYOUTS["RLAIF-V"] | {"idx": 7.0, "image": "./a.png"}), images)
+    assert made.pairs == [pair("7")]
+
+
+def test_where_a_picture_came_from_is_no_second_picture(tmp_path, images):
+    record = LAYOUTS["RLHF-V"] | {"image_path": "coco/train2017/1.jpg"}
+    assert read(write(tmp_path / "file.json", record), images).pairs == [pair("7")]
+
+
+def shards(tmp_path, *names: str) -> Path:
+    (tmp_path / "shards").mkdir()
+    for name, record in zip(names, ({"id": "1"}, {"id": "2", "images": ["sub/b.png"]}), strict=True):
+        write(tmp_path / "shards" / name, LAYOUTS["trl, texts"] | record)
+    return tmp_path / "shards"
+
+
+def test_a_folder_of_shards_is_read_as_one_file(tmp_path, images):
+    folder = shards(tmp_path, "train-00000-of-00002.parquet", "train-00001-of-00002.parquet")
+    call = ["pairs", "--from", str(folder), "--images", str(images), "--out", str(tmp_path / "pairs.jsonl")]
+    assert main(call) == 0
+    assert main(call) == 0  # the manifest knows the shards
+    assert read_pairs(tmp_path / "pairs.jsonl") == [pair("1"), pair("2", "sub/b.png")]
+    with pytest.raises(InputError, match=r"a folder of shards. `stllava-train pairs --from .* makes one file of them"):
+        pairs_to_learn(folder, images, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train-0.parquet", "test-0.parquet"), "its files test-0.parquet and train-0.parquet are not shards of one"),
+        (
+            ("data-0.arrow", "state.json"),
+            r"a folder that holds data-0.arrow, state.json, .*`stllava-train pairs --from`",
+        ),
+    ],
+)
+def test_a_folder_of_something_else_is_refused_in_one_line(tmp_path, images, names, message):
+    folder = shards(tmp_path, *names)
+    for reader in (read, pairs_to_learn):
+        with pytest.raises(InputError, match=message) as refused:
+            reader(folder, images)
+        assert "\n" not in str(refused.value)
 
 
 def test_records_without_an_id_get_their_number_and_one_file_may_hold_several_layouts(tmp_path, images):
@@ -266,6 +344,7 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         flat | {"rejected": "<image> Right."},
         flat | {"image": "none.png"},
         LAYOUTS["MMedPO"] | {"rejected_noised": 1},
+        LAYOUTS["MMedPO"] | {"rejected_noised": "true"},
         LAYOUTS["MMedPO"] | {"rejected_image": "noised/a.png"},
         LAYOUTS["ms-swift, two conversations"] | {"id": "9", "rejected_images": ["sub/b.png"]},
         flat | {"image": {"bytes": base64.b64encode(RED[:-30]).decode()}},
@@ -278,11 +357,11 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         "empty chosen": 1,
         "<image1> in question": 1,
         "<image> in rejected": 1,
-        "the two answers are about two images": 3,
+        "the two answers are about two images": 4,
         "image cannot be read": 2,
     }
     with pytest.raises(
-        InputError, match=r"9 of its records make no pair .*empty chosen: 1.*`stllava-train pairs --from"
+        InputError, match=r"10 of its records make no pair .*empty chosen: 1.*`stllava-train pairs --from"
     ):
         pairs_to_learn(file, images, progress=False)
 
@@ -316,8 +395,17 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         (LAYOUTS["LLaMA-Factory, Alpaca"] | {"history": [["Hi", "Hello"]]}, "its history is"),
         (
             LAYOUTS["trl, prompt inside and beside"] | {"prompt": "Which?"},
-            'its prompt is "Which\\?", and chosen begins',
+            'its prompt is "Which\\?", and the question that is read is "Where is it\\?"',
         ),
+        (
+            LAYOUTS["RLAIF-V"] | {"prompt": "Which?"},
+            'its question is "Where is it\\?", and the question that is read is "Which\\?". Keep one',
+        ),
+        (LAYOUTS["RLAIF-V"] | {"instruction": "Be brief."}, 'its instruction is "Be brief."'),
+        (LAYOUTS["RLAIF-V"] | {"chosen": ["Left.", "On the left."]}, 'chosen: "Left." is in a list of texts'),
+        (LAYOUTS["ms-swift"] | {"rejected_response": ["Right.", "Up."]}, 'rejected_response: "Right." is in a list'),
+        ({"image_id": 7, "chosen": ["L", "M"], "rejected": ["R", "S"]}, "no known layout of pairs"),  # HA-DPO
+        (LAYOUTS["RLAIF-V"] | {"chosen_weight": 0.5}, "its chosen_weight is 0.5, and a pair has one weight"),
         (LAYOUTS["RLAIF-V"] | {"chosen": 3}, "chosen: turn 2 is 3"),
         (
             LAYOUTS["RLAIF-V"] | {"image": "/etc/a.png"},
@@ -347,11 +435,22 @@ def test_dpo_names_pairs_from_and_the_layouts_for_a_file_in_none(tmp_path, image
     assert len(shown.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"PAR1 and no more", b"\xff"])
-def test_a_file_that_holds_nothing_is_refused_in_one_line(tmp_path, images, content):
-    file = tmp_path / "file.json"
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"a": 1},\n', b"PAR1 and no more", b"\xff", b"\x1f\x8b\x08"])
+def test_a_file_that_holds_nothing_is_refused_in_one_line(tmp_path, images, content, suffix):
+    file = tmp_path / f"file{suffix}"
     file.write_bytes(content)
     for reader in (read, pairs_to_learn):
         with pytest.raises(InputError, match=r"file.json") as refused:
             reader(file, images)
         assert "\n" not in str(refused.value)
+        if not content.startswith(b"PAR1"):
+            assert "`stllava-train pairs --from` reads" in str(refused.value)
+            assert "conversations" not in str(refused.value)
+
+
+def test_relative_weights_are_finite_however_large_or_small_the_weights_are():
+    for size in (1e308, 5e-324):
+        pairs = [pair(weight=size), pair(weight=size), pair(weight=0.0)]
+        assert relative_weights(pairs) == pytest.approx([1.5, 1.5, 0.0])
+        assert f"{size:g}" in weights_in_words(pairs)[0]

@@ -1068,6 +1068,15 @@ def test_the_same_losses_draw_the_same_bytes(unbroken, tmp_path):
     assert (tmp_path / "curves.png").read_bytes() == (run / "curves.png").read_bytes()
 
 
+def test_curves_are_drawn_where_every_answer_was_empty(tmp_path):
+    of = {"f1": 0.0, "recall": 0.0, "closed_accuracy": 0.0, "unparsed": 1.0, "words": 0.0}
+    (tmp_path / "losses.jsonl").write_text(json.dumps({"step": 1, "answer_loss": 1.0, "question_loss": None}) + "\n")
+    lines = [{"step": step, "slake": of, "score": 0.0, "unparsed": 1.0} for step in (0, 1)]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_curves(tmp_path / "losses.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
 def test_names_cannot_break_out_of_the_card(unbroken, tmp_path):
     run = shutil.copytree(unbroken[1], tmp_path / "a b\n# [x](y)\x1b[31m`")
     manifest = json.loads((run / "run.json").read_text())
