@@ -331,14 +331,14 @@ def _images_of_others(file: Path, images: Path | None, sound: set[str]) -> list[
 
 
 def _duplicates(conversations: Iterable[Conversation], seen: dict[Path, _Look]) -> list[Problem]:
-    """The same rounds about the same pixels, in whatever file they are, or about no image."""
+    """The same content about the same pixels, in whatever file they are, or about no image."""
     first: dict[Any, Conversation] = {}
     found = []
     for one in conversations:
         pixels = None if one.image is None else seen[one.image].pixels
         if one.image is not None and pixels is None:
             continue
-        if (before := first.setdefault((pixels, one.rounds), one)) is not one:
+        if (before := first.setdefault((pixels, *one.content), one)) is not one:
             what = f"its image and rounds are those of {before.id} at {before.place}. Keep one of the two."
             found.append(Problem(one.place, one.id, what))
     return found

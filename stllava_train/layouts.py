@@ -24,7 +24,7 @@ from stllava_train.conversations import Conversation, image_file, records
 from stllava_train.data import SUFFIXES, safe_names
 from stllava_train.ledger import Row
 from stllava_train.pairs import Kept, Pair, check_weights, is_inside, pair_of, read_pairs, trouble
-from stllava_train.record import PICTURES, Turn, read_picture, read_turns, short
+from stllava_train.record import PICTURES, Turn, read_picture, read_system, read_turns, short
 
 KNOWN = "trl, LLaMA-Factory, ms-swift, RLHF-V, RLAIF-V, MMedPO and STLLaVA-Med-DPO"
 # Keys of whole conversations, of which the last answer is the chosen and the rejected one
@@ -419,6 +419,13 @@ def _side(place: str, key: str, turns: Any, rest: Row) -> tuple[list[Turn], str 
     first, *others = read_turns(record, wrong) or [Turn("", "", 0, ())]
     read = [first, *(replace(turn, tags=turn.tags - ("<image>" in turn.text)) for turn in others)]
     picture = read_picture(record, read, wrong)
+    if system := read_system(record, wrong):
+        wrong.append(
+            f"its system text is {short(system)}, and pairs are learnt with the template's own. Put it into the "
+            "question, or take it out."
+        )
+    if not all(turn.learnt for turn in read):
+        wrong.append("an answer's loss or weight is 0, and both answers of a pair are learnt. Leave the record out.")
     if not wrong and len(read) % 2:
         wrong.append(f"it ends with turn {len(read)}, a question without an answer. Add the answer.")
     if wrong:

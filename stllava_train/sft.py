@@ -29,6 +29,7 @@ from stllava_train.conversations import (
     asked,
     counted,
     in_epoch,
+    own_in_words,
     uniform,
 )
 from stllava_train.examination import Examination, questions, warn_of_learnt
@@ -329,7 +330,7 @@ def _check_call(files: Sequence[Path], images: Path | None) -> str:
 def train(work: SftWork, out: Path, resume: bool = False, progress: bool = True, wandb: bool = False) -> None:
     """Train, and write the folder `out`. See `training.run`. What is learnt from is counted on stderr first."""
     if progress and first_process():
-        print(counted(work.conversations), file=sys.stderr)
+        print(counted(work.conversations), *own_in_words(work.conversations), sep="\n", file=sys.stderr)
     run(work, make_trainer, out, resume, progress, wandb)
 
 
@@ -366,6 +367,7 @@ def report(work: SftWork) -> str:
     learnt = counts.answer_tokens + counts.question_tokens
     lines = [
         f"{counted(work.conversations)}, {counts.rounds} rounds",
+        *own_in_words(work.conversations),
         f"{counts.tokens} tokens in the first epoch, the longest conversation {counts.longest}; learnt are {learnt} "
         f"({learnt / counts.tokens:.1%}): {counts.answer_tokens} of answers, {counts.question_tokens} of questions",
         f"{work.steps} steps of {recipe.batch} conversations: {recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}",
