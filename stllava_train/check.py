@@ -208,7 +208,9 @@ def looked_at(conversations: Sequence[Conversation], progress: bool = True) -> I
 
 
 def write_sound(files: Sequence[Path], found: Iterable[Problem], out: Path) -> int:
-    """Write the records without a problem to `out`, equal as JSON, a line each in one array. Returns their number.
+    """Write the records without a problem to `out`, a line each in one array. Returns their number.
+
+    They are equal as JSON; but those whose columns have other names, see `columns`, get the names that we read.
 
     Raises:
         InputError: See `read_conversations` and `whole_file`.

@@ -14,6 +14,7 @@ from typing import Any
 
 from stllava_eval.errors import InputError
 from stllava_eval.home import once, read_text
+from stllava_train.columns import columns_of, under_our_names
 from stllava_train.record import Turn, read_picture, read_system, read_turns, short, tags
 
 NOTHING, ANSWER, QUESTION = 0, 1, 2  # what a token is learnt as
@@ -77,7 +78,8 @@ def read_conversations(file: Path, images: Path | None = None) -> tuple[list[Con
     The format is LLaVA's: a JSON array, or a record a line, of `{"id", "image", "conversations": [{"from": "human",
     "value": ...}, {"from": "gpt", "value": ...}, ...]}`; or that of OpenAI, Qwen, trl, LLaMA-Factory and ms-swift:
     `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], "images": [...]}`, where a
-    content is a text or parts of text and image. See `record`. Turns are stripped. As in the authors'
+    content is a text or parts of text and image; or LLaMA-Factory's Alpaca format. Columns may have other names where
+    its `dataset_info.json` maps them. See `record` and `columns`. Turns are stripped. As in the authors'
     `preprocess_multimodal` the image comes first whatever the place of its tag in the first turn, and tags in a text
     count as one. A record without `id` gets its number in the file.
 
@@ -166,7 +168,7 @@ def own_in_words(conversations: Sequence[Conversation]) -> list[str]:
 
 
 def records(file: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record), of a JSON array or a record a line.
+    """(place, record), of a JSON array or a record a line, under the names that we read; see `columns`.
 
     The place is `FILE:LINE` of its beginning, from 1; `FILE:LINE:COLUMN` where another record begins before it on that
     line, since `json.dump` writes all on one. No two records share a place.
@@ -179,6 +181,7 @@ def records(file: Path) -> Iterator[tuple[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
         raise InputError(f"{file}: cannot be read ({why}). Pass a JSON file of conversations.") from error
+    columns = columns_of(file)
     decoder = json.JSONDecoder(object_pairs_hook=once)
     space = re.compile(r"\s*")
     at = space.match(text).end()  # type: ignore[union-attr]
@@ -200,7 +203,7 @@ def records(file: Path) -> Iterator[tuple[str, Any]]:
             what = getattr(error, "msg", "nested too deeply")
             what = what if isinstance(error, json.JSONDecodeError | RecursionError) else str(error)
             raise InputError(f"{file}:{where}: no JSON ({what}). Mend the file or write it again.") from error
-        yield f"{file}:{line}" + (f":{begins}" if line == taken else ""), record
+        yield f"{file}:{line}" + (f":{begins}" if line == taken else ""), under_our_names(record, columns)
         taken = line
         at = space.match(text, at).end()  # type: ignore[union-attr]
         if array and text[at : at + 1] == ",":

@@ -20,6 +20,7 @@ from stllava_eval.datasets import parquet_rows
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import loads, whole_file
 from stllava_eval.images import decode, opened
+from stllava_train.columns import columns_of, under_our_names
 from stllava_train.conversations import Conversation, image_file, records
 from stllava_train.data import SUFFIXES, safe_names
 from stllava_train.ledger import Row
@@ -232,9 +233,10 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         return
     import pyarrow
 
+    columns = columns_of(path)
     try:
         for number, row in enumerate(parquet_rows(path, str(path)), 1):
-            yield f"{path}: row {number}", row
+            yield f"{path}: row {number}", under_our_names(row, columns)
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as parquet ({one_line(error)}). Download it again.") from error
 
@@ -285,7 +287,8 @@ def _read(place: str, number: int, record: Any, empty: Sequence[str]) -> _Read:
         what += f" ({', '.join(empty)} is null)" if empty else ""
         raise InputError(
             f"{place}: {what}: no known layout of pairs. `stllava-train pairs --from` reads {KNOWN}; see "
-            "docs/preferences.md. Name the keys image, question, chosen and rejected."
+            "docs/preferences.md. Name the keys image, question, chosen and rejected, or map them in LLaMA-Factory's "
+            "dataset_info.json beside the file."
         )
     record = sides.record
     id = _id(place, number, record)

@@ -23,6 +23,7 @@ from stllava_eval.cli import TASKS
 from stllava_eval.datasets import read_manifest
 from stllava_eval.errors import InputError, printable
 from stllava_eval.home import alone, read_json, refuse_file, write_json
+from stllava_train.columns import columns_of
 from stllava_train.ledger import read_rows
 from stllava_train.recipe import Training, read_dpo_recipe, read_pipeline, read_recipe
 
@@ -151,14 +152,16 @@ class Pipeline:
         recipe, seed = self.recipe, f"seed={self.recipe.seed}"
         images = self._hash_of(self.images / name for name in images_in(self.images))
         stage_1 = self.out / "sft"
-        named = [text for file in self.data for text in ("--data", str(file))]
+        given = [text for file in self.data for text in ("--data", str(file))]
+        named = [_columns(file) for file in self.data]
         changes = [*recipe.sft.changes, seed]
         yield Stage(
             "sft",
-            ["sft", "--recipe", recipe.sft.recipe, *named, "--out", str(stage_1), *changes],
+            ["sft", "--recipe", recipe.sft.recipe, *given, "--out", str(stage_1), *changes],
             {
                 **self._settings(read_recipe(recipe.sft.recipe, changes)),
                 "data": [self.hash(file) for file in self.data],
+                **({"columns": named} if any(named) else {}),
                 "images": self._images_of(self.data),
             },
             stage_1 / "run.json",
@@ -405,6 +408,11 @@ def _left(judged: Path) -> tuple[int, int]:
     """How many questions of all judges (failed, were not asked), by the manifest of the verdicts."""
     left = (_read(judged.with_suffix(".json")) or {}).get("left") or {}
     return sum(of.get("failed", 0) for of in left.values()), sum(of.get("not_asked", 0) for of in left.values())
+
+
+def _columns(file: Path) -> str | None:
+    """Hash of what the file's columns are called, where a `dataset_info.json` names the file."""
+    return columns.sha256 if (columns := columns_of(file)) else None
 
 
 def _read(manifest: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shlex
 import sys
@@ -19,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from stllava_eval.datasets import DATASETS
 from stllava_eval.errors import InputError
 from stllava_train.augment import augmented
+from stllava_train.columns import data_hash
 from stllava_train.conversations import (
     ANSWER,
     NOTHING,
@@ -276,8 +276,7 @@ def open_work(
         raise InputError(f"{problems[0]}{more}")
     conversations = [one for of in read for one in of]
     data = [
-        {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "conversations": len(of)}
-        for file, of in zip(files, read, strict=True)
+        {"file": file.name, **data_hash(file), "conversations": len(of)} for file, of in zip(files, read, strict=True)
     ]
     text = next((one for one in conversations if one.image is None), None)
     if text and recipe.language_model.train == "frozen":
