@@ -41,8 +41,8 @@ class Stage:
         inputs: As JSON holds it: settings, and hashes of all that is read.
         made: The file that the next stages read; its hash is their input.
         resume: What the command needs to go on with what a kill has left; None where it goes on by itself.
-        bounds: As JSON holds it, what bounds how much of it is made, and does not decide what: a budget. Where
-            something was left out, it is gone on with once they have changed.
+        bounds: As JSON holds it, what bounds how much of it is made, and does not decide what: a budget, and the room
+            of a reply. Where something was left out or cut, it is gone on with once they have changed.
     """
 
     name: str
@@ -114,6 +114,8 @@ class Pipeline:
         check_settings(changed(PRESETS[recipe.candidates.recipe], recipe.candidates.changes))
         if unknown := [task for task in recipe.tasks if task not in TASKS]:
             raise InputError(f"tasks: {unknown[0]}: unknown. Tasks are {', '.join(TASKS)}.")
+        if recipe.judge_max_tokens is not None and not 1 <= recipe.judge_max_tokens < 10**6:
+            raise InputError(f"judge_max_tokens: {recipe.judge_max_tokens}. It is from 1 to 999,999, or null.")
         if recipe.budget is not None and recipe.budget < 0:
             raise InputError(f"budget: {recipe.budget:g}. It is 0 or more, or null.")
         _check_pairs(recipe.pairs)
@@ -185,17 +187,23 @@ class Pipeline:
                 candidates,
             )
             judges = [text for name in recipe.judges for text in ("--judge", name)]
+            room: dict[str, Any] = {}  # empty where none is given, so that runs of earlier releases go on
+            if recipe.judge_max_tokens is not None:
+                room["max_tokens"] = recipe.judge_max_tokens
+            if recipe.judge_reasoning:
+                room["reasoning"] = True
             how = [
-                "--preset",
-                recipe.judge_preset,
+                *("--preset", recipe.judge_preset),
                 *([] if recipe.budget is None else ["--budget", str(recipe.budget)]),
+                *([] if recipe.judge_max_tokens is None else ["--max-tokens", str(recipe.judge_max_tokens)]),
+                *(["--reasoning"] if recipe.judge_reasoning else []),
             ]
             yield Stage(
                 f"round-{number}/judged",
                 ["judge", str(candidates), *judges, *how, "--out", str(judged)],
                 {"candidates": self.hash(candidates), "judges": list(recipe.judges), "preset": recipe.judge_preset},
                 judged,
-                bounds={"budget": recipe.budget},
+                bounds={"budget": recipe.budget, **room},
             )
             options = [*recipe.pairs, "--seed", str(recipe.seed)]
             yield Stage(
@@ -272,6 +280,7 @@ class Pipeline:
         if not stage.made.exists():
             raise InputError(f"{stage.name}: {stage.made} was not written. Run the command above by itself.")
         self._hashes = {path: hash for path, hash in self._hashes.items() if not path.is_relative_to(self.out)}
+        left += _cut(stage.made) if stage.command[0] == "judge" else 0
         self.done[stage.name] |= {"made": self.hash(stage.made), "left": left, "bounds": stage.bounds}
         self._remember()
         return 0
@@ -413,6 +422,11 @@ def _left(judged: Path) -> tuple[int, int]:
 def _columns(file: Path) -> str | None:
     """Hash of what the file's columns are called, where a `dataset_info.json` names the file."""
     return columns.sha256 if (columns := columns_of(file)) else None
+
+
+def _cut(judged: Path) -> int:
+    """How many replies were cut before their scores: a call with more room asks for them again."""
+    return sum(bool(row.get("cut_at")) for row in read_rows(judged))
 
 
 def _read(manifest: Path) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -247,6 +247,8 @@ class Whole:
         candidates: Preset of `stllava-train candidates`.
         judges: As `stllava-train judge --judge`.
         judge_preset: As its `--preset`.
+        judge_max_tokens: As its `--max-tokens`; null leaves that of the preset.
+        judge_reasoning: As its `--reasoning`.
         budget: As its `--budget`, of each round; null has none.
         pairs: Options of `stllava-train pairs`.
         dpo: Recipe of stage 2.
@@ -268,6 +270,8 @@ class Whole:
     rounds: int
     tasks: tuple[str, ...]
     seed: int
+    judge_max_tokens: int | None = None  # these two may be left out, as files of earlier releases do
+    judge_reasoning: bool = False
 
 
 def check_prepared(evaluate_on: Sequence[str], command: str) -> None:
@@ -506,6 +510,7 @@ def _build(kind: Any, raw: Mapping[str, Any], place: str) -> Any:
         needed, reader = USED[values["train"]], f"A part trained {values['train']} needs {{}}."
     else:
         needed, reader = tuple(hints), "A recipe gives every number."
+        values = {field.name: field.default for field in fields(kind) if field.default is not MISSING} | values
     if missing := [key for key in needed if key not in values]:
         raise InputError(f"{place}: {missing[0]} is missing. {reader.format(', '.join(needed))}")
     return kind(**{key: values[key] for key in needed})  # a frozen part forgets the rank of its LoRA
