@@ -530,8 +530,9 @@ def test_a_judge_killed_at_twenty_random_moments_among_faults_loses_and_repeats_
     """Twelve faults, each met once by one question and twice by another; the server goes on through all kills."""
     asked = asked_of(candidates(30))
     texts = {(one.candidate.id, one.shown): prompt(*one.texts()) for one in asked}
-    others = [*texts.values()][1:]  # the first one is scored: until then, what is refused is asked again after a kill
-    faults = {text: [FAULTS[place % 12]()] * (1 + place // 12) for place, text in enumerate(others[: 2 * 12])}
+    faults = {
+        text: [FAULTS[place % 12]()] * (1 + place // 12) for place, text in enumerate([*texts.values()][: 2 * 12])
+    }
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     with FaultServer(faults, reply=fair) as there:
         run(there.url, candidates(30), images, written, whole, concurrency=4, timeout=0.5)
