@@ -942,7 +942,7 @@ def _add_merge(commands: Any) -> None:
 def _add_card(commands: Any) -> None:
     card = commands.add_parser(
         "card",
-        help="write a run's model card anew, with scores",
+        help="write a run's model card again, with scores",
         description="Write README.md of a training run: data, recipe, losses, and the scores of its evaluations.",
         epilog="examples:\n  stllava-train card runs/stage1 --eval ~/.cache/stllava-med/runs/stage1",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -397,7 +397,7 @@ class Encoder:
         """As `__call__`; but the rounds of an unordered conversation see the image and themselves, not each other.
 
         It is then several conversations behind one copy of the image: a round whose question is learnt goes on from the
-        round before it, as learning to ask needs, and every other one starts anew, as it does in an evaluation.
+        round before it, as learning to ask needs, and every other one starts a conversation, as in an evaluation.
         """
         starts = [number for number, ask in enumerate(asks) if not ask]
         if not conversation.unordered or conversation.image is None or len(starts) < 2:

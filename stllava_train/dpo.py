@@ -433,7 +433,7 @@ def _log_probabilities(row: Mapping[str, Any], file: Path) -> tuple[float, float
     if not all(isinstance(one, float) and math.isfinite(one) for one in values):
         raise InputError(
             f"{file}: pair {str(row.get('id'))[:16]} has {values} for log-probabilities. Delete the file: they are "
-            "computed anew."
+            "computed again."
         )
     return values  # type: ignore[return-value]
 

@@ -57,7 +57,7 @@ class Pipeline:
     """The stages of a run, in a folder: `sft/`, `round-N/` with candidates, verdicts, pairs and `dpo/`, `eval/`.
 
     A stage is done again if what it is made of has changed, and what it had made is moved to `replaced/`, never
-    deleted; one that a kill has cut goes on. Its inputs are hashes of contents, so that a file which is written anew
+    deleted; one that a kill has cut goes on. Its inputs are hashes of contents, so that a file which is written again
     with the same bytes changes nothing.
 
     Args:

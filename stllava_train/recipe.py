@@ -51,7 +51,7 @@ class Training:
         max_grad_norm: Gradients are scaled down to this length.
         dtype: Of what is frozen and of the computation; what is trained is held in float32.
         four_bit: Hold the frozen language model in 4 bits (NF4, QLoRA).
-        gradient_checkpointing: Compute activations anew in the backward pass: less memory, a third more time.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
         save_every: Steps between two checkpoints to resume from.
         evaluate_on: Prepared validation splits whose questions are asked on the way; none asks nothing.
         evaluate_every: Steps between two such evaluations; the last step has one too.
@@ -145,7 +145,7 @@ class Recipe(Training):
         sq_r: Probability, in [0, 1], that a question behind the first of an image's conversation is learnt too.
         answer_weight, question_weight: Factors on the losses L_qa and L_vq of a token. Their sum is divided by the
             number of all tokens learnt, so that 1 and 1 give one mean over them, as the authors' code does.
-        augment: Show every image a little moved and shaded anew each time, see `augment.augmented`.
+        augment: Show every image a little moved and shaded, differently each time, see `augment.augmented`.
     """
 
     command: ClassVar[str] = "sft"
@@ -193,7 +193,7 @@ class DpoRecipe(Training):
         ld_alpha: Weight, in [0, 1], of an answer's words beyond the length of the shorter one (LD-DPO,
             arXiv:2409.06411); null and 1 weigh all words alike.
         reference: `cached` computes the reference's log-probabilities once, before the first step, and keeps them for
-            any run with the same start, pairs and images; `live` computes them anew in every step.
+            any run with the same start, pairs and images; `live` computes them in every step.
     """
 
     command: ClassVar[str] = "dpo"

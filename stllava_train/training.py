@@ -299,7 +299,7 @@ def last_whole(folder: Path) -> Path | None:
         if changed:
             raise InputError(
                 f"{last}: {', '.join(changed)}: not as the run wrote it. Put it back, or delete this folder: --resume "
-                "then goes on from the one before it, or begins anew."
+                "then goes on from the one before it, or begins again."
             )
     return last
 

@@ -112,7 +112,7 @@ def test_a_change_is_followed_as_far_as_it_reaches(run):
     assert run("candidates.questions=2", "pairs=[]")[0] == "sft"
 
 
-def test_files_written_anew_with_the_same_bytes_change_nothing(run):
+def test_files_written_again_with_the_same_bytes_change_nothing(run):
     run()
     text = run.data.read_text()
     run.data.unlink()
@@ -148,13 +148,13 @@ def test_a_stage_that_ended_just_before_the_kill_is_not_called_again(run, stage)
     assert run() == []
 
 
-def test_a_broken_off_stage_of_other_inputs_begins_anew(run):
+def test_a_broken_off_stage_of_other_inputs_begins_again(run):
     run(dies="round-1/dpo")
     assert run("dpo.beta=0.5") == ["round-1/dpo", "eval/round-1"]
     assert (run.out / "replaced" / "round-1-dpo-1" / "dpo" / "run.json").exists()
 
 
-def test_each_round_starts_from_the_newest_checkpoint_and_asks_anew(run, capsys):
+def test_each_round_starts_from_the_newest_checkpoint_and_asks_again(run, capsys):
     second = [stage.replace("round-1", "round-2") for stage in STAGES[2:]]
     run()
     capsys.readouterr()
