@@ -5,7 +5,7 @@ float32, one thread. For every image: a description, five questions, two answers
 settings. Nothing ends by itself, so that both write the same number of tokens: 60, 16 and 60.
 
 The authors' procedure is `visual_sq.py` and `model_collectA.py`: each prompt alone, its image prepared, encoded and put
-through the language model anew, in `generate` with sampling. It is given the very prompts that ours asked. Its tower
+through the language model again, in `generate` with sampling. It is given the very prompts that ours asked. Its tower
 runs once for each prompt; their own code ran it twice.
 
 `speedup` is the median over rounds of the authors' CPU seconds / ours, new images in each round, beside the least and

@@ -238,7 +238,7 @@ class StllavaMed(lmms):
         """The replies to each request, those of a run of the same fingerprint that did not end among them.
 
         lmms-eval deals questions to processes one by one, which would let each of them encode nearly every image. So
-        the processes tell each other what they were asked, and deal it out anew, whole images at a time.
+        the processes tell each other what they were asked, and deal it out again, whole images at a time.
         """
         self._unfinished = Unfinished(self.fingerprint(), self._rank)
         draws = [self._ask(request) for request in requests]

@@ -1215,7 +1215,7 @@ def _official_vqarad(
     """The test rows in official order with public qid, kind and image name, and notes for the manifest.
 
     A row is known by question, answer and image. Where a copy has dropped the image's name, its pixels give it, or, if
-    it has encoded the images anew, a row of the image whose text occurs once; else order among equal texts decides.
+    it has encoded the images again, a row of the image whose text occurs once; else order among equal texts decides.
     """
     waiting: dict[str, list[OfficialRow]] = defaultdict(list)
     for known in _official_rows():
@@ -1465,7 +1465,7 @@ def _check_rows(title: str, rows: Sequence[Row]) -> None:
 
 
 def _row_groups(rows: Sequence[Row]) -> list[tuple[int, int]]:
-    """First row and end of each row group: as few as fit `ROW_GROUP_BYTES`, since each stores its images anew."""
+    """First row and end of each row group: as few as fit `ROW_GROUP_BYTES`, since each stores its images again."""
     starts, size = [0], 0
     for number, row in enumerate(rows):
         size += len(row.image)

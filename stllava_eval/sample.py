@@ -413,7 +413,7 @@ def sample_rows(name: str, split: str) -> list[Row]:
 def sample_facts(name: str, split: str) -> dict[str, dict[str, str]]:
     """What is known of every image of a sample set: image id -> concept -> its value. An image's rows ask part of it.
 
-    Makes the images anew (seconds for a test split).
+    Makes the images again (seconds for a test split).
 
     Raises:
         InputError: As `sample_rows`.

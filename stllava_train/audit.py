@@ -79,8 +79,8 @@ def read_references(paths: Sequence[Path], candidates: Sequence[Candidate]) -> d
         for one in conversations:
             if one.image is None or one.image.name not in names or pixels(one.image) not in hashes:
                 continue
-            for question, answer in one.rounds:
-                if folded_words(answer):
+            for place, (question, answer) in enumerate(one.rounds):
+                if folded_words(answer) and one.learns(place):  # an answer that is not learnt may be a wrong one
                     found[pixels(one.image), folded_words(question)].setdefault(folded_words(answer), answer)
     return {key: next(iter(answers.values())) for key, answers in found.items() if len(answers) == 1}
 

@@ -1,4 +1,4 @@
-"""Images -> the same images, a little moved and shaded anew."""
+"""Images -> the same images, a little moved and shaded."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def pair_problems(
             found.append(Found(place, str(row.get("id") or ""), str(error), "form"))
             continue
         if (before := first.setdefault(pair.id, place)) != place:
-            what = f"its id stands at {before} too. Give each record one of its own."
+            what = f"its id is that of {before} too. Give each record one of its own."
             found.append(Found(place, pair.id, what, "form"))
         sound.append((place, pair))
     report(f"read: {counted_about('pair', [pair.image_sha256 for _, pair in sound])}")
@@ -157,7 +157,7 @@ def pair_problems(
             found.append(Found(place, pair.id, what, "image"))
         else:
             shown.append((Conversation(pair.id, image, ((pair.question, pair.chosen),), place), pair))
-    found += _repeated_pairs(sound)
+    found += _repeated_pairs(sound) + _without_weight(sound)
     seen = _looked_at([one for one, _ in shown], progress, _test_images(progress))
     for one, pair in shown:
         assert one.image is not None
@@ -208,7 +208,9 @@ def looked_at(conversations: Sequence[Conversation], progress: bool = True) -> I
 
 
 def write_sound(files: Sequence[Path], found: Iterable[Problem], out: Path) -> int:
-    """Write the records without a problem to `out`, equal as JSON, a line each in one array. Returns their number.
+    """Write the records without a problem to `out`, a line each in one array. Returns their number.
+
+    They are equal as JSON; but those whose columns have other names, see `columns`, get the names that we read.
 
     Raises:
         InputError: See `read_conversations` and `whole_file`.
@@ -331,14 +333,14 @@ def _images_of_others(file: Path, images: Path | None, sound: set[str]) -> list[
 
 
 def _duplicates(conversations: Iterable[Conversation], seen: dict[Path, _Look]) -> list[Problem]:
-    """The same rounds about the same pixels, in whatever file they are, or about no image."""
+    """The same content about the same pixels, in whatever file they are, or about no image."""
     first: dict[Any, Conversation] = {}
     found = []
     for one in conversations:
         pixels = None if one.image is None else seen[one.image].pixels
         if one.image is not None and pixels is None:
             continue
-        if (before := first.setdefault((pixels, one.rounds), one)) is not one:
+        if (before := first.setdefault((pixels, *one.content), one)) is not one:
             what = f"its image and rounds are those of {before.id} at {before.place}. Keep one of the two."
             found.append(Problem(one.place, one.id, what))
     return found
@@ -349,7 +351,7 @@ def _repeated_pairs(pairs: Iterable[tuple[str, Pair]]) -> list[Found]:
 
     Texts are compared without upper case and white space, as a reader does.
     """
-    first: dict[tuple[str, str, str, str], tuple[str, str]] = {}
+    first: dict[tuple[str, str, str, str], tuple[str, str, float | None]] = {}
     found = []
     for place, pair in pairs:
         question, chosen, rejected = (
@@ -357,10 +359,14 @@ def _repeated_pairs(pairs: Iterable[tuple[str, Pair]]) -> list[Found]:
         )
         about = pair.image_sha256, question
         if before := first.get((*about, chosen, rejected)):
-            what = f"its image, question and answers are those of {before[0]} at {before[1]}. Keep one of the two."
-            found.append(Found(place, pair.id, what, "duplicate"))
+            what = f"its image, question and answers are those of {before[0]} at {before[1]}"
+            if None not in (before[2], pair.weight) and before[2] != pair.weight:
+                what += f", and its weight is {pair.weight:g}, not {before[2]:g}. Keep the one that is right."
+                found.append(Found(place, pair.id, what, "contradiction"))
+            else:
+                found.append(Found(place, pair.id, f"{what}. Keep one of the two.", "duplicate"))
             continue
-        first[(*about, chosen, rejected)] = pair.id, place
+        first[(*about, chosen, rejected)] = pair.id, place, pair.weight
         if opposite := first.get((*about, rejected, chosen)):
             what = (
                 f"its chosen and rejected answers are those of {opposite[0]} at {opposite[1]} the other way round. "
@@ -368,6 +374,18 @@ def _repeated_pairs(pairs: Iterable[tuple[str, Pair]]) -> list[Found]:
             )
             found.append(Found(place, pair.id, what, "contradiction"))
     return found
+
+
+def _without_weight(pairs: Sequence[tuple[str, Pair]]) -> list[Found]:
+    """Pairs without a weight beside others with one, and weights that are all 0: as `pairs.check_weights` refuses."""
+    without = [(place, pair) for place, pair in pairs if pair.weight is None]
+    weighted = len(pairs) - len(without)
+    if weighted and not without and not any(pair.weight for _, pair in pairs):
+        place, first = pairs[0]
+        what = "its weight is 0 as every other one is, so nothing would be learnt. Raise some."
+        return [Found(place, first.id, what, "form")]
+    what = f"it has no weight, and {weighted:,} of the file's pairs have one. Give each a weight, or none."
+    return [Found(place, pair.id, what, "form") for place, pair in without] if weighted else []
 
 
 def _too_long(

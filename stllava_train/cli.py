@@ -472,8 +472,8 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
             judge.finish(ledger, candidates, False)
             raise
         missing = len(due) - counts.total()
-        left = {"failed": counts["failed"], "not_asked": missing}
-        judge.finish(ledger, candidates, not missing and not counts["failed"], {model: left})
+        failed = len(judge.still_due(asked, model, ledger, preset)) - missing  # or refused, and nothing is scored yet
+        judge.finish(ledger, candidates, not missing and not failed, {model: {"failed": failed, "not_asked": missing}})
         rows = [ledger.rows[one.key(model)] for one in due if one.key(model) in ledger.rows]
         spent = prices.spent(ledger.rows.values())
         estimated = sum(row.get("estimated", 0.0) for row in ledger.rows.values())
@@ -485,7 +485,9 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
     if missing:
         state = "not answered yet" if arguments.batch else "not asked"
         print(printable(f"  {state}: {missing:,}. The same call goes on; with --budget, raise it."))
-    return not missing and not counts["failed"]
+    if failed > counts["failed"]:
+        print("  nothing is scored: the same call asks again what the server refused, which nobody has paid")
+    return not missing and not failed
 
 
 def _verdicts_of_a_server(
@@ -942,7 +944,7 @@ def _add_merge(commands: Any) -> None:
 def _add_card(commands: Any) -> None:
     card = commands.add_parser(
         "card",
-        help="write a run's model card anew, with scores",
+        help="write a run's model card again, with scores",
         description="Write README.md of a training run: data, recipe, losses, and the scores of its evaluations.",
         epilog="examples:\n  stllava-train card runs/stage1 --eval ~/.cache/stllava-med/runs/stage1",
         formatter_class=argparse.RawDescriptionHelpFormatter,

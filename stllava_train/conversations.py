@@ -14,7 +14,8 @@ from typing import Any
 
 from stllava_eval.errors import InputError
 from stllava_eval.home import once, read_text
-from stllava_train.record import Turn, read_picture, read_turns, short, tags
+from stllava_train.columns import columns_of, under_our_names
+from stllava_train.record import Turn, read_picture, read_system, read_turns, short, tags
 
 NOTHING, ANSWER, QUESTION = 0, 1, 2  # what a token is learnt as
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>")
@@ -32,6 +33,8 @@ class Conversation:
         rounds: (question, answer), stripped, without the image's tag.
         place: `FILE:LINE`, for messages; see `records`.
         unordered: The record's key `unordered`: its rounds are questions of a data set that do not build on each other.
+        system: The record's own system text, in the place of the template's; None leaves the template's.
+        learnt: Whether the answer of each round is learnt; None where all are. See `record.Turn`.
     """
 
     id: str
@@ -39,6 +42,22 @@ class Conversation:
     rounds: tuple[tuple[str, str], ...]
     place: str
     unordered: bool = False
+    system: str | None = None
+    learnt: tuple[bool, ...] | None = None
+
+    def part(self, places: Sequence[int]) -> Conversation:
+        """The rounds at these places, in this order, as a conversation."""
+        learnt = None if self.learnt is None else tuple(self.learnt[place] for place in places)
+        return replace(self, rounds=tuple(self.rounds[place] for place in places), learnt=learnt)
+
+    def learns(self, place: int) -> bool:
+        """Whether the answer of the round at `place` is learnt."""
+        return self.learnt is None or self.learnt[place]
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        """What is learnt of it beside its image: two with the same are one twice."""
+        return self.rounds, self.system, self.learnt
 
 
 @dataclass(frozen=True)
@@ -59,9 +78,10 @@ def read_conversations(file: Path, images: Path | None = None) -> tuple[list[Con
     The format is LLaVA's: a JSON array, or a record a line, of `{"id", "image", "conversations": [{"from": "human",
     "value": ...}, {"from": "gpt", "value": ...}, ...]}`; or that of OpenAI, Qwen, trl, LLaMA-Factory and ms-swift:
     `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], "images": [...]}`, where a
-    content is a text or parts of text and image. See `record`. Turns are stripped. As in the authors'
-    `preprocess_multimodal` the image comes first whatever the place of its tag in the first turn. A record without `id`
-    gets its number in the file.
+    content is a text or parts of text and image; or LLaMA-Factory's Alpaca format. Columns may have other names where
+    its `dataset_info.json` maps them. See `record` and `columns`. Turns are stripped. As in the authors'
+    `preprocess_multimodal` the image comes first whatever the place of its tag in the first turn. A record without
+    `id` gets its number in the file.
 
     Args:
         file: JSON or JSONL.
@@ -98,16 +118,16 @@ def numbered(read: Sequence[Sequence[Conversation]], problems: list[Problem]) ->
     """`read`, in which every conversation has an id of its own.
 
     LLaVA's mix of 665k gives some 250,000 records the id of another one, which is their image's: `a`, `a-2`, `a-3` they
-    are here. A record whose image and rounds are those of another one of its id goes to `problems`, not into the list.
+    are here. A record whose image and content are those of another one of its id goes to `problems`, not into the list.
     """
     taken = {one.id for of in read for one in of}
-    said: dict[tuple[str, Path | None, tuple[tuple[str, str], ...]], str] = {}
+    said: dict[tuple[Any, ...], str] = {}
     times: Counter[str] = Counter()
     found: list[list[Conversation]] = []
     for of in read:
         found.append([])
         for one in of:
-            if before := said.get(key := (one.id, one.image, one.rounds)):
+            if before := said.get(key := (one.id, one.image, *one.content)):
                 what = f"its id, image and rounds are those of {before}. Keep one of the two."
                 problems.append(Problem(one.place, one.id, what))
                 continue
@@ -137,8 +157,20 @@ def counted_about(noun: str, images: Sequence[Path | str | None]) -> str:
     return line + (f" ({without:,} about none)" if without else "")
 
 
+def own_in_words(conversations: Sequence[Conversation]) -> list[str]:
+    """A line about answers that are not learnt and one about system texts of conversations, where there are some."""
+    silent = sum(not one.learns(place) for one in conversations for place in range(len(one.rounds)))
+    systems = sum(one.system is not None for one in conversations)
+    return [
+        *([f"{silent:,} answer{'s' * (silent != 1)} not learnt, by loss or weight 0"] if silent else []),
+        *([f"{systems:,} with a system text of their own, in the place of the template's"] if systems else []),
+    ]
+
+
 def records(file: Path, of: str = "conversations") -> Iterator[tuple[str, Any]]:
-    """(place, record), of a JSON array or a record a line; `of`: what a record is, for messages.
+    """(place, record), of a JSON array or a record a line, under the names that we read; see `columns`.
+
+    `of` says what a record is, for messages.
 
     The place is `FILE:LINE` of its beginning, from 1; `FILE:LINE:COLUMN` where another record begins before it on that
     line, since `json.dump` writes all on one. No two records share a place.
@@ -151,6 +183,7 @@ def records(file: Path, of: str = "conversations") -> Iterator[tuple[str, Any]]:
     except (OSError, UnicodeDecodeError) as error:
         why = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
         raise InputError(f"{file}: cannot be read ({why}). Pass a JSON file of {of}.") from error
+    columns = columns_of(file)
     decoder = json.JSONDecoder(object_pairs_hook=once)
     space = re.compile(r"\s*")
     at = space.match(text).end()  # type: ignore[union-attr]
@@ -172,7 +205,7 @@ def records(file: Path, of: str = "conversations") -> Iterator[tuple[str, Any]]:
             what = getattr(error, "msg", "nested too deeply")
             what = what if isinstance(error, json.JSONDecodeError | RecursionError) else str(error)
             raise InputError(f"{file}:{where}: no JSON ({what}). Mend the file or write it again.") from error
-        yield f"{file}:{line}" + (f":{begins}" if line == taken else ""), record
+        yield f"{file}:{line}" + (f":{begins}" if line == taken else ""), under_our_names(record, columns)
         taken = line
         at = space.match(text, at).end()  # type: ignore[union-attr]
         if array and text[at : at + 1] == ",":
@@ -205,7 +238,25 @@ def _conversation(record: Any, number: int, place: str, folder: Path, wrong: lis
     unordered = record.get("unordered", False)
     if not isinstance(unordered, bool):
         wrong.append(f"its unordered is {short(unordered)}. Give true or false, or leave it out.")
-    return Conversation(str(name), image, tuple(zip(texts[::2], texts[1::2], strict=False)), place, bool(unordered))
+    learnt = tuple(turn.learnt for turn in turns[1::2])
+    if learnt and not any(learnt):
+        wrong.append("none of its answers is learnt, by their loss or weight. Leave the record out.")
+    return Conversation(
+        str(name),
+        image,
+        tuple(zip(texts[::2], texts[1::2], strict=False)),
+        place,
+        bool(unordered),
+        _system(record, wrong),
+        None if all(learnt) else learnt,
+    )
+
+
+def _system(record: dict[str, Any], wrong: list[str]) -> str | None:
+    """Its own system text; None where it has none."""
+    text = read_system(record, wrong)
+    _refuse_text("its system text", text, "Take it out.", wrong)
+    return text or None
 
 
 def image_file(folder: Path, name: str) -> Path | None:
@@ -222,18 +273,23 @@ def _text(number: int, turn: Turn, has_image: bool, wrong: list[str]) -> str:
     text = turn.text.replace("<image>", "").strip()
     if not text and turn.role:
         wrong.append(f"{name} is empty. Write the {turn.role}, or drop its round.")
+    cure = "Take it out: its image comes first." if has_image else "Name its image, or leave the record out."
+    _refuse_text(name, text, cure, wrong)
+    return text
+
+
+def _refuse_text(name: str, text: str, cure: str, wrong: list[str]) -> None:
+    """What the tokenizer or the template would take for its own; `cure`: of another family's tag for an image."""
     if named := [token for token in SPECIAL if token in text]:
         wrong.append(f"{name} holds {named[0]}, which the tokenizer would take for its own. Reword it.")
     if role := ROLE.search(text):
         wrong.append(f"{name} holds {role[0]}, which would read as the start of a turn. Reword it.")
     if others := tags(text):
-        cure = "Take it out: its image comes first." if has_image else "Name its image, or leave the record out."
         wrong.append(
             f"{name} holds {short(others[0])}, which stands for no image here and would be learnt as text. {cure}"
         )
     if HALF.search(text):
         wrong.append(f"{name} holds half a character. Mend its encoding.")
-    return text
 
 
 def in_epoch(conversation: Conversation, seed: int, epoch: int) -> Conversation:
@@ -244,8 +300,7 @@ def in_epoch(conversation: Conversation, seed: int, epoch: int) -> Conversation:
     if not conversation.unordered:
         return conversation
     places = range(len(conversation.rounds))
-    drawn = sorted(places, key=lambda place: uniform(seed, epoch, conversation.id, "order", place))
-    return replace(conversation, rounds=tuple(conversation.rounds[place] for place in drawn))
+    return conversation.part(sorted(places, key=lambda place: uniform(seed, epoch, conversation.id, "order", place)))
 
 
 def asked(conversation: Conversation, seed: int, epoch: int, sq_r: float) -> tuple[bool, ...]:
@@ -284,6 +339,8 @@ class Encoder:
 
     Learnt are, by character offsets in the rendered text, every answer with the space before it and its `</s>`, and
     likewise the questions in `asks`: section 2.3 of the authors' rule, which their code reached by counting tokens.
+    An answer that the conversation says is not learnt is read as the others are and has no loss. A conversation's own
+    system text takes the place of the template's.
 
     Args:
         processor: Of the checkpoint.
@@ -315,7 +372,7 @@ class Encoder:
         """`asks`: see `asked`; `draw`, in [0, 1], chooses the template where there is a choice.
 
         Raises:
-            InputError: A turn holds one of the tokenizer's own tokens.
+            InputError: A turn holds one of the tokenizer's own tokens; or see `rendered`.
         """
         text, spans = self.rendered(conversation, asks, draw)
         # not verbose: it would warn of texts longer than the tokenizer's own limit, which is no limit here
@@ -342,13 +399,13 @@ class Encoder:
         """As `__call__`; but the rounds of an unordered conversation see the image and themselves, not each other.
 
         It is then several conversations behind one copy of the image: a round whose question is learnt goes on from the
-        round before it, as learning to ask needs, and every other one starts anew, as it does in an evaluation.
+        round before it, as learning to ask needs, and every other one starts a conversation, as in an evaluation.
         """
         starts = [number for number, ask in enumerate(asks) if not ask]
         if not conversation.unordered or conversation.image is None or len(starts) < 2:
             return self(conversation, asks, draw)
         alone = [
-            self(replace(conversation, rounds=conversation.rounds[start:end]), asks[start:end], draw)
+            self(conversation.part(range(start, end)), asks[start:end], draw)
             for start, end in zip(starts, [*starts[1:], len(asks)], strict=True)
         ]
         shared = alone[0].ids.index(self.image_token) + self.image_tokens
@@ -362,9 +419,13 @@ class Encoder:
     def rendered(
         self, conversation: Conversation, asks: Sequence[bool], draw: float = 0.0
     ) -> tuple[str, list[tuple[int, int, int]]]:
-        """The text with one `<image>`, and what of it is learnt: (start, end, ANSWER or QUESTION), in characters."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        """The text with one `<image>`, and what of it is learnt: (start, end, ANSWER or QUESTION), in characters.
 
+        The span of an answer that is not learnt is marked NOTHING.
+
+        Raises:
+            InputError: The conversation has a system text, and the template has none that it could take the place of.
+        """
         messages: list[dict[str, Any]] = []
         kinds: list[int] = []
         for number, (question, answer) in enumerate(conversation.rounds):
@@ -373,12 +434,41 @@ class Encoder:
                 content = [{"type": "image"}, {"type": "text", "text": question}]
             messages.append({"role": "user", "content": content, "ask": asks[number]})
             messages.append({"role": "assistant", "content": answer})
-            kinds += [QUESTION, ANSWER] if asks[number] else [ANSWER]
+            learnt = ANSWER if conversation.learns(number) else NOTHING
+            kinds += [QUESTION, learnt] if asks[number] else [learnt]
+        template = self._templates[round(draw * (len(self._templates) - 1))]
+        text, spans = self._render(template, messages)
+        longer = 0
+        if conversation.system is not None:
+            start, own = self._system_text(conversation, template)
+            text = text[:start] + conversation.system + text[start + len(own) :]
+            longer = len(conversation.system) - len(own)
+        return text, [(start + longer, end + longer, kind) for (start, end), kind in zip(spans, kinds, strict=True)]
+
+    def _render(self, template: str, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of these messages, and where of it generation marks begin and end."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         made: Any = render_jinja_template(
             [messages],
-            chat_template=self._templates[round(draw * (len(self._templates) - 1))],
+            chat_template=template,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
         (text,), (spans,) = made
-        return text, [(start, end, kind) for (start, end), kind in zip(spans, kinds, strict=True)]
+        return text, spans
+
+    def _system_text(self, conversation: Conversation, template: str) -> tuple[int, str]:
+        """(place, text) of the template's own: what it writes before the first message, without `<s>` and blanks.
+
+        Raises:
+            InputError: It writes nothing there.
+        """
+        before, _ = self._render(template, [])
+        own = before.removeprefix(self.tokenizer.bos_token or "").strip()
+        if not own:
+            raise InputError(
+                f"{conversation.place}: {conversation.id}: its system text is {short(conversation.system)}, and the "
+                "checkpoint's template has none that it could replace. Put it into the first question, or take it out."
+            )
+        return before.index(own), own

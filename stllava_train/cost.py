@@ -144,7 +144,7 @@ def operations(recipe: Training, weights: Mapping[str, tuple[int, int]], config:
     """Floating-point operations to learn from one conversation about an image.
 
     Each weight of a matrix costs 2 for each vector in the forward pass, 2 for the gradient of its input, 2 for its own
-    where it is trained, and 2 more where gradient checkpointing computes it anew. So 6 in ordinary training (Kaplan et
+    where it is trained, and 2 more where gradient checkpointing computes it again. So 6 in ordinary training (Kaplan et
     al. 2020, arXiv:2001.08361, section 2.1), and 4 for a matrix under a LoRA. Attention scores, under 2 % here, are
     left out.
 

@@ -27,6 +27,7 @@ from trl import DPOConfig, DPOTrainer
 
 from stllava_eval.errors import InputError
 from stllava_eval.home import home
+from stllava_train.columns import data_hash
 from stllava_train.conversations import ANSWER, Conversation, Encoder, image_file
 from stllava_train.examination import Examination, questions, warn_of_learnt
 from stllava_train.layouts import pairs_to_learn
@@ -432,7 +433,7 @@ def _log_probabilities(row: Mapping[str, Any], file: Path) -> tuple[float, float
     if not all(isinstance(one, float) and math.isfinite(one) for one in values):
         raise InputError(
             f"{file}: pair {str(row.get('id'))[:16]} has {values} for log-probabilities. Delete the file: they are "
-            "computed anew."
+            "computed again."
         )
     return values  # type: ignore[return-value]
 
@@ -510,7 +511,7 @@ def open_work(
 
     rows_of(recipe, processes().num_processes)
     pairs = pairs_to_learn(file, images, progress)
-    data = [{"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "pairs": len(pairs)}]
+    data = [{"file": file.name, **data_hash(file), "pairs": len(pairs)}]
     if steps_of(len(pairs), recipe) == 0:
         raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
     validation = questions(recipe)  # a split that is missing is named before any work

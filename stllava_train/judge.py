@@ -54,15 +54,19 @@ def open_verdicts(out: Path, candidates: Path, preset: str) -> Ledger:
 def still_due(asked: Iterable[Asked], judge: str, ledger: Ledger, preset: Preset | None = None) -> list[Asked]:
     """Those without a verdict: nobody is asked, or paid, twice.
 
-    Those that failed are asked again; and, by a preset with more room, those whose reply was cut before its scores.
+    Those that failed are asked again; by a preset with more room, those whose reply was cut before its scores; and, as
+    long as the file has no score of this judge, those that its server refused without a reply, which nobody has paid:
+    what it refuses then may be how all are asked, such as an option or a model that is not loaded.
     """
     room = preset.room if preset else (0, 0)
+    scored = any(row["judge"] == judge and row["outcome"] == "scored" for row in ledger.rows.values())
     due = []
     for one in asked:
         row = ledger.rows.get(one.key(judge))
         cut_at = row and row.get("cut_at")
         more = cut_at and any(now > then for now, then in zip(room, cut_at, strict=True))
-        if row is None or row["outcome"] == "failed" or more:
+        refused = row and row["outcome"] == "refused" and row["reply"] is None and row["tokens"] is None
+        if row is None or row["outcome"] == "failed" or more or (refused and not scored):
             due.append(one)
     return due
 
@@ -566,11 +570,19 @@ class _Row:
         """
         if self.ends:
             kinds = ", ".join(f"{number} {outcome}" for outcome, number in self._outcomes.items() if number)
-            raise InputError(
-                f"{self.judge}: {self._count} replies in a row have no two scores ({kinds}; the last: {self._why}). "
-                "Replies are paid, so no more are asked for. Look at them in FILE; then name another judge, or give "
-                "this one more room (--max-tokens, --reasoning) and another --out."
-            )
+            said = f"{self._count} replies in a row have no two scores ({kinds}; the last: {self._why})"
+            if self._outcomes["unparsable"]:
+                what = (
+                    "Replies are paid, so no more are asked for. Look at them in FILE. Another judge can be named with "
+                    "the same --out; so can this one with more room (--max-tokens, --reasoning), which asks again what "
+                    "was cut. To ask this one again about the others, choose another --out."
+                )
+            else:
+                what = (
+                    "Mend what the server names, or name another judge; then the same call goes on and asks again what "
+                    "was refused or failed, with the same --out."
+                )
+            raise InputError(f"{self.judge}: {said}. {what}")
 
 
 def _custom_id(key: Key) -> str:

@@ -20,11 +20,12 @@ from stllava_eval.datasets import parquet_rows
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import loads, read_bytes, whole_file
 from stllava_eval.images import decode, opened
+from stllava_train.columns import columns_of, under_our_names
 from stllava_train.conversations import Conversation, image_file, records
 from stllava_train.data import SUFFIXES, safe_names
 from stllava_train.ledger import Row
 from stllava_train.pairs import Kept, Pair, check_weights, is_inside, pair_of, read_pairs, trouble
-from stllava_train.record import PICTURES, Turn, read_picture, read_turns, short
+from stllava_train.record import PICTURES, Turn, read_picture, read_system, read_turns, short
 
 KNOWN = "trl, LLaMA-Factory, ms-swift, RLHF-V, RLAIF-V, MMedPO and STLLaVA-Med-DPO"
 READS = f"`stllava-train pairs --from` reads JSON, JSONL and parquet files as of {KNOWN}."
@@ -278,9 +279,10 @@ def _records_of(path: Path) -> Iterator[tuple[str, Any]]:
         return
     import pyarrow
 
+    columns = columns_of(path)
     try:
         for number, row in enumerate(parquet_rows(path, str(path)), 1):
-            yield f"{path}: row {number}", row
+            yield f"{path}: row {number}", under_our_names(row, columns)
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f"{path}: cannot be read as parquet ({one_line(error)}). Download it again.") from error
 
@@ -331,7 +333,8 @@ def _read(place: str, number: int, record: Any, empty: Sequence[str]) -> _Read:
         what += f" ({', '.join(empty)} is null)" if empty else ""
         raise InputError(
             f"{place}: {what}: no known layout of pairs. `stllava-train pairs --from` reads {KNOWN}; see "
-            "docs/preferences.md. Name the keys image, question, chosen and rejected."
+            "docs/preferences.md. Name the keys image, question, chosen and rejected, or map them in LLaMA-Factory's "
+            "dataset_info.json beside the file."
         )
     record = sides.record
     id = _id(place, number, record)
@@ -495,6 +498,13 @@ def _side(place: str, key: str, turns: Any, rest: Row) -> tuple[list[Turn], str 
     first, *others = read_turns(record, wrong) or [Turn("", "", 0, ())]
     read = [first, *(replace(turn, tags=turn.tags - turn.text.count("<image>")) for turn in others)]
     picture = read_picture(record, read, wrong)
+    if system := read_system(record, wrong):
+        wrong.append(
+            f"its system text is {short(system)}, and pairs are learnt with the template's own. Put it into the "
+            "question, or take it out."
+        )
+    if not all(turn.learnt for turn in read):
+        wrong.append("an answer's loss or weight is 0, and both answers of a pair are learnt. Leave the record out.")
     if not wrong and len(read) % 2:
         wrong.append(f"it ends with turn {len(read)}, a question without an answer. Add the answer.")
     if wrong:

@@ -92,7 +92,7 @@ class Ledger:
             self.rows |= {self.key(row): row for row in rows}
 
     def finish(self, order: Sequence[Any], finished: bool = True, **others: Any) -> None:
-        """Write the rows anew in the order of these keys, others behind them as they came, and close the file.
+        """Write the rows again in the order of these keys, others behind them as they came, and close the file.
 
         Args:
             order: Keys; those without a row are passed over.

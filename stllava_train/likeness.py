@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     Grey = NDArray[np.float32]
     Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 
-# Of the 299 test images of VQA-RAD and SLAKE, encoded anew, scaled, padded, or cropped by 2 % a side, none was further
+# Of the 299 test images of VQA-RAD and SLAKE, encoded again, scaled, padded, or cropped by 2 % a side, none was further
 # than 0.012 from itself (0.019 cropped by 5 %); of 657 other images of these sets, the nearest were slices next to a
 # test image in the same CT volume, from 0.048 on (`benchmarks/likeness.py`, docs/data.md).
 COPY = 0.03

@@ -36,7 +36,7 @@ def blind_questions(candidates: Sequence[Candidate], name: str, seed: int) -> li
     """Every two answers of every candidate once, in their order, so that questions about one image follow each other.
 
     Which answer stands first is drawn from seed, name and id alone: a restart shows the same; to another person it is
-    drawn anew, lest a liking for the first answer look like agreement.
+    drawn again, lest a liking for the first answer look like agreement.
     """
     return [
         replace(one, shown=one.shown[::-1])
@@ -259,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _post(self) -> None:
         if not secrets.compare_digest(self.headers.get("X-Token", "").encode(), self.server.token.encode()):
-            raise _Refused(403, "The server was started anew. Reload the page.")
+            raise _Refused(403, "The server was started again. Reload the page.")
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal():
             raise _Refused(411, "how long is it?")

@@ -23,6 +23,7 @@ from stllava_eval.cli import TASKS
 from stllava_eval.datasets import read_manifest
 from stllava_eval.errors import InputError, printable
 from stllava_eval.home import alone, read_json, refuse_file, write_json
+from stllava_train.columns import columns_of
 from stllava_train.ledger import read_rows
 from stllava_train.recipe import Training, read_dpo_recipe, read_pipeline, read_recipe
 
@@ -40,8 +41,8 @@ class Stage:
         inputs: As JSON holds it: settings, and hashes of all that is read.
         made: The file that the next stages read; its hash is their input.
         resume: What the command needs to go on with what a kill has left; None where it goes on by itself.
-        bounds: As JSON holds it, what bounds how much of it is made, and does not decide what: a budget. Where
-            something was left out, it is gone on with once they have changed.
+        bounds: As JSON holds it, what bounds how much of it is made, and does not decide what: a budget, and the room
+            of a reply. Where something was left out or cut, it is gone on with once they have changed.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Pipeline:
     """The stages of a run, in a folder: `sft/`, `round-N/` with candidates, verdicts, pairs and `dpo/`, `eval/`.
 
     A stage is done again if what it is made of has changed, and what it had made is moved to `replaced/`, never
-    deleted; one that a kill has cut goes on. Its inputs are hashes of contents, so that a file which is written anew
+    deleted; one that a kill has cut goes on. Its inputs are hashes of contents, so that a file which is written again
     with the same bytes changes nothing.
 
     Args:
@@ -113,6 +114,8 @@ class Pipeline:
         check_settings(changed(PRESETS[recipe.candidates.recipe], recipe.candidates.changes))
         if unknown := [task for task in recipe.tasks if task not in TASKS]:
             raise InputError(f"tasks: {unknown[0]}: unknown. Tasks are {', '.join(TASKS)}.")
+        if recipe.judge_max_tokens is not None and not 1 <= recipe.judge_max_tokens < 10**6:
+            raise InputError(f"judge_max_tokens: {recipe.judge_max_tokens}. It is from 1 to 999,999, or null.")
         if recipe.budget is not None and recipe.budget < 0:
             raise InputError(f"budget: {recipe.budget:g}. It is 0 or more, or null.")
         _check_pairs(recipe.pairs)
@@ -151,14 +154,16 @@ class Pipeline:
         recipe, seed = self.recipe, f"seed={self.recipe.seed}"
         images = self._hash_of(self.images / name for name in images_in(self.images))
         stage_1 = self.out / "sft"
-        named = [text for file in self.data for text in ("--data", str(file))]
+        given = [text for file in self.data for text in ("--data", str(file))]
+        named = [_columns(file) for file in self.data]
         changes = [*recipe.sft.changes, seed]
         yield Stage(
             "sft",
-            ["sft", "--recipe", recipe.sft.recipe, *named, "--out", str(stage_1), *changes],
+            ["sft", "--recipe", recipe.sft.recipe, *given, "--out", str(stage_1), *changes],
             {
                 **self._settings(read_recipe(recipe.sft.recipe, changes)),
                 "data": [self.hash(file) for file in self.data],
+                **({"columns": named} if any(named) else {}),
                 "images": self._images_of(self.data),
             },
             stage_1 / "run.json",
@@ -182,17 +187,23 @@ class Pipeline:
                 candidates,
             )
             judges = [text for name in recipe.judges for text in ("--judge", name)]
+            room: dict[str, Any] = {}  # empty where none is given, so that runs of earlier releases go on
+            if recipe.judge_max_tokens is not None:
+                room["max_tokens"] = recipe.judge_max_tokens
+            if recipe.judge_reasoning:
+                room["reasoning"] = True
             how = [
-                "--preset",
-                recipe.judge_preset,
+                *("--preset", recipe.judge_preset),
                 *([] if recipe.budget is None else ["--budget", str(recipe.budget)]),
+                *([] if recipe.judge_max_tokens is None else ["--max-tokens", str(recipe.judge_max_tokens)]),
+                *(["--reasoning"] if recipe.judge_reasoning else []),
             ]
             yield Stage(
                 f"round-{number}/judged",
                 ["judge", str(candidates), *judges, *how, "--out", str(judged)],
                 {"candidates": self.hash(candidates), "judges": list(recipe.judges), "preset": recipe.judge_preset},
                 judged,
-                bounds={"budget": recipe.budget},
+                bounds={"budget": recipe.budget, **room},
             )
             options = [*recipe.pairs, "--seed", str(recipe.seed)]
             yield Stage(
@@ -269,6 +280,7 @@ class Pipeline:
         if not stage.made.exists():
             raise InputError(f"{stage.name}: {stage.made} was not written. Run the command above by itself.")
         self._hashes = {path: hash for path, hash in self._hashes.items() if not path.is_relative_to(self.out)}
+        left += _cut(stage.made) if stage.command[0] == "judge" else 0
         self.done[stage.name] |= {"made": self.hash(stage.made), "left": left, "bounds": stage.bounds}
         self._remember()
         return 0
@@ -405,6 +417,16 @@ def _left(judged: Path) -> tuple[int, int]:
     """How many questions of all judges (failed, were not asked), by the manifest of the verdicts."""
     left = (_read(judged.with_suffix(".json")) or {}).get("left") or {}
     return sum(of.get("failed", 0) for of in left.values()), sum(of.get("not_asked", 0) for of in left.values())
+
+
+def _columns(file: Path) -> str | None:
+    """Hash of what the file's columns are called, where a `dataset_info.json` names the file."""
+    return columns.sha256 if (columns := columns_of(file)) else None
+
+
+def _cut(judged: Path) -> int:
+    """How many replies were cut before their scores: a call with more room asks for them again."""
+    return sum(bool(row.get("cut_at")) for row in read_rows(judged))
 
 
 def _read(manifest: Path) -> dict[str, Any] | None:

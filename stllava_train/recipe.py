@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -51,7 +51,7 @@ class Training:
         max_grad_norm: Gradients are scaled down to this length.
         dtype: Of what is frozen and of the computation; what is trained is held in float32.
         four_bit: Hold the frozen language model in 4 bits (NF4, QLoRA).
-        gradient_checkpointing: Compute activations anew in the backward pass: less memory, a third more time.
+        gradient_checkpointing: Compute activations again in the backward pass: less memory, a third more time.
         save_every: Steps between two checkpoints to resume from.
         evaluate_on: Prepared validation splits whose questions are asked on the way; none asks nothing.
         evaluate_every: Steps between two such evaluations; the last step has one too.
@@ -145,7 +145,7 @@ class Recipe(Training):
         sq_r: Probability, in [0, 1], that a question behind the first of an image's conversation is learnt too.
         answer_weight, question_weight: Factors on the losses L_qa and L_vq of a token. Their sum is divided by the
             number of all tokens learnt, so that 1 and 1 give one mean over them, as the authors' code does.
-        augment: Show every image a little moved and shaded anew each time, see `augment.augmented`.
+        augment: Show every image a little moved and shaded, differently each time, see `augment.augmented`.
     """
 
     command: ClassVar[str] = "sft"
@@ -193,7 +193,7 @@ class DpoRecipe(Training):
         ld_alpha: Weight, in [0, 1], of an answer's words beyond the length of the shorter one (LD-DPO,
             arXiv:2409.06411); null and 1 weigh all words alike.
         reference: `cached` computes the reference's log-probabilities once, before the first step, and keeps them for
-            any run with the same start, pairs and images; `live` computes them anew in every step.
+            any run with the same start, pairs and images; `live` computes them in every step.
     """
 
     command: ClassVar[str] = "dpo"
@@ -247,6 +247,8 @@ class Whole:
         candidates: Preset of `stllava-train candidates`.
         judges: As `stllava-train judge --judge`.
         judge_preset: As its `--preset`.
+        judge_max_tokens: As its `--max-tokens`; null leaves that of the preset.
+        judge_reasoning: As its `--reasoning`.
         budget: As its `--budget`, of each round; null has none.
         pairs: Options of `stllava-train pairs`.
         dpo: Recipe of stage 2.
@@ -268,6 +270,8 @@ class Whole:
     rounds: int
     tasks: tuple[str, ...]
     seed: int
+    judge_max_tokens: int | None = None  # these two may be left out, as files of earlier releases do
+    judge_reasoning: bool = False
 
 
 def check_prepared(evaluate_on: Sequence[str], command: str) -> None:
@@ -506,6 +510,7 @@ def _build(kind: Any, raw: Mapping[str, Any], place: str) -> Any:
         needed, reader = USED[values["train"]], f"A part trained {values['train']} needs {{}}."
     else:
         needed, reader = tuple(hints), "A recipe gives every number."
+        values = {field.name: field.default for field in fields(kind) if field.default is not MISSING} | values
     if missing := [key for key in needed if key not in values]:
         raise InputError(f"{place}: {missing[0]} is missing. {reader.format(', '.join(needed))}")
     return kind(**{key: values[key] for key in needed})  # a frozen part forgets the rank of its LoRA

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -15,7 +15,9 @@ from urllib.parse import unquote, urlsplit
 
 TURNS = ("conversations", "conversatons", "messages", "conversation")  # LLaVA-Med's own files misspell it
 ROLES = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer"}
-SYSTEM = ("system", "developer")
+SYSTEM = ("system", "developer")  # roles
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")  # of a record
+LEARNT = ("loss", "weight", "train")  # keys of an answer in ms-swift, OpenAI's fine-tuning format and axolotl
 # Keys that hold a picture's file, as `_snake` writes them
 PICTURES = (
     *("image", "images", "image_path", "image_paths", "image_file", "image_files", "image_name", "image_url"),
@@ -81,32 +83,81 @@ class Turn:
         text: With `<image>` where the record has it.
         tags: Places for a picture: each `<image>` in the text is one, and each part of type image.
         pictures: Files that it names itself.
+        learnt: Whether an answer is learnt. ms-swift, OpenAI and axolotl switch that off by `"loss": false`,
+            `"weight": 0` and `"train": false`.
     """
 
     role: str
     text: str
     tags: int
     pictures: tuple[str, ...]
+    learnt: bool = True
 
 
 def read_turns(record: dict[str, Any], wrong: list[str]) -> list[Turn]:
-    """The turns of a record, without a system turn; what is wrong with them goes to `wrong`."""
+    """The turns of a record, without a system turn, see `read_system`; what is wrong with them goes to `wrong`."""
     keys = [key for key in TURNS if record.get(key) is not None]
     turns = record[keys[0]] if keys else None
     if len(keys) > 1:
         wrong.append(f"it has {keys[0]} and {keys[1]}. Keep one of the two.")
     if not isinstance(turns, list) or not turns:
-        wrong.append(f"its conversations are {short(turns)}. Give a list of turns from human and gpt.")
+        wrong.append(_no_turns(record, keys))
         return []
-    for key in ("system", "system_prompt", "system_message"):
-        _refuse_system(record.get(key), wrong)
     _refuse_learnt(record, None, "its", wrong)
-    if isinstance(turns[0], dict) and _role(turns[0]) in SYSTEM:
-        _refuse_system(_text(turns[0]), wrong)
+    if _is_system(turns[0]):
         turns = turns[1:]
         if not turns:
             wrong.append("it has a system text alone. Add a question and its answer.")
     return [_turn(number, turn, wrong) for number, turn in enumerate(turns)]
+
+
+def _no_turns(record: dict[str, Any], keys: Sequence[str]) -> str:
+    if keys:
+        return f"its {keys[0]} are {short(record[keys[0]])}. Give a list of turns from human and gpt."
+    named = f"its keys are {', '.join(record)}"[:200]
+    return (
+        f"{named}, of which none holds a conversation. Name the turns conversations or messages, or map the names in "
+        "LLaMA-Factory's dataset_info.json beside the file."
+    )
+
+
+def read_system(record: dict[str, Any], wrong: list[str]) -> str:
+    """The text of a record's system turn, or of its key `system`, stripped; empty where it has none.
+
+    What is wrong with it goes to `wrong`.
+    """
+    texts = [(f"its {key}", record.get(key)) for key in SYSTEM_KEYS]
+    turns = next((record[key] for key in TURNS if record.get(key) is not None), None)
+    if isinstance(turns, list) and turns and _is_system(turns[0]):
+        texts.append(("its system turn", _text(turns[0])))
+        _refuse_learnt(turns[0], "system", "its system turn's", wrong)
+        _refuse_pictures(turns[0], wrong)
+    found: dict[str, None] = {}
+    for name, value in texts:
+        text = value
+        if isinstance(value, list):
+            parts = [_part(part, name, wrong) for part in value]
+            if any(kind == "image" for kind, _, _ in parts):
+                wrong.append(f"{name} holds an image. It belongs into the first turn.")
+            text = "".join(said for _, said, _ in parts)
+        if isinstance(text, str) and text.strip():
+            found[text.strip()] = None
+        elif text is not None and not isinstance(text, str):
+            wrong.append(f"{name} is {short(value)}, not a text. Give one, or leave it out.")
+    if len(found) > 1:
+        wrong.append(f"it has {len(found)} system texts ({', '.join(map(short, found))}). Keep one of them.")
+    return next(iter(found), "")
+
+
+def _refuse_pictures(turn: dict[str, Any], wrong: list[str]) -> None:
+    """Those that a system turn names."""
+    for key, value in turn.items():
+        if value not in (None, "", [], {}) and (_snake(key) in PICTURES or _ABOUT_PICTURES.search(_snake(key))):
+            wrong.append(f"its system turn's {key} is {short(value)}. A picture belongs into the first turn.")
+
+
+def _is_system(turn: Any) -> bool:
+    return isinstance(turn, dict) and _role(turn) in SYSTEM
 
 
 def _role(turn: dict[str, Any]) -> Any:
@@ -115,14 +166,6 @@ def _role(turn: dict[str, Any]) -> Any:
 
 def _text(turn: dict[str, Any]) -> Any:
     return turn.get("value", turn.get("content"))
-
-
-def _refuse_system(text: Any, wrong: list[str]) -> None:
-    if text not in (None, "", []):
-        wrong.append(
-            f"its system text is {short(text)}, and the template has one of its own. Put it into the first question, "
-            "or take it out."
-        )
 
 
 def _turn(number: int, turn: Any, wrong: list[str]) -> Turn:
@@ -142,11 +185,12 @@ def _turn(number: int, turn: Any, wrong: list[str]) -> Turn:
     if len([key for key in ("value", "content") if turn.get(key) is not None]) > 1:
         wrong.append(f"{name} has value and content. Keep one of the two.")
     _refuse_learnt(turn, due, f"{name}'s", wrong)
+    learnt = due == "question" or _is_learnt(turn, name, wrong)
     pictures = [
         file for key, value in turn.items() if _snake(key) in PICTURES for file in _files(value, f"{name}'s", wrong)
     ]
     if isinstance(parts, str):
-        return Turn(role, parts, parts.count("<image>"), tuple(pictures))
+        return Turn(role, parts, parts.count("<image>"), tuple(pictures), learnt)
     texts: list[str] = []
     tags = 0
     for part in parts:
@@ -155,7 +199,7 @@ def _turn(number: int, turn: Any, wrong: list[str]) -> Turn:
         texts.append(text)
         pictures += files
     joined = "".join(texts)
-    return Turn(role, joined, tags + joined.count("<image>"), tuple(pictures))
+    return Turn(role, joined, tags + joined.count("<image>"), tuple(pictures), learnt)
 
 
 def _part(part: Any, name: str, wrong: list[str]) -> tuple[str, str, list[str]]:
@@ -210,7 +254,7 @@ def read_picture(record: dict[str, Any], turns: list[Turn], wrong: list[str]) ->
             wrong.append(f"turn {number + 1} holds {turn.tags} images, and one is read. Make a record of each.")
     if len(wrong) == before:
         lists = [record[key] for key in TURNS if isinstance(record.get(key), list)]
-        said = [turn for of in lists for turn in of if isinstance(turn, dict) and _role(turn) not in SYSTEM]
+        said = [turn for of in lists for turn in of if isinstance(turn, dict) and not _is_system(turn)]
         inner = [(f"turn {number}'s", turn) for number, turn in enumerate(said, 1)]
         for whose, fields in (("its", record), *inner):
             _refuse_strays(fields, whose, distinct, wrong)
@@ -245,7 +289,7 @@ def _same(file: str, other: str) -> bool:
 
 
 def _refuse_learnt(fields: dict[str, Any], due: str | None, whose: str, wrong: list[str]) -> None:
-    """Keys that would change what is learnt, of a record (`due` None) or of a turn."""
+    """Keys that would change what is learnt and are not read, of a record (`due` None) or of a turn."""
     for key, value in fields.items():
         plain = _snake(key)
         metadata = due is None and (
@@ -259,13 +303,35 @@ def _refuse_learnt(fields: dict[str, Any], due: str | None, whose: str, wrong: l
         if _MORE.fullmatch(plain):
             pair = " `stllava-train pairs --from` reads preference pairs." if plain[:6] in ("chosen", "reject") else ""
             wrong.append(f"{whose} {key} is {short(value)}, which would not be learnt. Take it out.{pair}")
-        elif _LEARNT.fullmatch(plain) and _is_amount(value) and not (due != "question" and _is_one(value)):
-            what = (
-                "the recipe's sq_r draws which questions are learnt. Take it out."
-                if due == "question"
-                else "every answer is learnt with the same weight. Take it out, or leave the record out."
-            )
+        elif _LEARNT.fullmatch(plain) and _is_amount(value) and not _as_done(due, plain, value):
+            if due == "question":
+                what = "the recipe's sq_r draws which questions are learnt. Take it out."
+            elif due == "system":
+                what = "a system text is never learnt. Take it out."
+            elif due == "answer" and plain in LEARNT:
+                what = "an answer is learnt with weight 1 or, with 0, not at all. Give one of them, or take it out."
+            else:
+                what = "every answer is learnt with the same weight. Take it out, or leave the record out."
             wrong.append(f"{whose} {key} is {short(value)}, and {what}")
+
+
+def _as_done(due: str | None, key: str, value: Any) -> bool:
+    """Whether a key says what is done: an answer is learnt, or not where it says so, and a system text is not."""
+    if due == "answer" and key in LEARNT:
+        return _switch(value) is not None
+    if due == "system":
+        return key in LEARNT and _switch(value) is False
+    return due != "question" and _is_one(value)
+
+
+def _switch(value: Any) -> bool | None:
+    """What 0, 1, false or true says, also as text; None of anything else.
+
+    >>> _switch(0.0), _switch("true"), _switch(0.5)
+    (False, True, None)
+    """
+    text = str(value).strip().lower() if isinstance(value, str | bool | int | float) else ""
+    return {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}.get(text)
 
 
 def _is_amount(value: Any) -> bool:

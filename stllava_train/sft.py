@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shlex
 import sys
@@ -19,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from stllava_eval.datasets import DATASETS
 from stllava_eval.errors import InputError
 from stllava_train.augment import augmented
+from stllava_train.columns import data_hash
 from stllava_train.conversations import (
     ANSWER,
     NOTHING,
@@ -29,6 +29,7 @@ from stllava_train.conversations import (
     asked,
     counted,
     in_epoch,
+    own_in_words,
     uniform,
 )
 from stllava_train.examination import Examination, questions, warn_of_learnt
@@ -275,8 +276,7 @@ def open_work(
         raise InputError(f"{problems[0]}{more}")
     conversations = [one for of in read for one in of]
     data = [
-        {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "conversations": len(of)}
-        for file, of in zip(files, read, strict=True)
+        {"file": file.name, **data_hash(file), "conversations": len(of)} for file, of in zip(files, read, strict=True)
     ]
     text = next((one for one in conversations if one.image is None), None)
     if text and recipe.language_model.train == "frozen":
@@ -329,7 +329,7 @@ def _check_call(files: Sequence[Path], images: Path | None) -> str:
 def train(work: SftWork, out: Path, resume: bool = False, progress: bool = True, wandb: bool = False) -> None:
     """Train, and write the folder `out`. See `training.run`. What is learnt from is counted on stderr first."""
     if progress and first_process():
-        print(counted(work.conversations), file=sys.stderr)
+        print(counted(work.conversations), *own_in_words(work.conversations), sep="\n", file=sys.stderr)
     run(work, make_trainer, out, resume, progress, wandb)
 
 
@@ -366,6 +366,7 @@ def report(work: SftWork) -> str:
     learnt = counts.answer_tokens + counts.question_tokens
     lines = [
         f"{counted(work.conversations)}, {counts.rounds} rounds",
+        *own_in_words(work.conversations),
         f"{counts.tokens} tokens in the first epoch, the longest conversation {counts.longest}; learnt are {learnt} "
         f"({learnt / counts.tokens:.1%}): {counts.answer_tokens} of answers, {counts.question_tokens} of questions",
         f"{work.steps} steps of {recipe.batch} conversations: {recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}",

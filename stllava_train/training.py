@@ -302,7 +302,7 @@ def last_whole(folder: Path) -> Path | None:
         if changed:
             raise InputError(
                 f"{last}: {', '.join(changed)}: not as the run wrote it. Put it back, or delete this folder: --resume "
-                "then goes on from the one before it, or begins anew."
+                "then goes on from the one before it, or begins again."
             )
     return last
 
@@ -658,7 +658,7 @@ def _run_in(out: Path) -> dict[str, Any]:
         before = read_json(out / "run.json")
         return {
             "recipe": dict(before["recipe"]),
-            "data": [one["sha256"] for one in before["data"]],
+            "data": [_known_as(one) for one in before["data"]],
             "images": before["images_sha256"],
             "start": before["start"]["sha256"],
             "finished": before.get("finished"),
@@ -667,6 +667,11 @@ def _run_in(out: Path) -> dict[str, Any]:
         raise InputError(
             f"{out}: no run to go on with ({fault(error)}). Leave --resume out, or name the folder of a run."
         ) from error
+
+
+def _known_as(data: Mapping[str, Any]) -> str:
+    """The hashes of a data file; see `columns.data_hash`."""
+    return " ".join([data["sha256"], *([f"columns {data['columns']}"] if "columns" in data else [])])
 
 
 def _check_same(out: Path, manifest: Mapping[str, Any]) -> None:
@@ -683,7 +688,7 @@ def _check_same(out: Path, manifest: Mapping[str, Any]) -> None:
     recipe = {key: value for key, value in manifest["recipe"].items() if key not in free}
     for name, now, then in (
         *((f"recipe: {key}", value, before["recipe"].get(key)) for key, value in recipe.items()),
-        ("data", [one["sha256"] for one in manifest["data"]], before["data"]),
+        ("data", [_known_as(one) for one in manifest["data"]], before["data"]),
         ("images", manifest["images_sha256"] or before["images"], before["images"]),  # the first process knows
         ("start", manifest["start"]["sha256"], before["start"]),
     ):

@@ -156,7 +156,7 @@ def test_rouge_l_is_twice_the_longest_common_subsequence_by_both_lengths(one, ot
     assert rouge_l(one, other) == pytest.approx(expected)
 
 
-def test_alike_answers_are_drawn_anew_and_a_question_short_of_answers_is_left_out(folder, tmp_path):
+def test_alike_answers_are_drawn_again_and_a_question_short_of_answers_is_left_out(folder, tmp_path):
     texts = {0: "Where?", 1: "Which?", 2: "How?"}
     drawn = {
         "Where?": ["left", "Left.", "left", "right"],  # the fourth draw differs

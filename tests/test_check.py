@@ -10,6 +10,7 @@ from PIL import Image
 from test_likeness import COPIES, scan
 
 from stllava_eval.datasets import DATASETS, Row, write_split
+from stllava_eval.images import decode, pixel_hash
 from stllava_train.check import looked_at, pair_problems, problems
 from stllava_train.cli import main
 from stllava_train.conversations import read_conversations
@@ -236,8 +237,6 @@ def test_real_leaks_are_found(shared, home):
 
 
 def test_pairs_that_repeat_or_contradict_another_are_found_under_whatever_id(tmp_path, home):
-    from stllava_eval.images import decode, pixel_hash
-
     for name, shade in (("a.png", 1), ("copy.bmp", 1), ("b.png", 2)):
         Image.new("RGB", (8, 8), (shade, 0, 0)).save(tmp_path / name)
     sha256 = {name: pixel_hash(decode((tmp_path / name).read_bytes())) for name in ("a.png", "copy.bmp", "b.png")}
@@ -271,9 +270,42 @@ def test_pairs_that_repeat_or_contradict_another_are_found_under_whatever_id(tmp
     assert read == ["read: 6 pairs about 2 images"]
 
 
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        (
+            [0.5, 0.25],
+            {2: ("at FILE:1, and its weight is 0.25, not 0.5. Keep the one that is right.", "contradiction")},
+        ),
+        ([0.5, 0.5], {2: ("at FILE:1. Keep one of the two.", "duplicate")}),
+        (
+            [0.5, None],
+            {2: ("it has no weight, and 1 of the file's pairs have one. Give each a weight, or none.", "form")},
+        ),
+        ([0, 0], {1: ("its weight is 0 as every other one is, so nothing would be learnt. Raise some.", "form")}),
+        ([None, None], {2: ("at FILE:1. Keep one of the two.", "duplicate")}),
+    ],
+)
+def test_weights_that_contradict_each_other_or_lack_are_found(tmp_path, home, weights, expected):
+    (tmp_path / "a.png").write_bytes(png((1, 2, 3)))
+    sha256 = pixel_hash(decode((tmp_path / "a.png").read_bytes()))
+    known = {"image": "a.png", "image_sha256": sha256, "question": "Where?", "margin": None, "judges": []}
+    rows = [
+        {"id": str(number), "chosen": chosen, "rejected": "Right.", **known}
+        | ({} if weight is None else {"weight": weight})
+        for number, (chosen, weight) in enumerate(zip(["Left.", "left."], weights, strict=True))
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {(str(one), one.kind) for one in pair_problems(file, progress=False)}
+    for line, (what, kind) in expected.items():
+        what = what.replace("FILE", str(file))
+        assert any(text.startswith(f"{file}:{line}: ") and text.endswith(what) and of == kind for text, of in found)
+    assert len(found) == len(expected) + (weights in ([0.5, None], [0, 0]))  # the pair twice is found beside
+
+
 def test_every_problem_of_a_file_of_pairs_is_told_by_line(tmp_path, prepared, checkpoint, capsys):
     from stllava_eval.datasets import read_rows
-    from stllava_eval.images import decode, pixel_hash
     from stllava_train.cli import main
 
     for name, content in (("a.png", png((1, 2, 3))), ("leak.png", read_rows("slake", "test")[0].image)):
@@ -307,7 +339,7 @@ def test_every_problem_of_a_file_of_pairs_is_told_by_line(tmp_path, prepared, ch
         ":5: 4: its image ",
         ":6: 5: its image is test image",
         ":7: 6: it has ",
-        ":8: 0: its id stands at ",
+        ":8: 0: its id is that of ",
         ":9: 8: img is no key of a pair",
         *(f":{line}: a record: it is " for line in (10, 11, 12)),
     ]

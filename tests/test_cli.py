@@ -30,7 +30,7 @@ def helps() -> dict[str, str]:
 def test_docs_and_help_say_the_same(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     documented = dict(re.findall(r"^## `(.+?)`\n\n```\n(.*?)```$", (ROOT / "docs" / "cli.md").read_text(), re.M | re.S))
-    assert documented == helps(), "run `python tests/test_cli.py` to write docs/cli.md anew"
+    assert documented == helps(), "run `python tests/test_cli.py` to write docs/cli.md again"
 
 
 def test_every_example_in_the_help_is_a_call_that_parses():

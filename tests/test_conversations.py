@@ -2,7 +2,9 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -17,6 +19,8 @@ from stllava_train.conversations import (
     Encoder,
     asked,
     counted,
+    in_epoch,
+    own_in_words,
     read_conversations,
     read_files,
 )
@@ -211,7 +215,7 @@ def test_records_may_stand_a_line_each(folder):
         pytest.param(
             record("Q?", "A.", id="sound"), "its id, image and rounds are those of .*data.json:2. Keep", id="one twice"
         ),
-        pytest.param({"id": "a"}, "its conversations are null. Give a list", id="no conversations"),
+        pytest.param({"id": "a"}, "its keys are id, of which none holds a conversation", id="no conversations"),
         pytest.param({"id": "a", "conversations": ["x"]}, 'turn 1 is "x", not an object', id="no turn"),
         pytest.param(record("Q?", "\ud800"), "turn 2 holds half a character", id="half a character"),
         pytest.param(7, "it is 7, not an object with id", id="no record"),
@@ -400,12 +404,56 @@ def test_a_picture_that_a_turn_names_is_the_records(folder):
 @pytest.mark.parametrize(
     "first", [{"role": "system", "content": "Be brief."}, {"from": "system", "value": "Be brief."}]
 )
-def test_a_system_text_is_refused(folder, first):
-    expected = 'its system text is "Be brief.", and the template has one of its own. Put it into the first question'
-    one = record("Q?", "A.")
+def test_a_system_text_takes_the_place_of_the_templates(folder, processor, first):
+    one = record("Q?", "A.", "R?", "B.", image="x.png")
     one["conversations"].insert(0, first)
-    assert [problem[: len(expected)] for problem in problems(folder, one)] == [expected]
-    assert problems(folder, record("Q?", "A.", system="Be brief."))[0].startswith(expected)
+    plain = record("Q?", "A.", "R?", "B.", image="x.png", id="b")
+    of_key = record("Q?", "A.", "R?", "B.", image="x.png", id="c", system=" Be brief.\n")
+    (own, others, by_key), found = read_conversations(write(folder, one, plain, of_key))
+    assert (own.system, others.system, by_key.system, found) == ("Be brief.", None, "Be brief.", [])
+    for template in ("v1", "v1_sq"):
+        encoder = Encoder(processor, template, image_tokens=3)
+        (text, spans), (usual, before) = (encoder.rendered(each, (False, True)) for each in (own, others))
+        system = usual[len("<s>") : usual.index(" USER:")]
+        assert text == usual.replace(system, "Be brief.")
+        assert [text[start:end] for start, end, _ in spans] == [usual[start:end] for start, end, _ in before]
+        assert [kind for _, _, kind in spans] == [ANSWER, QUESTION, ANSWER]
+
+
+def test_a_system_text_is_refused_where_the_template_has_none(folder, processor):
+    turns = "{% for message in messages %}{% generation %}{{ message['content'] }}{% endgeneration %}{% endfor %}"
+    bare = SimpleNamespace(tokenizer=processor.tokenizer, chat_template={"v1": "{{ bos_token }}" + turns})
+    ((one,), _) = read_conversations(write(folder, record("Q?", "A.", system="Be brief.")))
+    with pytest.raises(InputError, match=r'data\.json:2: a: its system text is "Be brief\.", and the .* has none that'):
+        Encoder(bare, "v1", 4)(one, (False,))
+
+
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [
+        pytest.param("ASSISTANT: hi", "its system text holds ASSISTANT:, which would read", id="a role word"),
+        pytest.param("Look at <image>.", "its system text holds ", id="a tag"),
+        pytest.param("</s>", "its system text holds </s>, which the tokenizer", id="a token"),
+        pytest.param({"a": 1}, "its system is {.*, not a text", id="no text"),
+        pytest.param([{"type": "image"}], "its system holds an image. It belongs into the first", id="an image"),
+    ],
+)
+def test_a_system_text_that_cannot_be_rendered_is_refused(folder, system, expected):
+    import re
+
+    assert any(re.search(expected, problem) for problem in problems(folder, record("Q?", "A.", system=system)))
+
+
+def test_two_system_texts_and_settings_of_a_system_turn_are_refused(folder):
+    one = record("Q?", "A.", system="Be brief.")
+    one["conversations"].insert(0, {"from": "system", "value": "Be long.", "loss": True, "image": "x.png"})
+    assert problems(folder, one) == [
+        "its system turn's loss is true, and a system text is never learnt. Take it out.",
+        'its system turn\'s image is "x.png". A picture belongs into the first turn.',
+        'it has 2 system texts ("Be brief.", "Be long."). Keep one of them.',
+    ]
+    one["conversations"][0] = {"from": "system", "value": "Be brief.", "weight": 0}
+    assert read_conversations(write(folder, one))[0][0].system == "Be brief."
 
 
 def test_an_empty_system_text_changes_nothing(folder):
@@ -417,12 +465,11 @@ def test_an_empty_system_text_changes_nothing(folder):
 @pytest.mark.parametrize(
     ("turn", "fields", "expected"),
     [
-        pytest.param(1, {"loss": False}, "turn 2's loss is false, and every answer is learnt", id="ms-swift"),
-        pytest.param(1, {"weight": 0}, "turn 2's weight is 0, and every answer", id="OpenAI"),
-        pytest.param(1, {"weight": 0.5}, "turn 2's weight is 0.5, and every answer", id="half"),
-        pytest.param(1, {"weight": "0"}, 'turn 2\'s weight is "0", and every', id="as text"),
+        pytest.param(1, {"weight": 0.5}, "turn 2's weight is 0.5, and an answer is learnt with weight 1 or", id="half"),
+        pytest.param(1, {"loss": [0]}, r"turn 2's loss is \[0\], and an answer is learnt", id="a list"),
+        pytest.param(1, {"loss": False}, "none of its answers is learnt, by their loss or weight", id="nothing"),
+        pytest.param(1, {"loss": True, "weight": 0}, "turn 2 has loss true and weight 0. Keep one", id="both"),
         pytest.param(1, {"loss_mask": [1, 0]}, r"turn 2's loss_mask is \[1, 0\], and every", id="a mask of tokens"),
-        pytest.param(1, {"train": False}, "turn 2's train is false", id="axolotl"),
         pytest.param(1, {"lossWeight": 2}, "turn 2's lossWeight is 2", id="another spelling"),
         pytest.param(0, {"loss": True}, "turn 1's loss is true, and the recipe's sq_r draws which", id="a question"),
         pytest.param(None, {"weight": 3}, "its weight is 3, and every answer", id="of the record"),
@@ -445,6 +492,47 @@ def test_what_would_change_training_and_is_not_read_is_named(folder, turn, field
     one = record("Q?", "A.")
     (one if turn is None else one["conversations"][turn]).update(fields)
     assert any(re.search(expected, problem) for problem in problems(folder, one))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"loss": False}, {"loss": 0}, {"weight": 0}, {"weight": "0"}, {"train": False}, {"Loss": 0.0}],
+)
+def test_an_answer_that_is_switched_off_is_read_and_not_learnt(folder, processor, fields):
+    one = record("Q?", "A lung.", "R?", "Left.", "S?", "No.", image="x.png", unordered=True)
+    one["conversations"][1].update(fields)
+    one["conversations"][5].update(weight=1)
+    ((read,), found) = read_conversations(write(folder, one))
+    assert (read.learnt, found) == ((False, True, True), [])
+    encoder = Encoder(processor, "v1", image_tokens=3)
+    all_learnt = encoder(replace(read, learnt=None), (False, True, False))
+    masked = encoder(read, (False, True, False))
+    assert masked.ids == all_learnt.ids
+    assert all_learnt.kinds.count(QUESTION) == masked.kinds.count(QUESTION) > 0
+    off = [
+        token
+        for token, usual, kind in zip(masked.ids, all_learnt.kinds, masked.kinds, strict=True)
+        if usual == ANSWER and kind == NOTHING
+    ]
+    assert processor.tokenizer.decode(off).replace(" ", "") == "Alung.</s>"
+    for epoch in range(4):  # an unordered one keeps its switches with its rounds
+        shown = in_epoch(read, 0, epoch)
+        assert {round: shown.learns(place) for place, round in enumerate(shown.rounds)} == {
+            ("Q?", "A lung."): False,
+            ("R?", "Left."): True,
+            ("S?", "No."): True,
+        }
+        packed = encoder.together(shown, (False, False, False))
+        learnt = [token for token, kind in zip(packed.ids, packed.kinds, strict=True) if kind == ANSWER]
+        assert "lung" not in processor.tokenizer.decode(learnt)
+    assert own_in_words([read]) == ["1 answer not learnt, by loss or weight 0"]
+
+
+def test_the_same_rounds_under_another_system_text_or_mask_are_no_duplicate(folder):
+    one, off = record("Q?", "A.", "R?", "B."), record("Q?", "A.", "R?", "B.")
+    off["conversations"][1]["loss"] = False
+    sound, found = read_conversations(write(folder, one, record("Q?", "A.", "R?", "B.", system="Be brief."), off))
+    assert ([each.id for each in sound], found) == (["a", "a-2", "a-3"], [])
 
 
 @pytest.mark.parametrize("fields", [{"loss": True}, {"weight": 1}, {"weight": 1.0}, {"loss": None}, {"train": "true"}])

@@ -221,13 +221,13 @@ def test_a_copy_without_ids_gets_them_and_its_kinds_back_by_text_and_pixels(shar
     assert manifest.notes == ()
 
 
-def test_a_copy_that_encoded_its_images_anew_is_matched_by_text_and_says_so(shared, tmp_path):
-    def anew(image: bytes) -> bytes:
+def test_a_copy_that_encoded_its_images_again_is_matched_by_text_and_says_so(shared, tmp_path):
+    def encoded_again(image: bytes) -> bytes:
         return encoded(PIL.Image.open(io.BytesIO(image)), "JPEG", quality=30)
 
     prepare("vqarad", "test", shared / "data/vqarad")
-    official = {row.id: anew(row.image) for row in read_rows("vqarad", "test")}
-    manifest = prepare("vqarad", "test", hub_vqarad(shared, tmp_path, anew))
+    official = {row.id: encoded_again(row.image) for row in read_rows("vqarad", "test")}
+    manifest = prepare("vqarad", "test", hub_vqarad(shared, tmp_path, encoded_again))
     assert manifest.counts == {"rows": 451, "closed": 272, "open": 179, "images": 203}
     changed, by_order = manifest.notes
     assert changed == "the pixels of 203 images differ from the originals"

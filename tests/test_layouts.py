@@ -392,6 +392,10 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         ),
         (LAYOUTS["ms-swift"] | {"messages": [USER]}, "rejected_response|messages"),
         (LAYOUTS["ms-swift"] | {"system": "Be brief."}, "its system text is"),
+        (
+            LAYOUTS["ms-swift"] | {"messages": [USER, LEFT | {"loss": False}]},
+            "an answer's loss or weight is 0, and both answers of a pair are learnt",
+        ),
         (LAYOUTS["LLaMA-Factory, Alpaca"] | {"history": [["Hi", "Hello"]]}, "its history is"),
         (
             LAYOUTS["trl, prompt inside and beside"] | {"prompt": "Which?"},

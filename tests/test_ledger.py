@@ -20,7 +20,7 @@ def test_rows_are_on_the_disk_when_they_have_been_added(tmp_path):
     assert read_manifest(tmp_path / "a.jsonl") == {"format": 1, "seed": 0, "finished": False}
 
 
-def test_a_line_that_a_kill_has_cut_is_written_anew_and_the_others_are_kept(tmp_path):
+def test_a_line_that_a_kill_has_cut_is_written_again_and_the_others_are_kept(tmp_path):
     path = tmp_path / "a.jsonl"
     with ledger(path) as one:
         one.add([{"id": "x"}, {"id": "y"}])

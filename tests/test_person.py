@@ -154,7 +154,7 @@ def test_undo_takes_back_the_latest_verdicts_one_by_one(folder):
         assert choose(server.url, "undo")["number"] == 1
         assert scores(folder) == {"a.png#0": [2, 1], "a.png#1": None, "a.png#2": None}
         assert choose(server.url, "2", 1)["number"] == 2
-        assert choose(server.url, "undo")["number"] == 1  # and not 0: what was chosen anew is the latest
+        assert choose(server.url, "undo")["number"] == 1  # and not 0: what was chosen again is the latest
         assert choose(server.url, "tie", 1)["number"] == 2
     assert scores(folder) == {"a.png#0": [2, 1], "a.png#1": [1, 1], "a.png#2": None}
     assert verdict_of(read_rows(folder / "judged.jsonl")[3]).why == "undone"

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -42,11 +43,12 @@ class Made:
                 (out / "run.json").write_text(json.dumps(made))
         else:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(told)
+            out.write_text(json.dumps({"of": told}) + "\n")
             out.with_suffix(".json").write_text("{}")
             if name == "judge" and self.left:
                 left = self.left.pop(0)
-                rows = [{"outcome": "scored"}] * left.pop("scored", 1) + [{"of": told, "left": left}]
+                rows = [{"outcome": "scored"}] * left.pop("scored", 1) + [{"cut_at": [1024, 0]}] * left.pop("cut", 0)
+                rows += [{"of": told, "left": left}]
                 out.write_text("".join(json.dumps(row) + "\n" for row in rows))
                 out.with_suffix(".json").write_text(json.dumps({"left": {"m": left}}))
                 return int(any(left.values()))
@@ -110,7 +112,7 @@ def test_a_change_is_followed_as_far_as_it_reaches(run):
     assert run("candidates.questions=2", "pairs=[]")[0] == "sft"
 
 
-def test_files_written_anew_with_the_same_bytes_change_nothing(run):
+def test_files_written_again_with_the_same_bytes_change_nothing(run):
     run()
     text = run.data.read_text()
     run.data.unlink()
@@ -146,13 +148,13 @@ def test_a_stage_that_ended_just_before_the_kill_is_not_called_again(run, stage)
     assert run() == []
 
 
-def test_a_broken_off_stage_of_other_inputs_begins_anew(run):
+def test_a_broken_off_stage_of_other_inputs_begins_again(run):
     run(dies="round-1/dpo")
     assert run("dpo.beta=0.5") == ["round-1/dpo", "eval/round-1"]
     assert (run.out / "replaced" / "round-1-dpo-1" / "dpo" / "run.json").exists()
 
 
-def test_each_round_starts_from_the_newest_checkpoint_and_asks_anew(run, capsys):
+def test_each_round_starts_from_the_newest_checkpoint_and_asks_again(run, capsys):
     second = [stage.replace("round-1", "round-2") for stage in STAGES[2:]]
     run()
     capsys.readouterr()
@@ -194,6 +196,18 @@ def test_the_run_goes_on_without_what_the_budget_did_not_reach_and_asks_it_when_
     assert run("budget=2") == STAGES[3:]
     assert not list((run.out / "replaced").glob("round-1-judged*"))  # it was gone on with
     assert run("budget=2") == run("budget=3") == []
+
+
+def test_room_to_think_is_handed_on_and_asks_again_what_was_cut(run, capsys):
+    run.left += [{"failed": 0, "not_asked": 0, "cut": 2}]
+    assert run() == STAGES
+    assert not {"--max-tokens", "--reasoning"} & set(capsys.readouterr().out.split())
+    assert json.loads((run.out / "stages.json").read_text())["round-1/judged"]["bounds"] == {"budget": None}
+    assert run() == []
+    assert run("judge_max_tokens=2048", "judge_reasoning=true") == STAGES[3:]
+    assert "--max-tokens 2048 --reasoning --out" in capsys.readouterr().out
+    assert not list((run.out / "replaced").glob("round-1-judged*"))  # it was gone on with
+    assert run("judge_max_tokens=2048", "judge_reasoning=true") == run() == []  # nothing is cut any more
 
 
 def test_what_fails_again_is_left_out_and_what_succeeds_is_not(run, capsys):
@@ -248,6 +262,7 @@ def test_files_that_are_no_images_change_nothing(run):
         ("judges=[human:ada]", "a person judges by"),
         ("judges=[gpt-4o]", "needs a key"),
         ("budget=-1", "budget: -1. It is 0 or more"),
+        ("judge_max_tokens=0", "judge_max_tokens: 0. It is from 1 to 999,999, or null"),
         ("pairs=[--nope]", "pairs: --nope: not one of --rule"),
         ("pairs=[--out, x.jsonl]", "pairs: --out: not one of"),
         ("pairs=[--seed, '3']", "pairs: --seed: not one of"),
@@ -315,6 +330,8 @@ def test_our_recipes_name_what_there_is(name):
     ("change", "message"),
     [
         ("rounds=0", "rounds: 0. It is at least 1"),
+        ("judge_reasoning=yes", "judge_reasoning: 'yes' is not true or false"),
+        ("judge_max_tokens=1.5", "judge_max_tokens: 1.5 is not a whole number"),
         ("images=0", "images: 0. It is at least 1"),
         ("judges=[]", "name at least one of each"),
         ("round=2", "round: unknown. Did you mean rounds?"),
@@ -326,3 +343,9 @@ def test_our_recipes_name_what_there_is(name):
 def test_a_wrong_value_is_named(change, message):
     with pytest.raises(InputError, match=message):
         read_pipeline("tiny", [change])
+
+
+def test_a_recipe_without_room_to_think_is_that_of_earlier_releases(tmp_path):
+    lines = (RECIPES / "all" / "tiny.yaml").read_text().splitlines()
+    (tmp_path / "old.yaml").write_text("\n".join(line for line in lines if not re.match("judge_(max|reason)", line)))
+    assert read_pipeline(str(tmp_path / "old.yaml")) == read_pipeline("tiny")

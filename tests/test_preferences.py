@@ -112,6 +112,18 @@ def test_what_is_refused_for_good_is_said_with_its_reason_and_never_asked_again(
     assert read_manifest(judged)["left"] == {MODEL: {"failed": 0, "not_asked": 0}}
 
 
+def test_a_judge_whose_server_refuses_everything_is_not_finished_and_asked_again_by_the_same_call(drawn, folder, capfd):
+    judged = folder / "judged.jsonl"
+    with FaultServer(reply=lambda request: refuses(400, "no images here")) as there:
+        call = ["judge", str(drawn), "--judge", f"{MODEL}@{there.url}", "--out", str(judged), "--sample", "4"]
+        assert main(call) == 1
+        assert "nothing is scored: the same call asks again what the server refused" in capfd.readouterr().out
+        assert read_manifest(judged)["left"] == {MODEL: {"failed": 8, "not_asked": 0}}
+        there.reply = longer
+        assert main(call) == 0
+    assert read_manifest(judged)["finished"]
+
+
 def test_two_judges_are_finished_when_both_are(drawn, folder):
     judged = folder / "judged.jsonl"
     with FaultServer({0: [refuses(500, "no")]}, reply=longer, models=["a", "b"]) as there:

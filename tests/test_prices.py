@@ -112,6 +112,32 @@ def test_after_twenty_replies_without_scores_no_more_are_paid(images, written, o
     assert cost(out) == pytest.approx(billed(there))
 
 
+def test_what_a_server_refuses_before_the_first_score_is_asked_again_in_the_same_file_once_its_cause_is_mended(
+    images, written, out
+):
+    with FaultServer(reply=lambda request: refuses(400, "logprobs are on")) as there:
+        for calls in (1, 2):
+            with pytest.raises(InputError, match=r"\(20 refused; the last: HTTP 400: log.*with the same --out\.$"):
+                run(there.url, candidates(30), images, written, out, price=PRICE)
+            assert len(there.requests) == 20 * calls
+        there.reply = fair
+        assert run(there.url, candidates(30), images, written, out, price=PRICE) == {"scored": 60}
+        assert run(there.url, candidates(30), images, written, out, price=PRICE) == {}
+        assert cost(out) == pytest.approx(billed(there), rel=1e-12) == pytest.approx(60 * PRICE.of(PROMPT_TOKENS, 3))
+
+
+def test_what_a_server_refuses_beside_scores_is_final_and_so_is_what_it_has_billed(images, written, out):
+    filtered = {prompt("Side 0?", "left", "right"): [refuses(400, "content management policy")] * 9}
+    with FaultServer(filtered, reply=fair) as there:
+        assert run(there.url, candidates(3), images, written, out) == {"refused": 1, "scored": 5}
+        assert run(there.url, candidates(3), images, written, out) == {}
+    other = out.with_name("other.jsonl")
+    with FaultServer(reply=lambda request: says("I'm sorry, but I can't help with that.")) as there:
+        assert run(there.url, candidates(3), images, written, other, price=PRICE) == {"refused": 6}
+        assert run(there.url, candidates(3), images, written, other, price=PRICE) == {}
+        assert len(there.requests) == 6
+
+
 def test_replies_that_become_useless_on_the_way_stop_it_too(images, written, out):
     def tired(request):
         return fair(request) if len(there.requests) < 10 else "Both are good."

@@ -231,6 +231,44 @@ def test_rounds_of_an_unordered_conversation_count_as_if_each_stood_alone(small,
     assert len(threads) > 1
 
 
+def test_the_loss_of_masked_answers_and_own_system_texts_is_that_of_a_mask_made_by_hand(small, data, tmp_path):
+    file = data.parent / "masked.json"
+    records = json.loads(data.read_text())
+    records[1]["conversations"][1]["loss"] = False
+    records[1]["conversations"][5]["weight"] = 0
+    records[2]["system"] = "Be brief."
+    file.write_text(json.dumps(records))
+    recipe = small(augment=False, sq_r=0.0)
+    work, plain = work_of(recipe, file), work_of(recipe, data)
+    assert "\n2 answers not learnt, by loss or weight 0\n1 with a system text of their own" in report(work)
+    trainer = make_trainer(work, tmp_path, tmp_path / "trace", progress=False)
+    trainer.create_optimizer_and_scheduler(1)
+    tokenizer = work.collator.encoder.tokenizer
+
+    def loss(batch) -> float:
+        return trainer.compute_loss(trainer.model, batch, num_items_in_batch=1.0).item()
+
+    batch, usual = (one.collator([{"place": 1, "epoch": 0}]) for one in (work, plain))
+    ends = (usual["input_ids"][0] == tokenizer.eos_token_id).nonzero().flatten().tolist()  # of the three answers
+    assert len(ends) == 3
+    by_hand = {key: value.clone() for key, value in usual.items()}
+    by_hand["labels"][0, : ends[0] + 1] = -100
+    by_hand["labels"][0, ends[1] + 1 :] = -100
+    whole = loss({key: value.clone() for key, value in usual.items()})
+    assert loss(dict(batch)) == pytest.approx(loss(by_hand), rel=FLOAT32)
+    assert loss(dict(batch)) < 0.7 * whole
+
+    own, usual = (one.collator([{"place": 2, "epoch": 0}]) for one in (work, plain))
+    texts = [tokenizer.decode(one["input_ids"][0][one["labels"][0] >= 0]) for one in (own, usual)]
+    assert texts[0] == texts[1]
+    written = tokenizer.decode(usual["input_ids"][0]).replace("<image><image><image><image>", "<image>")
+    system = written[written.index("A chat") : written.index(" USER:")]
+    ids = tokenizer(written.replace(system, "Be brief."), add_special_tokens=False).input_ids
+    assert [token for token in own["input_ids"][0].tolist() if token != work.collator.encoder.image_token] == [
+        token for token in ids if token != work.collator.encoder.image_token
+    ]
+
+
 def test_a_conversation_that_is_too_long_is_refused_with_its_line(small, data):
     with pytest.raises(InputError, match=r"data\.json:2: c0: \d+ tokens, more than max_tokens 50\. Raise it, or leave"):
         work_of(small(max_tokens=50), data)

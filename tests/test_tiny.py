@@ -152,7 +152,7 @@ def test_a_place_or_a_seed_that_cannot_be_is_refused_before_any_training(start, 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_tiny_start_is_made_anew_in_its_own_folder(tmp_path):
+def test_a_tiny_start_is_made_again_in_its_own_folder(tmp_path):
     for seed in (0, 1):
         tiny.write_start(rows(1), tmp_path, seed=seed, effort=0.004, progress=False)
     assert {str(file.relative_to(tmp_path)) for file in tmp_path.iterdir()} == tiny.FILES
