@@ -151,7 +151,8 @@ class Collator:
         places = [entry["place"] for entry in entries]
         both = [self.encoded(place) for place in places]
         answers = [one for one, _ in both] + [other for _, other in both]
-        images = [self.pairs[place].image for place in places] * 2
+        some = [self.pairs[place].images for place in places]
+        images = [one for one, _ in some] + [other for _, other in some]  # of most pairs the two are one
         batch = pack(answers, images, self.padding)
         batch["pixel_values"] = torch.stack([self.pixels(self.folder / image) for image in dict.fromkeys(images)])
         batch["pairs"] = torch.tensor(places)
@@ -440,6 +441,8 @@ def _log_probabilities(row: Mapping[str, Any], file: Path) -> tuple[float, float
 def reference_key(pair: Pair, ld_alpha: float | None) -> str:
     """Of what decides the reference's log-probabilities of a pair; with `ld_alpha` each depends on both answers."""
     of = [pair.image_sha256, pair.question, pair.chosen, pair.rejected, ld_alpha]
+    if pair.rejected_image:
+        of.append(pair.rejected_image_sha256)
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
 
@@ -469,10 +472,11 @@ class Counts:
     tokens: int
     shared: int
     longest: int  # of one answer behind its prompt
-    longest_tree: int  # of a pair
+    longest_tree: int  # of a pair; the sum of both where its answers are about two images
     chosen_tokens: int
     rejected_tokens: int
     chosen_longer: int
+    contrasts: int  # pairs whose answers are about two images
 
 
 @dataclass(frozen=True)
@@ -514,14 +518,16 @@ def open_work(
     if steps_of(len(pairs), recipe) == 0:
         raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
     validation = questions(recipe)  # a split that is missing is named before any work
+    lines = [f"{file}:{line}" for line, _ in enumerate(pairs, 1)]
     shown = []
-    for line, pair in enumerate(pairs, 1):
-        if (image := image_file(images, pair.image)) is None:
-            name = pair.image if len(pair.image) < 256 else f"{pair.image[:60]}..."
-            raise InputError(
-                f"{file}:{line}: {pair.id}: its image {name} is not in {images}. Pass their folder with --images."
-            )
-        shown.append(Conversation(pair.id, image, (), f"{file}:{line}"))
+    for line, pair in zip(lines, pairs, strict=True):
+        for name, sha256 in pair.pictures.items():
+            if (image := image_file(images, name)) is None:
+                name = name if len(name) < 256 else f"{name[:60]}..."
+                raise InputError(
+                    f"{line}: {pair.id}: its image {name} is not in {images}. Pass their folder with --images."
+                )
+            shown.append((Conversation(pair.id, image, (), line), name, sha256))
     if pairs[0].weight is not None and (mixed := [name for name in recipe.loss if name in MIXED]):
         raise InputError(
             f"{file}: its pairs have weights, and the loss {mixed[0]} is made of several pairs at once. Choose another "
@@ -533,21 +539,22 @@ def open_work(
     processor = checkpoint.processor()
     encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
     collator = Collator(pairs, images, processor, encoder, checkpoint.config.text_config.pad_token_id or 0)
-    counts = count(collator, recipe, [one.place for one in shown])
-    seen = looked_at(shown, progress) if first_process() else Images([], [], {}, "")
+    counts = count(collator, recipe, lines)
+    seen = looked_at([one for one, *_ in shown], progress) if first_process() else Images([], [], {}, "")
     warn_of_learnt(validation, set(seen.pixels.values()))
     if broken := seen.broken:
         raise InputError(f"{broken[0]} Put it back, or leave the pair out.")
-    for one, pair in zip(shown, pairs, strict=True):
-        if one.image is not None and seen.pixels.get(one.image, pair.image_sha256) != pair.image_sha256:
+    for one, name, sha256 in shown:
+        if one.image is not None and seen.pixels.get(one.image, sha256) != sha256:
             raise InputError(
-                f"{one.place}: {pair.id}: its image {pair.image} has other pixels than the one that was asked about. "
+                f"{one.place}: {one.id}: its image {name} has other pixels than the one that was asked about. "
                 "Put that one back, or ask and judge again."
             )
-    if (found := seen.leaks) and not allow_test_images:
+    found = {leak.place for leak in seen.leaks}
+    if found and not allow_test_images:
         raise InputError(
-            f"{found[0]} {len(found)} of {len(pairs)} pairs show test images: scores on these sets would mean nothing. "
-            "Leave them out, or pass --allow-test-images."
+            f"{seen.leaks[0]} {len(found)} of {len(pairs)} pairs show test images: scores on these sets would mean "
+            "nothing. Leave them out, or pass --allow-test-images."
         )
     return DpoWork(
         recipe=recipe,
@@ -569,6 +576,7 @@ def count(collator: Collator, recipe: DpoRecipe, places: Sequence[str]) -> Count
         InputError: One is longer than the recipe allows.
     """
     tokens = longest = longest_tree = chosen_tokens = rejected_tokens = longer = 0
+    about: dict[str, list[tuple[int, ...]]] = {}  # sequences by image
     for place, pair in enumerate(collator.pairs):
         both = collator.encoded(place)
         most = max(len(one.ids) for one in both)
@@ -581,21 +589,21 @@ def count(collator: Collator, recipe: DpoRecipe, places: Sequence[str]) -> Count
         tokens, longest = tokens + sum(len(one.ids) for one in both), max(longest, most)
         chosen_tokens, rejected_tokens = chosen_tokens + chosen, rejected_tokens + rejected
         longer += chosen > rejected
-        longest_tree = max(longest_tree, len(tree([one.ids for one in both]).ids))
-    shared = [
-        len(tree([one.ids for place in group for one in collator.encoded(place)]).ids)
-        for group in groups(collator.pairs)
-    ]
+        ids = [one.ids for one in both]
+        longest_tree = max(longest_tree, sum(map(len, ids)) if pair.rejected_image else len(tree(ids).ids))
+        for image, of_one in zip(pair.images, ids, strict=True):
+            about.setdefault(image, []).append(of_one)
     return Counts(
         pairs=len(collator.pairs),
-        images=len(shared),
+        images=len({pair.image for pair in collator.pairs}),
         tokens=tokens,
-        shared=sum(shared),
+        shared=sum(len(tree(of_image).ids) for of_image in about.values()),
         longest=longest,
         longest_tree=longest_tree,
         chosen_tokens=chosen_tokens,
         rejected_tokens=rejected_tokens,
         chosen_longer=longer,
+        contrasts=sum(pair.rejected_image is not None for pair in collator.pairs),
     )
 
 
@@ -663,6 +671,7 @@ def report(work: DpoWork) -> str:
             f"{counts.pairs} pairs about {counts.images} images; the chosen answer is the longer one in {longer:.0%}",
             f"{counts.tokens} tokens, {counts.shared} with every image and shared beginning once; learnt are "
             f"{counts.chosen_tokens} of chosen and {counts.rejected_tokens} of rejected answers",
+            *([f"{counts.contrasts} pairs have another image for the rejected answer"] if counts.contrasts else []),
             *weights_in_words(work.pairs),
             f"{work.steps} steps of {recipe.batch} pairs: {recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}",
             *needs(work, counts.longest_tree),

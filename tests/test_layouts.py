@@ -267,7 +267,7 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         flat | {"image": "none.png"},
         LAYOUTS["MMedPO"] | {"rejected_noised": 1},
         LAYOUTS["MMedPO"] | {"rejected_image": "noised/a.png"},
-        LAYOUTS["ms-swift, two conversations"] | {"id": "9", "rejected_images": ["sub/b.png"]},
+        LAYOUTS["ms-swift, two conversations"] | {"id": "9", "chosen_image": "sub/b.png"},
         flat | {"image": {"bytes": base64.b64encode(RED[:-30]).decode()}},
     ]
     file = write(tmp_path / "file.json", *records)
@@ -278,8 +278,8 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         "empty chosen": 1,
         "<image1> in question": 1,
         "<image> in rejected": 1,
-        "the two answers are about two images": 3,
-        "image cannot be read": 2,
+        "the answers are about two images that are not both named": 2,
+        "image cannot be read": 3,
     }
     with pytest.raises(
         InputError, match=r"9 of its records make no pair .*empty chosen: 1.*`stllava-train pairs --from"
@@ -319,6 +319,10 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
             'its prompt is "Which\\?", and chosen begins',
         ),
         (LAYOUTS["RLAIF-V"] | {"chosen": 3}, "chosen: turn 2 is 3"),
+        (
+            LAYOUTS["ms-swift"] | {"id": "8", "rejected_images": ["sub/b.png", "sub/c.png"]},
+            "8: its rejected answer is about 2 images, and one is read. Keep one.",
+        ),
         (
             LAYOUTS["RLAIF-V"] | {"image": "/etc/a.png"},
             'image is "/etc/a.png", not a file\'s name relative to --images',
