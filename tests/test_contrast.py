@@ -326,8 +326,7 @@ def mixed(data: Path, file: Path) -> Path:
     return mixed
 
 
-@pytest.mark.parametrize("reference", ["live", "cached"])
-@pytest.mark.parametrize("weighted", [False, True], ids=["no weights", "weights"])
+@pytest.mark.parametrize(("reference", "weighted"), [("live", False), ("cached", True)], ids=["plain", "weights"])
 def test_the_loss_is_that_of_two_forwards_with_two_images(small, data, file, tmp_path, reference, weighted):
     """Value and gradient, of contrast pairs among another one, against every answer computed by itself."""
     pairs = mixed(data, file)
