@@ -251,7 +251,7 @@ def pair_of(row: Row) -> Pair:
     Raises:
         ValueError: It is none; the message says why.
     """
-    form = f"A pair has {', '.join(KEYS)}; see docs/data.md. `stllava-train pairs --from` reads other layouts."
+    form = f"A pair has {', '.join(KEYS)}; see docs/preferences.md. `stllava-train pairs --from` reads other layouts."
     if missing := [key for key in KEYS if key not in row]:
         raise ValueError(f"no {missing[0]}. {form}")
     if others := [key for key in row if key not in CHECKS]:
