@@ -130,6 +130,7 @@ def _of_sft(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[
 def _of_dpo(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
     """(stage, data, losses)."""
     counts = manifest["counts"]
+    contrasts = counts.get("contrasts", 0)  # a run of an earlier version has none
     (data,) = manifest["data"]
     shown = {
         "loss": "loss",
@@ -146,7 +147,8 @@ def _of_dpo(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[
         f"- `{_plain(data['file'])}`: {data['pairs']} pairs, sha256 `{data['sha256'][:16]}`\n\n"
         f"{counts['pairs']} pairs about {counts['images']} images; the chosen answer is the longer one, in tokens, in\n"
         f"{counts['chosen_longer'] / counts['pairs']:.0%}. Learnt are {counts['chosen_tokens']} tokens of chosen and "
-        f"{counts['rejected_tokens']} of rejected answers.",
+        f"{counts['rejected_tokens']} of rejected answers."
+        + (f" {contrasts} of them have another image for the rejected answer." if contrasts else ""),
         "\n".join(losses),
     )
 

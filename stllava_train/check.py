@@ -150,29 +150,31 @@ def pair_problems(
             found.append(Found(place, pair.id, what, "form"))
         sound.append((place, pair))
     report(f"read: {counted_about('pair', [pair.image_sha256 for _, pair in sound])}")
-    shown: list[tuple[Conversation, Pair]] = []
+    shown: list[tuple[Conversation, Pair, str]] = []
     for place, pair in sound:
-        if (image := image_file(folder, pair.image)) is None:
-            what = f"its image {pair.image} is not in {folder}. Pass the folder of the images, or leave the record out."
-            found.append(Found(place, pair.id, what, "image"))
-        else:
-            shown.append((Conversation(pair.id, image, ((pair.question, pair.chosen),), place), pair))
+        for named, sha256 in pair.pictures.items():
+            if (image := image_file(folder, named)) is None:
+                what = f"its image {named} is not in {folder}. Pass the folder of the images, or leave the record out."
+                found.append(Found(place, pair.id, what, "image"))
+            else:
+                shown.append((Conversation(pair.id, image, ((pair.question, pair.chosen),), place), pair, sha256))
     found += _repeated_pairs(sound) + _without_weight(sound)
-    seen = _looked_at([one for one, _ in shown], progress, _test_images(progress))
-    for one, pair in shown:
+    seen = _looked_at([one for one, *_ in shown], progress, _test_images(progress))
+    for one, _, sha256 in shown:
         assert one.image is not None
         look = seen[one.image]
         if look.broken:
             found.append(Found(one.place, one.id, look.broken, "image"))
-        elif look.pixels != pair.image_sha256:
-            what = f"its image {pair.image} has other pixels than the one that was asked about. Put that one back."
+        elif look.pixels != sha256:
+            name = one.image.relative_to(folder).as_posix()
+            what = f"its image {name} has other pixels than the one that was asked about. Put that one back."
             found.append(Found(one.place, one.id, what, "image"))
         if look.leak:
             found.append(Found(one.place, one.id, look.leak, "test image"))
     if encoder is not None:
         both = [
             replace(one, rounds=((pair.question, text),))
-            for one, pair in shown
+            for one, pair, _ in shown
             for text in (pair.chosen, pair.rejected)
         ]
         long = {problem.place: problem for problem in _too_long(both, encoder, max_tokens, progress)}
@@ -351,14 +353,13 @@ def _repeated_pairs(pairs: Iterable[tuple[str, Pair]]) -> list[Found]:
 
     Texts are compared without upper case and white space, as a reader does.
     """
-    first: dict[tuple[str, str, str, str], tuple[str, str, float | None]] = {}
+    first: dict[tuple[str, tuple[str, str], tuple[str, str]], tuple[str, str, float | None]] = {}
     found = []
     for place, pair in pairs:
-        question, chosen, rejected = (
-            " ".join(text.casefold().split()) for text in (pair.question, pair.chosen, pair.rejected)
-        )
-        about = pair.image_sha256, question
-        if before := first.get((*about, chosen, rejected)):
+        question, *texts = (" ".join(text.casefold().split()) for text in (pair.question, pair.chosen, pair.rejected))
+        chosen = pair.image_sha256, texts[0]
+        rejected = pair.rejected_image_sha256 or pair.image_sha256, texts[1]
+        if before := first.get((question, chosen, rejected)):
             what = f"its image, question and answers are those of {before[0]} at {before[1]}"
             if None not in (before[2], pair.weight) and before[2] != pair.weight:
                 what += f", and its weight is {pair.weight:g}, not {before[2]:g}. Keep the one that is right."
@@ -366,8 +367,8 @@ def _repeated_pairs(pairs: Iterable[tuple[str, Pair]]) -> list[Found]:
             else:
                 found.append(Found(place, pair.id, f"{what}. Keep one of the two.", "duplicate"))
             continue
-        first[(*about, chosen, rejected)] = pair.id, place, pair.weight
-        if opposite := first.get((*about, rejected, chosen)):
+        first[(question, chosen, rejected)] = pair.id, place, pair.weight
+        if opposite := first.get((question, rejected, chosen)):
             what = (
                 f"its chosen and rejected answers are those of {opposite[0]} at {opposite[1]} the other way round. "
                 "Keep the one that is right, or neither."

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from stllava_train.conversations import Encoder
     from stllava_train.data import Written
     from stllava_train.ledger import Ledger
-    from stllava_train.pairs import Options
+    from stllava_train.pairs import Kept, Options
     from stllava_train.prices import Price
     from stllava_train.verdicts import Rule, Verdict
 
@@ -574,13 +574,15 @@ def _add_pairs(commands: Any) -> None:
         "pairs",
         help="write preference pairs: the chosen and the rejected answer",
         description="Write a pair for every two answers of which the judges prefer one, as JSONL, and for other\n"
-        "trainers. What makes no pair is counted by why. --from reads pairs of other tools and published ones instead.",
+        "trainers. What makes no pair is counted by why. --from reads pairs of other tools and published ones.\n"
+        "--contrast makes pairs of one answer about two images: the true one, and a copy whose region is noise.",
         epilog="examples:\n"
         "  stllava-train pairs runs/a/candidates.jsonl runs/a/judged.jsonl --out runs/a/pairs.jsonl --held-out 0.1\n"
         "  stllava-train pairs runs/a/candidates.jsonl runs/a/judged.jsonl --out runs/b/pairs.jsonl \\\n"
         "    --balance-length --format trl --format llama-factory\n"
         "  stllava-train pairs --from STLLaVA-Med-DPO.parquet --images data/images --out runs/c/pairs.jsonl\n"
-        "  stllava-train pairs --from slake_mmedpo.json --images data/slake/imgs --out runs/d/pairs.jsonl",
+        "  stllava-train pairs --from slake_mmedpo.json --images data/slake/imgs --out runs/d/pairs.jsonl\n"
+        "  stllava-train pairs --contrast data/slake.json --boxes SLAKE/imgs --out runs/e/contrast.jsonl",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     pairs.add_argument(
@@ -595,7 +597,30 @@ def _add_pairs(commands: Any) -> None:
         help="pairs as JSON, JSONL or parquet, laid out for trl, LLaMA-Factory or ms-swift, or published as RLHF-V, "
         "RLAIF-V, MMedPO (with weights) or STLLaVA-Med-DPO",
     )
-    pairs.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the candidates')")
+    pairs.add_argument(
+        "--contrast",
+        type=Path,
+        metavar="FILE",
+        help="conversations with true answers, as `stllava-train data` writes; the noised copies go to DIR/contrast",
+    )
+    pairs.add_argument(
+        "--boxes",
+        type=Path,
+        metavar="FOLDER",
+        help="with --contrast: SLAKE's imgs, with NAME/source.jpg and its boxes in NAME/detection.json",
+    )
+    pairs.add_argument(
+        "--regions",
+        choices=("named", "lesions"),
+        default="named",
+        help="with --contrast: boxes that question and answer name, or every lesion's as in MMedPO (default: named)",
+    )
+    pairs.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of the images (default: the candidates'; with --contrast that of FILE)",
+    )
     pairs.add_argument(
         "--judge", action="append", default=[], metavar="NAME", help="whose verdicts count (default: all; the majority)"
     )
@@ -623,7 +648,9 @@ def _add_pairs(commands: Any) -> None:
         help="write them for this trainer as well",
     )
     pairs.add_argument(
-        "--allow-test-images", action="store_true", help="with --from: keep images of test splits (default: left out)"
+        "--allow-test-images",
+        action="store_true",
+        help="with --from and --contrast: keep images of test splits (default: left out)",
     )
     pairs.set_defaults(command=_pairs)
 
@@ -635,12 +662,20 @@ def _pairs(arguments: argparse.Namespace) -> int:
     from stllava_train.pairs import make_pairs, selected, write_pairs
 
     rule, options = pairs_options(arguments)
-    if (arguments.source is None) == (not arguments.files) or len(arguments.files) not in (0, 2):
-        raise InputError("pass two files, CANDIDATES and JUDGED, or one with --from.")
+    ways = [bool(arguments.files), arguments.source is not None, arguments.contrast is not None]
+    if sum(ways) != 1 or len(arguments.files) not in (0, 2):
+        raise InputError("pass two files, CANDIDATES and JUDGED, or one with --from, or one with --contrast.")
+    if (arguments.contrast is None) != (arguments.boxes is None):
+        raise InputError(
+            "--contrast FILE and --boxes FOLDER go together: the conversations, and where their boxes are."
+        )
     images = arguments.images
-    if arguments.source:
+    if arguments.contrast:
+        images = images or arguments.contrast.parent
+        kept, source = _contrasted(arguments, images)
+    elif arguments.source:
         kept = read_published(arguments.source, images, arguments.allow_test_images)
-        source: dict[str, Any] = source_of(arguments.source)
+        source = source_of(arguments.source)
     else:
         candidates, verdicts, folder = _judged(*arguments.files)
         images = images or folder
@@ -654,10 +689,27 @@ def _pairs(arguments: argparse.Namespace) -> int:
     made = selected(kept, options)
     written = write_pairs(made, arguments.out, source, arguments.format, images)
     print(f"{_counted(len(made.train), 'pair')} to learn from, {len(made.held_out):,} held out")
-    _print_counts({f"left out, {why}": number for why, number in made.left_out.items()})
+    listed = kept.left_out if arguments.contrast else {}  # with their ids, above
+    _print_counts({f"left out, {why}": number for why, number in made.left_out.items() if why not in listed})
     for file in written:
         print(printable(str(file)))
     return 0
+
+
+def _contrasted(arguments: argparse.Namespace, images: Path) -> tuple[Kept, dict[str, Any]]:
+    """(pairs of one answer about two images, what they are made of); who is left out is printed with their ids."""
+    from stllava_train.contrast import contrast_pairs, read_boxes, source_of
+    from stllava_train.pairs import Kept, refusal_of_two_images
+
+    if unfit := [format for format in arguments.format if format != "ms-swift"]:
+        raise InputError(refusal_of_two_images(unfit[0]))
+    _check_data([arguments.contrast], images)
+    boxed = read_boxes(arguments.boxes)
+    made = contrast_pairs(arguments.contrast, boxed, images, arguments.regions, arguments.allow_test_images)
+    for why, ids in made.left_out.items():
+        print(printable(f"left out, {why}: {len(ids):,}: {', '.join(ids)}"))
+    source = source_of(_sha256_of(arguments.contrast), boxed, arguments.regions)
+    return Kept(made.pairs, {why: len(ids) for why, ids in made.left_out.items()}), source
 
 
 def pairs_options(arguments: argparse.Namespace) -> tuple[Rule, Options]:

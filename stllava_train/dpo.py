@@ -34,7 +34,7 @@ from stllava_train.layouts import pairs_to_learn
 from stllava_train.ledger import Ledger
 from stllava_train.pairs import Pair, relative_weights, weights_in_words
 from stllava_train.pixels import Pixels
-from stllava_train.recipe import DpoRecipe
+from stllava_train.recipe import OFFSET, DpoRecipe
 from stllava_train.training import (
     PartsTrainer,
     Work,
@@ -124,7 +124,7 @@ class Collator:
     says; `pixel_values` (R, 3, side, side), and `places` (2B, width), where each scored row's tokens lie among the
     R * tokens. And `pairs`, (B,) places of the pairs; with a cached reference
     `ref_chosen_logps` and `ref_rejected_logps`, (B,) nats; of pairs with weights `weights`, (B,), see
-    `relative_weights`.
+    `relative_weights`; and where the recipe's loss asks for them, `offsets`, (B,), see `offsets_of`.
     """
 
     def __init__(self, pairs: Sequence[Pair], folder: Path, processor: Any, encoder: Encoder, padding: int) -> None:
@@ -132,6 +132,7 @@ class Collator:
         self.pixels = Pixels(processor.image_processor)
         self.reference: Mapping[int, tuple[float, float]] = {}
         self.weights = relative_weights(pairs)
+        self.offsets: Sequence[float] = ()
         self._encoded: dict[int, tuple[Answered, Answered]] = {}
 
     def encoded(self, place: int) -> tuple[Answered, Answered]:
@@ -152,7 +153,8 @@ class Collator:
         places = [entry["place"] for entry in entries]
         both = [self.encoded(place) for place in places]
         answers = [one for one, _ in both] + [other for _, other in both]
-        images = [self.pairs[place].image for place in places] * 2
+        some = [self.pairs[place].images for place in places]
+        images = [one for one, _ in some] + [other for _, other in some]  # of most pairs the two are one
         batch = pack(answers, images, self.padding)
         batch["pixel_values"] = torch.stack([self.pixels(self.folder / image) for image in dict.fromkeys(images)])
         batch["pairs"] = torch.tensor(places)
@@ -161,6 +163,8 @@ class Collator:
             batch["ref_chosen_logps"], batch["ref_rejected_logps"] = known[:, 0], known[:, 1]
         if self.weights:
             batch["weights"] = torch.tensor([self.weights[place] for place in places])
+        if self.offsets:
+            batch["offsets"] = torch.tensor([self.offsets[place] for place in places])
         return batch
 
 
@@ -337,6 +341,7 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
                     batch = self._prepare_inputs(self.collator([{"place": place}]))
                     batch.pop("pairs")
                     batch.pop("weights", None)
+                    batch.pop("offsets", None)
                     with _trl_behind_transformers():
                         chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, batch)
                     found.append({"id": keys[place], "chosen": chosen.item(), "rejected": rejected.item()})
@@ -349,18 +354,18 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """trl's, in its units; of pairs with weights the mean of weight times loss.
+        """trl's, in its units; of pairs with weights the mean of weight times loss; or that of ODPO.
 
         Raises:
             InputError: It is no number; the message names the pairs of the batch.
         """
         places = inputs.pop("pairs").tolist()
-        weights = inputs.pop("weights", None)
+        weights, offsets = inputs.pop("weights", None), inputs.pop("offsets", None)
         with _trl_behind_transformers():
-            if weights is None:
+            if weights is None and offsets is None:
                 loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             else:
-                loss = self._weighted_loss(model, inputs, weights)
+                loss = self._pairwise_loss(model, inputs, weights, offsets)
         self.refuse(loss, [f"pair {self.pairs[place].id}" for place in places])
         with torch.no_grad():
             chosen, rejected = inputs["completion_mask"].sum(1).chunk(2)
@@ -368,11 +373,15 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
             self._sums += torch.stack([loss.detach() * len(places), *tokens]).to(self._sums)
         return loss
 
-    def _weighted_loss(self, model: Any, inputs: dict[str, Any], weights: Tensor) -> Tensor:
-        """The mean over the batch of weight times loss, where the loss is trl's of a pair by itself.
+    def _pairwise_loss(
+        self, model: Any, inputs: dict[str, Any], weights: Tensor | None, offsets: Tensor | None
+    ) -> Tensor:
+        """The mean over the batch of weight times loss, where the loss is trl's of a pair by itself, or ODPO's.
 
         trl takes the mean of the losses inside its method. So the network computes the batch once, and the method is
-        called with each pair's rows of what came out: all of trl's losses and figures hold.
+        called with each pair's rows of what came out: all of trl's losses and figures hold. With offsets its figures
+        hold, and the loss is -log sigmoid(beta * (log-ratio of the chosen - log-ratio of the rejected) - offset): that
+        of ODPO (arXiv:2402.10571; rycolab/odpo, `trainers.py`, `preference_loss`).
         """
         inputs = dict(inputs)
         if "ref_chosen_logps" not in inputs:
@@ -384,7 +393,7 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
         outputs = model(**read, use_cache=False, labels=labels, fused_lm_head=True)
         whole = {key: value for key, value in vars(outputs).items() if isinstance(value, Tensor) and value.dim() == 2}
-        pairs = len(weights)
+        pairs = len(inputs["ref_chosen_logps"])
         before, self.precompute_ref_logps = self.precompute_ref_logps, True
         losses = []
         for number in range(pairs):
@@ -393,7 +402,13 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
             answered = SimpleNamespace(**{key: value[rows] for key, value in whole.items()})
             losses.append(super().compute_loss(lambda answered=answered, **_: answered, of_pair))
         self.precompute_ref_logps = before
-        return (torch.stack(losses) * weights.to(losses[0])).mean()
+        each = torch.stack(losses)
+        if offsets is not None:
+            logps = outputs.log_probs[:, 1 - inputs["input_ids"].shape[1] :].sum(1)
+            chosen, rejected = logps.chunk(2)
+            apart = chosen - inputs["ref_chosen_logps"] - (rejected - inputs["ref_rejected_logps"])
+            each = -self.loss_weights[0] * torch.nn.functional.logsigmoid(self.beta * apart - offsets.to(apart))
+        return (each if weights is None else each * weights.to(each)).mean()
 
     def step_record(self, logs: Mapping[str, float]) -> dict[str, Any]:
         """What trl measures of a step, in our words; means over its pairs, log-probabilities in nats an answer.
@@ -438,9 +453,29 @@ def _log_probabilities(row: Mapping[str, Any], file: Path) -> tuple[float, float
     return values  # type: ignore[return-value]
 
 
+def offsets_of(file: Path, pairs: Sequence[Pair]) -> list[float]:
+    """The offset of each pair in ODPO's loss: the natural logarithm of its margin, which is in points of 10.
+
+    The paper's is alpha * log(score of the chosen - score of the rejected), and alpha is 1 in its code.
+
+    Raises:
+        InputError: A pair has no margin, or none above 0.
+    """
+    for line, pair in enumerate(pairs, 1):
+        if not pair.margin:
+            what = "no margin" if pair.margin is None else "a margin of 0"
+            raise InputError(
+                f"{file}:{line}: {pair.id}: it has {what}, and the loss {OFFSET} takes its logarithm. Leave the pair "
+                "out, or choose another loss, such as loss=[sigmoid]."
+            )
+    return [math.log(pair.margin or 1.0) for pair in pairs]
+
+
 def reference_key(pair: Pair, ld_alpha: float | None) -> str:
     """Of what decides the reference's log-probabilities of a pair; with `ld_alpha` each depends on both answers."""
     of = [pair.image_sha256, pair.question, pair.chosen, pair.rejected, ld_alpha]
+    if pair.rejected_image:
+        of.append(pair.rejected_image_sha256)
     return hashlib.sha256(json.dumps(of).encode()).hexdigest()
 
 
@@ -470,10 +505,11 @@ class Counts:
     tokens: int
     shared: int
     longest: int  # of one answer behind its prompt
-    longest_tree: int  # of a pair
+    longest_tree: int  # of a pair; the sum of both where its answers are about two images
     chosen_tokens: int
     rejected_tokens: int
     chosen_longer: int
+    contrasts: int  # pairs whose answers are about two images
 
 
 @dataclass(frozen=True)
@@ -515,40 +551,45 @@ def open_work(
     if steps_of(len(pairs), recipe) == 0:
         raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
     validation = questions(recipe)  # a split that is missing is named before any work
+    lines = [f"{file}:{line}" for line, _ in enumerate(pairs, 1)]
     shown = []
-    for line, pair in enumerate(pairs, 1):
-        if (image := image_file(images, pair.image)) is None:
-            name = pair.image if len(pair.image) < 256 else f"{pair.image[:60]}..."
-            raise InputError(
-                f"{file}:{line}: {pair.id}: its image {name} is not in {images}. Pass their folder with --images."
-            )
-        shown.append(Conversation(pair.id, image, (), f"{file}:{line}"))
+    for line, pair in zip(lines, pairs, strict=True):
+        for name, sha256 in pair.pictures.items():
+            if (image := image_file(images, name)) is None:
+                name = name if len(name) < 256 else f"{name[:60]}..."
+                raise InputError(
+                    f"{line}: {pair.id}: its image {name} is not in {images}. Pass their folder with --images."
+                )
+            shown.append((Conversation(pair.id, image, (), line), name, sha256))
     if pairs[0].weight is not None and (mixed := [name for name in recipe.loss if name in MIXED]):
         raise InputError(
             f"{file}: its pairs have weights, and the loss {mixed[0]} is made of several pairs at once. Choose another "
             "loss, such as loss=[sigmoid], or take the weights out."
         )
+    offsets = offsets_of(file, pairs) if OFFSET in recipe.loss else []
     checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
     if recipe.four_bit:
         checkpoint.check_four_bit()
     processor = checkpoint.processor()
     encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
     collator = Collator(pairs, images, processor, encoder, checkpoint.config.text_config.pad_token_id or 0)
-    counts = count(collator, recipe, [one.place for one in shown])
-    seen = looked_at(shown, progress) if first_process() else Images([], [], {}, "")
+    collator.offsets = offsets
+    counts = count(collator, recipe, lines)
+    seen = looked_at([one for one, *_ in shown], progress) if first_process() else Images([], [], {}, "")
     warn_of_learnt(validation, set(seen.pixels.values()))
     if broken := seen.broken:
         raise InputError(f"{broken[0]} Put it back, or leave the pair out.")
-    for one, pair in zip(shown, pairs, strict=True):
-        if one.image is not None and seen.pixels.get(one.image, pair.image_sha256) != pair.image_sha256:
+    for one, name, sha256 in shown:
+        if one.image is not None and seen.pixels.get(one.image, sha256) != sha256:
             raise InputError(
-                f"{one.place}: {pair.id}: its image {pair.image} has other pixels than the one that was asked about. "
+                f"{one.place}: {one.id}: its image {name} has other pixels than the one that was asked about. "
                 "Put that one back, or ask and judge again."
             )
-    if (found := seen.leaks) and not allow_test_images:
+    found = {leak.place for leak in seen.leaks}
+    if found and not allow_test_images:
         raise InputError(
-            f"{found[0]} {len(found)} of {len(pairs)} pairs show test images: scores on these sets would mean nothing. "
-            "Leave them out, or pass --allow-test-images."
+            f"{seen.leaks[0]} {len(found)} of {len(pairs)} pairs show test images: scores on these sets would mean "
+            "nothing. Leave them out, or pass --allow-test-images."
         )
     return DpoWork(
         recipe=recipe,
@@ -570,6 +611,7 @@ def count(collator: Collator, recipe: DpoRecipe, places: Sequence[str]) -> Count
         InputError: One is longer than the recipe allows.
     """
     tokens = longest = longest_tree = chosen_tokens = rejected_tokens = longer = 0
+    about: dict[str, list[tuple[int, ...]]] = {}  # sequences by image
     for place, pair in enumerate(collator.pairs):
         both = collator.encoded(place)
         most = max(len(one.ids) for one in both)
@@ -582,21 +624,21 @@ def count(collator: Collator, recipe: DpoRecipe, places: Sequence[str]) -> Count
         tokens, longest = tokens + sum(len(one.ids) for one in both), max(longest, most)
         chosen_tokens, rejected_tokens = chosen_tokens + chosen, rejected_tokens + rejected
         longer += chosen > rejected
-        longest_tree = max(longest_tree, len(tree([one.ids for one in both]).ids))
-    shared = [
-        len(tree([one.ids for place in group for one in collator.encoded(place)]).ids)
-        for group in groups(collator.pairs)
-    ]
+        ids = [one.ids for one in both]
+        longest_tree = max(longest_tree, sum(map(len, ids)) if pair.rejected_image else len(tree(ids).ids))
+        for image, of_one in zip(pair.images, ids, strict=True):
+            about.setdefault(image, []).append(of_one)
     return Counts(
         pairs=len(collator.pairs),
-        images=len(shared),
+        images=len({pair.image for pair in collator.pairs}),
         tokens=tokens,
-        shared=sum(shared),
+        shared=sum(len(tree(of_image).ids) for of_image in about.values()),
         longest=longest,
         longest_tree=longest_tree,
         chosen_tokens=chosen_tokens,
         rejected_tokens=rejected_tokens,
         chosen_longer=longer,
+        contrasts=sum(pair.rejected_image is not None for pair in collator.pairs),
     )
 
 
@@ -625,7 +667,7 @@ def make_trainer(
     adapted = any(part.train == "lora" for part in recipe.parts().values())
     settings = DPOConfig(
         **arguments(work, out, wandb),
-        loss_type=list(recipe.loss),
+        loss_type=["sigmoid" if name == OFFSET else name for name in recipe.loss],
         loss_weights=list(recipe.loss_weights),
         beta=recipe.beta,
         label_smoothing=recipe.label_smoothing,
@@ -655,6 +697,14 @@ def make_trainer(
     )
 
 
+def _offsets_in_words(work: DpoWork) -> list[str]:
+    """A line about the margins; none where the loss does not take them."""
+    if not work.collator.offsets:
+        return []
+    margins = [pair.margin or 0.0 for pair in work.pairs]
+    return [f"margins from {min(margins):g} to {max(margins):g}; the offset of a pair in the loss is their logarithm"]
+
+
 def report(work: DpoWork) -> str:
     """What a run would be: tokens, steps, and the weights of each part; for `--dry-run`."""
     counts, recipe = work.counts, work.recipe
@@ -664,7 +714,9 @@ def report(work: DpoWork) -> str:
             f"{counts.pairs} pairs about {counts.images} images; the chosen answer is the longer one in {longer:.0%}",
             f"{counts.tokens} tokens, {counts.shared} with every image and shared beginning once; learnt are "
             f"{counts.chosen_tokens} of chosen and {counts.rejected_tokens} of rejected answers",
+            *([f"{counts.contrasts} pairs have another image for the rejected answer"] if counts.contrasts else []),
             *weights_in_words(work.pairs),
+            *_offsets_in_words(work),
             f"{work.steps} steps of {recipe.batch} pairs: {recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}",
             *needs(work, counts.longest_tree),
             *([f"{work.test_images} pairs show images of a test split"] if work.test_images else []),

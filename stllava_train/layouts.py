@@ -46,7 +46,8 @@ _PICTURE_TEXT = re.compile(  # PNG, JPEG, GIF, WebP, BMP and both kinds of TIFF 
     r"(?:data:image/[\w.+-]+;base64,)?((?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0A)[A-Za-z0-9+/\r\n]{40,}=*\s*)"
 )
 OTHER_PIXELS = "image has other pixels than the one that was asked about"
-OTHER_IMAGE = "the two answers are about two images"
+OTHER_IMAGE = "the answers are about two images that are not both named"
+SAME_PIXELS = "the two images have the same pixels"
 UNREADABLE = "image cannot be read"
 
 
@@ -104,6 +105,8 @@ class _Read:
     image_sha256: str = ""  # this and what follows: in our own files alone
     margin: float | None = None
     judges: tuple[str, ...] = ()
+    rejected_image: str | None = None  # as `image`, of a rejected answer about another one; this in other files too
+    rejected_image_sha256: str | None = None
 
 
 # --- a file -----------------------------------------------------------------------------------------------------------
@@ -119,8 +122,9 @@ def read_published(path: Path, images: Path | None, allow_test_images: bool = Fa
     hash. An id that comes again gets a number, and a record without one the number of the record.
 
     A pair of ours has one question: records with earlier rounds are refused. Left out are pairs of `trouble`, of images
-    that cannot be read, of images of prepared test splits, and those whose answers are about two images (MMedPO's
-    noised ones). Margins and judges are known in our own files alone.
+    that cannot be read, and of images of prepared test splits. A rejected answer may have an image of its own
+    (`rejected_image` of MMedPO, `rejected_images` of ms-swift); where the record only says that one of the two images
+    is to be noised, and names no file, it is left out. Margins and judges are known in our own files alone.
 
     Args:
         path: JSON, JSONL or parquet.
@@ -142,42 +146,56 @@ def read_published(path: Path, images: Path | None, allow_test_images: bool = Fa
         pictures = _Pictures()
         empty = [key for key, value in record.items() if value is None] if isinstance(record, dict) else []
         read = _read(place, number, pictures.named(record), empty)
-        if why := read.why or trouble(*read.texts):
+        if why := read.why or trouble(*read.texts, two_images=read.rejected_image is not None):
             left_out[why] += 1
             continue
-        if read.image in pictures.held:
-            content, name = pictures.held[read.image]
-            try:
-                decode(content)
-            except InputError:
-                left_out[UNREADABLE] += 1
-                continue
-            image = _written(content, name or read.id, images)
-        else:
-            image = _located(f"{place}: {read.id}", read.image, path, images)
+        named = [read.image] if read.rejected_image is None else [read.image, read.rejected_image]
+        files = [_file(f"{place}: {read.id}", one, pictures, read.id, path, images) for one in named]
+        if None in files:
+            left_out[UNREADABLE] += 1
+            continue
+        image, *others = (file for file in files if file is not None)
         id = read.id
         if id in pairs:
             id = next(new for again in count(2) if (new := f"{id}-{again}") not in pairs)
-        pairs[id] = Pair(id, image, read.image_sha256, *read.texts, read.margin, read.judges, read.weight)
+        facts = read.margin, read.judges, read.weight, *others, *([read.rejected_image_sha256 or ""] if others else ())
+        pairs[id] = Pair(id, image, read.image_sha256, *read.texts, *facts)
         places[id] = place
     if not places and not left_out:
         raise InputError(f"{path}: it holds no pair. {READS}")
     check_weights(path, list(pairs.values()))
-    seen = looked_at([Conversation(id, images / pair.image, (), places[id]) for id, pair in pairs.items()], progress)
-    if pairs and len(seen.broken) == len(pairs):
+    shown = [Conversation(id, images / file, (), places[id]) for id, pair in pairs.items() for file in pair.pictures]
+    seen = looked_at(shown, progress)
+    if pairs and len(seen.broken) == len(shown):
         raise InputError(f"{seen.broken[0]} No image can be read. Pass the folder of the images with --images.")
     leaks = set() if allow_test_images else {problem.id for problem in seen.leaks}
     found = []
     for id, pair in pairs.items():
-        if (pixels := seen.pixels.get(images / pair.image)) is None:
+        pixels = [seen.pixels.get(images / file) for file in pair.pictures]
+        if None in pixels:
             left_out[UNREADABLE] += 1
         elif id in leaks:
             left_out["image of a test split"] += 1
-        elif pair.image_sha256 not in ("", pixels):
+        elif any(known not in ("", now) for known, now in zip(pair.pictures.values(), pixels, strict=True)):
             left_out[OTHER_PIXELS] += 1
+        elif len(set(pixels)) < len(pixels):
+            left_out[SAME_PIXELS] += 1
         else:
-            found.append(replace(pair, image_sha256=pixels))
+            rejected = pixels[1] if pair.rejected_image else None
+            found.append(replace(pair, image_sha256=pixels[0] or "", rejected_image_sha256=rejected))
     return Kept(found, dict(left_out))
+
+
+def _file(place: str, image: str, pictures: _Pictures, id: str, path: Path, images: Path) -> str | None:
+    """The name in `images` of what a record names or holds; None where it holds no picture that can be decoded."""
+    if image not in pictures.held:
+        return _located(place, image, path, images)
+    content, name = pictures.held[image]
+    try:
+        decode(content)
+    except InputError:
+        return None
+    return _written(content, name or id, images)
 
 
 def pairs_to_learn(path: Path, images: Path, progress: bool = True) -> list[Pair]:
@@ -358,8 +376,12 @@ def _read(place: str, number: int, record: Any, empty: Sequence[str]) -> _Read:
             )
     if image is None:
         raise InputError(f"{place}: it names no image. Add the one that it is about, or leave the record out.")
-    why = OTHER_IMAGE if image_too != image or _has_other_image(record, image) else None
-    return _Read(id, (question, chosen[1].text, rejected[1].text), image, weight, why)
+    others = {one for one in (image_too, *_rejected_images(record)) if one != image}
+    if len(others) > 1:
+        raise InputError(f"{place}: its rejected answer is about {len(others)} images, and one is read. Keep one.")
+    why = OTHER_IMAGE if _has_other_image(record, image) or None in others else None
+    texts = question, chosen[1].text, rejected[1].text
+    return _Read(id, texts, image, weight, why, rejected_image=None if why else next(iter(others), None))
 
 
 def _read_ours(place: str, record: Row) -> _Read:
@@ -368,7 +390,8 @@ def _read_ours(place: str, record: Row) -> _Read:
     except ValueError as error:
         raise InputError(f"{place}: {error}") from None
     texts = pair.question, pair.chosen, pair.rejected
-    return _Read(pair.id, texts, pair.image, pair.weight, None, pair.image_sha256, pair.margin, pair.judges)
+    known = pair.image_sha256, pair.margin, pair.judges, pair.rejected_image, pair.rejected_image_sha256
+    return _Read(pair.id, texts, pair.image, pair.weight, None, *known)
 
 
 @dataclass(frozen=True)
@@ -400,6 +423,9 @@ def _sides(record: Row) -> _Sides | None:
             said = [said]
         rejected_turns = [*said[:-1], *_answer(record["rejected_response"])]
         return _Sides(record, {turns: said, "rejected_response": rejected_turns}, (turns, "rejected_response"))
+    if turns and "rejected_images" in record and "chosen" not in record:  # ms-swift: one answer about two images
+        said = _list(record[turns])
+        return _Sides(record, {turns: said, "rejected_images": said}, (turns,))
     if turns and "chosen" in record and "rejected" in record:  # LLaMA-Factory's ShareGPT and OpenAI formats
         said = _list(record[turns])
         if not isinstance(said, list):
@@ -541,15 +567,24 @@ def _rest(record: Row, used: Sequence[str]) -> Row:
 
 
 def _has_other_image(record: Row, image: str) -> bool:
-    """Whether the rejected answer is about another picture than the chosen one: MMedPO's and ms-swift's keys for it."""
+    """Whether one of the two pictures is still to be noised (MMedPO's keys), or the chosen answer's is another one."""
     no = (None, 0, "", "0", "false", "no")
     if any((value.lower() if isinstance(value, str) else value) not in no for value in map(record.get, _NOISED)):
         return True
-    keys = ("rejected_image", "rejected_images", "chosen_image", "chosen_images")
+    return any(file != image for file in _named(record, ("chosen_image", "chosen_images")))
+
+
+def _rejected_images(record: Row) -> list[Any]:
+    """The pictures of the rejected answer, in MMedPO's key for them and in ms-swift's."""
+    return _named(record, ("rejected_image", "rejected_images"))
+
+
+def _named(record: Row, keys: Sequence[str]) -> list[Any]:
+    """The files that these keys name; None for one that is named by nothing we read."""
     others = [record.get(key) for key in keys]
     named = [file for other in others for file in (other if isinstance(other, list) else [other])]
     files = [file.get("path") if isinstance(file, dict) else file for file in named]
-    return any(file not in (None, "", image) for file in files)
+    return [file if isinstance(file, str) else None for file in files if file not in (None, "")]
 
 
 def _id(place: str, number: int, record: Row) -> str:

@@ -29,6 +29,8 @@ FORMATS = ("trl", "authors", "llama-factory", "ms-swift")
 class Pair:
     """Two answers to a question about an image, of which one is to become likelier than the other.
 
+    Of an image-contrast pair the two answers are about two images, and are one text as a rule; see `contrast`.
+
     Attributes:
         id: Of the candidate; with the places of the two answers where it has more than two, `a.png#0:0-2`.
         image: The image's file, relative to the folder of images.
@@ -39,6 +41,8 @@ class Pair:
         judges: Who prefer the chosen, sorted; empty where not known.
         weight: Of its loss beside those of the file's other pairs, finite and 0 or more, such as MMedPO's clinical
             relevance from 0 to 1; None where its file has no weights, and all pairs count alike.
+        rejected_image, rejected_image_sha256: What the rejected answer is about, where that is another image than
+            `image`; else None.
     """
 
     id: str
@@ -50,15 +54,28 @@ class Pair:
     margin: float | None
     judges: tuple[str, ...]
     weight: float | None = None
+    rejected_image: str | None = None
+    rejected_image_sha256: str | None = None
+
+    @property
+    def images(self) -> tuple[str, str]:
+        """Of the chosen and of the rejected answer."""
+        return self.image, self.rejected_image or self.image
+
+    @property
+    def pictures(self) -> dict[str, str]:
+        """The file of each different image -> its hash."""
+        other = {self.rejected_image: self.rejected_image_sha256 or ""} if self.rejected_image else {}
+        return {self.image: self.image_sha256} | other
 
 
-KEYS = tuple(field.name for field in fields(Pair) if field.name != "weight")
+OPTIONAL = ("weight", "rejected_image", "rejected_image_sha256")
+KEYS = tuple(field.name for field in fields(Pair) if field.name not in OPTIONAL)
 
 
 def row_of(pair: Pair) -> Row:
-    """The row that a file holds: its keys, and a weight where the pair has one."""
-    row = asdict(pair)
-    return row if pair.weight is not None else {key: row[key] for key in KEYS}
+    """The row that a file holds: its keys, and of the optional ones those that the pair has."""
+    return {key: value for key, value in asdict(pair).items() if key in KEYS or value is not None}
 
 
 @dataclass(frozen=True)
@@ -120,8 +137,12 @@ def make_pairs(
     return Kept(pairs, dict(left_out))
 
 
-def trouble(question: str, chosen: str, rejected: str) -> str | None:
+def trouble(question: str, chosen: str, rejected: str, two_images: bool = False) -> str | None:
     """Why these stripped texts make no pair; None where they do.
+
+    Args:
+        question, chosen, rejected: The texts.
+        two_images: The answers are about two images, and may be one text.
 
     >>> trouble("Where?", "Left.</s>", "Right.")
     '</s> in chosen'
@@ -133,7 +154,7 @@ def trouble(question: str, chosen: str, rejected: str) -> str | None:
             return f"{marks[0]} in {name}"
         if re.search("[\ud800-\udfff]", text):
             return f"half a character in {name}"
-    return "chosen equals rejected" if chosen == rejected else None
+    return "chosen equals rejected" if chosen == rejected and not two_images else None
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -204,6 +225,10 @@ def is_inside(value: Any) -> bool:
     return not PurePosixPath(value).is_absolute() and ".." not in PurePosixPath(value).parts
 
 
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+
+
 def _is_margin(value: Any) -> bool:
     return value is None or (type(value) in (int, float) and 0 <= value < math.inf)
 
@@ -212,16 +237,15 @@ def _is_margin(value: Any) -> bool:
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "id": (lambda value: isinstance(value, str) and value != "", "a text"),
     "image": (is_inside, "a file's name relative to the folder of images"),
-    "image_sha256": (
-        lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)),
-        "64 hex digits",
-    ),
+    "image_sha256": (_is_hash, "64 hex digits"),
     "question": (_is_text, "a text"),
     "chosen": (_is_text, "a text"),
     "rejected": (_is_text, "a text"),
     "margin": (_is_margin, "a number from 0 on, or null"),
     "judges": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of names"),
     "weight": (_is_margin, "a number from 0 on"),
+    "rejected_image": (is_inside, "a file's name relative to the folder of images"),
+    "rejected_image_sha256": (_is_hash, "64 hex digits"),
 }
 
 
@@ -231,7 +255,7 @@ def pair_of(row: Row) -> Pair:
     Raises:
         ValueError: It is none; the message says why.
     """
-    form = f"A pair has {', '.join(KEYS)}; see docs/data.md. `stllava-train pairs --from` reads other layouts."
+    form = f"A pair has {', '.join(KEYS)}; see docs/preferences.md. `stllava-train pairs --from` reads other layouts."
     if missing := [key for key in KEYS if key not in row]:
         raise ValueError(f"no {missing[0]}. {form}")
     if others := [key for key in row if key not in CHECKS]:
@@ -240,7 +264,12 @@ def pair_of(row: Row) -> Pair:
         if key in row and not is_right(row[key]):
             raise ValueError(f"{key} is {json.dumps(row[key])[:60]}, not {right}. Mend the line, or delete it.")
     texts = {key: row[key].strip() for key in ("question", "chosen", "rejected")}
-    if why := trouble(**texts):
+    two_images = "rejected_image" in row
+    if two_images != ("rejected_image_sha256" in row):
+        raise ValueError("rejected_image and rejected_image_sha256 go together. Give both, or neither.")
+    if two_images and row["rejected_image_sha256"] == row["image_sha256"]:
+        raise ValueError("image and rejected_image have the same pixels. Name another one, or delete the line.")
+    if why := trouble(**texts, two_images=two_images):
         raise ValueError(f"{why}. Mend the line, or delete it.")
     return Pair(**row | texts | {"judges": tuple(row["judges"])})
 
@@ -434,7 +463,7 @@ def _exports(parts: Mapping[Path, Sequence[Pair]], out: Path, format: str, image
     texts: dict[Path, str] = {}
     listed: Row = {}
     for path, pairs in parts.items():
-        lines = [line(exported(pair, format, _image_path(pair, format, images))) for pair in pairs]
+        lines = [line(exported(pair, format, *_image_paths(pair, format, images))) for pair in pairs]
         if format in ("trl", "ms-swift"):
             texts[path.with_suffix(f".{format}.jsonl")] = "".join(lines)
             continue
@@ -451,15 +480,34 @@ def _exports(parts: Mapping[Path, Sequence[Pair]], out: Path, format: str, image
     return texts
 
 
-def exported(pair: Pair, format: str, image: str) -> Row:
+def refusal_of_two_images(format: str) -> str:
+    """The line that refuses to export image-contrast pairs in a format other than ms-swift's."""
+    return (
+        f"--format {format}: its chosen and rejected answers are about two images, and {format} has one image for "
+        "both. Write --format ms-swift, or none."
+    )
+
+
+def exported(pair: Pair, format: str, image: str, rejected_image: str = "") -> Row:
     """The pair as another trainer reads it, one of `FORMATS`; `layouts` reads it back.
 
     `id` and `weight` (where the pair has one) go with it. The other trainers pass over both keys.
+
+    Args:
+        pair: The pair.
+        format: Of `FORMATS`.
+        image: Its image, as the format names it.
+        rejected_image: The same of the rejected answer's, where that is another one.
+
+    Raises:
+        InputError: The pair has two images, and the format one.
     """
     asked = {"from": "human", "value": f"<image>\n{pair.question}"}
     chosen, rejected = ({"from": "gpt", "value": text} for text in (pair.chosen, pair.rejected))
     named: Row = {"id": pair.id}
     weight = {} if pair.weight is None else {"weight": pair.weight}
+    if pair.rejected_image and format != "ms-swift":
+        raise InputError(f"{pair.id}: {refusal_of_two_images(format)}")
     if format == "authors":  # train_dpo.py:945-975
         conversations = {"chosen_conversations": [asked, chosen], "reject_conversations": [asked, rejected]}
         return named | {"image": image} | conversations | weight
@@ -470,6 +518,10 @@ def exported(pair: Pair, format: str, image: str) -> Row:
         # modelscope/ms-swift, docs/source_en/Customization/Custom-dataset.md, "RLHF", "Multimodal"; no newline behind
         # the tag: its templates for LLaVA add one
         turns = [{"role": "user", "content": f"<image>{pair.question}"}, {"role": "assistant", "content": pair.chosen}]
+        if pair.rejected_image:  # ms-swift 3.8 and later, the same page: "rejected_messages", "rejected_images"
+            rejected_turns = [turns[0], {"role": "assistant", "content": pair.rejected}]
+            two = {"rejected_messages": rejected_turns, "rejected_images": [rejected_image]}
+            return named | {"messages": turns, "images": [image]} | two | weight
         return named | {"messages": turns, "rejected_response": pair.rejected, "images": [image]} | weight
     # trl 1.16, DataCollatorForVisionPreference in trainer/dpo_trainer.py
     question = [{"type": "image"}, {"type": "text", "text": pair.question}]
@@ -480,14 +532,18 @@ def exported(pair: Pair, format: str, image: str) -> Row:
     return named | {"images": [image], "prompt": [{"role": "user", "content": question}]} | answers | weight
 
 
-def _image_path(pair: Pair, format: str, images: Path | None) -> str:
+def _image_paths(pair: Pair, format: str, images: Path | None) -> list[str]:
+    """Of its one image or of its two, the chosen answer's before the rejected one's."""
     if format == "authors":
-        return pair.image
+        return list(pair.pictures)
     if images is None:
         raise InputError(f"--format {format}: its rows hold the images' paths. Pass their folder with --images.")
-    if (file := image_file(images.resolve(), pair.image)) is None:
-        raise InputError(f"{pair.id}: its image {pair.image} is not in {images}. Pass the folder of the images.")
-    return str(file)
+    files = []
+    for image in pair.pictures:
+        if (file := image_file(images.resolve(), image)) is None:
+            raise InputError(f"{pair.id}: its image {image} is not in {images}. Pass the folder of the images.")
+        files.append(str(file))
+    return files
 
 
 def _sha256(pairs: Sequence[Pair]) -> str:

@@ -170,9 +170,11 @@ class Recipe(Training):
         return super().contradiction()
 
 
-LOSSES = (  # of trl 1.16's DPOTrainer
+OFFSET = "odpo"  # DPO with an offset from the judges' margin, see `dpo.DpoTrainer`; not trl's
+LOSSES = (  # of trl 1.16's DPOTrainer, and one of ours
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+    OFFSET,
 )
 
 
@@ -185,7 +187,9 @@ class DpoRecipe(Training):
     Attributes:
         template: Of the processor's chat templates; the question is put as in an evaluation.
         loss: Of trl's, by their names there; several are added. `sft` (a mean over tokens), `aot` and `bco_pair` are
-            made of the pairs that are computed at once, so that with them `micro_batch` changes the result too.
+            made of the pairs that are computed at once, so that with them `micro_batch` changes the result too. Or
+            `odpo` by itself, in which the margin of the judges counts (ODPO, arXiv:2402.10571): the chosen answer is to
+            be preferred by more than the logarithm of it.
         loss_weights: A factor for each of them.
         beta: How far the policy may go from the reference: a large one holds it back. 0.1 in the paper.
         label_smoothing: Share of pairs, in [0, 0.5), taken to be the wrong way round; of `sigmoid` it is unused,
@@ -224,6 +228,10 @@ class DpoRecipe(Training):
             return "loss: name at least one, each once, and give each its weight in loss_weights."
         if not any(self.loss_weights):
             return "loss_weights: all are 0, so nothing is learnt. Set one to 1."
+        if OFFSET in self.loss and (len(self.loss) > 1 or self.ld_alpha is not None):
+            return (
+                f"loss: {OFFSET} goes with no other loss and with no ld_alpha. Set loss=[{OFFSET}] and ld_alpha=null."
+            )
         if "exo_pair" in self.loss and not self.label_smoothing:
             return "label_smoothing: 0, and exo_pair needs more. Its paper (arXiv:2402.00856) has 0.001."
         return super().contradiction()

@@ -202,6 +202,14 @@ def _turn(number: int, turn: Any, wrong: list[str]) -> Turn:
     return Turn(role, joined, tags + joined.count("<image>"), tuple(pictures), learnt)
 
 
+def _is_learnt(turn: dict[str, Any], name: str, wrong: list[str]) -> bool:
+    """Whether an answer is learnt, by the keys `LEARNT`."""
+    said = {key: on for key, value in turn.items() if _snake(key) in LEARNT and (on := _switch(value)) is not None}
+    if len({*said.values()}) > 1:
+        wrong.append(f"{name} has {' and '.join(f'{key} {short(turn[key])}' for key in said)}. Keep one of them.")
+    return all(said.values())
+
+
 def _part(part: Any, name: str, wrong: list[str]) -> tuple[str, str, list[str]]:
     """(text or image, its text, the files it names), of one part of a content in parts."""
     if isinstance(part, str):

@@ -23,7 +23,7 @@ from rounding import FLOAT32, apart
 
 from stllava_eval.errors import InputError
 from stllava_eval.network.checkpoint import open_checkpoint
-from stllava_train.dpo import Answered, groups, make_trainer, open_work, pack, share_beginnings, train, tree
+from stllava_train.dpo import Answered, groups, make_trainer, open_work, pack, report, share_beginnings, train, tree
 from stllava_train.pairs import Pair
 from stllava_train.recipe import DpoRecipe, read_dpo_recipe
 from stllava_train.training import read_trace
@@ -315,6 +315,64 @@ def test_the_loss_is_the_weighted_mean_of_the_losses_of_the_pairs(small, data, t
     assert value == pytest.approx(sum(w * one for w, (one, _) in zip(given, alone, strict=True)) / 4, rel=1e-4)
     expected = sum(w * one for w, (_, one) in zip(given, alone, strict=True)) / 4
     assert (gradient - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize(("reference", "weights"), [("live", None), ("cached", WEIGHTS)], ids=["plain", "weights"])
+def test_the_margin_of_the_judges_is_the_offset_of_odpo(small, data, tmp_path, reference, weights):
+    """-log sigmoid(beta * delta - log(margin)), in value and gradient, of every answer computed by itself."""
+    folder = weighted(data, tmp_path, weights or [1.0] * 10)
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    margins = [1.0, 0.5, 2.5, 9.0]
+    for place, row in enumerate(rows):
+        row["margin"] = margins[place] if place < 4 else 3.0
+        if weights is None:
+            del row["weight"]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    work = work_of(small(loss=["odpo"], loss_weights=[0.5], reference=reference), folder)
+    trainer = make_trainer(work, tmp_path / "run", tmp_path / "trace", progress=False)
+    torch.manual_seed(0)
+    learnt = [value for value in trainer.model.parameters() if value.requires_grad]
+    with torch.no_grad():
+        for value in learnt:
+            value.add_(torch.randn_like(value) * 0.02)
+    batch = work.collator([{"place": place} for place in range(4)])
+    assert batch["offsets"].tolist() == pytest.approx([0, -math.log(2), math.log(2.5), math.log(9)], rel=1e-6)
+    value = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+    gradient = torch.autograd.grad(value, learnt, allow_unused=True)
+    start, losses = work.checkpoint.model(), []
+    for place, pair in enumerate(work.pairs[:4]):
+        pixels = work.collator.pixels(folder / pair.image)
+        both = work.collator.encoded(place)
+        with torch.no_grad():
+            before = [alone(start, pixels, one) for one in both]
+        ratios = [alone(trainer.model, pixels, one) - known for one, known in zip(both, before, strict=True)]
+        each = -torch.nn.functional.logsigmoid(0.1 * (ratios[0] - ratios[1]) - math.log(margins[place]))
+        losses.append(each if weights is None else each * weights[place] / (sum(weights) / 10))
+    expected = 0.5 * torch.stack(losses).mean()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    theirs = torch.autograd.grad(expected, learnt, allow_unused=True)
+    apart = sum((a - b).square().sum() for a, b in zip(gradient, theirs, strict=True) if a is not None) ** 0.5
+    assert apart < 1e-3 * sum(one.square().sum() for one in theirs if one is not None) ** 0.5
+    figures = trainer._metrics["train"]  # trl's, without the offset
+    assert len(figures["rewards/margins"]) == 4
+
+
+def test_a_run_with_the_margin_of_the_judges_learns(small, data, tmp_path):
+    work = work_of(small(loss=["odpo"]), data)
+    assert "margins from 2 to 2; the offset of a pair in the loss is their logarithm" in report(work)
+    train(work, tmp_path / "run", progress=False)
+    steps = read_trace(tmp_path / "run" / "losses.jsonl")
+    assert steps[0]["loss"] == pytest.approx(math.log(1 + 2.0), rel=1e-3)  # -log sigmoid(-log 2): every margin is 2
+    assert steps[-1]["loss"] < steps[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("margin", "message"), [(None, "it has no margin"), (0, "it has a margin of 0")], ids=["null", "0"]
+)
+def test_a_pair_without_a_margin_is_refused_with_odpo(small, data, tmp_path, margin, message):
+    file = changed(data, tmp_path, margin=margin)
+    with pytest.raises(InputError, match=f"changed.jsonl:3: 2.png#2: {message}, and the loss odpo takes its logarithm"):
+        open_work(small(loss=["odpo"]), file, data, progress=False)
 
 
 def test_equal_weights_of_any_size_train_as_none_do(small, data, tmp_path):

@@ -346,7 +346,7 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         LAYOUTS["MMedPO"] | {"rejected_noised": 1},
         LAYOUTS["MMedPO"] | {"rejected_noised": "true"},
         LAYOUTS["MMedPO"] | {"rejected_image": "noised/a.png"},
-        LAYOUTS["ms-swift, two conversations"] | {"id": "9", "rejected_images": ["sub/b.png"]},
+        LAYOUTS["ms-swift, two conversations"] | {"id": "9", "chosen_image": "sub/b.png"},
         flat | {"image": {"bytes": base64.b64encode(RED[:-30]).decode()}},
     ]
     file = write(tmp_path / "file.json", *records)
@@ -357,8 +357,8 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         "empty chosen": 1,
         "<image1> in question": 1,
         "<image> in rejected": 1,
-        "the two answers are about two images": 4,
-        "image cannot be read": 2,
+        "the answers are about two images that are not both named": 3,
+        "image cannot be read": 3,
     }
     with pytest.raises(
         InputError, match=r"10 of its records make no pair .*empty chosen: 1.*`stllava-train pairs --from"
@@ -411,6 +411,10 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         ({"image_id": 7, "chosen": ["L", "M"], "rejected": ["R", "S"]}, "no known layout of pairs"),  # HA-DPO
         (LAYOUTS["RLAIF-V"] | {"chosen_weight": 0.5}, "its chosen_weight is 0.5, and a pair has one weight"),
         (LAYOUTS["RLAIF-V"] | {"chosen": 3}, "chosen: turn 2 is 3"),
+        (
+            LAYOUTS["ms-swift"] | {"id": "8", "rejected_images": ["sub/b.png", "sub/c.png"]},
+            "8: its rejected answer is about 2 images, and one is read. Keep one.",
+        ),
         (
             LAYOUTS["RLAIF-V"] | {"image": "/etc/a.png"},
             'image is "/etc/a.png", not a file\'s name relative to --images',

@@ -279,7 +279,7 @@ def test_a_file_of_something_else_is_not_written_over(tmp_path):
     assert out.read_text() == '{"image": "a.png"}\n'
 
 
-FORM = "A pair has id, image, image_sha256, question, chosen, rejected, margin, judges; see docs/data.md."
+FORM = "A pair has id, image, image_sha256, question, chosen, rejected, margin, judges; see docs/preferences.md."
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,13 @@ def test_wrong_values_of_stage_2_are_named(change, message):
         read_dpo_recipe("stllava-med-7b", [change])
 
 
+@pytest.mark.parametrize("changes", [["loss=[odpo]", "ld_alpha=0.5"], ["loss=[odpo, sft]", "loss_weights=[1, 1]"]])
+def test_odpo_goes_with_no_other_loss(changes):
+    assert read_dpo_recipe("stllava-med-7b", ["loss=[odpo]"]).loss == ("odpo",)
+    with pytest.raises(InputError, match=r"loss: odpo goes with no other loss and with no ld_alpha. Set loss=\[odpo\]"):
+        read_dpo_recipe("stllava-med-7b", changes)
+
+
 def paper(**others) -> dict:
     """What stage 1 is by both the paper and the script, and `others`."""
     return {
