@@ -157,15 +157,20 @@ def _kept(manifest: dict[str, Any]) -> list[str]:
     if not kept:
         return []
     lines = [
-        f"\nOn validation questions (mean of open F1 and closed accuracy, x100) the start had "
-        f"{100 * kept['start']:.1f}; kept is step {kept['step']} with {100 * kept['score']:.1f}, the last one had "
-        f"{100 * kept['last']:.1f}."
+        f"\nThe weights of step {kept['step']} were kept. Scores on validation questions (mean of open F1 and closed "
+        f"accuracy, x100): {100 * kept['start']:.1f} at the start, {100 * kept['score']:.1f} at step {kept['step']}, "
+        f"{100 * kept['last']:.1f} at the end."
     ]
     if kept["score"] <= kept["start"]:
-        lines.append("**No step was better than the start there.**")
+        lines.append("**No step was better than the start.**")
     if kept["stopped"]:
-        lines.append("**Stopped early: closed questions lost their yes or no.**")
+        lines.append("**Training stopped early, because closed answers lost their yes or no.**")
     return lines
+
+
+def kept_step(folder: Path) -> list[str]:
+    """Lines of text about the step whose weights the run in `folder` kept; none for a run without validation."""
+    return [line.strip("\n*") for line in _kept(_manifest(folder))]
 
 
 PANELS = (  # of stage 2: (what is on the axis, {key of the trace: label})

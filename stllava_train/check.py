@@ -16,6 +16,7 @@ from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import TEXT_BYTES, home, loads, read_bytes, whole_file
 from stllava_eval.images import decode, pixel_hash, read_image
 from stllava_train.conversations import (
+    FOLDER_OR_OUT,
     Conversation,
     Encoder,
     Problem,
@@ -153,7 +154,7 @@ def pair_problems(
     shown: list[tuple[Conversation, Pair]] = []
     for place, pair in sound:
         if (image := image_file(folder, pair.image)) is None:
-            what = f"its image {pair.image} is not in {folder}. Pass the folder of the images, or leave the record out."
+            what = f"its image {pair.image} is not in {folder}. {FOLDER_OR_OUT}"
             found.append(Found(place, pair.id, what, "image"))
         else:
             shown.append((Conversation(pair.id, image, ((pair.question, pair.chosen),), place), pair))

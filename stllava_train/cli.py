@@ -9,14 +9,15 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from stllava_eval import __version__
 from stllava_eval.errors import InputError, of_the_disk, printable
 from stllava_eval.home import local, read_bytes
-from stllava_train.card import left_out_by_peft
+from stllava_train.card import kept_step, left_out_by_peft
 
 if TYPE_CHECKING:
     from stllava_train.asking import Asked, Preset
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 done, 1 the data has problems, 2 wrong call, 130 stopped by Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
-        return arguments.command(arguments) or 0
+        with redirect_stdout(cast(TextIO, _Stdout(sys.stdout))):
+            return arguments.command(arguments) or 0
     except InputError as error:
         print(printable(f"stllava-train: {error}"), file=sys.stderr)
         return 2
@@ -49,6 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stllava-train: stopped. The same call goes on; those of `sft` and `dpo` with --resume.", file=sys.stderr)
         return 130
+
+
+class _Stdout:
+    """Standard output that its reader may leave, as `head` does: the command goes on, and what it prints is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -911,8 +931,10 @@ def _train(arguments: argparse.Namespace, stage: Any, recipe: Any, data: Any) ->
             from stllava_eval.answering import record_default_checkpoint
 
             record_default_checkpoint(arguments.out)
-        beside = "losses.jsonl, curves.png, tensorboard and README.md are beside it"
-        print(printable(f"{arguments.out}: the checkpoint; {beside}"))
+        beside = "losses.jsonl, curves.png, tensorboard and README.md are in it too"
+        print(printable(f"{arguments.out}: the checkpoint was written; {beside}"))
+        for line in kept_step(arguments.out):
+            print(printable(f"{arguments.out}: {line}"))
         if lost := left_out_by_peft(arguments.out):
             print(
                 printable(
@@ -1003,7 +1025,8 @@ def _add_check(commands: Any) -> None:
         nargs="+",
         type=Path,
         metavar="DATA",
-        help="JSON or JSONL file of conversations; or one of pairs, as `stllava-train pairs` writes",
+        help="JSON or JSONL file of conversations; or one of pairs that `stllava-train pairs` wrote (`pairs --from` "
+        "reads those of other tools)",
     )
     check.add_argument(
         "--images", type=Path, metavar="DIR", help="folder that images are relative to (default: that of each file)"
@@ -1023,6 +1046,7 @@ def _add_check(commands: Any) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from stllava_train.check import KINDS, MAX_TOKENS, is_pairs, pair_problems, problems, write_sound
+    from stllava_train.layouts import refuse_other_pairs
 
     files, images, out = arguments.data, arguments.images, arguments.write
     _check_data(files, images)
@@ -1036,9 +1060,11 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.max_tokens is not None and (arguments.max_tokens < 1 or not arguments.checkpoint):
         raise InputError(f"--max-tokens {arguments.max_tokens}: a number from 1 on, with --checkpoint to count.")
     if not arguments.checkpoint:
-        print("lengths are not counted: name the model whose tokenizer does, --checkpoint DIR", file=sys.stderr)
+        print("lengths are not checked: pass --checkpoint DIR to count tokens with its tokenizer", file=sys.stderr)
     encoder = _encoder(arguments.checkpoint) if arguments.checkpoint else None
     most = arguments.max_tokens or MAX_TOKENS
+    for file in files:
+        refuse_other_pairs(file)
     paired = [file for file in files if is_pairs(file)]
     if paired and (len(files) > 1 or out):
         raise InputError(f"{paired[0]}: it holds pairs. Check it by itself, without --write.")
@@ -1051,6 +1077,8 @@ def _check(arguments: argparse.Namespace) -> int:
         kinds = Counter(problem.kind for problem in every)
         counts = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind])
         print(f"{_counted(len(every), 'problem')} in {_counted(records, 'record')}: {counts}")
+    else:
+        print("no problem was found", file=sys.stderr)
     if out:
         print(printable(f"{out}: {_counted(write_sound(files, every, out), 'record')}"))
     return 1 if every else 0

@@ -130,7 +130,9 @@ def read_published(path: Path, images: Path | None, allow_test_images: bool = Fa
     from stllava_train.check import looked_at
 
     if images is None:
-        raise InputError(f"{path}: a pair knows its image by the pixels. Pass the folder of the images with --images.")
+        raise InputError(
+            f"{path}: a pair is read together with its image. Pass the folder of the images with --images."
+        )
     left_out: Counter[str] = Counter()
     pairs: dict[str, Pair] = {}
     places: dict[str, str] = {}
@@ -192,6 +194,23 @@ def pairs_to_learn(path: Path, images: Path, progress: bool = True) -> list[Pair
             f"{path} --images {images} --out pairs.jsonl` leaves them out."
         )
     return kept.pairs
+
+
+def refuse_other_pairs(path: Path) -> None:
+    """Refuse a file of preference pairs in another tool's layout, by its first record; let every other file pass.
+
+    Raises:
+        InputError: It holds such pairs, or it is a Parquet file.
+    """
+    advice = f"`stllava-train pairs --from {path} --images DIR --out pairs.jsonl` reads them; check the file it writes."
+    if _is_parquet(path):
+        raise InputError(f"{path}: conversations are read from JSON. If it holds pairs, {advice}")
+    try:
+        _, record = next(iter(records(path)))
+    except (InputError, OSError, StopIteration):
+        return  # the reader of conversations says what is wrong with it
+    if isinstance(record, dict) and "image_sha256" not in record and _sides(record) is not None:
+        raise InputError(f"{path}: it holds pairs in another tool's layout. {advice}")
 
 
 def _is_ours(path: Path) -> bool:

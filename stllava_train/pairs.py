@@ -482,7 +482,9 @@ def _image_path(pair: Pair, format: str, images: Path | None) -> str:
     if images is None:
         raise InputError(f"--format {format}: its rows hold the images' paths. Pass their folder with --images.")
     if (file := image_file(images.resolve(), pair.image)) is None:
-        raise InputError(f"{pair.id}: its image {pair.image} is not in {images}. Pass the folder of the images.")
+        raise InputError(
+            f"{pair.id}: its image {pair.image} is not in {images}. Pass the folder of the images with --images."
+        )
     return str(file)
 
 

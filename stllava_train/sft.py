@@ -366,8 +366,9 @@ def report(work: SftWork) -> str:
     learnt = counts.answer_tokens + counts.question_tokens
     lines = [
         f"{counted(work.conversations)}, {counts.rounds} rounds",
-        f"{counts.tokens} tokens in the first epoch, the longest conversation {counts.longest}; learnt are {learnt} "
-        f"({learnt / counts.tokens:.1%}): {counts.answer_tokens} of answers, {counts.question_tokens} of questions",
+        f"{counts.tokens} tokens in the first epoch, {counts.longest} in the longest conversation",
+        f"{learnt} tokens are learnt ({learnt / counts.tokens:.1%}): {counts.answer_tokens} of answers and "
+        f"{counts.question_tokens} of questions",
         f"{work.steps} steps of {recipe.batch} conversations: {recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}",
         *needs(work, counts.longest),
         *([f"{work.test_images} conversations show images of a test split"] if work.test_images else []),

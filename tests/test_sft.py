@@ -27,7 +27,7 @@ from stllava_eval.datasets import read_rows, write_split
 from stllava_eval.errors import InputError
 from stllava_eval.home import write_json
 from stllava_eval.network.checkpoint import open_checkpoint
-from stllava_train.card import draw_curves, write_card
+from stllava_train.card import draw_curves, kept_step, write_card
 from stllava_train.conversations import asked, in_epoch
 from stllava_train.examination import Examination, _means, questions
 from stllava_train.recipe import Recipe, read_recipe
@@ -1136,7 +1136,10 @@ def test_stage_1_keeps_the_best_step_on_validation_questions(
     shared = saved.keys() & names.keys()
     assert len(shared) > 10
     assert all(torch.equal(saved[name], names[name]) for name in shared)
-    assert "kept is step 2 with 70.0, the last one had 10.0." in (out / "README.md").read_text()
+    (kept_line,) = kept_step(out)
+    assert kept_line.startswith("The weights of step 2 were kept.")
+    assert kept_line.endswith(": 50.0 at the start, 70.0 at step 2, 10.0 at the end.")
+    assert kept_line in (out / "README.md").read_text()
     with Image.open(out / "curves.png") as picture:
         assert picture.size == (1320, 1080)  # a panel of scores and one of words more
 
@@ -1173,7 +1176,7 @@ def test_stage_1_stops_where_yes_and_no_are_unlearnt(small, data, tmp_path, vali
     assert [line["step"] for line in read_trace(tmp_path / "run" / "losses.jsonl")] == [1, 2]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["kept"]["stopped"]
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "Stopped early" in card
+    assert "Training stopped early" in card
     assert "2 steps; nats a token" in card  # of five
 
 
