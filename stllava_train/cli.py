@@ -478,6 +478,8 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
     price = prices.read_price(model, arguments.prices)
     if arguments.dry_run:
         print(prices.forecast(model, asked, images, price, sum(preset.room)))
+        if not arguments.reasoning and model != EXACT:
+            print("a model that thinks is billed for its thoughts too: --reasoning adds them to what it costs at most")
         return True
     truths = sample_truths() if model == EXACT else {}
     with judge.open_verdicts(arguments.out, arguments.candidates, arguments.preset) as ledger:
@@ -503,9 +505,20 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
         about = f", of which {estimated:.4f} is an estimate (see docs/preferences.md)" if estimated >= 5e-5 else ""
         print(f"  cost of the file: {spent:.4f} USD{about}")
     if missing:
-        state = "not answered yet" if arguments.batch else "not asked"
-        print(printable(f"  {state}: {missing:,}. The same call goes on; with --budget, raise it."))
+        print(f"  {_why_missing(missing, arguments)}")
     return not missing and not counts["failed"]
+
+
+def _why_missing(missing: int, arguments: argparse.Namespace) -> str:
+    """Why so many questions have no verdict after a call that was not stopped, and what to do."""
+    if arguments.batch:
+        return f"not answered yet: {missing:,}. The same call reads the batch when it is done."
+    if arguments.budget is None:
+        return f"not asked: {missing:,}. The same call asks them."
+    return (
+        f"not asked: {missing:,}, because the longest reply to one more could cost more than is left of --budget "
+        f"{arguments.budget:g}. Raise it, or lower --max-tokens."
+    )
 
 
 def _verdicts_of_a_server(

@@ -395,7 +395,7 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
         return (torch.stack(losses) * weights.to(losses[0])).mean()
 
     def step_record(self, logs: Mapping[str, float]) -> dict[str, Any]:
-        """What trl measures of a step, in our words; means over its pairs, log-probabilities in nats an answer.
+        """What trl measures of a step, in our words; means over its pairs, log-probabilities in nats per answer.
 
         `kl` is the mean over both answers of the reference's log-probability less the policy's: an estimate of
         KL(reference || policy) an answer, as the reference wrote them (at the temperature of the candidates).

@@ -254,6 +254,12 @@ class EndpointJudge:
             InputError: It names the limit of a reply, before any reply was scored.
         """
         if (other := how.adapted(refusal)) is not None:
+            if other.limit != self.how.limit:
+                print(
+                    f"{self.name}: the server refuses max_tokens. Questions are sent with max_completion_tokens "
+                    f"instead, {other.thought:,} tokens more, for the model may think first.",
+                    file=sys.stderr,
+                )
             self.how = self.how.both(other)
             return True
         if not scored and how.too_much(refusal):

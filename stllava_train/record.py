@@ -91,12 +91,6 @@ def read_turns(record: dict[str, Any], wrong: list[str]) -> list[Turn]:
     turns = record[keys[0]] if keys else None
     if len(keys) > 1:
         wrong.append(f"it has {keys[0]} and {keys[1]}. Keep one of the two.")
-    if not any(key in record for key in TURNS):
-        wrong.append(
-            f"it has neither conversations nor messages, but {', '.join(map(str, record))[:100] or 'no key'}. Put its "
-            "turns under one of the two, as docs/train.md shows."
-        )
-        return []
     if not isinstance(turns, list) or not turns:
         wrong.append(f"its conversations are {short(turns)}. Give a list of turns from human and gpt.")
         return []

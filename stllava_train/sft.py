@@ -200,7 +200,7 @@ class SftTrainer(PartsTrainer, SFTTrainer):
         return total / num_items_in_batch * self.accelerator.num_processes
 
     def step_record(self, logs: Mapping[str, float]) -> dict[str, Any]:
-        """Both losses in nats a token, and the tokens they are means over."""
+        """Both losses in nats per token, and the tokens they are means over."""
         sums = self.accelerator.reduce(self._sums, "sum").tolist()
         self._sums.zero_()
         return step_record(sums, self.recipe)

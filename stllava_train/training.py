@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -122,7 +123,9 @@ def prepare(model: Any, recipe: Training) -> Any:
         from peft import prepare_model_for_kbit_training
 
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model = get_peft_model(model, configuration)
+    with warnings.catch_warnings():  # peft 0.21 asks by a name that transformers 5.23 has renamed
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        model = get_peft_model(model, configuration)
     if "vision_tower" in loras:  # one configuration has one dropout
         dropout = loras["vision_tower"].dropout
         for name, module in model.named_modules():

@@ -203,14 +203,7 @@ def test_records_may_stand_a_line_each(folder):
         pytest.param(
             record("Q?", "A.", id="sound"), "its id, image and rounds are those of .*data.json:2. Keep", id="one twice"
         ),
-        pytest.param(
-            {"id": "a", "conversations": None}, "its conversations are null. Give a list", id="no conversations"
-        ),
-        pytest.param(
-            {"instruction": "<image>Where?", "output": "Left.", "images": ["0.png"]},
-            "it has neither conversations nor messages, but instruction, output, images. Put its turns under one",
-            id="LLaMA-Factory's Alpaca layout",
-        ),
+        pytest.param({"id": "a"}, "its conversations are null. Give a list", id="no conversations"),
         pytest.param({"id": "a", "conversations": ["x"]}, 'turn 1 is "x", not an object', id="no turn"),
         pytest.param(record("Q?", "\ud800"), "turn 2 holds half a character", id="half a character"),
         pytest.param(7, "it is 7, not an object with id", id="no record"),

@@ -96,7 +96,10 @@ def test_the_exit_code_is_1_as_long_as_something_is_not_judged(drawn, folder, ca
         (folder / "prices.yaml").write_text(f"{MODEL}: {{prompt: 100, reply: 100}}")
         more = ["--preset", "authors", "--prices", str(folder / "prices.yaml"), "--budget", "0.5"]
         assert main([*call[:-4], "--out", str(folder / "other.jsonl"), *more]) == 1
-        assert re.search(r"not asked: \d+\. The same call goes on; with --budget, raise it", capfd.readouterr().out)
+        assert re.search(
+            r"not asked: \d+, because the longest reply to one more could cost more than",
+            capfd.readouterr().out,
+        )
 
 
 def test_what_is_refused_for_good_is_said_with_its_reason_and_never_asked_again(drawn, folder, capfd):

@@ -1068,6 +1068,16 @@ def test_the_same_losses_draw_the_same_bytes(unbroken, tmp_path):
     assert (tmp_path / "curves.png").read_bytes() == (run / "curves.png").read_bytes()
 
 
+def test_a_network_that_answers_nothing_has_curves(unbroken, tmp_path):
+    shutil.copy(unbroken[1] / "losses.jsonl", tmp_path)
+    scores = {"recall": 0.0, "f1": 0.0, "words": 0.0, "closed_accuracy": 0.0, "unparsed": 1.0}
+    (tmp_path / "evaluations.jsonl").write_text(
+        "".join(json.dumps({"step": n, "slake": scores}) + "\n" for n in (0, 2))
+    )
+    draw_curves(tmp_path / "losses.jsonl", tmp_path / "curves.png")  # matplotlib warns of an axis from 0 to 0
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
 def test_names_cannot_break_out_of_the_card(unbroken, tmp_path):
     run = shutil.copytree(unbroken[1], tmp_path / "a b\n# [x](y)\x1b[31m`")
     manifest = json.loads((run / "run.json").read_text())
@@ -1177,7 +1187,7 @@ def test_stage_1_stops_where_yes_and_no_are_unlearnt(small, data, tmp_path, vali
     assert json.loads((tmp_path / "run" / "run.json").read_text())["kept"]["stopped"]
     card = (tmp_path / "run" / "README.md").read_text()
     assert "Training stopped early" in card
-    assert "2 steps; nats a token" in card  # of five
+    assert "2 steps; nats per token" in card  # of five
 
 
 def test_a_split_that_stage_1_asks_and_that_is_not_prepared_is_named(small, data, home):
