@@ -41,6 +41,7 @@ from stllava_train.training import (
     first_process,
     listeners,
     needs,
+    open_start,
     plan,
     processes,
     quiet,
@@ -505,7 +506,6 @@ def open_work(
         InputError: A pair is none, is too long, or shows a test image or other pixels than it was made of; or recipe,
             checkpoint and the number of processes do not fit together.
     """
-    from stllava_eval.network.checkpoint import open_checkpoint
     from stllava_train.check import Images, looked_at
 
     rows_of(recipe, processes().num_processes)
@@ -527,9 +527,7 @@ def open_work(
             f"{file}: its pairs have weights, and the loss {mixed[0]} is made of several pairs at once. Choose another "
             "loss, such as loss=[sigmoid], or take the weights out."
         )
-    checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
-    if recipe.four_bit:
-        checkpoint.check_four_bit()
+    checkpoint = open_start(recipe)
     processor = checkpoint.processor()
     encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
     collator = Collator(pairs, images, processor, encoder, checkpoint.config.text_config.pad_token_id or 0)

@@ -42,6 +42,7 @@ from stllava_train.training import (
     first_process,
     listeners,
     needs,
+    open_start,
     plan,
     processes,
     quiet,
@@ -264,7 +265,6 @@ def open_work(
         InputError: A record has a problem, or shows a test image; or recipe, data, checkpoint and the number of
             processes do not fit together.
     """
-    from stllava_eval.network.checkpoint import open_checkpoint
     from stllava_train.check import Images, looked_at
     from stllava_train.conversations import read_files
 
@@ -287,9 +287,7 @@ def open_work(
     if steps_of(len(conversations), recipe) == 0:
         raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
     validation = questions(recipe)  # a split that is missing is named before any work
-    checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
-    if recipe.four_bit:
-        checkpoint.check_four_bit()
+    checkpoint = open_start(recipe)
     processor = checkpoint.processor()
     encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
     padding = checkpoint.config.text_config.pad_token_id or 0

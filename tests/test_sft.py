@@ -708,6 +708,13 @@ def test_a_folder_that_is_no_place_for_the_run_is_refused_before_data_is_read(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_start_that_is_not_there_is_named_with_the_option_that_names_another(small, data):
+    with pytest.raises(InputError, match=r"start: none: no such folder\..* Name it with start=DIR\.$"):
+        work_of(small(start="none"), data)
+    with pytest.raises(InputError, match=r"start=DIR\. `stllava-train tiny` makes the one that stage 1 of the recipe"):
+        work_of(small(start="tiny-start"), data)
+
+
 def test_a_run_on_shared_weights_ends_with_a_whole_checkpoint(small, data, tmp_path, monkeypatch):
     """Without GPUs accelerate knows no FSDP; what transformers asks its plugin for is tested."""
     from types import SimpleNamespace
@@ -785,7 +792,7 @@ def test_test_images_are_refused_unless_allowed(small, data, prepared):
     assert open_work(small(), [file], allow_test_images=True, progress=False).test_images == 1
 
 
-def test_a_dry_run_tells_tokens_steps_weights_and_memory(small, data):
+def test_a_dry_run_says_tokens_steps_weights_memory_and_validation(small, data, validation):
     text = report(work_of(small(), data))
     for part in (
         "10 conversations about 8 images (2 about none), 30 rounds",
@@ -794,7 +801,10 @@ def test_a_dry_run_tells_tokens_steps_weights_and_memory(small, data):
         "by arithmetic, on one device: 0.0 GiB",
     ):
         assert part in text
-    assert "conversations: 1 epoch\n" in report(work_of(small(epochs=1), data))
+    again = report(work_of(small(epochs=1, evaluate_on=["slake"], evaluate_every=2), data))
+    assert "conversations: 1 epoch\n" in again
+    assert again.endswith("of slake each, before the first step, every 2 steps and after the last")
+    assert "validation" not in text
 
 
 def test_a_wrong_call_is_one_line_and_trains_nothing(data, tmp_path, recipe_file):
