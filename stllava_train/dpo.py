@@ -659,8 +659,8 @@ def report(work: DpoWork) -> str:
     return "\n".join(
         [
             f"{counts.pairs} pairs about {counts.images} images; the chosen answer is the longer one in {longer:.0%}",
-            f"{counts.tokens} tokens, {counts.shared} with every image and shared beginning once; learnt are "
-            f"{counts.chosen_tokens} of chosen and {counts.rejected_tokens} of rejected answers",
+            f"{counts.tokens} tokens, of which {counts.shared} are computed, because images and prefixes are shared",
+            f"{counts.chosen_tokens} tokens of chosen answers and {counts.rejected_tokens} of rejected ones are learnt",
             *weights_in_words(work.pairs),
             f"{work.steps} steps of {recipe.batch} pairs: {recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}",
             *needs(work, counts.longest_tree),

@@ -161,10 +161,11 @@ def read_published(path: Path, images: Path | None, allow_test_images: bool = Fa
     if not places and not left_out:
         raise InputError(f"{path}: it holds no pair. `stllava-train pairs --from` reads {KNOWN}.")
     check_weights(path, list(pairs.values()))
-    seen = looked_at([Conversation(id, images / pair.image, (), places[id]) for id, pair in pairs.items()], progress)
+    shown = [Conversation(id, images / pair.image, (), places[id]) for id, pair in pairs.items()]
+    seen = looked_at(shown, progress, leaks=not allow_test_images)
     if pairs and len(seen.broken) == len(pairs):
         raise InputError(f"{seen.broken[0]} No image can be read. Pass the folder of the images with --images.")
-    leaks = set() if allow_test_images else {problem.id for problem in seen.leaks}
+    leaks = {problem.id for problem in seen.leaks}
     found = []
     for id, pair in pairs.items():
         if (pixels := seen.pixels.get(images / pair.image)) is None:

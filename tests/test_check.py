@@ -125,7 +125,7 @@ def test_the_image_of_a_record_with_another_problem_is_looked_at_too(tested, key
 def test_what_is_not_prepared_is_named(tested, caplog):
     told(write(tested, record("a", "0.png")))
     assert caplog.messages == [
-        "not compared with: vqarad test (only its sample is prepared; run `stllava-eval prepare vqarad`), "
+        "images were not compared with: vqarad test (only its sample is prepared; run `stllava-eval prepare vqarad`), "
         "slake test (not prepared; run `stllava-eval prepare slake`), "
         "pathvqa test (not prepared; run `stllava-eval prepare pathvqa`)"
     ]

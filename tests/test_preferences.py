@@ -227,7 +227,9 @@ def test_a_wrong_call_is_one_line(drawn, folder, monkeypatch, capfd, call, said)
     monkeypatch.chdir(folder)
     capfd.readouterr()
     assert main([part.format(drawn=drawn, images=folder / "images") for part in call]) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("not compared with")]
+    lines = [
+        line for line in capfd.readouterr().err.splitlines() if not line.startswith("images were not compared with")
+    ]
     assert len(lines) == 1
     assert said in lines[0]
 
