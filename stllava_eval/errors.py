@@ -50,3 +50,7 @@ class InputError(ValueError):
     The message is one line: the value, where it was, what would be right, what to do. Commands print it
     without a traceback and end with exit code 2; any other exception is a bug and keeps its traceback.
     """
+
+
+class NotThereError(InputError):
+    """A server does not know what it was asked for (HTTP 404)."""

@@ -39,17 +39,17 @@ def beside(named: str, folders: Sequence[Path]) -> Path | None:
         return None
 
 
-def local_folder(name: str) -> Path:
-    """Return the local folder of `name`; a hub id is downloaded.
+def local_folder(name: str, revision: str | None = None) -> Path:
+    """Return the local folder of `name`; a hub id is downloaded, at `revision`: a branch, tag or commit.
 
     Raises:
         InputError: There is neither.
     """
-    return beside(name, []) or _download(name)
+    return beside(name, []) or _download(name, revision or None)
 
 
-def _download(name: str) -> Path:
-    """The hub's copy of `name`: safetensors if it has them, else pickles."""
+def _download(name: str, revision: str | None) -> Path:
+    """The hub's copy of `name` (of None, its main branch): safetensors if it has them, else pickles."""
     if (path := local(name)) is not None and path.is_file():
         raise InputError(f"{name} is a file. Pass the folder that it lies in.")
     missing = f"{name[:200] or 'an empty name'}: no such folder"
@@ -61,10 +61,12 @@ def _download(name: str) -> Path:
         allowed = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.bin", "Vit-lora/*"]
         allowed += ["vocab.txt", "merges.txt"]  # of tokenizers without a tokenizer.json
         if not os.environ.get("HF_HUB_OFFLINE"):
-            files = HfApi().model_info(name, timeout=10).siblings or []  # says at once that there is no hub
+            files = (
+                HfApi().model_info(name, revision=revision, timeout=10).siblings or []
+            )  # says at once that there is no hub
             if any(re.fullmatch(r"model.*\.safetensors", file.rfilename) for file in files):
                 allowed.remove("*.bin")
-        return Path(snapshot_download(name, allow_patterns=allowed, etag_timeout=10))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=allowed, etag_timeout=10))
     except Exception as error:  # the hub's errors have no common base; offline, gated and unknown all end here
         raise InputError(
             f"{missing}, and not to be had from the hub ({type(error).__name__}: {one_line(error)}). Pass a folder "

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import read_bytes
@@ -24,6 +24,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
 PIXELS = 50_000_000
 # Of a TIFF, smaller copies and masks of its picture stand behind it. Our choice: a pyramid halves the side at each step
 PAGES = 64
+DARK = 64  # of 255: brightest value of 16-bit colour that uses at most 14 of its bits (our choice)
 IMAGE_BYTES = 2**28  # of one file. Our choice: as many pixels with four channels, not compressed, fill 0.75 of it
 
 # How files begin that carry an image's name and are none of these
@@ -35,10 +36,17 @@ _OTHER_FORMATS = (
     (b"\0\0\1\0", "an icon"),
     (b"\0\0\0\x0cjP", "JPEG 2000"),
     (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"NRRD", "NRRD"),
+    (b"ObjectType", "MetaImage"),
+    (b"\x93NUMPY", "a NumPy array"),
+    (b"\x08\0\x05\0CS", "DICOM"),  # without its preamble
+    (b"\x89HDF", "HDF5"),
+    (b"II*\0", "a TIFF that is cut short or of a kind that is not read"),
+    (b"MM\0*", "a TIFF that is cut short or of a kind that is not read"),
 )
 _NO_IMAGES = (
     (b"PK\3\4", "a zip archive"),
-    (b"\x1f\x8b", "gzip"),
+    (b"\x1f\x8b", "a gzip archive (perhaps NIfTI)"),
     (b"version https://git-lfs", "a pointer of Git LFS"),
 )
 
@@ -88,8 +96,7 @@ def decode(image: bytes) -> Image:
         InputError: See `opened`.
     """
     with opened(image) as header:
-        header.load()
-        return rgb(header)
+        return _rgb(header)
 
 
 def _refuse_frames(image: Image) -> None:
@@ -131,6 +138,8 @@ def _what_to_do(file: bytes) -> str:
     kind = next((kind for begin, kind in _OTHER_FORMATS if file.startswith(begin)), None)
     if file[128:132] == b"DICM":
         kind = "DICOM"
+    elif file[344:348] in (b"n+1\0", b"ni1\0"):
+        kind = "NIfTI"
     elif file[4:8] == b"ftyp":
         kind = "HEIF or AVIF"
     elif text.startswith(b"<") and b"<svg" in text:
@@ -190,41 +199,76 @@ def rgb(image: Image) -> Image:
 
     CMYK is converted as Pillow does, Adobe's inverted JPEGs included; transparency lies on black; 16-bit, 32-bit and
     float grey is stretched from its own minimum to its maximum, since scans use few of the values that the type allows.
+    16-bit colour is not: Pillow gives 8 of its bits.
 
     Raises:
-        InputError: It has more than `PIXELS` pixels or several frames, or Pillow cannot load or convert it.
+        InputError: It has more than `PIXELS` pixels or several frames, it is 16-bit colour that would be nearly black,
+            or Pillow cannot load or convert it.
     """
-    import PIL.Image
-    import PIL.ImageOps
-
     if image.width * image.height > PIXELS:  # one that somebody else has opened
         raise InputError(
             f"an image of {image.width} x {image.height} pixels, and at most {PIXELS:,} are read. Scale it down."
         )
     try:
-        with truncated_refused():
-            _refuse_frames(image)
-            upright = PIL.ImageOps.exif_transpose(image)
-        if upright.mode == "F" or upright.mode.startswith("I"):
-            return _stretched(upright).convert("RGB")
-        if upright.mode == "La":
-            upright = upright.convert("LA")
-        if upright.has_transparency_data:
-            seen = upright.convert("RGBA")
-            return PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "black"), seen).convert("RGB")
-        return upright.convert("RGB")
-    except SeveralFramesError:
+        return _rgb(image)
+    except InputError:
         raise
     except Exception as error:  # Pillow's readers raise nearly everything on a broken file
         raise InputError(f"an image of mode {image.mode} cannot be converted ({one_line(error)}). Mend it.") from error
 
 
-def _stretched(grey: Image) -> Image:
-    """In bands of rows: what numpy needs for each pixel on the way is many times the pixel."""
+def _rgb(image: Image) -> Image:
+    import PIL.Image
+    import PIL.ImageOps
+
+    stored: dict[int, Any] = dict(image.tag_v2) if image.format == "TIFF" else {}  # type: ignore[attr-defined]
+    coding = [
+        part.args if isinstance(part.args, str) else part.args[0] for part in getattr(image, "tile", ()) if part.args
+    ]
+    with truncated_refused():
+        _refuse_frames(image)
+        upright = PIL.ImageOps.exif_transpose(image)
+    if upright.mode == "F" or upright.mode.startswith("I") or (upright.mode == "L" and _is_signed(stored)):
+        return _stretched(upright, stored).convert("RGB")
+    if upright.mode == "La":
+        upright = upright.convert("LA")
+    if any(";16" in str(raw) for raw in coding):
+        _refuse_nearly_black(upright.convert("RGB"))
+    if upright.has_transparency_data:
+        seen = upright.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", seen.size, "black"), seen).convert("RGB")
+    return upright.convert("RGB")
+
+
+def _refuse_nearly_black(picture: Image) -> None:
+    """Raise InputError where 16-bit colour uses few of its bits; Pillow gives its upper 8 alone, in `picture`."""
+    brightest = max(high for _, high in picture.getextrema())  # type: ignore[misc]
+    if brightest < DARK:
+        raise InputError(
+            f"an image of 16-bit colour whose brightest value is {brightest} of 255 in 8 bits, which is nearly black. "
+            "Scale its values up, or save it with 8 bits."
+        )
+
+
+def _is_signed(stored: dict[int, Any]) -> bool:
+    """Whether a TIFF with these tags holds signed numbers, by its SampleFormat."""
+    kinds = stored.get(339)  # one for each channel
+    return (kinds[0] if isinstance(kinds, tuple) else kinds) == 2
+
+
+def _stretched(grey: Image, stored: dict[int, Any]) -> Image:
+    """Grey with its minimum black and its maximum white; where `stored`, a TIFF's tags, calls zero white, a negative.
+
+    In bands of rows: what numpy needs for each pixel on the way is many times the pixel.
+    """
     import numpy as np
     import PIL.Image
 
     values = np.asarray(grey)
+    if grey.mode == "L":  # Pillow reads signed bytes, and unsigned numbers of 32 bits, as if they were the other kind
+        values = values.view(np.int8)
+    elif stored and grey.mode == "I" and values.min(initial=0) < 0 and not _is_signed(stored):
+        values = values.view(np.uint32)
     step = max(1, 2**20 // max(1, grey.width))
     bands = [values[first : first + step] for first in range(0, len(values), step)]
     finite = [band[np.isfinite(band)] for band in bands]
@@ -234,4 +278,6 @@ def _stretched(grey: Image) -> Image:
     for number, band in enumerate(bands):
         shares = (np.where(np.isfinite(band), band.astype(np.float64), low) - low) / ((high - low) or 1.0)
         scaled[number * step : number * step + len(band)] = np.rint(255 * shares)
+    if stored.get(262) == 0:  # PhotometricInterpretation WhiteIsZero, which Pillow applies to 8 bits alone
+        np.subtract(255, scaled, out=scaled)
     return PIL.Image.fromarray(scaled)

@@ -248,18 +248,20 @@ def _read(body: Any, max_tokens: int) -> Reply | Trouble:
     none = Trouble("its reply is no chat completion", again=True, lost=True)
     if not isinstance(body, Mapping):
         return none
-    usage = body.get("usage")
-    usage = usage if isinstance(usage, Mapping) else {}
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    choice = choice if isinstance(choice, Mapping) else {}
+    usage = _usage(body, choice)
     prompt_tokens, tokens = _counts(usage)
     name = body.get("model")
     came = Reply("", tokens, None, name if isinstance(name, str) and len(name) <= LONGEST_NAME else None, prompt_tokens)
     none = replace(none, lost=not came.counted)
-    choices = body.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    choice = choice if isinstance(choice, Mapping) else {}
     if trouble := error(body) or error({"error": choice.get("error")}):
         return replace(trouble, came=came if came.counted else None)  # an error alone is not billed
-    if not isinstance(message := choice.get("message"), Mapping):
+    message = choice.get("message")
+    if not isinstance(message, Mapping) and str(choice.get("finish_reason")).lower() in FILTERED:
+        message = {}  # Azure's filter leaves it out
+    if not isinstance(message, Mapping):
         said = words(body) or _shown(body)
         return replace(none, reason=f"{none.reason}: {said}", came=came)
     finish = choice.get("finish_reason")
@@ -335,6 +337,14 @@ def _written(message: Mapping[str, Any]) -> int:
         elif isinstance(part, Mapping):
             parts += [part.get(name) for name in ("text", "thinking", "reasoning", "refusal")]
     return count
+
+
+def _usage(body: Mapping[str, Any], choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a server says of its tokens; Moonshot says it in the choice, Groq in `x_groq`, where a reply has none."""
+    groq = body.get("x_groq")
+    places = (body, choice, groq if isinstance(groq, Mapping) else {})
+    found = [usage for place in places if isinstance(usage := place.get("usage"), Mapping)]
+    return next((usage for usage in found if any(_counts(usage))), found[0] if found else {})
 
 
 def _counts(usage: Mapping[str, Any]) -> tuple[int, int]:

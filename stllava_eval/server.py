@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from stllava_eval.answering import Answer, Question, cut, progress_bar
-from stllava_eval.errors import InputError, printable
+from stllava_eval.errors import InputError, NotThereError, printable
 from stllava_eval.replies import Bill, Failure, Reply, Trouble, TwiceError, error, parsed, passes, read, whole, words
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 FIRST_WAIT = 1.0  # seconds before the second attempt, doubled before each further one (our choice)
 LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait; openai's own client stops there too
 THOUGHT = 8192  # tokens in which a reasoning model may think before its answer (our choice)
+# A gateway's status where the server behind it took too long (524: Cloudflare's): that server may have made the reply,
+# and bills it
+GATEWAY_TIMEOUTS = {504, 524}
 LARGEST = 16 << 20  # bytes of a reply or a list of models; 65,536 tokens of text are below 1 MiB (our choice)
 LARGEST_FILE = 512 << 20  # bytes of any other reply: OpenAI's batches have up to 50,000 replies each (our choice)
 LONGEST = 10_000  # characters of a message that are looked at; 300 of them are shown (our choice)
@@ -69,6 +72,7 @@ class Endpoint:
             completion.
         timeout: Seconds that one attempt may take in all, however slowly its bytes come.
         per_minute: Attempts begun in a minute, at most; None sets no limit.
+        greets: Whether to ask a model that the server does not list whether it is there, which is paid: see `hello`.
 
     Raises:
         InputError: An argument is wrong, no server answers, it refuses the key, or it does not serve the model.
@@ -82,6 +86,7 @@ class Endpoint:
         retries: int = 5,
         timeout: float = 120.0,
         per_minute: float | None = None,
+        greets: bool = True,
     ) -> None:
         for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
             if type(value) is not int or value < least:
@@ -98,6 +103,7 @@ class Endpoint:
         self._key = _key(self.base_url)
         self._secret = _Secret(self._key)
         self.concurrency, self.retries, self.timeout = concurrency, retries, timeout
+        self._greets = greets
         self.hello: Reply | None = None  # to the question whether it serves the model, where that had to be asked
         (self.model,) = _in_background(partial(self._find_model, model))
 
@@ -226,9 +232,9 @@ class Endpoint:
             status: Of HTTP; None where it was not sent.
             body: What is said of it, as JSON holds it.
         """
-        said = words(body)
+        said = words(body) or "it does not say why"
         again = status is None or passes(status)
-        trouble = Trouble(self.line(f"HTTP {status}: {said}"), again, status=status)
+        trouble = Trouble(self.line(f"HTTP {status}: {said}" if status else said), again, status=status)
         return self._judged(trouble, json.dumps(body)).failure(1)
 
     def _read(self, body: Any, max_tokens: int) -> Reply | Trouble:
@@ -303,7 +309,9 @@ class Endpoint:
                 if len(served) != 1 or served[0] != whole(self.without_key(served[0])):
                     raise InputError(f"{self.base_url}: no model is named and it serves {names}. Name one with model=.")
                 model = served[0]
-            elif model not in served:  # `transformers serve` lists what is cached, not what it serves: ask
+            elif (
+                model not in served and self._greets
+            ):  # `transformers serve` lists what is cached, not what it serves: ask
                 hello: Request = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
                 outcome, _, _ = await self._insist(client, model, hello)
                 self.hello = outcome.came if isinstance(outcome, Trouble) else outcome
@@ -351,6 +359,7 @@ class Endpoint:
 
         Raises:
             InputError: It cannot be had.
+            NotThereError: The server does not know it.
         """
         (body,) = _in_background(partial(self._call, send, what, 0 if once else self.retries))
         return body
@@ -366,9 +375,9 @@ class Endpoint:
                     break
                 await asyncio.sleep(max(FIRST_WAIT * 2**attempt * random.uniform(0.75, 1.25), outcome.wait))
             if isinstance(outcome, Trouble):
-                raise InputError(
-                    outcome.ends_the_run or f"{self.base_url}: {what}: {outcome.reason}. The same call tries again."
-                )
+                kind = NotThereError if outcome.status == 404 else InputError
+                again = "" if outcome.status == 404 else ". The same call tries again."
+                raise kind(outcome.ends_the_run or f"{self.base_url}: {what}: {outcome.reason}{again}")
             emit(outcome)
 
     async def _json(self, send: Callable[[], Awaitable[Any]]) -> Any:
@@ -422,7 +431,9 @@ class Endpoint:
         sent_on = refusal.response.headers.get("location", "").split("?")[0] if 300 <= status < 400 else ""
         if sent_on:
             reason = f"HTTP {status}"
-        return self._judged(Trouble(reason, again, wait, status, sent_on=sent_on), text)
+        return self._judged(
+            Trouble(reason, again, wait, status, sent_on=sent_on, lost=status in GATEWAY_TIMEOUTS), text
+        )
 
     def without_key(self, text: str) -> str:
         """`text` with stars for the key: a server may say it back."""

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, NotThereError
 from stllava_eval.home import read_json, write_json
+from stllava_eval.replies import Bill, Failure
 
 if TYPE_CHECKING:
-    from stllava_eval.server import Endpoint, Failure, Reply, Request
+    from stllava_eval.replies import Reply
+    from stllava_eval.server import Endpoint, Request
 
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 150_000_000  # OpenAI's limits are 50,000 and 200 MB
+ROW_BYTES, TOKEN_BYTES = 2048, 6  # of a reply in a batch's file, at most about, so that we can read it (our choice)
 GIVEN_UP = ("failed", "expired", "cancelled")  # states of a batch; what it has answered is in its files
+NAME = re.compile(r'"custom_id"\s*:\s*"([^"\\]+)"')  # in a line that may be cut; ours hold no escapes
+
+Room = tuple[int, int]
+"""Tokens of a reply and of its thought, at most."""
 
 
 class Batches:
     """The batches of a judge that are under way. Their ids are in a file, with those of other judges.
 
-    A batch that was made when a kill came before its id was written down is found again by its mark, so that nothing
-    is paid twice. A batch that has been read is remembered, lest it be found again in the place of a new one.
+    The file of a batch's requests is written down before the batch is made of it. If a kill then comes before the id of
+    the batch is known, the next call finds the batch by that file, so that nothing is paid twice.
 
     Args:
         endpoint: The server.
@@ -36,7 +43,7 @@ class Batches:
 
     def __init__(self, endpoint: Endpoint, file: Path, judge: str) -> None:
         self.endpoint, self.file, self.judge = endpoint, file, judge
-        self._all, self._read, self._limits = _listed(file)
+        self._all, self._limits, self._begun = _listed(file)
         self.ids = self._all.setdefault(judge, [])
         self._known: dict[str, dict[str, Any]] = {}
 
@@ -50,7 +57,12 @@ class Batches:
         return ", ".join(f"batch {one} is {self._known.get(one, {}).get('status')}" for one in self.under_way)
 
     def ended(self) -> list[str]:
-        """Those that have ended, asked of the server."""
+        """Those that have ended, asked of the server.
+
+        Raises:
+            InputError: The server does not answer, or does not know one of them.
+        """
+        self._find_begun()
         for one in self.ids:
             self._known[one] = self._json(partial(_retrieve, one), one)
         return [one for one in self.ids if self._ended(one)]
@@ -69,127 +81,179 @@ class Batches:
         ]
         return self.endpoint.line("; ".join(dict.fromkeys(filter(None, said)))) or "it does not say why"
 
-    def limit(self, batch: str, otherwise: int) -> int:
-        """Tokens that each of its replies was allowed; `otherwise` where it was not written down."""
+    def room(self, batch: str, otherwise: Room) -> Room:
+        """What each of its replies was allowed; `otherwise` where it was not written down."""
         return self._limits.get(batch, otherwise)
 
-    def replies(self, batch: str, max_tokens: int) -> Iterator[tuple[str, Reply | Failure]]:
-        """(custom id, what came) of a batch that has ended. What is in neither of its files was not asked."""
+    def replies(self, batch: str, max_tokens: int) -> dict[str, Reply | Failure]:
+        """Custom id -> what came, of a batch that has ended. What is in neither of its files was not asked.
+
+        Where there are several of one id, a reply is kept, as it is paid.
+        """
+        found: dict[str, Reply | Failure] = {}
         for kind in ("output_file_id", "error_file_id"):
             if not (file := self._known[batch].get(kind)):
                 continue
-            text = self.endpoint.call(partial(_content, file), batch)
+            text = self._call(partial(_content, file), batch)
             for line in text.split("\n"):  # no other sign ends a line of JSON
-                try:
-                    row = json.loads(line)
-                    name, response = str(row["custom_id"]), row.get("response") or {}
-                    if response.get("status_code") == 200:
-                        yield name, self.endpoint.read_reply(response["body"], max_tokens)
-                    else:
-                        said = row.get("error") or response.get("body") or {}
-                        yield name, self.endpoint.read_error(response.get("status_code"), said)
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    continue  # half a line; its question is asked again
+                if (name := NAME.search(line)) is None:
+                    continue
+                came = self._read(line, max_tokens)
+                if name[1] not in found or not isinstance(came, Failure):
+                    found[name[1]] = came
+        return found
 
-    def hand_in(self, requests: Iterable[tuple[str, Request]], max_tokens: int) -> None:
+    def _read(self, line: str, max_tokens: int) -> Reply | Failure:
+        try:
+            row = json.loads(line)
+            response = row.get("response") or {}
+            if str(response.get("status_code")) == "200":
+                return self.endpoint.read_reply(response["body"], max_tokens)
+            said = row.get("error") or response.get("body") or {}
+            return self.endpoint.read_error(response.get("status_code"), said)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # half a line: it may have been paid
+            return Failure("its line in the batch's file cannot be read", 1, again=True, before=Bill(unknown=1))
+
+    def hand_in(self, requests: Iterable[tuple[str, Request]], room: Room) -> None:
         """Make batches of these requests, each with its custom id.
+
+        Args:
+            requests: They may be many.
+            room: What each reply is allowed.
 
         Raises:
             InputError: The server declines.
         """
+        from stllava_eval.server import LARGEST_FILE  # with openai's client
+
+        most = max(1, min(BATCH_REQUESTS, LARGEST_FILE // (ROW_BYTES + TOKEN_BYTES * sum(room))))
         lines: list[bytes] = []
         size = 0
         for name, request in requests:
             row = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": request}
             line = json.dumps(row).encode() + b"\n"
-            if lines and (len(lines) == BATCH_REQUESTS or size + len(line) > BATCH_BYTES):
-                self._hand_in(lines, max_tokens)
+            if lines and (len(lines) == most or size + len(line) > BATCH_BYTES):
+                self._hand_in(lines, room)
                 lines, size = [], 0
             lines.append(line)
             size += len(line)
-        self._hand_in(lines, max_tokens)
+        self._hand_in(lines, room)
 
     def forget(self, batch: str) -> None:
         """Note that it has been read."""
         self.ids.remove(batch)
-        self._read.append(batch)
         self._limits.pop(batch, None)
         self._write()
 
-    def _hand_in(self, lines: Sequence[bytes], max_tokens: int) -> None:
-        mark = hashlib.sha256(b"".join(lines)).hexdigest()
-        listed = self._json(lambda client: client.batches.with_raw_response.list(limit=100), "list of batches")
-        made = next(  # a kill may have come between making it and writing it down
-            (
-                one
-                for one in listed.get("data") or ()
-                if (one.get("metadata") or {}).get("stllava") == mark
-                and one["id"] not in (*self.ids, *self._read)
-                and one.get("status") not in GIVEN_UP
-            ),
-            None,
+    def _hand_in(self, lines: Sequence[bytes], room: Room) -> None:
+        body = b"".join(lines)
+        file = self._json(
+            lambda client: client.files.with_raw_response.create(file=("judge.jsonl", body), purpose="batch"),
+            "file of requests",
         )
-        if made is None:
-            body = b"".join(lines)
-            file = self._json(
-                lambda client: client.files.with_raw_response.create(file=("judge.jsonl", body), purpose="batch"),
-                "file of requests",
-            )
-            made = self._json(
-                lambda client: client.batches.with_raw_response.create(
-                    input_file_id=file["id"],
-                    endpoint="/v1/chat/completions",
-                    completion_window="24h",
-                    metadata={"stllava": mark},
-                ),
-                "new batch",
-                once=True,  # a reply that is lost does not mean that none was made; the next call finds it by its mark
-            )
-        self._known[made["id"]] = made
-        self.ids.append(made["id"])
-        self._limits[made["id"]] = max_tokens
+        self._begun[self.judge] = (str(file["id"]), room)
+        self._write()
+        made = self._json(
+            lambda client: client.batches.with_raw_response.create(
+                input_file_id=file["id"], endpoint="/v1/chat/completions", completion_window="24h"
+            ),
+            "new batch",
+            once=True,  # a reply that is lost does not mean that none was made; the next call finds it by its file
+        )
+        self._add(made)
+
+    def _find_begun(self) -> None:
+        """The batch that an earlier call was about to make, if it was made."""
+        if self.judge not in self._begun:
+            return
+        after: dict[str, str] = {}
+        while True:
+            listed = self._json(partial(_list, after), "list of batches")
+            some = [one for one in listed.get("data") or () if isinstance(one, dict)]
+            for one in some:
+                if one.get("input_file_id") == self._begun[self.judge][0]:
+                    self._add(one)
+                    return
+            if not listed.get("has_more") or not some or after.get("after") == some[-1].get("id"):
+                break
+            after = {"after": str(some[-1].get("id"))}
+        del self._begun[self.judge]
+        self._write()
+
+    def _add(self, made: dict[str, Any]) -> None:
+        """Write down a batch that was made."""
+        _, room = self._begun.pop(self.judge)
+        name = str(made["id"])
+        self._known[name] = made
+        self.ids.append(name)
+        self._limits[name] = room
         self._write()
 
     def _ended(self, batch: str) -> bool:
         return self._known.get(batch, {}).get("status") in ("completed", *GIVEN_UP)
 
-    def _json(self, send: Callable[[Any], Any], what: str, once: bool = False) -> dict[str, Any]:
+    def _call(self, send: Callable[[Any], Any], what: str, once: bool = False) -> str:
         try:
-            made = json.loads(self.endpoint.call(send, what, once))
-            return dict(made)
+            return self.endpoint.call(send, what, once)
+        except NotThereError as error:
+            if what not in self.ids:
+                raise
+            raise InputError(
+                f"{error}. If it was handed in elsewhere or with another key, call with those. If it is gone, take "
+                f"{what} out of {self.file}: its questions are then asked again."
+            ) from error
+
+    def _json(self, send: Callable[[Any], Any], what: str, once: bool = False) -> dict[str, Any]:
+        body = self._call(send, what, once)
+        try:
+            made = dict(json.loads(body))
+            if not isinstance(made.get("id", made.get("data")), str | list):
+                raise TypeError("it has no id")
+            return made
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{self.endpoint.base_url}: {what}: its reply is no object. Call again.") from error
 
     def _write(self) -> None:
-        write_json(self.file, {"format": 1, "batches": self._all, "read": self._read, "limits": self._limits})
+        write_json(self.file, {"format": 1, "batches": self._all, "room": self._limits, "begun": self._begun})
 
 
 def batches_under_way(file: Path, judge: str) -> list[str]:
-    """The batches of a judge that were handed in and not read yet.
+    """The batches of a judge that were handed in and not read yet, and the file of one that may have been.
 
     Raises:
         InputError: The file holds no list of batches.
     """
-    return _listed(file)[0].get(judge, [])
+    batches, _, begun = _listed(file)
+    return batches.get(judge, []) + [f"a batch of {of[0]}" for name, of in begun.items() if name == judge]
 
 
-def _listed(file: Path) -> tuple[dict[str, list[str]], list[str], dict[str, int]]:
-    """(of each judge the batches that are not read yet, those that are, tokens that replies of each were allowed)."""
+def _listed(file: Path) -> tuple[dict[str, list[str]], dict[str, Room], dict[str, tuple[str, Room]]]:
+    """(of each judge the batches that are not read yet, what the replies of each were allowed, and of each judge the
+    file of requests of which a batch was about to be made, with what its replies were allowed)."""
     if not file.exists():
-        return {}, [], {}
+        return {}, {}, {}
     try:
         found = read_json(file)
         return (
             {str(name): list(map(str, ids)) for name, ids in found["batches"].items()},
-            list(map(str, found.get("read", []))),
-            {str(name): int(limit) for name, limit in found.get("limits", {}).items()},
+            {str(name): _room(room) for name, room in found.get("room", {}).items()},
+            {str(name): (str(one), _room(room)) for name, (one, room) in found.get("begun", {}).items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: no list of batches ({error!r}). Delete it if none is under way.") from error
 
 
+def _room(found: Any) -> Room:
+    tokens, thought = map(int, found)
+    return tokens, thought
+
+
 def _retrieve(batch: str, client: Any) -> Any:
     return client.batches.with_raw_response.retrieve(batch)
+
+
+def _list(after: dict[str, str], client: Any) -> Any:
+    return client.batches.with_raw_response.list(limit=100, **after)
 
 
 def _content(file: str, client: Any) -> Any:

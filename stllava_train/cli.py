@@ -594,7 +594,9 @@ def _verdicts_of_a_server(
         raise InputError(
             f"{file}: {under_way[0]} is under way, and its replies are paid. Call with --batch to read it."
         )
-    if not due and not under_way:
+    left = None if arguments.budget is None else arguments.budget - prices.spent(ledger.rows.values(), model, price)
+    nothing_left = left is not None and left <= 0 and price is not None  # not even for asking what is served
+    if not under_way and (nothing_left or not due):
         return []
     how = {
         "base_url": address or OPENAI,
@@ -603,13 +605,13 @@ def _verdicts_of_a_server(
         "retries": arguments.retries,
         "timeout": arguments.timeout,
         "per_minute": arguments.per_minute,
+        "greets": not under_way,  # a call that only looks after a batch costs nothing
     }
     if arguments.engine == "ray":
         from stllava_train.cluster import verdicts_by_ray
 
         return verdicts_by_ray(due, preset, images, price, arguments.workers, how, model, ledger.rows)
     by = judge.EndpointJudge(Endpoint(**how), preset, images, price)
-    left = None if arguments.budget is None else arguments.budget - prices.spent(ledger.rows.values(), model, price)
 
     def mark(verdict: Verdict) -> None:
         ledger.add([row_of(verdict)])

@@ -61,8 +61,8 @@ def read_conversations(file: Path, images: Path | None = None) -> tuple[list[Con
     "value": ...}, {"from": "gpt", "value": ...}, ...]}`; or that of OpenAI, Qwen, trl, LLaMA-Factory and ms-swift:
     `{"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], "images": [...]}`, where a
     content is a text or parts of text and image. See `record`. Turns are stripped. As in the authors'
-    `preprocess_multimodal` the image comes first whatever the place of its tag in the first turn, and tags in a text
-    count as one. A record without `id` gets its number in the file.
+    `preprocess_multimodal` the image comes first whatever the place of its tag in the first turn. A record without `id`
+    gets its number in the file.
 
     Args:
         file: JSON or JSONL.

@@ -148,7 +148,7 @@ class EndpointJudge:
         limit = "max_completion_tokens" if preset.thought else "max_tokens"
         self.how = How(preset.form, not preset.thought, limit, preset.thought)
         self.most = 0.0  # tokens of the longest prompt billed so far
-        self._hello = endpoint.hello  # is paid, too
+        self._greeted: Key | None = None  # the first question asked: it bears what `endpoint.hello` cost, which is paid
         self._urls: dict[str, str] = {}  # of the last images: the questions about one follow each other
 
     @property
@@ -231,9 +231,10 @@ class EndpointJudge:
                 for place, reply in replies:
                     one, how = wave.asked[place], wave.how[place]
                     wave.come.add(place)
-                    verdict = self._verdict(one, reply, how, rows)
-                    if isinstance(reply, Failure) and self._adapts(how, reply, row.scored):
+                    verdict = self._verdict(one, reply, (self.preset.max_tokens, how.thought), rows)
+                    if isinstance(reply, Failure) and (adapted := self._adapted(how, reply, row.scored)) is not how:
                         wave.settle(place, replace(verdict, outcome="failed"), mark)
+                        self._takes(adapted, reply)
                         again.append(one)
                         continue
                     wave.settle(place, verdict)
@@ -247,27 +248,37 @@ class EndpointJudge:
             due = again + [one for place, one in enumerate(wave.asked) if place not in wave.come] + due[at_once:]
             at_once = 1 if again else max(1, len(due) if row.scored else row.left)
 
-    def _adapts(self, how: How, refusal: Failure, scored: bool) -> bool:
-        """Whether a refusal names something that can be left out, which then is.
+    def _adapted(self, how: How, refusal: Failure, scored: bool) -> How | None:
+        """How to ask where a refusal names something that can be left out, `how` where it names nothing, and None where
+        it names the limit of a reply before any reply was scored."""
+        if (other := how.adapted(refusal)) is not None:
+            return other
+        return None if not scored and how.too_much(refusal) else how
+
+    def _takes(self, how: How | None, refusal: Failure) -> None:
+        """Ask so from now on.
 
         Raises:
-            InputError: It names the limit of a reply, before any reply was scored.
+            InputError: There is no way to.
         """
-        if (other := how.adapted(refusal)) is not None:
-            if other.limit != self.how.limit:
+        if how is not None:
+            if how.limit != self.how.limit:
                 print(
                     f"{self.name}: the server refuses max_tokens. Questions are sent with max_completion_tokens "
-                    f"instead, {other.thought:,} tokens more, for the model may think first.",
+                    f"instead, {how.thought:,} tokens more, for the model may think first.",
                     file=sys.stderr,
                 )
-            self.how = self.how.both(other)
-            return True
-        if not scored and how.too_much(refusal):
+            self.how = self.how.both(how)
+            return
+        if _not_taken(self.how.limit, refusal.reason):
             raise InputError(
-                f"{self.name}: the server refuses replies of {self.limit} tokens ({refusal.reason}). Give it fewer "
-                "with --max-tokens."
+                f"{self.name}: the server does not take {self.how.limit} ({refusal.reason}). Leave --reasoning out and "
+                "give the thought its room with --max-tokens."
             )
-        return False
+        raise InputError(
+            f"{self.name}: the server refuses replies of {self.limit} tokens ({refusal.reason}). Give it fewer "
+            "with --max-tokens."
+        )
 
     def batch_verdicts(
         self,
@@ -313,7 +324,7 @@ class EndpointJudge:
             if due:
                 model = self.endpoint.model
                 requests = ((name, {"model": model, **self.request(one)}) for name, one in due.items())
-                batches.hand_in(requests, self.limit)
+                batches.hand_in(requests, (self.preset.max_tokens, self.how.thought))
         if batches.under_way:
             print(f"{self.name}: {batches.state()}. Call again later, within a day.", file=sys.stderr)
 
@@ -328,9 +339,8 @@ class EndpointJudge:
         for batch in batches.ended():
             if error := batches.error(batch):
                 not_begun[batch] = error
-            limit = batches.limit(batch, self.limit)
-            how = replace(self.how, thought=limit - self.preset.max_tokens)
-            replies = dict(batches.replies(batch, limit))
+            room = batches.room(batch, (self.preset.max_tokens, self.how.thought))
+            replies = batches.replies(batch, sum(room))
             if others := len(replies.keys() - due.keys() - known):
                 raise InputError(
                     f"{batches.file}: {batch} has replies to {others} questions that are not asked now. Call with the "
@@ -340,7 +350,7 @@ class EndpointJudge:
                 one = due.get(name)
                 if one is None or (earlier.get(one.key(self.name)) or {}).get("batch") == batch:
                     continue  # it was written before a kill that came before the batch was noted as read
-                yield self._verdict(one, reply, how, earlier, batch)
+                yield self._verdict(one, reply, room, earlier, batch)
             batches.forget(batch)
         if not_begun:
             raise InputError(_not_begun(self.name, not_begun))
@@ -398,12 +408,11 @@ class EndpointJudge:
         self,
         asked: Asked,
         reply: Reply | Failure,
-        how: How,
+        room: tuple[int, int],
         earlier: Mapping[Key, Row],
         batch: str | None = None,
     ) -> Verdict:
-        text = reply.text if isinstance(reply, Reply) else None
-        limit = self.preset.max_tokens + how.thought
+        text, limit = reply.text if isinstance(reply, Reply) else None, sum(room)
         outcome, why, scores = read_verdict(reply, self.preset.strict, limit)
         came = reply if isinstance(reply, Reply) else reply.came
         cut = came is not None and came.cut and outcome == "unparsable"
@@ -415,7 +424,7 @@ class EndpointJudge:
             reply=text,
             why=why,
             model=reply.model,
-            cut_at=(self.preset.max_tokens, self.preset.thought) if cut else None,
+            cut_at=room if cut else None,
             batch=batch or verdict.batch,
         )
 
@@ -454,8 +463,10 @@ class EndpointJudge:
         self, verdict: Verdict, asked: Asked, before: Bill, came: Reply | None, limit: int, share: float = 1.0
     ) -> Verdict:
         """As `prices.paid`."""
-        if self._hello is not None and came is not None:
-            before, self._hello = before.plus_reply(self._hello), None
+        if self.endpoint.hello is not None:
+            self._greeted = self._greeted or verdict.key
+            if self._greeted == verdict.key:
+                before = before.plus_reply(self.endpoint.hello)
         estimate = partial(estimated_tokens, asked, self.images)
         return paid(verdict, before, came, self.price, estimate, self.most, limit, share)
 

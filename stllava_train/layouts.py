@@ -437,7 +437,7 @@ def _side(place: str, key: str, turns: Any, rest: Row) -> tuple[list[Turn], str 
     wrong: list[str] = []
     # a tag in the text of an answer makes no pair, and `trouble` counts it
     first, *others = read_turns(record, wrong) or [Turn("", "", 0, ())]
-    read = [first, *(replace(turn, tags=turn.tags - ("<image>" in turn.text)) for turn in others)]
+    read = [first, *(replace(turn, tags=turn.tags - turn.text.count("<image>")) for turn in others)]
     picture = read_picture(record, read, wrong)
     if not wrong and len(read) % 2:
         wrong.append(f"it ends with turn {len(read)}, a question without an answer. Add the answer.")

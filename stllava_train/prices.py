@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,9 @@ from stllava_train.verdicts import Verdict, verdict_of
 
 if TYPE_CHECKING:
     from stllava_eval.replies import Bill, Reply
+
+
+SNAPSHOT = r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4,6}|latest|preview)"  # behind a model's name: a date, or the newest
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,10 @@ class Price:
 
 
 def read_price(model: str, file: Path | None = None) -> Price | None:
-    """What `model` costs, by the entry of its name or the longest that its name begins with; None without one.
+    """What `model` costs, by the entry of its name or of the model that it is a snapshot of; None without one.
 
     Args:
-        model: `gpt-4o-2024-11-20` finds `gpt-4o`.
+        model: `gpt-4o-2024-11-20` finds `gpt-4o`. `gpt-5.4-pro` does not find `gpt-5.4`: it is another model.
         file: A YAML file as our own `prices.yaml`, which is the default.
 
     Raises:
@@ -60,7 +64,7 @@ def read_price(model: str, file: Path | None = None) -> Price | None:
         raise InputError(
             f"{file}: no list of prices ({what}). Write a line a model: `NAME: {{prompt: 2.5, reply: 10, batch: 0.5}}`."
         ) from error
-    names = [name for name in prices if model == name or model.startswith(f"{name}-")]
+    names = [name for name in prices if model == name or re.fullmatch(re.escape(name) + SNAPSHOT, model)]
     return prices[max(names, key=len)] if names else None
 
 
@@ -152,7 +156,7 @@ def paid(
         estimate: Tokens of the prompt, about.
         most: Tokens of the longest prompt billed so far.
         limit: Tokens that a reply is allowed.
-        share: Of the price, in a batch.
+        share: Of the price that the reply costs, in a batch; what came before it was asked directly.
     """
     counted = before if came is None else before.plus_reply(came)
     then = verdict.tokens or (0, 0)
@@ -161,7 +165,7 @@ def paid(
     if price is None:
         return verdict
     requests, open_cost = verdict.unsettled or (0, 0.0)
-    cost = (verdict.cost or 0.0) - open_cost + price.of(before.prompt_tokens, before.tokens) * share
+    cost = (verdict.cost or 0.0) - open_cost + price.of(before.prompt_tokens, before.tokens)
     estimated = verdict.estimated - open_cost
     requests += before.unknown
     if came is None:

@@ -22,11 +22,15 @@ PICTURES = (
     *("image_urls", "img", "imgs", "img_path", "img_paths", "img_file", "img_name", "img_url", "file_name", "filename"),
     *("media", "picture", "pictures", "photo", "figure", "input_image"),
 )
+INSIDE = {*PICTURES} - {"file_name", "filename", "media", "figure"}  # those that name nothing else, however deep
 NAMED_IN = (*PICTURES, "path", "file", "url", "name")  # keys of an object that stands for one picture
+# and those under which it holds the picture itself, or what stands for it on a server
+HELD = ("bytes", "base64", "b64", "b64_json", "data", "array", "source", "file_id", "uri", "inline_data")
 
 # Keys of other names that speak of a picture, and values that name one
 _ABOUT_PICTURES = re.compile(
-    r"(?:^|_)(?:image|img|pic|picture|photo|figure|media|scan|slide|slice|frame|dicom|pixel|video|audio)s?\d*(?:_|$)"
+    r"(?:^|_)(?:image|img|pic|picture|photo|fig|figure|media|scan|slide|slice|frame|dicom|nifti|pixel|video|audio|visual"
+    r"|x_?ray|radiograph|mammogram)s?(?:files?|names?|paths?|urls?|ids?|list)?\d*(?:_|$)"
 )
 _PICTURE_FILE = re.compile(
     r"[^\n]{1,500}\.(?:jpe?g|png|bmp|gif|tiff?|webp|dcm|dicom|nii|nii\.gz|mha|nrrd|svs|jp2|heic|avif|mp4|avi|mov|npy)"
@@ -49,7 +53,7 @@ _MORE = re.compile(
 _TAGS = re.compile(
     r"<\|[^<>|\n]{1,40}\|>"
     r"|<[/|]?\s?(?:\w{1,30}_)?(?:image|img|picture|photo|figure|vision|visual|video|audio|media)[\w\s:.-]{0,30}[/|]?>"
-    r"|<img\b[^<>]*>|</?im_(?:start|end|patch|sep)>|<(?:bbox|ref-object)>"
+    r"|<img\b[^<>]*>|</?im_(?:start|end|patch|sep)>|</?(?:bbox|ref-object|ref|box|quad|boi|eoi|pic|dicom)>"
     r"|&lt;/?(?:image|img)\w{0,20}&gt;"
     r"|\[/?(?:img|image|video)(?:[_ ]?\w{1,10})?\]|\{\{?\s?(?:image|img)\w{0,20}\s?\}"
     r"|!\[[^\]\n]{0,200}\]\([^)\n]{1,300}\)|data:image/",
@@ -75,7 +79,7 @@ class Turn:
     Attributes:
         role: question or answer; "" where it is neither.
         text: With `<image>` where the record has it.
-        tags: Places for a picture: `<image>` in the text, however many, is one; each part of type image is one more.
+        tags: Places for a picture: each `<image>` in the text is one, and each part of type image.
         pictures: Files that it names itself.
     """
 
@@ -142,7 +146,7 @@ def _turn(number: int, turn: Any, wrong: list[str]) -> Turn:
         file for key, value in turn.items() if _snake(key) in PICTURES for file in _files(value, f"{name}'s", wrong)
     ]
     if isinstance(parts, str):
-        return Turn(role, parts, int("<image>" in parts), tuple(pictures))
+        return Turn(role, parts, parts.count("<image>"), tuple(pictures))
     texts: list[str] = []
     tags = 0
     for part in parts:
@@ -151,7 +155,7 @@ def _turn(number: int, turn: Any, wrong: list[str]) -> Turn:
         texts.append(text)
         pictures += files
     joined = "".join(texts)
-    return Turn(role, joined, tags + ("<image>" in joined), tuple(pictures))
+    return Turn(role, joined, tags + joined.count("<image>"), tuple(pictures))
 
 
 def _part(part: Any, name: str, wrong: list[str]) -> tuple[str, str, list[str]]:
@@ -162,6 +166,8 @@ def _part(part: Any, name: str, wrong: list[str]) -> tuple[str, str, list[str]]:
     kind, text = fields.get("type"), fields.get("text")
     text = text if isinstance(text, str) else ""
     files = [file for key in fields if _snake(key) in NAMED_IN for file in _files(fields[key], f"{name}'s", wrong)]
+    if not files and _held(fields):
+        wrong.append(f"{name} has the part {short(part)}, which names no file. Save its picture as one and name that.")
     if files or kind in ("image", "image_url", "input_image"):
         return "image", text, files
     if kind in (None, "text", "input_text", "output_text") and isinstance(fields.get("text"), str):
@@ -178,15 +184,17 @@ def read_picture(record: dict[str, Any], turns: list[Turn], wrong: list[str]) ->
     """
     before = len(wrong)
     named = {key: _files(value, "its", wrong, key) for key, value in record.items() if _snake(key) in PICTURES}
-    files = [file for of in named.values() for file in of] + [file for turn in turns for file in turn.pictures]
-    if len(files) > 1 and any(not _is_address(file) for file in files):
-        files = [file for file in files if not _is_address(file)]  # the address that a file was downloaded from
-    distinct = list(dict.fromkeys(files))
+    sources = [*named.values(), *([file] for turn in turns for file in turn.pictures)]
+    local = [of for of in sources if not all(map(_is_address, of))]
+    # beside a file, the address under another key is the one that it was downloaded from
+    distinct = list(dict.fromkeys(file for of in (local or sources) for file in of))
     if len(distinct) > 1:
         wrong.append(
             f"it names {len(distinct)} pictures ({short(distinct[0])}, {short(distinct[1])}), and one is read. Make a "
             "record of each, or leave it out."
         )
+    elif distinct and _is_base64(distinct[0]):
+        wrong.append(f"its image is {short(distinct[0])}, the picture itself. Save it as a file and name that.")
     elif distinct and _is_address(distinct[0]):
         wrong.append(f"its image {short(distinct[0])} is a web address. Download it and name the file.")
     for number, turn in enumerate(turns):
@@ -198,7 +206,7 @@ def read_picture(record: dict[str, Any], turns: list[Turn], wrong: list[str]) ->
                 f"turn {number + 1} holds <image> and the record names no image. Add its image, or leave the record "
                 "out."
             )
-        elif turn.tags > 1:
+        elif turn.tags > 1 and len(distinct) <= 1:
             wrong.append(f"turn {number + 1} holds {turn.tags} images, and one is read. Make a record of each.")
     if len(wrong) == before:
         lists = [record[key] for key in TURNS if isinstance(record.get(key), list)]
@@ -206,7 +214,8 @@ def read_picture(record: dict[str, Any], turns: list[Turn], wrong: list[str]) ->
         inner = [(f"turn {number}'s", turn) for number, turn in enumerate(said, 1)]
         for whose, fields in (("its", record), *inner):
             _refuse_strays(fields, whose, distinct, wrong)
-    return distinct[0] if len(distinct) == 1 and not _is_address(distinct[0]) else None
+    read = len(distinct) == 1 and not _is_address(distinct[0]) and not _is_base64(distinct[0])
+    return distinct[0] if read else None
 
 
 def _refuse_strays(fields: dict[str, Any], whose: str, pictures: list[str], wrong: list[str]) -> None:
@@ -219,7 +228,7 @@ def _refuse_strays(fields: dict[str, Any], whose: str, pictures: list[str], wron
         if read or value in (None, "", [], {}, False, 0):
             continue
         files = [text for text in _texts(value) if _PICTURE_FILE.fullmatch(text.strip())]
-        about = _ABOUT_PICTURES.search(_snake(key))
+        about = _ABOUT_PICTURES.search(_snake(key)) or _names_inside(value)
         others = [file for file in files if not _is_address(file) and not any(_same(file, one) for one in pictures)]
         if (about and others) if pictures else (about or files):
             wrong.append(
@@ -280,15 +289,27 @@ def _files(value: Any, whose: str, wrong: list[str], key: str = "image") -> list
     if value in (None, "", [], {}):
         return []
     if isinstance(value, str) and "\0" not in value:
-        return [unquote(urlsplit(value).path) if value.startswith("file://") else value]
+        return [unquote(urlsplit(value).path) if value.lower().startswith(("file:///", "file://localhost/")) else value]
     if isinstance(value, list):
         return [file for one in value for file in _files(one, whose, wrong, key)]
     if isinstance(value, dict):
         held = [of for inner, of in value.items() if _snake(inner) in NAMED_IN]
         if found := [file for of in held for file in _files(of, whose, wrong, key)]:
+            if _held(value):
+                wrong.append(f"{whose} {key} is {short(value)}: a picture, and the name of one. Keep one of the two.")
             return found
     wrong.append(f"{whose} {key} is {short(value)}, not the name of one file.")
     return []
+
+
+def _names_inside(value: Any) -> bool:
+    """Whether a key for pictures is somewhere inside a value, with a text in it: a name may have no suffix."""
+    if isinstance(value, list):
+        return any(map(_names_inside, value))
+    return isinstance(value, dict) and any(
+        _names_inside(inner) or (_snake(key) in INSIDE and any(text.strip() for text in _texts(inner)))
+        for key, inner in value.items()
+    )
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -300,8 +321,17 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(one)
 
 
+def _held(fields: dict[str, Any]) -> bool:
+    """Whether an object that stands for a picture holds it, or stands for one that is kept elsewhere."""
+    return any(value not in (None, "", [], {}) for key, value in fields.items() if _snake(key) in HELD)
+
+
+def _is_base64(file: str) -> bool:
+    return file.startswith(("data:", "iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")) and len(file) > 80  # our choice
+
+
 def _is_address(file: str) -> bool:
-    return file.startswith(("http://", "https://", "s3://", "gs://"))
+    return bool(re.match(r"[a-zA-Z][\w+.-]+://", file))
 
 
 @lru_cache(4096)

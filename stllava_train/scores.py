@@ -16,6 +16,7 @@ Scores = tuple[float, float]
 """Of Answer 1 and Answer 2."""
 
 MORE_ROOM = "Raise --max-tokens, or give --reasoning to a model that thinks"
+INVISIBLE = re.compile("[\ufeff\u200b-\u200d\u2060]")
 LONGEST_LINE = 200  # characters of a line that holds scores and nothing else (our choice)
 
 
@@ -67,9 +68,10 @@ def read_scores(reply: str) -> Scores | None:
     first line with words or figures, where it holds two scores and nothing else but marks and labels ("8 6", "8, 6",
     "**8 6**", "8/10 6/10", "eight six", "Answer 1: 8, Answer 2: 6", the row of a table); or two lines with a label
     each ("Answer 1: 8", then "Answer 2: 6"; "1. 8", then "2. 6"). Scores in a sentence are not looked for: any number
-    in it could be taken for one. Where a figure may be the number of an answer or a score, there are none.
+    in it could be taken for one. Where a figure may be the number of an answer or a score ("1.8 2.6"), there are none,
+    nor where a form and a line say two different things.
     """
-    text = outside_thoughts(reply)
+    text = outside_thoughts(INVISIBLE.sub("", reply))
     if text is None:
         return None
     form = _in_form(text)
@@ -94,6 +96,8 @@ def enumerates(reply: str) -> bool:
     pairs = [_plain(line) for line in (first, second)]
     if numbers[0] == "1" or re.match(r"\W*2\s*[.)]\s*\d", first):
         return True
+    if pairs[0] in ((1, 2), (2, 1)) and pairs[1]:  # the head of a table
+        return True
     starts = [pair and pair[0] for pair in pairs]
     return starts in ([1, 2], [2, 1]) or numbers == ["2", "1"]
 
@@ -102,9 +106,16 @@ def enumerates(reply: str) -> bool:
 
 _OF = r"(?:score|rating|answer|assistant|response)s?"
 # Names of the two scores: score_1, Answer 1, score for answer 1, answer_1_score, 1
-KEY = re.compile(rf"(?:overall[_ ])?(?:{_OF}[_ ]?)?(?:(?:for|of)[_ ])?(?:{_OF})?[_ #]*([12])(?:[_ ]{_OF})?", re.I)
-AROUND = re.compile(r"(?:overall[_ ])?(?:score|rating|result|evaluation|verdict|output)s?", re.I)  # a form in a form
-VALUE = re.compile(r"\s*(\d{1,2}(?:\.\d+)?)\s*(?:/\s*10\s*)?")
+KEY = re.compile(
+    rf"(?:(?:overall|final)[_ ])?(?:{_OF}[_ ]?)?(?:(?:for|of)[_ ])?(?:{_OF})?[_ #]*([12])(?:[_ ]{_OF})?", re.I
+)
+AROUND = re.compile(
+    r"(?:(?:overall|final)[_ ])?(?:score|rating|result|evaluation|verdict|output)s?", re.I
+)  # a form in a form
+VALUE = re.compile(r"\s*(\d{1,2}(?:[.,]\d+)?)\s*(?:(?:/|out of)\s*10\s*)?", re.I)
+# What a score in a list says of whose it is: 2, "Answer 2", "second"
+WHOSE = re.compile(r"(?:the\s+)?(?:[a-z]+[\s_#]*)?([12ab]|first|second)(?:\s+[a-z]+)?", re.I)
+SCORE = ("score", "rating")
 # The beginning of a form that is cut, or that is no JSON behind its scores. A number that ends the text may be cut too
 BEGUN = re.compile(
     r'\{\s*"([^"]{1,40})"\s*:\s*(?:"([^"]{1,20})"|([\d.]{1,20}))\s*,'
@@ -124,7 +135,9 @@ def _in_form(text: str) -> Scores | None:
             return None
         made, end = {begun[1]: begun[2] or begun[3], begun[4]: begun[5] or begun[6]}, len(text)
     found = _of_answers(made)
-    if found is not None and _in_form(text[start + end :]) is not None:
+    behind = text[start + end :]
+    others = (_in_lines(text[:start]), _in_lines(behind))
+    if found is not None and (_in_form(behind) is not None or any(one not in (None, found) for one in others)):
         return math.nan, math.nan
     return found
 
@@ -143,7 +156,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _of_answers(made: Any, inside: bool = False) -> Scores | None:
     """The scores in an object; in a list, if it has two values and is inside of an object."""
     if isinstance(made, list):
-        return _numbers(made) if inside and len(made) == 2 else None
+        return _numbers(made) if inside and len(made) == 2 and _in_order(made) else None
     if not isinstance(made, dict):
         return None
     named = [(match[1], value) for name, value in made.items() if (match := KEY.fullmatch(name))]
@@ -153,15 +166,25 @@ def _of_answers(made: Any, inside: bool = False) -> Scores | None:
     return _of_answers(around[0], True) if len(around) == 1 and not named and not inside else None
 
 
+def _in_order(scores: Sequence[Any]) -> bool:
+    """Whether none in a list of scores says that it is of another answer than its place has."""
+    for place, one in enumerate(scores, 1):
+        said = [value for name, value in one.items() if name not in SCORE] if isinstance(one, dict) else []
+        whose = [match for value in said if (match := WHOSE.fullmatch(str(value).strip()))]
+        if any(PLACES[match[1].lower()] != place for match in whose):
+            return False
+    return True
+
+
 def _numbers(values: Sequence[Any]) -> Scores:
     """Both as numbers; NaN for what is none."""
     found = []
     for value in values:
         if isinstance(value, dict):
-            value = value.get("score", value.get("rating"))
+            value = next((value[name] for name in SCORE if name in value), None)
         if isinstance(value, str):
             match = VALUE.fullmatch(value)
-            value = float(match[1]) if match else None
+            value = float(match[1].replace(",", ".")) if match else None
         fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
         found.append(float(value) if fits else math.nan)
     return found[0], found[1]
@@ -193,6 +216,8 @@ IN_BETWEEN = re.compile(
 HEADING = re.compile(
     r"(?:\b(?:here|are|is|my|the|two|final|overall|results?|scores?|ratings?|answers?)\b|[\W_])*", re.I
 )
+NUMBER_OR_DECIMAL = re.compile(r"\W*1[.,]\d{1,2}\W+2[.,]\d{1,2}\W*")  # "1.8 2.6"
+COMMA = re.compile(r"\d{1,2},\d{1,2}")  # two such lines may have a decimal comma each
 PLACES = {"1": 1, "2": 2, "a": 1, "b": 2, "first": 1, "second": 2}
 Item = tuple[int | None, float]
 """(which answer, where that is said; its score)."""
@@ -202,7 +227,8 @@ def _lines(text: str) -> list[str]:
     """The lines that say something, without Markdown and with figures for the words of numbers."""
     found = []
     for raw in text.splitlines():
-        line = " ".join(re.sub(r"[*_`#>~]+|^\s*[•-]\s+", " ", raw).split())  # patterns meet no long runs of blanks
+        line = re.sub(r"[-=]+>|→", "- ", raw)
+        line = " ".join(re.sub(r"[*_`#~]+|^[\s>]+|^\s*[•-]\s+", " ", line).split())  # no pattern meets many blanks
         if re.search(r"\w", line) and not raw.lstrip().startswith("```"):
             found.append(WORD.sub(lambda word: str(1 + WORDS.index(word[0].lower())), line[: LONGEST_LINE + 1]))
         if len(found) == 4:  # two headings and two lines with a score each
@@ -214,7 +240,7 @@ def _lines(text: str) -> list[str]:
 
 def _in_lines(text: str) -> Scores | None:
     lines = _lines(text)
-    if not lines:
+    if not lines or NUMBER_OR_DECIMAL.fullmatch(lines[0]) or all(map(COMMA.fullmatch, [*lines, "", ""][:2])):
         return None
     if len(lines) > 1 and [place for place, _ in _labels(lines[0])] == [1, 2] and (pair := _plain(lines[1])):
         return pair  # the first row of a table has the labels

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qsl
 
 import PIL.Image
 
@@ -161,9 +162,13 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         faulty = self.server.faulty
         faulty.keys.append(self.headers["Authorization"])
-        path = self.path.removeprefix("/v1/").partition("?")[0].split("/")
+        where, _, asked = self.path.removeprefix("/v1/").partition("?")
+        path = where.split("/")
         if path == ["batches"]:
-            self.sends(200, {"object": "list", "data": list(faulty.batches.values())})
+            listed = list(faulty.batches.values())[::-1]  # the newest first
+            after = dict(parse_qsl(asked)).get("after")
+            listed = listed[[one["id"] for one in listed].index(after) + 1 :] if after else listed
+            self.sends(200, {"object": "list", "data": listed[:100], "has_more": len(listed) > 100})
         elif path[0] == "batches" and path[1] in faulty.batches:
             self.sends(200, faulty.batches[path[1]])
         elif path[0] == "files" and path[1] in faulty.files:

@@ -565,7 +565,12 @@ def lie_about_rows(folder: Path) -> None:
     change(folder, lambda tensors: tensors.update({"lm_head.weight": torch.ones(ROWS + 4, 48)}))
 
 
+def shard_beside_the_whole(folder: Path) -> None:
+    write_shards(folder, torch.load(folder / "pytorch_model.bin", weights_only=True))
+
+
 BROKEN = [
+    pytest.param(shard_beside_the_whole, r"holds pytorch_model\.bin and pytorch_model\.bin\.index\.json", id="both"),
     pytest.param(drop_a_shard, r"1 of 3 shards are missing \(pytorch_model-00002-of-00003\.bin\)", id="missing shard"),
     pytest.param(add_a_tensor, r"1 left over \(pytorch_model\.bin: model\.image_newline\)", id="extra tensor"),
     pytest.param(reshape_a_tensor, r"model\.norm\.weight is \[47\], the network's .* is \[48\]", id="wrong shape"),

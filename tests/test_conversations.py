@@ -158,9 +158,15 @@ def test_turns_are_stripped_and_the_image_comes_first(folder):
 def test_an_image_whose_tag_is_missing_comes_first_too(folder, processor):
     ((with_tag,), _) = read_conversations(write(folder, record("<image>\nQ?", "A.", image="x.png")))
     ((without,), _) = read_conversations(write(folder, record("Q?", "A.", image="x.png")))
-    ((twice,), _) = read_conversations(write(folder, record("<image> Q? <image>", "A.", image="x.png")))
     encoder = Encoder(processor, "v1", 4)
-    assert encoder(with_tag, (False,)) == encoder(without, (False,)) == encoder(twice, (False,))
+    assert encoder(with_tag, (False,)) == encoder(without, (False,))
+
+
+def test_two_places_for_the_one_picture_are_refused(folder):
+    """The record of two pictures of which one was lost would be learnt with the other."""
+    assert problems(folder, record("<image> Q? <image>", "A.", image="x.png")) == [
+        "turn 1 holds 2 images, and one is read. Make a record of each."
+    ]
 
 
 def test_the_misspelt_key_of_llava_med_is_read(folder):
@@ -195,7 +201,9 @@ def test_records_may_stand_a_line_each(folder):
             record("Q?", "A.", image="x" * 300), r'its image "x{39}\.\.\. is not in ', id="a name of 300 characters"
         ),
         pytest.param(
-            record("Q?", "A.", image="data:image/png;base64," + "iVBO" * 2000), "is not in ", id="the image as text"
+            record("Q?", "A.", image="data:image/png;base64," + "iVBO" * 2000),
+            "the picture itself",
+            id="the image as text",
         ),
         pytest.param(record("Q?", "A.", image="x\0.png"), r"x\\u0000\.png\", not the name of one file", id="a null"),
         pytest.param(record("Q?", "A.", image=7), "its image is 7, not the name of one file", id="a number"),
@@ -235,7 +243,7 @@ def test_turns_out_of_order_are_refused(folder, turns, expected):
     "key",
     ["image", "images", "image_path", "imagePath", "image_file", "Image", "img", "image_url", "file_name", "media"],
 )
-@pytest.mark.parametrize("of", [str, lambda name: [name], lambda name: {"path": name}, lambda name: f"file://{name}"])
+@pytest.mark.parametrize("of", [str, lambda name: [name], lambda name: {"path": name}, lambda name: f"FILE://{name}"])
 def test_a_key_that_names_a_picture_is_read(folder, key, of):
     named = of(str(folder / "x.png"))
     ((one,), found) = read_conversations(write(folder, record("<image>\nQ?", "A.", **{key: named})))
@@ -255,10 +263,20 @@ def test_a_key_for_pictures_without_one_is_text_alone(folder, nothing):
         pytest.param({"image": "x.png", "img": "y.png"}, "names 2 pictures", id="two keys"),
         pytest.param({"image_path": "y.png"}, "its image y.png is not in ", id="a file that is not there"),
         pytest.param({"image_url": "https://a.org/x.png"}, "is a web address. Download it", id="an address"),
+        pytest.param({"image": {"bytes": "iVBO", "path": "x.png"}}, "a picture, and the name of one", id="bytes, path"),
+        pytest.param({"image": "data:image/png;base64," + 60 * "i"}, r'"data:.+\.\.\., the picture itself', id="data"),
+        pytest.param({"image": "iVBORw0KGgo" * 9}, r'"iVBOR.+\.\.\., the picture itself. Save it', id="base64"),
+        pytest.param({"image": "hf://datasets/x.png"}, "is a web address. Download it", id="a hub's address"),
+        pytest.param({"image": "HTTPS://a.org/x.png"}, "is a web address. Download it", id="an address in capitals"),
+        pytest.param({"image": "file://server/x.png"}, "is a web address. Download it", id="of another machine"),
+        pytest.param({"images": ["x.png", "https://a.org/y.png"]}, "names 2 pictures", id="a file and an address"),
+        pytest.param({"imagefile": "12345"}, "its imagefile is .*, which names a picture", id="no suffix"),
+        pytest.param({"xray": "12345"}, "its xray is .*, which names a picture", id="an x-ray's number"),
         pytest.param({"images": [{"bytes": "iVBO"}]}, r"its images is \{.*, not the name of one file", id="bytes"),
         pytest.param({"scan": "x.png"}, 'its scan is "x.png", which names a picture that is not read', id="scan"),
         pytest.param({"xray_file": "a/x.dcm"}, "its xray_file is .*, which names a picture", id="a DICOM file"),
         pytest.param({"meta": {"study": ["x.png"]}}, "its meta is .*, which names a picture", id="deep inside"),
+        pytest.param({"meta": {"of": [{"images": ["12345"]}]}}, "its meta is .*, which names a", id="deep, no suffix"),
         pytest.param({"image_id": 7}, "its image_id is 7, which names a picture", id="an id of an image"),
         pytest.param({"videos": ["x.mp4"]}, "its videos is .*, which names a picture", id="a video"),
         pytest.param({"content64": "iVBORw0KGgo" * 9}, "its content64 is .*, which names a picture", id="base64"),
@@ -291,6 +309,7 @@ FOREIGN_TAGS = (
     *("<IMAGE>", "<Image>", "<image1>", "<image 1>", "<image_1>", "<img>", "</img>", "<|image_pad|>", "<ImageHere>"),
     *("<|vision_start|>", "<|video_pad|>", "<image_placeholder>", "[IMG]", "[IMG_END]", "<|image_1|>", "<|image|>"),
     *("<start_of_image>", "<IMG_CONTEXT>", "<im_patch>", "</image>", "<video>", "<img src='x.png'/>", "![a](x.png)"),
+    *("<ref>", "</box>", "<BOI>", "<pic>", "<dicom>"),
     *("<fake_token_around_image>", "<|im_start|>", "data:image/png;base64,iVBO", "&lt;image&gt;", "{image}"),
 )
 
@@ -356,6 +375,7 @@ def test_messages_are_read_as_conversations_are(folder, content, others):
         pytest.param([[{"type": "video", "video": "x.mp4"}, QUESTION_TEXT], "A."], "turn 1 has the part ", id="video"),
         pytest.param([[{"type": "image", "url": "https://a.org/x.png"}, QUESTION_TEXT], "A."], "web address", id="web"),
         pytest.param([["Q?", {"type": "image", "image": "x.png"}, PLACE], "A."], "holds 2 images", id="two places"),
+        pytest.param([["Q?", PLACE | {"source": {"data": "iVBO"}}], "A."], "which names no file", id="Anthropic's"),
         pytest.param(["Q?", "A.", [{"type": "image", "image": "x.png"}, "B?"], "C."], "turn 3 holds an", id="late"),
         pytest.param(["Q?", [{"type": "image", "image": "x.png"}, "A."]], "turn 2 holds an image", id="an answer's"),
     ],

@@ -29,14 +29,26 @@ def encoded(picture: PIL.Image.Image, format: str, **options) -> bytes:
     return file.getvalue()
 
 
-def png(width: int, height: int, rows: bytes = b"") -> bytes:
+def png(width: int, height: int, rows: bytes = b"", depth: int = 1, colour: int = 0) -> bytes:
     """A PNG of one bit a pixel with these rows, or a header that promises them."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def tiff(values: np.ndarray, white_is_zero: bool = False, sample_format: int = 1) -> bytes:
+    """Grey of one strip, in little-endian order; `sample_format`: 1 without sign, 2 with, 3 float."""
+    tags = [(256, values.shape[1]), (257, values.shape[0]), (258, 8 * values.itemsize), (259, 1)]
+    tags += [(262, 0 if white_is_zero else 1), (273, 8), (277, 1), (278, values.shape[0]), (279, values.nbytes)]
+    tags += [(339, sample_format)]
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4 if tag in (256, 257, 273, 278, 279) else 3, 1, of) for tag, of in tags
+    )
+    header = b"II*\0" + struct.pack("<I", 8 + values.nbytes)
+    return header + values.tobytes() + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
@@ -127,6 +139,14 @@ def dicom() -> bytes:
         pytest.param(lambda: b"PK\3\4" + bytes(99), " but a zip archive. Download", id="zip"),
         pytest.param(lambda: encoded(COLOURS, "TGA"), "image. Download it again.", id="TGA"),
         pytest.param(lambda: encoded(COLOURS, "PPM"), "image. Download it again.", id="PPM"),
+        pytest.param(lambda: b"\x08\0\x05\0CS\x0a\0ISO_IR 100", " but DICOM. Convert", id="DICOM without preamble"),
+        pytest.param(lambda: bytes(344) + b"n+1\0", " but NIfTI. Convert", id="NIfTI"),
+        pytest.param(lambda: b"\x1f\x8b\x08\0", " but a gzip archive (perhaps NIfTI).", id="NIfTI, packed"),
+        pytest.param(lambda: b"NRRD0004\n", " but NRRD. Convert", id="NRRD"),
+        pytest.param(lambda: b"ObjectType = Image\n", " but MetaImage. Convert", id="MetaImage"),
+        pytest.param(
+            lambda: tiff(np.eye(4, dtype="<f8"), sample_format=3), " but a TIFF that is cut", id="float64 TIFF"
+        ),
         pytest.param(lambda: b"", "0 bytes are no JPEG", id="nothing"),
     ],
 )
@@ -282,6 +302,37 @@ def test_grey_of_sixteen_bits_is_stretched_not_cut_off(mode):
     values = np.arange(1200).reshape(30, 40)
     given = in_mode(mode) if mode != "I" else PIL.Image.fromarray(values.astype(np.int32))
     assert np.asarray(rgb(given))[..., 0].tolist() == np.rint(255 * values / 1199).tolist()
+
+
+RAMP = np.arange(240).reshape(12, 20)
+
+
+@pytest.mark.parametrize(
+    ("file", "negative"),
+    [
+        pytest.param(tiff((16 * RAMP).astype("<u2"), True), True, id="zero is white, as of many radiographs"),
+        pytest.param(tiff(RAMP.astype("<f4"), True, 3), True, id="float whose zero is white"),
+        pytest.param(tiff((16 * RAMP - 1024).astype("<i2"), False, 2), False, id="Hounsfield units"),
+        pytest.param(tiff((17_000_000 * RAMP).astype("<u4")), False, id="32 bits without sign"),
+        pytest.param(tiff((RAMP - 120).astype("i1"), False, 2), False, id="bytes with sign"),
+    ],
+)
+def test_grey_of_a_tiff_is_read_as_its_tags_say(file, negative):
+    shares = np.rint(255 * (RAMP / 239))
+    assert np.asarray(decode(file))[..., 0].tolist() == (255 - shares if negative else shares).tolist()
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colour_of_sixteen_bits_that_uses_twelve_of_them_is_refused_as_nearly_black(channels):
+    def deep(bits: int) -> bytes:
+        values = np.full((12, 20, channels), 65535, ">u2")
+        values[..., : channels - 1 + channels % 2] = (RAMP * 2 ** (bits - 8))[..., None]
+        rows = b"".join(b"\0" + row.tobytes() for row in values)
+        return png(20, 12, rows, depth=16, colour={2: 4, 3: 2, 4: 6}[channels])
+
+    assert np.asarray(decode(deep(16)))[..., 0].tolist() == RAMP.tolist()
+    with pytest.raises(InputError, match="16-bit colour whose brightest value is 14 of 255 in 8 bits, which is nearly"):
+        decode(deep(12))
 
 
 def test_a_stretched_image_is_the_same_in_bands(monkeypatch):

@@ -361,10 +361,12 @@ def test_most_judges_decide_and_a_person_sees_one_order(votes, expected):
 # --- money ------------------------------------------------------------------------------------------------------------
 
 
-def test_prices_are_found_by_the_longest_name_that_fits(tmp_path):
+def test_prices_are_those_of_the_model_or_of_what_it_is_a_snapshot_of(tmp_path):
     assert read_price("gpt-4o-2024-11-20") == read_price("gpt-4o") == Price(2.5, 10.0, 0.5)
     assert read_price("gpt-4o-mini") == Price(0.15, 0.6, 0.5)
     assert read_price("gpt-4omni") is None
+    assert read_price("gpt-5.4-pro") is read_price("gpt-5.4-2026-03-05-pro") is None  # another model, another price
+    assert read_price("gpt-5.4-latest") == read_price("gpt-5.4")
     (tmp_path / "mine.yaml").write_text("med: {prompt: 1, reply: 2}\n")
     assert read_price("med", tmp_path / "mine.yaml") == Price(1.0, 2.0, 1.0)
 
@@ -563,10 +565,10 @@ def test_a_judge_killed_at_twenty_random_moments_among_faults_loses_and_repeats_
     assert set(there.asked()) == unbroken == set(texts.values())
 
 
-def batched(url: str, some, images, written, out, budget=None, price=PRICE) -> Counter:
-    by = EndpointJudge(Endpoint(url, MODEL, retries=0), OURS, images, price)
+def batched(url: str, some, images, written, out, budget=None, price=PRICE, preset=OURS) -> Counter:
+    by = EndpointJudge(Endpoint(url, MODEL, retries=0), preset, images, price)
     with open_verdicts(out, written, "ours") as ledger:
-        due = still_due(asked_of(some), MODEL, ledger, OURS)
+        due = still_due(asked_of(some), MODEL, ledger, preset)
         mark = lambda verdict: ledger.add([row_of(verdict)])  # noqa: E731
         found = by.batch_verdicts(due, out.with_suffix(".batches.json"), ledger.rows, budget, mark)
         try:
@@ -594,20 +596,35 @@ def test_a_batch_is_handed_in_once_and_read_when_it_has_ended(images, written, t
     assert found[0].model == SNAPSHOT
 
 
-def test_a_batch_made_just_before_a_kill_is_found_again(images, written, tmp_path):
+@pytest.mark.parametrize("others", [0, 250])
+def test_a_batch_made_just_before_a_kill_is_found_again(images, written, tmp_path, monkeypatch, others):
+    """Nothing of it is asked directly, or handed in, a second time."""
     some, out = candidates(4), tmp_path / "judged.jsonl"
     with FaultServer(reply=fair) as there:
-        batched(there.url, some, images, written, out)
-        file = out.with_suffix(".batches.json")
-        file.write_text('{"format": 1, "batches": {}}')  # as if the kill had come before it was written
-        by = EndpointJudge(Endpoint(there.url, MODEL), OURS, images, PRICE)
-        with open_verdicts(out, written, "ours") as ledger:
-            due = still_due(asked_of(some), MODEL, ledger)
-        requests = [(module._custom_id(one.key(MODEL)), {"model": MODEL, **by.request(one)}) for one in due]
-        Batches(by.endpoint, file, MODEL).hand_in(requests, 1024)
-        assert len(there.batches) == 1
+        with monkeypatch.context() as killed:
+            killed.setattr(Batches, "_add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                batched(there.url, some, images, written, out)
+        assert list(there.batches) == ["batch-0"]
+        for number in range(others):  # made since, by somebody else; the server lists the newest first
+            there.batches[f"other-{number}"] = {"id": f"other-{number}", "status": "completed", "input_file_id": "x"}
+        assert batched(there.url, some, images, written, out) == {}
         there.answer_batches()
         assert batched(there.url, some, images, written, out) == {"scored": 7}
+        assert len(there.requests) == 8
+        assert cost(out) == pytest.approx(PRICE.of(*there.bill[0]) * (1 + 0.5 * 7), rel=1e-9)
+
+
+def test_a_batch_that_was_not_made_is_made_by_the_next_call(images, written, tmp_path, monkeypatch):
+    some, out = candidates(4), tmp_path / "judged.jsonl"
+    with FaultServer(reply=fair) as there:
+        with monkeypatch.context() as killed:
+            killed.setattr(Batches, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                batched(there.url, some, images, written, out)  # its file is there, and no batch
+        assert not there.batches
+        assert batched(there.url, some, images, written, out) == {"scored": 1}
+        assert list(there.batches) == ["batch-0"]
 
 
 def test_what_a_batch_did_not_answer_is_handed_in_again(images, written, tmp_path):
@@ -675,7 +692,7 @@ def test_replies_of_a_batch_are_cleaned_as_any_reply_and_split_at_line_ends_only
             there.files[name] = file.replace(b"not within a day", f"not with\\n{key}".encode())
         assert batched(there.url, some, images, written, out) == {"scored": 1, "failed": 2}
     found = read_verdicts(out)
-    assert "HTTP None: not with ***" in [one.why for one in found]
+    assert "not with ***" in [one.why for one in found]
     assert [one.reply for one in found if one.reply] == ["8 7\u2028*** \ufffd"] * 2
     assert key not in out.read_text("utf-8")
 

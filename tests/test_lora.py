@@ -212,6 +212,62 @@ def test_a_lora_of_padded_rows_loses_the_rows_that_the_network_loses(checkpoint,
     assert_same(ours, wanted[..., : ours.shape[-1]])
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param({"target_modules": ["q_proj"]}, {"target_modules": ["q_proj"]}, id="a LoRA on a LoRA"),
+        pytest.param(
+            {"target_modules": PROJECTOR},
+            {"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector"]},
+            id="a whole projector on its LoRA",
+        ),
+        pytest.param(
+            {"target_modules": ["q_proj"], "modules_to_save": ["multi_modal_projector"]},
+            {"target_modules": PROJECTOR},
+            id="a LoRA on a whole projector",
+        ),
+        pytest.param(
+            {"target_modules": ["embed_tokens", "lm_head"]},
+            {"target_modules": ["embed_tokens", "lm_head"]},
+            id="vocabularies, which PEFT saves whole as well",
+        ),
+    ],
+)
+def test_an_adapter_on_an_adapter_has_the_logits_of_the_two_merged_by_peft(checkpoint, tmp_path, first, second):
+    """What a later stage saved whole has the earlier one's update in it."""
+    from peft import PeftModel
+
+    write_adapter(checkpoint, tmp_path / "first", **first)
+    between = PeftModel.from_pretrained(base_model(checkpoint), tmp_path / "first").merge_and_unload()
+    between.save_pretrained(tmp_path / "between")
+    wanted = write_adapter(tmp_path / "between", tmp_path / "second", **second)
+    change_settings(tmp_path / "second", base_model_name_or_path=str(tmp_path / "first"))
+    assert_same(logits(open_checkpoint(str(tmp_path / "second")).model()), wanted)
+
+
+def test_the_adapter_that_a_run_resumes_from_is_on_what_the_run_started_from(checkpoint, tmp_path):
+    folder = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    wanted = write_adapter(checkpoint, folder, target_modules=LIST)
+    change_settings(folder, base_model_name_or_path=None)
+    start = {"name": str(checkpoint), "sha256": "a", "weights_sha256": open_checkpoint(str(checkpoint)).weights_sha256}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"start": start}))
+    assert_same(logits(open_checkpoint(str(folder)).model()), wanted)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"start": start | {"weights_sha256": "b"}}))
+    with pytest.raises(InputError, match=r"it was trained on .* with other weights"):
+        open_checkpoint(str(folder))
+
+
+def test_a_base_on_the_hub_is_of_the_revision_that_the_adapter_names(checkpoint, tmp_path, monkeypatch):
+    def snapshot_download(name, revision=None, **_):
+        assert (name, revision) == ("them/their-model", "v1.2")
+        return str(checkpoint)
+
+    wanted = write_adapter(checkpoint, tmp_path / "lora", target_modules=LIST)
+    change_settings(tmp_path / "lora", base_model_name_or_path="them/their-model", revision="v1.2")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert_same(logits(open_checkpoint(str(tmp_path / "lora")).model()), wanted)
+
+
 def test_what_peft_takes_no_notice_of_is_no_reason_to_refuse(checkpoint, tmp_path):
     wanted = write_adapter(checkpoint, tmp_path / "lora", target_modules=LIST)
     change_settings(tmp_path / "lora", fan_in_fan_out=True)
@@ -264,6 +320,16 @@ def test_a_lost_pair_of_the_embedding_is_missed_though_its_own_weight_is_there(c
     assert any("embed_tokens.base_layer" in key for key in left)
     write_tensors(tmp_path / "lora", left)
     with pytest.raises(CheckpointError, match=r"without lora_A and lora_B .*embed_tokens"):
+        open_checkpoint(str(tmp_path / "lora"))
+
+
+@pytest.mark.parametrize("name", ["q_proj.weight", "o_proj.base_layer.weight"])
+def test_a_whole_weight_that_peft_would_pass_over_is_left_over(checkpoint, tmp_path, name):
+    """That of a layer with a LoRA is its base_layer's, and of one without it is not."""
+    write_adapter(checkpoint, tmp_path / "lora", target_modules=["q_proj"])
+    key = f"base_model.model.model.language_model.layers.0.self_attn.{name}"
+    write_tensors(tmp_path / "lora", tensors_of(tmp_path / "lora") | {key: torch.ones(64, 64)})
+    with pytest.raises(CheckpointError, match=rf"1 left over .*{re.escape(name)}"):
         open_checkpoint(str(tmp_path / "lora"))
 
 

@@ -165,6 +165,14 @@ def test_tokens_in_a_reply(usage, counted):
     assert (found.prompt_tokens, found.tokens) == counted
 
 
+@pytest.mark.parametrize("where", ["the choice (Moonshot)", "x_groq (Groq)"])
+def test_tokens_that_are_counted_elsewhere(where):
+    usage = {"usage": {"prompt_tokens": 900, "completion_tokens": 50}}
+    choice = {"message": {"content": "8 6"}, "finish_reason": "stop"} | (usage if "choice" in where else {})
+    found = read({"choices": [choice], "usage": None, "x_groq": None if "choice" in where else usage}, 1024)
+    assert (found.prompt_tokens, found.tokens) == (900, 50)
+
+
 @pytest.mark.parametrize("usage", [None, {}, [], "many", {"prompt_tokens": -5}, {"prompt_tokens": "1" + "0" * 400}])
 def test_what_a_server_does_not_count_is_estimated_and_stops_at_the_budget(images, written, out, usage):
     some = candidates(5)
@@ -219,6 +227,14 @@ def test_every_attempt_is_paid_as_the_server_bills_it(images, written, out, faul
         assert run(there.url, candidates(2), images, written, out, price=PRICE, timeout=0.5) == {"scored": 4}
         assert cost(out) == pytest.approx(billed(there), rel=1e-12)
     assert {row["unsettled"] for row in read_rows(out)} == {None}
+
+
+@pytest.mark.parametrize("status", [504, 524])
+def test_a_gateway_that_did_not_wait_for_a_reply_does_not_mean_that_it_is_not_billed(images, written, out, status):
+    first = prompt("Side 0?", "left", "right")
+    with FaultServer({first: [refuses(status)]}, reply=fair) as there:
+        assert run(there.url, candidates(1), images, written, out, price=PRICE) == {"scored": 2}
+    assert cost(out) == pytest.approx(3 * PRICE.of(PROMPT_TOKENS, 3), rel=1e-9)
 
 
 def test_replies_that_never_came_are_held_against_the_budget_and_settled_by_the_next_one(images, written, out):
@@ -307,8 +323,45 @@ def test_a_limit_that_the_server_refuses_is_no_fault_of_the_questions(images, wr
         with pytest.raises(InputError, match=r"the server refuses replies of 1024 tokens .* fewer with --max-tokens"):
             run(there.url, candidates(3), images, written, out, price=PRICE)
         assert len(there.requests) == 1
+        assert cost(out) == 0  # an error is not billed
         there.reply = fair
         assert run(there.url, candidates(3), images, written, out, price=PRICE, preset=replace(OURS, max_tokens=512))
+
+
+def test_a_server_that_does_not_know_the_limit_of_models_that_think_says_what_to_leave_out(images, written, out):
+    said = '[{"type": "extra_forbidden", "loc": ["body", "max_completion_tokens"]}]'
+    thinks = replace(OURS, thought=THOUGHT)
+    without = pytest.raises(InputError, match=r"does not take max_completion_tokens .* Leave --reasoning out")
+    with FaultServer(reply=lambda request: refuses(422, said)) as there, without:
+        run(there.url, candidates(3), images, written, out, price=PRICE, preset=thinks)
+    assert cost(out) == 0
+
+
+def test_more_room_that_a_judge_had_before_asks_nothing_again(images, written, out):
+    """A model that does not take max_tokens had the room of --reasoning already."""
+
+    def gpt5(request):
+        if "max_tokens" in request:
+            return refuses(400, "Unsupported parameter: 'max_tokens' is not supported with this model.")
+        return completes({"content": ""}, "length", THINKS)
+
+    with FaultServer(reply=gpt5) as there:
+        assert run(there.url, candidates(2), images, written, out, price=PRICE) == {"unparsable": 4}
+        assert (
+            run(there.url, candidates(2), images, written, out, price=PRICE, preset=replace(OURS, thought=THOUGHT))
+            == {}
+        )
+        more = replace(OURS, max_tokens=2048)
+        assert run(there.url, candidates(2), images, written, out, price=PRICE, preset=more) == {"unparsable": 4}
+
+
+def test_a_filter_that_leaves_the_message_out_is_final(images, written, out):
+    filtered = {"choices": [{"index": 0, "finish_reason": "content_filter"}], "usage": THINKS}
+    with FaultServer(reply=lambda request: lambda handler: handler.sends(200, filtered)) as there:
+        assert run(there.url, candidates(1), images, written, out, price=PRICE) == {"refused": 2}
+        assert run(there.url, candidates(1), images, written, out, price=PRICE) == {}
+        assert len(there.requests) == 2
+    assert cost(out) == pytest.approx(billed(there), rel=1e-12)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -345,6 +398,62 @@ def test_a_judge_that_thinks_is_paid_in_a_batch_as_well(images, written, out, co
         assert batched(there.url, candidates(4), images, written, out) == {}
         assert len(there.batches) == 1
     assert cost(out) == pytest.approx(halved(there, 1), rel=1e-12)
+
+
+def test_what_a_batch_cut_is_asked_again_with_more_room(images, written, out):
+    def thinks(request):
+        return fair(request) if len(there.requests) <= 1 or request["max_tokens"] > 1024 else cut
+
+    cut = completes({"content": ""}, "length", THINKS)
+    more = replace(OURS, max_tokens=4096)
+    with FaultServer(reply=thinks) as there:
+        batched(there.url, candidates(2), images, written, out)
+        there.answer_batches()
+        assert batched(there.url, candidates(2), images, written, out, preset=more) == {"unparsable": 3}
+        assert {tuple(row["cut_at"]) for row in read_rows(out) if row["cut_at"]} == {(1024, 0)}
+        assert batched(there.url, candidates(2), images, written, out, preset=more) == {"scored": 1}
+        assert len(there.batches) == 2
+
+
+def test_a_line_of_a_batch_that_cannot_be_read_may_have_been_paid(images, written, out):
+    with FaultServer(reply=fair) as there:
+        batched(there.url, candidates(2), images, written, out)
+        there.answer_batches()
+        file = there.batches["batch-0"]["output_file_id"]
+        lines = there.files[file].splitlines()
+        there.files[file] = b"\n".join([b'{"custom_id": null}', *lines[:2], lines[2][:-9]])
+        assert batched(there.url, candidates(2), images, written, out) == {"scored": 2, "failed": 1}
+        assert cost(out) > halved(there, 1)
+        assert batched(there.url, candidates(2), images, written, out) == {"scored": 1}
+
+
+def test_a_reply_that_was_paid_counts_where_a_batch_names_an_error_as_well(images, written, out):
+    with FaultServer(reply=fair) as there:
+        batched(there.url, candidates(2), images, written, out)
+        there.answer_batches()
+        batch = there.batches["batch-0"]
+        names = [json.loads(line)["custom_id"] for line in there.files[batch["output_file_id"]].splitlines()]
+        batch["error_file_id"] = there.keep([{"custom_id": one, "error": {"message": "late"}} for one in names])
+        assert batched(there.url, candidates(2), images, written, out) == {"scored": 3}
+    assert cost(out) == pytest.approx(halved(there, 1), rel=1e-12)
+
+
+def test_a_batch_that_is_gone_says_so_and_what_to_do(images, written, out):
+    with FaultServer(reply=fair) as there:
+        batched(there.url, candidates(2), images, written, out)
+        there.batches.clear()
+        with pytest.raises(
+            InputError, match=r"batch-0: HTTP 404: .* If it is gone, take batch-0 out of .*batches\.json"
+        ):
+            batched(there.url, candidates(2), images, written, out)
+
+
+def test_a_batch_is_so_small_that_its_replies_can_be_read(images, written, out, monkeypatch):
+    monkeypatch.setattr(server, "LARGEST_FILE", 3 * (2048 + 6 * 1024))
+    with FaultServer(reply=fair) as there:
+        batched(there.url, candidates(4), images, written, out)
+        monkeypatch.undo()
+        assert [there.files[one["input_file_id"]].count(b"custom_id") for one in there.batches.values()] == [3, 3, 1]
 
 
 def test_a_batch_of_which_every_row_was_refused_is_read_once(images, written, out):

@@ -91,13 +91,21 @@ def test_scores_in_a_reply(reply, expected):
         ("1 8\nBecause.", (1, 8)),
         ("1/10 8/10", (1, 8)),
         ("Scores: 1, 8", (1, 8)),
+        ("1 2\n8 6", None),  # the head of a table, perhaps
+        ("1 and 2:\n8 6", None),
+        ("1 > 2", None),  # a preference, which read as scores is the other one
+        ("2 > 1", None),
+        ("1.8 2.6", None),
+        ("1,8 2,6", None),
+        ("1 -> 8\n2 -> 6", (8, 6)),
+        ("1 \u2192 8\n2 \u2192 6", (8, 6)),
     ],
 )
 def test_the_number_of_an_answer_is_not_its_score(reply, expected):
     assert read_scores(reply) == expected
 
 
-@pytest.mark.parametrize("reply", ["1. 8\n2. 6", "1 8\n2 6", "1. 8", "1: 8\n2: 6", "2. 6\n1. 8"])
+@pytest.mark.parametrize("reply", ["1. 8\n2. 6", "1 8\n2 6", "1. 8", "1: 8\n2: 6", "2. 6\n1. 8", "1 2\n8 6"])
 def test_a_first_line_that_numbers_answers_is_known(reply):
     assert enumerates(reply)
     assert not enumerates("8 6\n2 6")
@@ -124,6 +132,9 @@ def test_a_first_line_that_numbers_answers_is_known(reply):
         ("8,6", (8, 6)),
         ("Answer 1: 8,5\nAnswer 2: 6", (8.5, 6)),
         ("8,5 6", None),
+        ("8,5\n6,5", None),  # two scores, or the first of two
+        ("\ufeff8\u200b 6", (8, 6)),
+        ("> 8 6", (8, 6)),
         ("8 -6", None),
         ("\u22128 6", None),  # a minus
         ("80/100 60/100", None),
@@ -160,6 +171,14 @@ def test_scores_written_in_other_ways(reply, expected):
         ('{"score_1": 8, "score_2": 6}\n{"score_1": 2, "score_2": 3}', None),
         ('{"score_1": "eight", "score_2": 6}', None),
         ('{"score_1": -8, "score_2": 6}', None),
+        ('{"score_1": "8 out of 10", "score_2": "6,5"}', (8, 6.5)),
+        ('{"scores": [{"answer": 1, "score": 8}, {"answer": 2, "score": 6}]}', (8, 6)),
+        ('{"scores": [{"answer": 2, "score": 6}, {"answer": 1, "score": 8}]}', None),
+        ('{"scores": [{"id": "Answer B", "rating": 6}, {"id": "Answer A", "rating": 8}]}', None),
+        ('{"score_1": 8, "score_2": 6, "final_score_1": 3, "final_score_2": 4}', None),
+        ('8 6\n{"score_1": 6, "score_2": 8}', None),
+        ('{"score_1": 6, "score_2": 8}\n8 6', None),
+        ('8 6\n{"score_1": 8, "score_2": 6}', (8, 6)),
         ("8 6\nThe set {a, b}", (8, 6)),
         ("{" * 5000, None),
         ('{"a":' * 5000, None),

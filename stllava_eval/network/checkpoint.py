@@ -522,11 +522,15 @@ def _read_flat(folder: Path, raw: dict[str, Any], base: str | None, above: Seque
 
 def _read_adapter(folder: Path, base: str | None, above: Sequence[Path]) -> _Draft:
     """A PEFT folder, ours or the authors' LoRA stage, on the checkpoint that it names."""
-    named = base or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    place = located(named, [folder], "base")
-    draft = _read(place, str(named), above=above)
-    manifest = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    settings = read_json(folder / "adapter_config.json")
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder  # one that a run resumes from
+    manifest = read_json(run / "run.json") if (run / "run.json").is_file() else {}
     start: Any = manifest.get("start")
+    named = base or settings.get("base_model_name_or_path")
+    if named is None and isinstance(start, dict):
+        named = start.get("name")
+    place = located(named, [folder], "base", None if base else settings.get("revision"))
+    draft = _read(place, str(named), above=above)
     if isinstance(start, dict):
         if tower := start.get("vision_tower"):
             draft.vision = located(tower, [folder], "vision-tower")
@@ -607,7 +611,8 @@ def _check(source: str, draft: _Draft, prototypes: int | None, iterations: int |
     stored = {
         name: found[name][2] if name in VOCABULARY_ROWS else shape for name, shape in wanted.items() if name in found
     }
-    deltas = _deltas(draft, Network(stored, dict(network.named_modules()), config.tie_word_embeddings), audit)
+    sources = {one.name: one.file for one in taken}
+    deltas = _deltas(draft, Network(stored, dict(network.named_modules()), config.tie_word_embeddings), sources, audit)
     if problems := audit.problems():
         raise CheckpointError(source, draft.layout, problems, audit)
     order = {file: place for place, file in enumerate(dict.fromkeys(file for file, _ in draft.weights))}
@@ -769,14 +774,23 @@ def _network(config: Any) -> Any:
         return StllavaMedForConditionalGeneration(config)
 
 
-def _deltas(draft: _Draft, network: Network, audit: Audit) -> dict[str, list[Delta]]:
-    """The updates of every adapter, by weight; an adapter's whole tensors have been taken as weights before."""
+def _deltas(draft: _Draft, network: Network, sources: Mapping[str, Path], audit: Audit) -> dict[str, list[Delta]]:
+    """The updates of every adapter, by weight; an adapter's whole tensors have been taken as weights before.
+
+    A weight that a later stage saved whole, in the file of `sources`, has the updates of the earlier ones in it. Only
+    the vision tower's own folder is no later stage, wherever it was named.
+    """
     deltas: dict[str, list[Delta]] = {}
+    order = {file: place for place, (file, rename) in enumerate(draft.weights) if rename is not _vision_name}
     has_vision = any(adapter.part == "vision" for adapter in draft.adapters)
     for adapter in draft.adapters:
         updates = read_updates(adapter, network, strays_are_copies=has_vision)
         for name, delta in updates.deltas.items():
-            deltas.setdefault(name, []).append(delta)
+            whole = sources.get(name, adapter.file)
+            if order.get(whole, -1) > order[adapter.file] and whole.parent != adapter.folder:
+                audit.dropped.setdefault(f"replaced by {whole.name}", []).append(f"{adapter.file.name}: {delta.key_b}")
+            else:
+                deltas.setdefault(name, []).append(delta)
         if updates.strays:
             audit.dropped.setdefault("copies of the vision tower's own LoRA", []).extend(updates.strays)
         audit.left_over += updates.left_over

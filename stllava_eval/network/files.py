@@ -114,6 +114,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, whole = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
+        if index.is_file() and whole.is_file():  # transformers reads the one, other loaders the other
+            raise InputError(f"{folder}: it holds {whole.name} and {index.name}. Move the one that is not meant away.")
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -141,8 +143,8 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def located(named: Any, folders: Sequence[Path], part: str) -> Path:
-    """The folder or hub copy that a checkpoint in `folders` means by `named`, as its `part`.
+def located(named: Any, folders: Sequence[Path], part: str, revision: Any = None) -> Path:
+    """The folder, or the hub's copy of `revision`, that a checkpoint in `folders` means by `named`, as its `part`.
 
     Raises:
         InputError: It names none, or there is none.
@@ -156,7 +158,7 @@ def located(named: Any, folders: Sequence[Path], part: str) -> Path:
     if place := beside(named, folders):
         return place
     try:
-        return local_folder(named)
+        return local_folder(named, revision if isinstance(revision, str) else None)
     except InputError as error:
         raise InputError(f"{folders[0]} names {named!r} as its {words}: {error} Or pass {how}{other}.") from error
 

@@ -150,6 +150,10 @@ def read_updates(adapter: Adapter, network: Network, strays_are_copies: bool) ->
                 _add_delta(
                     updates, adapter, pair, network.shapes[pair.name], weights.entries, settings.of(naming(layer))
                 )
+        for key in weights.entries:  # PEFT passes over a weight under the name that it has without a LoRA, or with one
+            name = adapter.rename(key.replace(".base_layer.", "."))
+            if ".lora_" not in key and (".base_layer." in key) != (name in known):
+                updates.left_over.append(f"{adapter.file.name}: {key}")
     lacking = [layer for layer in targeted if f"{layer}.weight" not in known]
     updates.lacking = [f"{adapter.file.name}: {layer}" for layer in lacking]
     return updates
