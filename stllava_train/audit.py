@@ -813,7 +813,9 @@ def _opened(file: Path) -> Any:
     try:
         return decode(read_image(file))
     except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}). Pass the folder of the images.") from error
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror}). Pass the folder of the images with --images."
+        ) from error
 
 
 def _thumbnail(file: Path) -> str:

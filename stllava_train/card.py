@@ -119,7 +119,7 @@ def _of_sft(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[
         f"answers and\n{counts['question_tokens']} of questions.",
         "\n".join(
             [
-                f"{len(lines)} steps; nats a token, mean of the first and of the last tenth of the steps:",
+                f"{len(lines)} steps; nats per token, mean of the first and of the last tenth of the steps:",
                 f"answers {_ends(lines, 'answer_loss')}, questions {_ends(lines, 'question_loss')}.",
                 *_kept(manifest),
             ]
@@ -134,10 +134,10 @@ def _of_dpo(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[
     (data,) = manifest["data"]
     shown = {
         "loss": "loss",
-        "share of pairs ranked right": "accuracy",
-        "log-probability of chosen answers (nats an answer)": "chosen_logps",
+        "share of pairs ranked correctly": "accuracy",
+        "log-probability of chosen answers (nats per answer)": "chosen_logps",
         "of rejected answers": "rejected_logps",
-        "estimated KL(reference || policy) (nats an answer)": "kl",
+        "estimated KL(reference || policy) (nats per answer)": "kl",
     }
     losses = [f"{len(lines)} steps; mean of the first and of the last tenth of the steps:\n"]
     losses += [f"- {words}: {_ends(lines, name)}" for words, name in shown.items()]
@@ -159,22 +159,27 @@ def _kept(manifest: dict[str, Any]) -> list[str]:
     if not kept:
         return []
     lines = [
-        f"\nOn validation questions (mean of open F1 and closed accuracy, x100) the start had "
-        f"{100 * kept['start']:.1f}; kept is step {kept['step']} with {100 * kept['score']:.1f}, the last one had "
-        f"{100 * kept['last']:.1f}."
+        f"\nThe weights of step {kept['step']} were kept. Scores on validation questions (mean of open F1 and closed "
+        f"accuracy, x100): {100 * kept['start']:.1f} at the start, {100 * kept['score']:.1f} at step {kept['step']}, "
+        f"{100 * kept['last']:.1f} at the end."
     ]
     if kept["score"] <= kept["start"]:
-        lines.append("**No step was better than the start there.**")
+        lines.append("**No step was better than the start.**")
     if kept["stopped"]:
-        lines.append("**Stopped early: closed questions lost their yes or no.**")
+        lines.append("**Training stopped early, because closed answers lost their yes or no.**")
     return lines
 
 
+def kept_step(folder: Path) -> list[str]:
+    """Lines of text about the step whose weights the run in `folder` kept; none for a run without validation."""
+    return [line.strip("\n*") for line in _kept(_manifest(folder))]
+
+
 PANELS = (  # of stage 2: (what is on the axis, {key of the trace: label})
-    ("nats an answer", {"chosen_logps": "log-probability, chosen", "rejected_logps": "rejected"}),
+    ("nats per answer", {"chosen_logps": "log-probability, chosen", "rejected_logps": "rejected"}),
     ("reward (beta times log-ratio)", {"chosen_reward": "chosen", "rejected_reward": "rejected"}),
-    ("share of pairs", {"accuracy": "ranked right"}),
-    ("nats an answer", {"kl": "KL(reference || policy), estimated"}),
+    ("share of pairs", {"accuracy": "ranked correctly"}),
+    ("nats per answer", {"kl": "KL(reference || policy), estimated"}),
 )
 COLOURS = ("#1f5fa8", "#c2571a", "#3c7d3c", "#7a4a99")
 
@@ -203,7 +208,7 @@ def draw_curves(trace: Path, image: Path) -> None:
         axes = panels["losses"]
         if examined:
             _draw_examined(panels["scores"], panels["words"], examined)
-        _draw(axes, lines, {"answer_loss": "answers", "question_loss": "questions"}, "loss (nats a token)", 50)
+        _draw(axes, lines, {"answer_loss": "answers", "question_loss": "questions"}, "loss (nats per token)", 50)
         axes.set_ylim(bottom=0)
     with whole_file(image) as unfinished:
         figure.savefig(unfinished, format="png", metadata={"Software": None})
@@ -237,8 +242,8 @@ def _draw_examined(scores: Any, lengths: Any, lines: Sequence[dict[str, Any]]) -
     _finish(scores, f"validation: {', '.join(sets)}")
     words = [mean(line, "words") for line in lines]
     lengths.plot(steps, words, color=COLOURS[0], marker="o", markersize=3, label="words")
-    lengths.set_ylim(0, 1.3 * max(words) or 1)  # all answers may be empty
-    _finish(lengths, "words an answer, validation")
+    lengths.set_ylim(0, 1.3 * max(words) or 1)  # a network that says nothing has 0 words at every step
+    _finish(lengths, "words per answer, validation")
 
 
 def _finish(axes: Any, unit: str) -> None:

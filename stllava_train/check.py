@@ -16,6 +16,7 @@ from stllava_eval.errors import InputError, one_line
 from stllava_eval.home import TEXT_BYTES, home, loads, read_bytes, whole_file
 from stllava_eval.images import decode, pixel_hash, read_image
 from stllava_train.conversations import (
+    FOLDER_OR_OUT,
     Conversation,
     Encoder,
     Problem,
@@ -154,7 +155,7 @@ def pair_problems(
     for place, pair in sound:
         for named, sha256 in pair.pictures.items():
             if (image := image_file(folder, named)) is None:
-                what = f"its image {named} is not in {folder}. Pass the folder of the images, or leave the record out."
+                what = f"its image {named} is not in {folder}. {FOLDER_OR_OUT}"
                 found.append(Found(place, pair.id, what, "image"))
             else:
                 shown.append((Conversation(pair.id, image, ((pair.question, pair.chosen),), place), pair, sha256))
@@ -192,13 +193,18 @@ class Images:
     sha256: str  # of all of them, in the order of the conversations
 
 
-def looked_at(conversations: Sequence[Conversation], progress: bool = True) -> Images:
+def looked_at(conversations: Sequence[Conversation], progress: bool = True, leaks: bool = True) -> Images:
     """Every image of the conversations, decoded. Test splits that are not prepared are named in a warning.
+
+    Args:
+        conversations: Whose images are decoded.
+        progress: Whether to draw a bar on stderr, where that is a terminal.
+        leaks: Whether to compare them with test images; a caller that keeps those anyway need not.
 
     Raises:
         InputError: A prepared test split is not whole.
     """
-    seen = _looked_at(conversations, progress, _test_images(progress))
+    seen = _looked_at(conversations, progress, _test_images(progress) if leaks else _TestImages({}, [], None))
     pixels = {path: look.pixels for path, look in seen.items() if look.pixels is not None}
     in_order = [None if one.image is None else pixels.get(one.image) for one in conversations]
     return Images(
@@ -260,7 +266,7 @@ def _test_images(progress: bool) -> _TestImages:
         for row in read_rows(name, "test"):
             files.setdefault(row.image, f"{name}/{row.image_id}")
     if missing:
-        log.warning("not compared with: %s", ", ".join(missing))
+        log.warning("images were not compared with: %s", ", ".join(missing))
     names: dict[str, str] = {}
     pictures: list[Image] = []
     for file, picture in zip(files, _mapped(decode, files, "test images", progress), strict=True):

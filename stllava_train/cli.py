@@ -9,14 +9,15 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from stllava_eval import __version__
 from stllava_eval.errors import InputError, of_the_disk, printable
 from stllava_eval.home import local, read_bytes
-from stllava_train.card import left_out_by_peft
+from stllava_train.card import kept_step, left_out_by_peft
 
 if TYPE_CHECKING:
     from stllava_train.asking import Asked, Preset
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 0 done, 1 the data has problems, 2 wrong call, 130 stopped by Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
-        return arguments.command(arguments) or 0
+        with redirect_stdout(cast(TextIO, _Stdout(sys.stdout))):
+            return arguments.command(arguments) or 0
     except InputError as error:
         print(printable(f"stllava-train: {error}"), file=sys.stderr)
         return 2
@@ -49,6 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stllava-train: stopped. The same call goes on; those of `sft` and `dpo` with --resume.", file=sys.stderr)
         return 130
+
+
+class _Stdout:
+    """Standard output that its reader may leave, as `head` does: the command goes on, and what it prints is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,9 +101,11 @@ def _add_tiny(commands: Any) -> None:
     tiny = commands.add_parser(
         "tiny",
         help="make the tiny network that recipe tiny starts from",
-        description="Make a network of 1.8 million weights and teach its two towers apart, on prepared training\n"
-        "splits, in two minutes on two cores: what CLIP and Vicuna are to the real one. `sft --recipe tiny` then\n"
-        "teaches it to answer and to ask.",
+        description=_filled(
+            "Make a network of 1.8 million weights and train its vision tower and its language model separately, on "
+            "prepared training splits, in some minutes on two cores. It takes the place of CLIP and Vicuna: `sft "
+            "--recipe tiny` then teaches it to answer and to ask."
+        ),
         epilog="examples:\n  stllava-train tiny\n  stllava-train tiny vqarad slake --out checkpoints/start --seed 1",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -95,15 +117,20 @@ def _add_tiny(commands: Any) -> None:
     tiny.set_defaults(command=_tiny)
 
 
+def _filled(description: str) -> str:
+    """A description in lines, which `RawDescriptionHelpFormatter` leaves to its caller."""
+    return textwrap.fill(description, 90)
+
+
 def _add_data(commands: Any) -> None:
     data = commands.add_parser(
         "data",
         help="write training conversations and their images",
-        description=textwrap.fill(
-            "Write training conversations, DIR/SET.json with one a line, and their images, DIR/images/SET: of prepared "
-            "splits (`stllava-eval prepare`, samples too), or of med-im, LLaVA-Med's 60k instructions with inline "
-            "mentions, whose figures are downloaded from PubMed Central; a stopped download goes on.",
-            90,
+        description=_filled(
+            "Write training conversations to DIR/SET.json, one per line, and their images to DIR/images/SET. They come "
+            "from prepared splits (`stllava-eval prepare`, samples too), or from med-im, LLaVA-Med's 60k instructions "
+            "with inline mentions, whose figures are downloaded from PubMed Central. If a download was stopped, the "
+            "same call continues it."
         ),
         epilog="examples:\n  stllava-train data vqarad slake pathvqa --out data\n"
         "  stllava-train data vqarad --out data/one-round --rounds 1\n"
@@ -117,13 +144,13 @@ def _add_data(commands: Any) -> None:
         "--split",
         choices=("train", "validation"),
         default="train",
-        help="of the prepared sets; each needs its own --out (default: train)",
+        help="split of the prepared sets; each needs its own --out (default: train)",
     )
     data.add_argument(
         "--language",
         choices=("en", "all"),
         default="en",
-        help="of SLAKE; all takes the Chinese split too, and leaks: 84 of the 96 English test images occur in Chinese "
+        help="for SLAKE; all adds the Chinese split, and leaks: 84 of the 96 English test images occur in Chinese "
         "train or validation rows (default: en)",
     )
     data.add_argument(
@@ -138,10 +165,12 @@ def _add_data(commands: Any) -> None:
         "--from",
         dest="source",
         metavar="FOLDER_OR_URL",
-        help="of med-im: folder or web address of LLaVA-Med's two files (default: the published address)",
+        help="for med-im: folder or web address of LLaVA-Med's two files (default: the published address)",
     )
     data.add_argument("--workers", type=int, default=8, metavar="N", help="articles to download at a time (default: 8)")
-    data.add_argument("--retry-missing", action="store_true", help="of med-im: ask again for figures known as missing")
+    data.add_argument(
+        "--retry-missing", action="store_true", help="for med-im: ask again for figures that were missing before"
+    )
     data.set_defaults(command=_data)
 
 
@@ -194,16 +223,21 @@ def _add_sft(commands: Any) -> None:
     sft = commands.add_parser(
         "sft",
         help="stage 1: learn to answer and to ask",
-        description="Train a checkpoint on conversations, by a recipe. RUN becomes a checkpoint that the harness "
-        "evaluates, with the losses of every step, their curves and a model card beside it. Under torchrun or "
-        "accelerate launch it trains on several devices, on the same batches.",
+        description=_filled(
+            "Train a checkpoint on conversations, by a recipe. RUN becomes a checkpoint that the harness "
+            "evaluates, with "
+            "the losses of every step, their curves and a model card. Under torchrun or accelerate launch it trains on "
+            "several devices, on the same batches."
+        ),
         epilog="examples:\n"
         "  stllava-train sft --recipe stllava-med-7b --data med-im.json --out runs/stage1 --dry-run\n"
         "  stllava-train sft --recipe stllava-med-7b --data med-im.json --out runs/stage1 epochs=3\n"
         "  stllava-train sft --recipe stllava-med-7b --data med-im.json --out runs/stage1 epochs=3 --resume",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sft.add_argument("--recipe", required=True, metavar="R", help="a YAML file, or the name of one of ours")
+    sft.add_argument(
+        "--recipe", required=True, metavar="R", help="a YAML file, or the name of a recipe in docs/train.md"
+    )
     sft.add_argument("--stage", metavar="NAME", help="the stage of a recipe that has several")
     sft.add_argument(
         "--data",
@@ -223,9 +257,12 @@ def _add_candidates(commands: Any) -> None:
     candidates = commands.add_parser(
         "candidates",
         help="let a checkpoint ask about images, and answer twice",
-        description="Let a checkpoint describe every image, ask questions about it, and answer each twice: what a\n"
-        "judge then chooses from. A stopped call goes on when it is called again. Settings with their sources:\n"
-        "docs/preferences.md.",
+        description=_filled(
+            "Let a checkpoint describe every image, ask questions about it, and answer each twice. A judge then "
+            "chooses "
+            "between the two answers. After a stop, the same call continues. docs/preferences.md lists the settings "
+            "with their sources."
+        ),
         epilog="examples:\n"
         "  stllava-train candidates --checkpoint runs/stage1 --images data/images --out runs/a/candidates.jsonl\n"
         "  stllava-train candidates --checkpoint runs/stage1 --images data/images --sample 10000 --preset authors \\\n"
@@ -235,15 +272,18 @@ def _add_candidates(commands: Any) -> None:
     candidates.add_argument("--checkpoint", required=True, metavar="DIR_OR_HUB_ID", help="that asks and answers")
     candidates.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the images")
     candidates.add_argument(
-        "--list", type=Path, metavar="FILE", help="names of images in DIR, one a line (default: all that lie in it)"
+        "--list", type=Path, metavar="FILE", help="names of images in DIR, one per line (default: all images in it)"
     )
-    candidates.add_argument("--sample", type=int, metavar="N", help="of the images, drawn by seed (default: all)")
+    candidates.add_argument(
+        "--sample", type=int, metavar="N", help="how many of the images, sampled by seed (default: all)"
+    )
     candidates.add_argument("--out", required=True, type=Path, metavar="FILE", help="NAME.jsonl to write")
     candidates.add_argument(
         "--preset",
         choices=("ours", "authors"),
         default="ours",
-        help="ours leaves out what is no question, repeats, and answers that are alike (default: ours)",
+        help="ours leaves out texts without a question mark, repeated questions and answers that are alike "
+        "(default: ours)",
     )
     candidates.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     candidates.add_argument("--dtype", metavar="T", help="float32, bfloat16 or float16 (default: by device)")
@@ -353,11 +393,15 @@ def _print_counts(counts: Mapping[str, int]) -> None:
 def _add_judge(commands: Any) -> None:
     judge = commands.add_parser(
         "judge",
-        help="let a model, a person or exact knowledge say which answer is better",
-        description="Ask judges which of two answers is better, in both orders. A judge is a model of an\n"
-        "OpenAI-compatible server (key: $OPENAI_API_KEY), a person, or exact: what is known of the sample images.\n"
-        "Several calls add their judges to one FILE; a stopped call goes on when it is called again, and nothing is\n"
-        "paid twice. The exit code is 1 as long as something is not judged.",
+        help="let a model or a person say which of two answers is better",
+        description=_filled(
+            "Ask judges which of two answers is better, in both orders. A judge is a model of an OpenAI-compatible "
+            "server (key: $OPENAI_API_KEY), a person, or `exact`, which knows what the sample images show. "
+            "Several calls "
+            "add their judges to one FILE. After a stop, the same call continues, and nothing is paid twice. The exit "
+            "code is 0 if every question has a final outcome, 1 if the same call can still ask some, 2 for a "
+            "wrong call."
+        ),
         epilog="examples:\n"
         "  stllava-train judge runs/a/candidates.jsonl --judge gpt-4o --out runs/a/judged.jsonl --dry-run\n"
         "  stllava-train judge runs/a/candidates.jsonl --judge gpt-4o --judge gpt-4.1 --budget 20 \\\n"
@@ -373,11 +417,15 @@ def _add_judge(commands: Any) -> None:
         action="append",
         default=[],
         metavar="MODEL[@URL]",
-        help="a model and its server; or exact, for sample images (default server: https://api.openai.com/v1)",
+        help="a model and the address of its server (default: https://api.openai.com/v1); or `exact`, for sample "
+        "images; may "
+        "be given several times",
     )
-    judge.add_argument("--human", metavar="NAME", help="you: opens a local page")
+    judge.add_argument("--human", metavar="NAME", help="a person, you: opens a page on this machine")
     judge.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the candidates')")
-    judge.add_argument("--sample", type=int, metavar="N", help="of the candidates, drawn by seed 0 (default: all)")
+    judge.add_argument(
+        "--sample", type=int, metavar="N", help="how many of the candidates, sampled by seed 0 (default: all)"
+    )
     judge.add_argument(
         "--preset",
         choices=("ours", "authors"),
@@ -385,22 +433,45 @@ def _add_judge(commands: Any) -> None:
         help="authors ask in one order and read the first line alone (default: ours)",
     )
     judge.add_argument(
-        "--max-tokens", type=int, metavar="N", help="of a reply; those cut before are asked again (default: 1024)"
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="longest reply; questions whose reply was cut at a lower limit are asked again (default: 1024)",
     )
     judge.add_argument(
-        "--reasoning", action="store_true", help="the judge thinks first: 8,192 more tokens, and no temperature"
+        "--reasoning",
+        action="store_true",
+        help="for a judge that thinks: 8,192 tokens more for its thought, and no temperature",
     )
-    judge.add_argument("--repeat", type=int, default=1, metavar="N", help="times that the same is asked (default: 1)")
+    judge.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="how often each question is asked (default: 1)"
+    )
     judge.add_argument("--concurrency", type=int, default=16, metavar="N", help="requests at a time (default: 16)")
-    judge.add_argument("--per-minute", type=float, metavar="N", help="requests a minute, at most (default: no limit)")
-    judge.add_argument("--retries", type=int, default=5, metavar="N", help="of a request that fails (default: 5)")
-    judge.add_argument("--timeout", type=float, default=120.0, metavar="S", help="of a request, s (default: 120)")
-    judge.add_argument("--budget", type=_amount, metavar="USD", help="stop before FILE has cost more (default: none)")
-    judge.add_argument("--prices", type=Path, metavar="FILE", help="YAML like our prices.yaml (default: that)")
-    judge.add_argument("--dry-run", action="store_true", help="print about what it would cost; ask nothing")
-    judge.add_argument("--batch", action="store_true", help="by OpenAI's Batch API: half price, up to a day")
+    judge.add_argument("--per-minute", type=float, metavar="N", help="requests per minute, at most (default: no limit)")
+    judge.add_argument(
+        "--retries", type=int, default=5, metavar="N", help="further attempts of a request that fails (default: 5)"
+    )
+    judge.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S", help="seconds that a request may take (default: 120)"
+    )
+    judge.add_argument(
+        "--budget", type=_amount, metavar="USD", help="ceiling on what FILE costs, over all calls (default: none)"
+    )
+    judge.add_argument(
+        "--prices",
+        type=Path,
+        metavar="FILE",
+        help="prices of models, YAML such as `my-judge: {prompt: 2, reply: 8}` in USD per million tokens (default: "
+        "prices.yaml of this package)",
+    )
+    judge.add_argument("--dry-run", action="store_true", help="estimate what it would cost; ask nothing")
+    judge.add_argument(
+        "--batch", action="store_true", help="use OpenAI's Batch API, at half the price; call again for the replies"
+    )
     _add_engine(judge)
-    judge.add_argument("--port", type=int, default=8400, metavar="N", help="of the page for --human (default: 8400)")
+    judge.add_argument(
+        "--port", type=int, default=8400, metavar="N", help="port of the page for --human (default: 8400)"
+    )
     judge.set_defaults(command=_judge)
 
 
@@ -458,6 +529,8 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
     price = prices.read_price(model, arguments.prices)
     if arguments.dry_run:
         print(prices.forecast(model, asked, images, price, sum(preset.room)))
+        if not arguments.reasoning and model != EXACT:
+            print("a model that thinks is billed for its thoughts too: --reasoning adds them to what it costs at most")
         return True
     truths = sample_truths() if model == EXACT else {}
     with judge.open_verdicts(arguments.out, arguments.candidates, arguments.preset) as ledger:
@@ -483,11 +556,22 @@ def _judge_by(name: str, arguments: argparse.Namespace, candidates: Sequence[Can
         about = f", of which {estimated:.4f} is an estimate (see docs/preferences.md)" if estimated >= 5e-5 else ""
         print(f"  cost of the file: {spent:.4f} USD{about}")
     if missing:
-        state = "not answered yet" if arguments.batch else "not asked"
-        print(printable(f"  {state}: {missing:,}. The same call goes on; with --budget, raise it."))
+        print(f"  {_why_missing(missing, arguments)}")
     if failed > counts["failed"]:
         print("  nothing is scored: the same call asks again what the server refused, which nobody has paid")
     return not missing and not failed
+
+
+def _why_missing(missing: int, arguments: argparse.Namespace) -> str:
+    """Why so many questions have no verdict after a call that was not stopped, and what to do."""
+    if arguments.batch:
+        return f"not answered yet: {missing:,}. The same call reads the batch when it is done."
+    if arguments.budget is None:
+        return f"not asked: {missing:,}. The same call asks them."
+    return (
+        f"not asked: {missing:,}, because the longest reply to one more could cost more than is left of --budget "
+        f"{arguments.budget:g}. Raise it, or lower --max-tokens."
+    )
 
 
 def _verdicts_of_a_server(
@@ -573,9 +657,13 @@ def _add_pairs(commands: Any) -> None:
     pairs = commands.add_parser(
         "pairs",
         help="write preference pairs: the chosen and the rejected answer",
-        description="Write a pair for every two answers of which the judges prefer one, as JSONL, and for other\n"
-        "trainers. What makes no pair is counted by why. --from reads pairs of other tools and published ones.\n"
-        "--contrast makes pairs of one answer about two images: the true one, and a copy whose region is noise.",
+        description=_filled(
+            "Write a preference pair for every two answers of which the judges prefer one, as JSONL and in the "
+            "layouts of "
+            "other trainers. Candidates that make no pair are counted by reason. --from reads published pairs and "
+            "those of other tools instead. --contrast makes pairs of one answer about two images: the true one, and a "
+            "copy whose region is noise."
+        ),
         epilog="examples:\n"
         "  stllava-train pairs runs/a/candidates.jsonl runs/a/judged.jsonl --out runs/a/pairs.jsonl --held-out 0.1\n"
         "  stllava-train pairs runs/a/candidates.jsonl runs/a/judged.jsonl --out runs/b/pairs.jsonl \\\n"
@@ -622,30 +710,43 @@ def _add_pairs(commands: Any) -> None:
         help="folder of the images (default: the candidates'; with --contrast that of FILE)",
     )
     pairs.add_argument(
-        "--judge", action="append", default=[], metavar="NAME", help="whose verdicts count (default: all; the majority)"
+        "--judge",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="judge whose verdicts count; may be given several times (default: the majority of all)",
     )
     pairs.add_argument(
         "--rule",
         choices=("ours", "authors"),
         default="ours",
-        help="authors take one order, and the second answer of a tie (default: ours, both orders must agree)",
+        help="ours: both orders must agree; authors: one order, and the second answer wins a tie (default: ours)",
     )
     pairs.add_argument(
-        "--min-margin", type=float, metavar="POINTS", help="of the two scores (default: 1; with authors 0)"
+        "--min-margin",
+        type=float,
+        metavar="POINTS",
+        help="smallest difference of the two scores (default: 1; with authors 0)",
     )
     pairs.add_argument("--per-image", type=int, metavar="N", help="pairs of an image, at most (default: all)")
     pairs.add_argument(
         "--balance-length", action="store_true", help="as many pairs with the longer answer chosen as rejected"
     )
     pairs.add_argument("--balance-verdict", action="store_true", help="as many pairs with yes chosen as with no chosen")
-    pairs.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="of the images (default: 0)")
-    pairs.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)")
+    pairs.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the images whose pairs go to a file of their own (default: 0)",
+    )
+    pairs.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all sampling (default: 0)")
     pairs.add_argument(
         "--format",
         action="append",
         default=[],
         choices=("trl", "authors", "llama-factory", "ms-swift"),
-        help="write them for this trainer as well",
+        help="write the pairs for this trainer as well; may be given several times",
     )
     pairs.add_argument(
         "--allow-test-images",
@@ -676,6 +777,9 @@ def _pairs(arguments: argparse.Namespace) -> int:
     elif arguments.source:
         kept = read_published(arguments.source, images, arguments.allow_test_images)
         source = source_of(arguments.source)
+        images_shown = len({pair.image_sha256 for pair in kept.pairs})
+        read = f"{_counted(len(kept.pairs), 'pair')} about {_counted(images_shown, 'image')}"
+        print(printable(f"{arguments.source}: {read}; {sum(kept.left_out.values()):,} left out"))
     else:
         candidates, verdicts, folder = _judged(*arguments.files)
         images = images or folder
@@ -787,8 +891,10 @@ def _add_audit(commands: Any) -> None:
     audit = commands.add_parser(
         "audit",
         help="look at judges and data: a page and its figures",
-        description="Write audit.html and audit.json: how far the judges can be trusted, what the data is made of,\n"
-        "whether it touches test sets, and examples to look at.",
+        description=_filled(
+            "Write audit.html and audit.json: how far the judges can be trusted, what the data is made of, whether it "
+            "contains test images or test questions, and examples to read."
+        ),
         epilog="examples:\n"
         "  stllava-train audit runs/a/candidates.jsonl runs/a/judged.jsonl --out runs/a/audit\n"
         "  stllava-train audit runs/a/candidates.jsonl runs/a/judged.jsonl --out runs/a/audit \\\n"
@@ -800,7 +906,11 @@ def _add_audit(commands: Any) -> None:
     audit.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write")
     audit.add_argument("--images", type=Path, metavar="DIR", help="folder of the images (default: the candidates')")
     audit.add_argument(
-        "--judge", action="append", default=[], metavar="NAME", help="whose verdicts make pairs (default: all)"
+        "--judge",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="judge whose verdicts make pairs; may be given several times (default: all)",
     )
     audit.add_argument(
         "--references",
@@ -813,7 +923,7 @@ def _add_audit(commands: Any) -> None:
     audit.add_argument(
         "--checkpoint",
         metavar="DIR_OR_HUB_ID",
-        help="asked with a black image: what text alone tells (default: nobody)",
+        help="model that is asked with a black image: what it answers by the text alone (default: none)",
     )
     audit.add_argument("--examples", type=_count, default=24, metavar="N", help="pairs to look at (default: 24)")
     audit.set_defaults(command=_audit)
@@ -849,9 +959,12 @@ def _add_dpo(commands: Any) -> None:
     dpo = commands.add_parser(
         "dpo",
         help="stage 2: learn to prefer the chosen answers",
-        description="Train a checkpoint on preference pairs, by a recipe. RUN becomes a checkpoint that the harness "
-        "evaluates, with the losses of every step, their curves and a model card beside it. Under torchrun or "
-        "accelerate launch it trains on several devices, on the same batches.",
+        description=_filled(
+            "Train a checkpoint on preference pairs, by a recipe. RUN becomes a checkpoint that the harness evaluates, "
+            "with the losses of every step, their curves and a model card. Under torchrun or accelerate launch "
+            "it trains "
+            "on several devices, on the same batches."
+        ),
         epilog="examples:\n"
         "  stllava-train dpo --recipe tiny --pairs runs/a/pairs.jsonl --images data/images --out runs/a/dpo \\\n"
         "    --dry-run start=runs/stage1\n"
@@ -859,9 +972,15 @@ def _add_dpo(commands: Any) -> None:
         "    start=runs/stage1-7b beta=0.3",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    dpo.add_argument("--recipe", required=True, metavar="R", help="a YAML file, or the name of one of ours")
     dpo.add_argument(
-        "--pairs", required=True, type=Path, metavar="FILE", help="what `stllava-train pairs` wrote, or reads"
+        "--recipe", required=True, metavar="R", help="a YAML file, or the name of a recipe in docs/train.md"
+    )
+    dpo.add_argument(
+        "--pairs",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="pairs that `stllava-train pairs` wrote, or a file in a layout that `pairs --from` reads",
     )
     dpo.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the pairs' images")
     dpo.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder to write")
@@ -872,10 +991,13 @@ def _add_dpo(commands: Any) -> None:
 def _add_all(commands: Any) -> None:
     every = commands.add_parser(
         "all",
-        help="the whole self-training: every stage, and evaluations",
-        description="Stage 1, candidates, verdicts, pairs, stage 2 and evaluations, one after the other, by a recipe.\n"
-        "A stage that is done is not done again unless what it is made of has changed; a stopped call goes on when\n"
-        "it is called again. It ends with the scores and with tests of what stage 2 has changed.",
+        help="run both stages, the steps between them, and evaluations",
+        description=_filled(
+            "Run stage 1, candidates, judges, pairs, stage 2 and evaluations, one after the other, by a recipe. "
+            "A stage "
+            "is skipped if it is done and its inputs have not changed; after a stop, the same call continues. It ends "
+            "with the scores and with tests of what stage 2 has changed."
+        ),
         epilog="examples:\n"
         "  stllava-train all --recipe tiny --data data/vqarad.json --data data/slake.json --images data/images \\\n"
         "    --out runs/a sft.start=checkpoints/tiny-start\n"
@@ -883,14 +1005,16 @@ def _add_all(commands: Any) -> None:
         "    rounds=2 dpo.beta=0.3",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    every.add_argument("--recipe", required=True, metavar="R", help="a YAML file, or the name of one of ours")
+    every.add_argument(
+        "--recipe", required=True, metavar="R", help="a YAML file, or the name of a recipe in docs/train.md"
+    )
     every.add_argument(
         "--data",
         required=True,
         action="append",
         type=Path,
         metavar="FILE",
-        help="conversations for stage 1, beside their images; may be given several times",
+        help="conversations for stage 1, in the folder that their images are relative to; may be given several times",
     )
     every.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the images to ask about")
     every.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder to write")
@@ -899,7 +1023,7 @@ def _add_all(commands: Any) -> None:
         "changes",
         nargs="*",
         metavar="key=value",
-        help="changes of the recipe, such as rounds=2; sft., candidates. and dpo. reach into these stages",
+        help="changes of the recipe, such as rounds=2; sft.KEY, candidates.KEY and dpo.KEY change that stage",
     )
     every.set_defaults(command=_all)
 
@@ -925,7 +1049,7 @@ def _all(arguments: argparse.Namespace) -> int:
 
 def _add_training(command: Any) -> None:
     """What both stages have."""
-    command.add_argument("--resume", action="store_true", help="go on with the run in RUN, which was broken off")
+    command.add_argument("--resume", action="store_true", help="resume the interrupted run in RUN")
     command.add_argument(
         "--allow-test-images",
         action="store_true",
@@ -967,8 +1091,10 @@ def _train(arguments: argparse.Namespace, stage: Any, recipe: Any, data: Any) ->
             from stllava_eval.answering import record_default_checkpoint
 
             record_default_checkpoint(arguments.out)
-        beside = "losses.jsonl, curves.png, tensorboard and README.md are beside it"
-        print(printable(f"{arguments.out}: the checkpoint; {beside}"))
+        beside = "losses.jsonl, curves.png, tensorboard and README.md are in it too"
+        print(printable(f"{arguments.out}: the checkpoint was written; {beside}"))
+        for line in kept_step(arguments.out):
+            print(printable(f"{arguments.out}: {line}"))
         if lost := left_out_by_peft(arguments.out):
             print(
                 printable(
@@ -983,8 +1109,10 @@ def _add_merge(commands: Any) -> None:
     merge = commands.add_parser(
         "merge",
         help="write a run's adapter and its base as one whole checkpoint",
-        description="Merge the LoRA of RUN into the checkpoint that it builds on, in float32, and write the whole "
-        "network as a folder that from_pretrained, this harness and stage 2 read.",
+        description=_filled(
+            "Merge the LoRA of RUN into the checkpoint that it builds on, in float32, and write the whole network as a "
+            "folder that from_pretrained, this harness and stage 2 read."
+        ),
         epilog="examples:\n  stllava-train merge runs/stage1 --out checkpoints/stage1",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -1030,7 +1158,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     from stllava_eval.network.convert import convert
 
     convert(open_checkpoint(arguments.run), arguments.out)
-    print(printable(f"{arguments.out}: the whole checkpoint"))
+    print(printable(f"{arguments.out}: one whole checkpoint was written"))
     return 0
 
 
@@ -1046,10 +1174,12 @@ def _add_check(commands: Any) -> None:
     check = commands.add_parser(
         "check",
         help="list everything that is wrong with training data",
-        description="List every problem of files of conversations, or of one file of pairs: their form, images that "
-        "cannot be decoded, records that are too long, duplicates, pairs that contradict each other, and images that "
-        "are in a prepared test split or look like one of it. The exit code is 0 where there is none, 1 where there "
-        "are some, 2 for a wrong call.",
+        description=_filled(
+            "List every problem of files of conversations, or of one file of pairs: their form, images that cannot be "
+            "decoded, records that are too long, duplicates, pairs that contradict each other, and images that are in "
+            "a prepared test split or look like one of it. The exit code is 0 if there is none, 1 if there are some, 2 "
+            "for a wrong call."
+        ),
         epilog="examples:\n  stllava-train check data/train.json --images data/images\n"
         "  stllava-train check a.json b.jsonl --images images --checkpoint ZachSun/stllava-med-7b --write sound.json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1059,7 +1189,8 @@ def _add_check(commands: Any) -> None:
         nargs="+",
         type=Path,
         metavar="DATA",
-        help="JSON or JSONL file of conversations; or one of pairs, as `stllava-train pairs` writes",
+        help="JSON or JSONL file of conversations; or one of pairs that `stllava-train pairs` wrote (`pairs --from` "
+        "reads those of other tools)",
     )
     check.add_argument(
         "--images", type=Path, metavar="DIR", help="folder that images are relative to (default: that of each file)"
@@ -1079,6 +1210,7 @@ def _add_check(commands: Any) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from stllava_train.check import KINDS, MAX_TOKENS, is_pairs, pair_problems, problems, write_sound
+    from stllava_train.layouts import refuse_other_pairs
 
     files, images, out = arguments.data, arguments.images, arguments.write
     _check_data(files, images)
@@ -1092,9 +1224,11 @@ def _check(arguments: argparse.Namespace) -> int:
     if arguments.max_tokens is not None and (arguments.max_tokens < 1 or not arguments.checkpoint):
         raise InputError(f"--max-tokens {arguments.max_tokens}: a number from 1 on, with --checkpoint to count.")
     if not arguments.checkpoint:
-        print("lengths are not counted: name the model whose tokenizer does, --checkpoint DIR", file=sys.stderr)
+        print("lengths are not checked: pass --checkpoint DIR to count tokens with its tokenizer", file=sys.stderr)
     encoder = _encoder(arguments.checkpoint) if arguments.checkpoint else None
     most = arguments.max_tokens or MAX_TOKENS
+    for file in files:
+        refuse_other_pairs(file)
     paired = [file for file in files if is_pairs(file)]
     if paired and (len(files) > 1 or out):
         raise InputError(f"{paired[0]}: it holds pairs. Check it by itself, without --write.")
@@ -1107,6 +1241,8 @@ def _check(arguments: argparse.Namespace) -> int:
         kinds = Counter(problem.kind for problem in every)
         counts = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind])
         print(f"{_counted(len(every), 'problem')} in {_counted(records, 'record')}: {counts}")
+    else:
+        print("no problem was found", file=sys.stderr)
     if out:
         print(printable(f"{out}: {_counted(write_sound(files, every, out), 'record')}"))
     return 1 if every else 0

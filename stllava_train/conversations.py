@@ -18,6 +18,7 @@ from stllava_train.columns import columns_of, under_our_names
 from stllava_train.record import Turn, read_picture, read_system, read_turns, short, tags
 
 NOTHING, ANSWER, QUESTION = 0, 1, 2  # what a token is learnt as
+FOLDER_OR_OUT = "Pass the folder of the images with --images, or leave the record out."
 SPECIAL = ("<s>", "</s>", "<unk>", "<pad>")
 HALF = re.compile("[\ud800-\udfff]")  # a character cut in two
 ROLE = re.compile(r"\b(?:V?USER|ASSISTANT):")
@@ -231,7 +232,7 @@ def _conversation(record: Any, number: int, place: str, folder: Path, wrong: lis
     image = None
     if (given := read_picture(record, turns, wrong)) is not None and (image := image_file(folder, given)) is None:
         shown = given if len(given) <= 255 else short(given)  # a longer one may be the image itself, as text
-        wrong.append(f"its image {shown} is not in {folder}. Pass the folder of the images, or leave the record out.")
+        wrong.append(f"its image {shown} is not in {folder}. {FOLDER_OR_OUT}")
     texts = [_text(number, turn, given is not None, wrong) for number, turn in enumerate(turns)]
     if turns and len(turns) % 2:
         wrong.append(f"it ends with turn {len(turns)}, a question without an answer. Add the answer, or drop the turn.")

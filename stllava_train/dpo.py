@@ -42,6 +42,7 @@ from stllava_train.training import (
     first_process,
     listeners,
     needs,
+    open_start,
     plan,
     processes,
     quiet,
@@ -411,7 +412,7 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
         return (each if weights is None else each * weights.to(each)).mean()
 
     def step_record(self, logs: Mapping[str, float]) -> dict[str, Any]:
-        """What trl measures of a step, in our words; means over its pairs, log-probabilities in nats an answer.
+        """What trl measures of a step, in our words; means over its pairs, log-probabilities in nats per answer.
 
         `kl` is the mean over both answers of the reference's log-probability less the policy's: an estimate of
         KL(reference || policy) an answer, as the reference wrote them (at the temperature of the candidates).
@@ -542,7 +543,6 @@ def open_work(
         InputError: A pair is none, is too long, or shows a test image or other pixels than it was made of; or recipe,
             checkpoint and the number of processes do not fit together.
     """
-    from stllava_eval.network.checkpoint import open_checkpoint
     from stllava_train.check import Images, looked_at
 
     rows_of(recipe, processes().num_processes)
@@ -567,9 +567,7 @@ def open_work(
             "loss, such as loss=[sigmoid], or take the weights out."
         )
     offsets = offsets_of(file, pairs) if OFFSET in recipe.loss else []
-    checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
-    if recipe.four_bit:
-        checkpoint.check_four_bit()
+    checkpoint = open_start(recipe)
     processor = checkpoint.processor()
     encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
     collator = Collator(pairs, images, processor, encoder, checkpoint.config.text_config.pad_token_id or 0)
@@ -712,8 +710,8 @@ def report(work: DpoWork) -> str:
     return "\n".join(
         [
             f"{counts.pairs} pairs about {counts.images} images; the chosen answer is the longer one in {longer:.0%}",
-            f"{counts.tokens} tokens, {counts.shared} with every image and shared beginning once; learnt are "
-            f"{counts.chosen_tokens} of chosen and {counts.rejected_tokens} of rejected answers",
+            f"{counts.tokens} tokens, of which {counts.shared} are computed, because images and prefixes are shared",
+            f"{counts.chosen_tokens} tokens of chosen answers and {counts.rejected_tokens} of rejected ones are learnt",
             *([f"{counts.contrasts} pairs have another image for the rejected answer"] if counts.contrasts else []),
             *weights_in_words(work.pairs),
             *_offsets_in_words(work),

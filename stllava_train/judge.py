@@ -266,6 +266,12 @@ class EndpointJudge:
             InputError: There is no way to.
         """
         if how is not None:
+            if how.limit != self.how.limit:
+                print(
+                    f"{self.name}: the server refuses max_tokens. Questions are sent with max_completion_tokens "
+                    f"instead, {how.thought:,} tokens more, for the model may think first.",
+                    file=sys.stderr,
+                )
             self.how = self.how.both(how)
             return
         if _not_taken(self.how.limit, refusal.reason):

@@ -138,7 +138,9 @@ def read_published(path: Path, images: Path | None, allow_test_images: bool = Fa
     from stllava_train.check import looked_at
 
     if images is None:
-        raise InputError(f"{path}: a pair knows its image by the pixels. Pass the folder of the images with --images.")
+        raise InputError(
+            f"{path}: a pair is read together with its image. Pass the folder of the images with --images."
+        )
     left_out: Counter[str] = Counter()
     pairs: dict[str, Pair] = {}
     places: dict[str, str] = {}
@@ -165,10 +167,10 @@ def read_published(path: Path, images: Path | None, allow_test_images: bool = Fa
         raise InputError(f"{path}: it holds no pair. {READS}")
     check_weights(path, list(pairs.values()))
     shown = [Conversation(id, images / file, (), places[id]) for id, pair in pairs.items() for file in pair.pictures]
-    seen = looked_at(shown, progress)
+    seen = looked_at(shown, progress, leaks=not allow_test_images)
     if pairs and len(seen.broken) == len(shown):
         raise InputError(f"{seen.broken[0]} No image can be read. Pass the folder of the images with --images.")
-    leaks = set() if allow_test_images else {problem.id for problem in seen.leaks}
+    leaks = {problem.id for problem in seen.leaks}
     found = []
     for id, pair in pairs.items():
         pixels = [seen.pixels.get(images / file) for file in pair.pictures]
@@ -220,6 +222,23 @@ def pairs_to_learn(path: Path, images: Path, progress: bool = True) -> list[Pair
             f"{path} --images {images} --out pairs.jsonl` leaves them out."
         )
     return kept.pairs
+
+
+def refuse_other_pairs(path: Path) -> None:
+    """Refuse a file of preference pairs in another tool's layout, by its first record; let every other file pass.
+
+    Raises:
+        InputError: It holds such pairs, or it is a Parquet file.
+    """
+    advice = f"`stllava-train pairs --from {path} --images DIR --out pairs.jsonl` reads them; check the file it writes."
+    if _is_parquet(path):
+        raise InputError(f"{path}: conversations are read from JSON. If it holds pairs, {advice}")
+    try:
+        _, record = next(iter(records(path)))
+    except (InputError, OSError, StopIteration):
+        return  # the reader of conversations says what is wrong with it
+    if isinstance(record, dict) and "image_sha256" not in record and _sides(record) is not None:
+        raise InputError(f"{path}: it holds pairs in another tool's layout. {advice}")
 
 
 def _is_ours(path: Path) -> bool:

@@ -120,7 +120,7 @@ class Ledger:
 
     def _compare(self) -> None:
         before = read_manifest(self.path)
-        for name in sorted(self.decided_by):
+        for name in sorted(self.decided_by, key=lambda name: (name.endswith("sha256"), name)):  # causes before hashes
             if (then := before.get(name)) != (now := self.decided_by[name]):
                 raise InputError(
                     f"{self.path}: {_difference(name, then, now)}. Call it as before, or choose another --out."
@@ -133,7 +133,7 @@ def _difference(name: str, then: Any, now: Any) -> str:
         key = next(key for key in sorted({*then, *now}) if then.get(key) != now.get(key))
         return _difference(f"{name}.{key}", then.get(key), now.get(key))
     short = [text if len(text := json.dumps(value)) < 80 else f"{text[:80]}..." for value in (then, now)]
-    return f"{name}: the rows in it are of {short[0]}, this call has {short[1]}"
+    return f"{name}: the rows in it were made with {short[0]}, and this call has {short[1]}"
 
 
 def line(row: Row) -> str:

@@ -541,7 +541,9 @@ def _image_paths(pair: Pair, format: str, images: Path | None) -> list[str]:
     files = []
     for image in pair.pictures:
         if (file := image_file(images.resolve(), image)) is None:
-            raise InputError(f"{pair.id}: its image {image} is not in {images}. Pass the folder of the images.")
+            raise InputError(
+                f"{pair.id}: its image {image} is not in {images}. Pass the folder of the images with --images."
+            )
         files.append(str(file))
     return files
 

@@ -43,6 +43,7 @@ from stllava_train.training import (
     first_process,
     listeners,
     needs,
+    open_start,
     plan,
     processes,
     quiet,
@@ -201,7 +202,7 @@ class SftTrainer(PartsTrainer, SFTTrainer):
         return total / num_items_in_batch * self.accelerator.num_processes
 
     def step_record(self, logs: Mapping[str, float]) -> dict[str, Any]:
-        """Both losses in nats a token, and the tokens they are means over."""
+        """Both losses in nats per token, and the tokens they are means over."""
         sums = self.accelerator.reduce(self._sums, "sum").tolist()
         self._sums.zero_()
         return step_record(sums, self.recipe)
@@ -265,7 +266,6 @@ def open_work(
         InputError: A record has a problem, or shows a test image; or recipe, data, checkpoint and the number of
             processes do not fit together.
     """
-    from stllava_eval.network.checkpoint import open_checkpoint
     from stllava_train.check import Images, looked_at
     from stllava_train.conversations import read_files
 
@@ -287,9 +287,7 @@ def open_work(
     if steps_of(len(conversations), recipe) == 0:
         raise InputError(f"epochs {recipe.epochs:g}: too few for one step of batch {recipe.batch}. Raise it.")
     validation = questions(recipe)  # a split that is missing is named before any work
-    checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
-    if recipe.four_bit:
-        checkpoint.check_four_bit()
+    checkpoint = open_start(recipe)
     processor = checkpoint.processor()
     encoder = Encoder(processor, recipe.template, checkpoint.config.image_seq_length)
     padding = checkpoint.config.text_config.pad_token_id or 0
@@ -367,8 +365,9 @@ def report(work: SftWork) -> str:
     lines = [
         f"{counted(work.conversations)}, {counts.rounds} rounds",
         *own_in_words(work.conversations),
-        f"{counts.tokens} tokens in the first epoch, the longest conversation {counts.longest}; learnt are {learnt} "
-        f"({learnt / counts.tokens:.1%}): {counts.answer_tokens} of answers, {counts.question_tokens} of questions",
+        f"{counts.tokens} tokens in the first epoch, {counts.longest} in the longest conversation",
+        f"{learnt} tokens are learnt ({learnt / counts.tokens:.1%}): {counts.answer_tokens} of answers and "
+        f"{counts.question_tokens} of questions",
         f"{work.steps} steps of {recipe.batch} conversations: {recipe.epochs:g} epoch{'s' * (recipe.epochs != 1)}",
         *needs(work, counts.longest),
         *([f"{work.test_images} conversations show images of a test split"] if work.test_images else []),

@@ -82,6 +82,28 @@ def plan(groups: Sequence[Sequence[int]], recipe: Training) -> list[tuple[int, i
 # --- the network, ready to be trained ---------------------------------------------------------------------------------
 
 
+def open_start(recipe: Training) -> Checkpoint:
+    """Open the checkpoint that training starts from.
+
+    Raises:
+        InputError: There is none, it cannot be read, or it cannot be loaded in 4 bits and the recipe asks for that.
+    """
+    from stllava_eval.network.checkpoint import open_checkpoint
+
+    try:
+        checkpoint = open_checkpoint(recipe.start, vision_tower=recipe.start_vision_tower)
+    except InputError as error:
+        if f"{recipe.start}: no such folder" not in str(error):
+            raise
+        how = " `stllava-train tiny` makes the one that stage 1 of the recipe tiny starts from."
+        raise InputError(
+            f"start: {error} Name it with start=DIR.{how if recipe.start == 'tiny-start' else ''}"
+        ) from error
+    if recipe.four_bit:
+        checkpoint.check_four_bit()
+    return checkpoint
+
+
 def prepare(model: Any, recipe: Training) -> Any:
     """The network with what the recipe trains, and only that, asking for gradients; held in float32.
 
@@ -123,7 +145,7 @@ def prepare(model: Any, recipe: Training) -> Any:
         from peft import prepare_model_for_kbit_training
 
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    with warnings.catch_warnings():  # PEFT asks for a flag by a name that transformers 5.23 has renamed, and it says so
+    with warnings.catch_warnings():  # peft 0.21 asks by a name that transformers 5.23 has renamed
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
         model = get_peft_model(model, configuration)
     if "vision_tower" in loras:  # one configuration has one dropout
@@ -562,7 +584,7 @@ def quiet(trainer: Any) -> Any:
 
 
 def needs(work: Work, tokens: int) -> list[str]:
-    """Lines of a dry run: the weights of each part, and the memory for records of at most `tokens` tokens."""
+    """Lines of a dry run: the weights of each part, the memory for records of at most `tokens` tokens, validation."""
     recipe = work.recipe
     shapes = parameters(work)
     sums = memory(recipe, shapes, work.checkpoint.config, tokens)
@@ -574,6 +596,14 @@ def needs(work: Work, tokens: int) -> list[str]:
         f"by arithmetic, on one device: {_gib(sums.total)} GiB: {_gib(sums.frozen)} frozen, "
         f"{_gib(sums.trained + sums.copies)} trained with gradients and moments, {_gib(sums.activations)} "
         f"activations, {_gib(sums.head)} head",
+        *(
+            [
+                f"validation: at most {recipe.evaluate_questions} questions of {', '.join(recipe.evaluate_on)} each, "
+                f"before the first step, every {recipe.evaluate_every} steps and after the last"
+            ]
+            if recipe.evaluate_on
+            else []
+        ),
     ]
 
 

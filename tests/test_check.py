@@ -1,6 +1,8 @@
 """Checking training data: what is reported, what is written, and the exit code."""
 
+import contextlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -124,7 +126,7 @@ def test_the_image_of_a_record_with_another_problem_is_looked_at_too(tested, key
 def test_what_is_not_prepared_is_named(tested, caplog):
     told(write(tested, record("a", "0.png")))
     assert caplog.messages == [
-        "not compared with: vqarad test (only its sample is prepared; run `stllava-eval prepare vqarad`), "
+        "images were not compared with: vqarad test (only its sample is prepared; run `stllava-eval prepare vqarad`), "
         "slake test (not prepared; run `stllava-eval prepare slake`), "
         "pathvqa test (not prepared; run `stllava-eval prepare pathvqa`)"
     ]
@@ -157,8 +159,34 @@ def test_the_command_prints_problems_by_line_and_counts_them(tested, capsys):
         f"{file}:5: d: its image and rounds are those of c at {file}:4. Keep one of the two.",
         "3 problems in 3 records: 1 form, 1 duplicate, 1 test image",
     ]
-    assert "lengths are not counted: name the model" in printed.err
+    assert "lengths are not checked: pass --checkpoint" in printed.err
     assert "read: 3 conversations about 1 image (2 about none)\n" in printed.err
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        {"prompt": "Where?", "chosen": "Left.", "rejected": "Right.", "images": ["0.png"]},
+        {"image": "0.png", "text": {"question": "Where?", "chosen": "Left.", "rejected": "Right."}},
+    ],
+    ids=["trl", "RLHF-V"],
+)
+@pytest.mark.parametrize("written", [lambda pair: json.dumps(pair), lambda pair: json.dumps([pair, pair], indent=1)])
+def test_pairs_of_another_tool_are_refused_once_and_not_read_as_conversations(folder, capsys, pair, written):
+    file = folder / "pairs.json"
+    file.write_text(written(pair))
+    assert main(["check", str(file)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"it holds pairs in another tool's layout. `stllava-train pairs --from {file} --images DIR" in printed.err
+
+
+def test_a_reader_that_leaves_does_not_stop_a_command(folder):
+    file = write(folder, *(record(str(number), "none.png") for number in range(3)))
+    read, written = os.pipe()
+    os.close(read)
+    with os.fdopen(written, "w") as stream, contextlib.redirect_stdout(stream):
+        assert main(["check", str(file)]) == 1
 
 
 def test_write_keeps_the_sound_records_unchanged(tested, capsys):

@@ -871,7 +871,7 @@ def test_evaluations_on_the_way_keep_the_best_step(small, data, tmp_path, valida
     shared_names = [name for name in saved if name in names]
     assert shared_names
     assert all(torch.equal(saved[name], names[name]) for name in shared_names)
-    assert "kept is step 4" in (tmp_path / "run" / "README.md").read_text()
+    assert "The weights of step 4 were kept" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_examining_changes_nothing_of_what_is_learnt(small, data, tmp_path, validation):
@@ -899,7 +899,7 @@ def test_training_stops_where_yes_and_no_are_unlearnt(small, data, tmp_path, val
     train(work_of(recipe, data), tmp_path / "run", progress=False)
     assert [line["step"] for line in read_trace(tmp_path / "run" / "losses.jsonl")] == [1, 2]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["kept"]["stopped"]
-    assert "Stopped early" in (tmp_path / "run" / "README.md").read_text()
+    assert "Training stopped early" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_splits_for_evaluations_have_to_be_there(small, data, home):

@@ -701,10 +701,10 @@ def test_a_file_of_verdicts_on_other_candidates_is_not_added_to(written, tmp_pat
     out = tmp_path / "judged.jsonl"
     with open_verdicts(out, written, "ours") as ledger:
         ledger.add([row_of(*said((LOW, (8.0, 6.0))))])
-    with pytest.raises(InputError, match=r"preset: the rows in it are of \"ours\", this call has \"authors\""):
+    with pytest.raises(InputError, match=r"preset: the rows in it were made with \"ours\", and this call"):
         open_verdicts(out, written, "authors")
     written.write_text("{} \n")
-    with pytest.raises(InputError, match=r"candidates\.sha256: the rows in it are of"):
+    with pytest.raises(InputError, match=r"candidates\.sha256: the rows in it were made with"):
         open_verdicts(out, written, "ours")
     assert read_manifest(out)["stage"] == "judge"
 

@@ -62,14 +62,16 @@ def write(file: Path, *records: dict) -> Path:
 
 @pytest.mark.parametrize("weighted", [True, False], ids=["weights", "no weights"])
 @pytest.mark.parametrize("format", ["trl", "authors", "llama-factory", "ms-swift"])
-def test_an_exported_file_is_read_back_as_the_same_pairs(tmp_path, images, format, weighted):
+def test_an_exported_file_is_read_back_as_the_same_pairs(tmp_path, images, format, weighted, caplog):
     """Ids, images, texts and weights; by `pairs --from` and by `dpo`."""
     pairs = [one if weighted else replace(one, weight=None) for one in PAIRS]
     files = write_pairs(selected(Kept(pairs, {})), tmp_path / "pairs.jsonl", {}, [format], images)
     file = next(file for file in files[1:] if file.name != "dataset_info.json")
     assert read(file, images) == Kept(pairs, {})
+    caplog.clear()
     assert pairs_to_learn(file, images, progress=False) == pairs
     assert pairs_to_learn(files[0], images, progress=False) == pairs
+    assert not caplog.messages  # `dpo` compares the images with test images itself, once
 
 
 def test_our_own_file_is_read_with_its_margins_and_a_changed_image_is_left_out(tmp_path, images):

@@ -47,9 +47,13 @@ def test_the_end_puts_rows_in_order_and_a_later_row_replaces_an_earlier_one(tmp_
 @pytest.mark.parametrize(
     ("then", "now", "said"),
     [
-        ({"seed": 1}, {"seed": 2}, "seed: the rows in it are of 1, this call has 2"),
-        ({"of": {"a": 1, "b": 1}}, {"of": {"a": 1, "b": 2}}, "of.b: the rows in it are of 1, this call has 2"),
-        ({}, {"new": "x" * 200}, 'new: the rows in it are of null, this call has "xxx'),
+        ({"seed": 1}, {"seed": 2}, "seed: the rows in it were made with 1, and this call has 2"),
+        (
+            {"of": {"a": 1, "b": 1}},
+            {"of": {"a": 1, "b": 2}},
+            "of.b: the rows in it were made with 1, and",
+        ),
+        ({}, {"new": "x" * 200}, 'new: the rows in it were made with null, and this call has "xxx'),
     ],
 )
 def test_rows_of_another_job_are_not_gone_on_with(tmp_path, then, now, said):

@@ -267,7 +267,7 @@ def test_the_same_call_again_writes_the_same_bytes_and_another_is_refused(tmp_pa
     assert out.read_bytes() == before
     with pytest.raises(InputError, match=r"pairs.jsonl: rows_sha256: .* choose another --out"):
         write_pairs(selected(kept(pair("b"))), out, {})
-    with pytest.raises(InputError, match=r"options.per_image: the rows in it are of null, this call has 1"):
+    with pytest.raises(InputError, match=r"options.per_image: the rows in it were made with null, and this call has 1"):
         write_pairs(selected(kept(pair("b"), pair("a")), Options(per_image=1)), out, {})
     assert out.read_bytes() == before
 
@@ -656,7 +656,7 @@ def test_a_record_of_another_form_is_refused_with_its_line(tmp_path, images, hom
 
 def test_images_that_are_not_at_hand_are_refused(tmp_path, images, home):
     file = write_json_list(tmp_path / "dpo.json", published(image="none.png"))
-    with pytest.raises(InputError, match=r"a pair knows its image by the pixels. Pass the folder of the images"):
+    with pytest.raises(InputError, match=r"a pair is read together with its image. Pass the folder of the images"):
         read_published(file, None)
     with pytest.raises(InputError, match=r"none.png cannot be read .* No image can be read. Pass the folder"):
         read(file, images)

@@ -96,7 +96,10 @@ def test_the_exit_code_is_1_as_long_as_something_is_not_judged(drawn, folder, ca
         (folder / "prices.yaml").write_text(f"{MODEL}: {{prompt: 100, reply: 100}}")
         more = ["--preset", "authors", "--prices", str(folder / "prices.yaml"), "--budget", "0.5"]
         assert main([*call[:-4], "--out", str(folder / "other.jsonl"), *more]) == 1
-        assert re.search(r"not asked: \d+\. The same call goes on; with --budget, raise it", capfd.readouterr().out)
+        assert re.search(
+            r"not asked: \d+, because the longest reply to one more could cost more than",
+            capfd.readouterr().out,
+        )
 
 
 def test_what_is_refused_for_good_is_said_with_its_reason_and_never_asked_again(drawn, folder, capfd):
@@ -236,7 +239,9 @@ def test_a_wrong_call_is_one_line(drawn, folder, monkeypatch, capfd, call, said)
     monkeypatch.chdir(folder)
     capfd.readouterr()
     assert main([part.format(drawn=drawn, images=folder / "images") for part in call]) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("not compared with")]
+    lines = [
+        line for line in capfd.readouterr().err.splitlines() if not line.startswith("images were not compared with")
+    ]
     assert len(lines) == 1
     assert said in lines[0]
 

@@ -27,7 +27,7 @@ from stllava_eval.datasets import read_rows, write_split
 from stllava_eval.errors import InputError
 from stllava_eval.home import write_json
 from stllava_eval.network.checkpoint import open_checkpoint
-from stllava_train.card import draw_curves, write_card
+from stllava_train.card import draw_curves, kept_step, write_card
 from stllava_train.conversations import asked, in_epoch
 from stllava_train.examination import Examination, _means, questions
 from stllava_train.recipe import Recipe, read_recipe
@@ -746,6 +746,13 @@ def test_a_folder_that_is_no_place_for_the_run_is_refused_before_data_is_read(
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_a_start_that_is_not_there_is_named_with_the_option_that_names_another(small, data):
+    with pytest.raises(InputError, match=r"start: none: no such folder\..* Name it with start=DIR\.$"):
+        work_of(small(start="none"), data)
+    with pytest.raises(InputError, match=r"start=DIR\. `stllava-train tiny` makes the one that stage 1 of the recipe"):
+        work_of(small(start="tiny-start"), data)
+
+
 def test_a_run_on_shared_weights_ends_with_a_whole_checkpoint(small, data, tmp_path, monkeypatch):
     """Without GPUs accelerate knows no FSDP; what transformers asks its plugin for is tested."""
     from types import SimpleNamespace
@@ -823,7 +830,7 @@ def test_test_images_are_refused_unless_allowed(small, data, prepared):
     assert open_work(small(), [file], allow_test_images=True, progress=False).test_images == 1
 
 
-def test_a_dry_run_tells_tokens_steps_weights_and_memory(small, data):
+def test_a_dry_run_says_tokens_steps_weights_memory_and_validation(small, data, validation):
     text = report(work_of(small(), data))
     for part in (
         "10 conversations about 8 images (2 about none), 30 rounds",
@@ -832,7 +839,10 @@ def test_a_dry_run_tells_tokens_steps_weights_and_memory(small, data):
         "by arithmetic, on one device: 0.0 GiB",
     ):
         assert part in text
-    assert "conversations: 1 epoch\n" in report(work_of(small(epochs=1), data))
+    again = report(work_of(small(epochs=1, evaluate_on=["slake"], evaluate_every=2), data))
+    assert "conversations: 1 epoch\n" in again
+    assert again.endswith("of slake each, before the first step, every 2 steps and after the last")
+    assert "validation" not in text
 
 
 def test_a_wrong_call_is_one_line_and_trains_nothing(data, tmp_path, recipe_file):
@@ -1183,7 +1193,10 @@ def test_stage_1_keeps_the_best_step_on_validation_questions(
     shared = saved.keys() & names.keys()
     assert len(shared) > 10
     assert all(torch.equal(saved[name], names[name]) for name in shared)
-    assert "kept is step 2 with 70.0, the last one had 10.0." in (out / "README.md").read_text()
+    (kept_line,) = kept_step(out)
+    assert kept_line.startswith("The weights of step 2 were kept.")
+    assert kept_line.endswith(": 50.0 at the start, 70.0 at step 2, 10.0 at the end.")
+    assert kept_line in (out / "README.md").read_text()
     with Image.open(out / "curves.png") as picture:
         assert picture.size == (1320, 1080)  # a panel of scores and one of words more
 
@@ -1220,8 +1233,8 @@ def test_stage_1_stops_where_yes_and_no_are_unlearnt(small, data, tmp_path, vali
     assert [line["step"] for line in read_trace(tmp_path / "run" / "losses.jsonl")] == [1, 2]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["kept"]["stopped"]
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "Stopped early" in card
-    assert "2 steps; nats a token" in card  # of five
+    assert "Training stopped early" in card
+    assert "2 steps; nats per token" in card  # of five
 
 
 def test_a_split_that_stage_1_asks_and_that_is_not_prepared_is_named(small, data, home):

@@ -150,15 +150,17 @@ def located(named: Any, folders: Sequence[Path], part: str, revision: Any = None
         InputError: It names none, or there is none.
     """
     words = part.replace("-", " ")
-    other = ", or write its place into adapter_config.json" if part == "base" else ""
+    key = part.replace("-", "_")
+    how = f"--{part} to `stllava-eval convert`, or {key}= in --model_args"
+    other = "; or write its place into adapter_config.json" if part == "base" else ""
     if not isinstance(named, str) or not named:
-        raise InputError(f"{folders[0]}: it does not name its {words}. Pass --{part}.")
+        raise InputError(f"{folders[0]}: it does not name its {words}. Pass {how}.")
     if place := beside(named, folders):
         return place
     try:
         return local_folder(named, revision if isinstance(revision, str) else None)
     except InputError as error:
-        raise InputError(f"{folders[0]} names {named!r} as its {words}: {error} Or pass --{part}{other}.") from error
+        raise InputError(f"{folders[0]} names {named!r} as its {words}: {error} Or pass {how}{other}.") from error
 
 
 @contextmanager
