@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
+OPENAI = "https://api.openai.com/v1"  # the server of a judge that names none
 FIRST_WAIT = 1.0  # seconds before the second attempt, doubled before each further one (our choice)
 LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait; openai's own client stops there too
 THOUGHT = 8192  # tokens in which a reasoning model may think before its answer (our choice)

@@ -25,12 +25,11 @@ if TYPE_CHECKING:
     from stllava_train.conversations import Encoder
     from stllava_train.data import Written
     from stllava_train.ledger import Ledger
-    from stllava_train.pairs import Kept, Options
+    from stllava_train.pairs import Kept
     from stllava_train.prices import Price
-    from stllava_train.verdicts import Rule, Verdict
+    from stllava_train.verdicts import Verdict
 
 DATASETS = ("vqarad", "slake", "pathvqa")
-OPENAI = "https://api.openai.com/v1"
 WHYS = 5  # reasons, and questions of each, that are shown for what is not scored (our choice)
 
 
@@ -585,7 +584,7 @@ def _verdicts_of_a_server(
     ledger: Ledger,
 ) -> Iterable[Verdict]:
     """The verdicts of a model behind a server, which is not called where nothing is due."""
-    from stllava_eval.server import Endpoint
+    from stllava_eval.server import OPENAI, Endpoint
     from stllava_train import judge, prices
     from stllava_train.batches import batches_under_way
     from stllava_train.verdicts import row_of
@@ -760,9 +759,13 @@ def _pairs(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from stllava_train.layouts import read_published, source_of
-    from stllava_train.pairs import make_pairs, selected, write_pairs
+    from stllava_train.pairs import Options, check_options, make_pairs, rule_of, selected, write_pairs
 
-    rule, options = pairs_options(arguments)
+    rule = rule_of(arguments.rule, arguments.min_margin)
+    options = Options(
+        arguments.per_image, arguments.balance_length, arguments.balance_verdict, arguments.held_out, arguments.seed
+    )
+    check_options(options)
     ways = [bool(arguments.files), arguments.source is not None, arguments.contrast is not None]
     if sum(ways) != 1 or len(arguments.files) not in (0, 2):
         raise InputError("pass two files, CANDIDATES and JUDGED, or one with --from, or one with --contrast.")
@@ -814,33 +817,6 @@ def _contrasted(arguments: argparse.Namespace, images: Path) -> tuple[Kept, dict
         print(printable(f"left out, {why}: {len(ids):,}: {', '.join(ids)}"))
     source = source_of(_sha256_of(arguments.contrast), boxed, arguments.regions)
     return Kept(made.pairs, {why: len(ids) for why, ids in made.left_out.items()}), source
-
-
-def pairs_options(arguments: argparse.Namespace) -> tuple[Rule, Options]:
-    """What the options of `pairs` come to.
-
-    Raises:
-        InputError: One makes no sense.
-    """
-    from dataclasses import replace
-
-    from stllava_train.pairs import Options, check_options
-    from stllava_train.verdicts import AUTHORS_RULE, Rule
-
-    rule = AUTHORS_RULE if arguments.rule == "authors" else Rule()
-    if arguments.min_margin is not None:
-        if not 0 <= arguments.min_margin <= 9:
-            raise InputError(f"--min-margin {arguments.min_margin}: points of a scale from 1 to 10. Give 0 to 9.")
-        rule = replace(rule, min_margin=arguments.min_margin)
-    options = Options(
-        arguments.per_image,
-        arguments.balance_length,
-        arguments.balance_verdict,
-        arguments.held_out,
-        arguments.seed,
-    )
-    check_options(options)
-    return rule, options
 
 
 def _judged(candidates: Path, judged: Path) -> tuple[list[Candidate], list[Verdict], Path]:

@@ -8,7 +8,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +20,7 @@ from stllava_train.candidates import Candidate
 from stllava_train.conversations import ROLE, SPECIAL, image_file, uniform
 from stllava_train.ledger import Ledger, Row, line, read_rows
 from stllava_train.record import tags
-from stllava_train.verdicts import Rule, Verdict, preferences
+from stllava_train.verdicts import AUTHORS_RULE, Rule, Verdict, preferences
 
 FORMATS = ("trl", "authors", "llama-factory", "ms-swift")
 
@@ -304,6 +304,20 @@ class Split:
     held_out: list[Pair]
     left_out: dict[str, int]
     options: Options
+
+
+def rule_of(name: str, min_margin: float | None) -> Rule:
+    """Return the rule of this name, `ours` or `authors`, with another smallest margin where one is given (points).
+
+    Raises:
+        InputError: The margin is outside of the scale.
+    """
+    rule = AUTHORS_RULE if name == "authors" else Rule()
+    if min_margin is None:
+        return rule
+    if not 0 <= min_margin <= 9:
+        raise InputError(f"--min-margin {min_margin}: points of a scale from 1 to 10. Give 0 to 9.")
+    return replace(rule, min_margin=min_margin)
 
 
 def check_options(options: Options) -> None:

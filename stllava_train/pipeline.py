@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import io
 import json
 import os
 import shlex
@@ -13,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +96,7 @@ class Pipeline:
         """All that can be wrong with a later stage, before the first."""
         from stllava_train.candidates import PRESETS, check_settings, images_in
         from stllava_train.exact import EXACT
+        from stllava_train.pairs import Options, check_options, rule_of
         from stllava_train.recipe import changed
 
         recipe = self.recipe
@@ -118,7 +118,8 @@ class Pipeline:
             raise InputError(f"judge_max_tokens: {recipe.judge_max_tokens}. It is from 1 to 999,999, or null.")
         if recipe.budget is not None and recipe.budget < 0:
             raise InputError(f"budget: {recipe.budget:g}. It is 0 or more, or null.")
-        _check_pairs(recipe.pairs)
+        rule_of(recipe.pairs.rule, recipe.pairs.min_margin)
+        check_options(Options(per_image=recipe.pairs.per_image, held_out=recipe.pairs.held_out))
         for name in recipe.judges:
             if name != EXACT:
                 _check_judge(name)
@@ -205,7 +206,7 @@ class Pipeline:
                 judged,
                 bounds={"budget": recipe.budget, **room},
             )
-            options = [*recipe.pairs, "--seed", str(recipe.seed)]
+            options = [*recipe.pairs.as_options(), "--seed", str(recipe.seed)]
             yield Stage(
                 f"round-{number}/pairs",
                 ["pairs", str(candidates), str(judged), "--out", str(pairs), *options],
@@ -380,31 +381,9 @@ class Pipeline:
         return self._hashes[path]
 
 
-PAIRS = ("--rule", "--min-margin", "--per-image", "--balance-length", "--balance-verdict", "--held-out", "--format")
-
-
-def _check_pairs(options: Sequence[str]) -> None:
-    """Those of `stllava-train pairs` that a whole run leaves open, and their values."""
-    from stllava_train.cli import pairs_options, parser
-
-    if wrong := [word for word in options if word.startswith("--") and word.partition("=")[0] not in PAIRS]:
-        raise InputError(f"pairs: {wrong[0]}: not one of {', '.join(PAIRS)}.")
-    try:
-        with redirect_stderr(io.StringIO()):
-            given = parser().parse_args(["pairs", "a.jsonl", "b.jsonl", "--out", "c.jsonl", *options])
-    except SystemExit as error:
-        raise InputError(
-            f"pairs: {shlex.join(options)}: no options of `stllava-train pairs`. See its --help."
-        ) from error
-    if len(given.files) > 2:
-        raise InputError(f"pairs: {given.files[2]}: no option. Leave it out.")
-    pairs_options(given)
-
-
 def _check_judge(name: str) -> None:
     """Whether it could be asked: its name, its server's address, and a key where one is needed."""
-    from stllava_eval.server import Endpoint
-    from stllava_train.cli import OPENAI
+    from stllava_eval.server import OPENAI, Endpoint
     from stllava_train.verdicts import PERSON
 
     model, _, address = name.partition("@")

@@ -246,6 +246,43 @@ class Use:
 
 
 @dataclass(frozen=True)
+class PairSettings:
+    """What `stllava-train all` asks of `stllava-train pairs`; each attribute is the option of that name.
+
+    Attributes:
+        rule: How verdicts become preferences.
+        min_margin: Smallest difference of the two scores, in points; null takes the rule's own.
+        per_image: Pairs of an image, at most; null keeps all.
+        balance_length: As many pairs with the longer answer chosen as rejected.
+        balance_verdict: As many pairs with yes chosen as with no chosen.
+        held_out: Share of the images whose pairs go to a file of their own, in [0, 1).
+        format: Other trainers for which the pairs are written as well.
+    """
+
+    rule: Literal["ours", "authors"] = "ours"
+    min_margin: float | None = None
+    per_image: int | None = None
+    balance_length: bool = False
+    balance_verdict: bool = False
+    held_out: float = 0.0
+    format: tuple[Literal["trl", "authors", "llama-factory", "ms-swift"], ...] = ()
+
+    def as_options(self) -> list[str]:
+        """Return the words of the command line that say the same; none for an attribute that has its default."""
+        words = []
+        for field in fields(self):
+            name, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
+            if value == field.default:
+                continue
+            if value is True:
+                words.append(name)
+            else:
+                for item in value if isinstance(value, tuple) else (value,):
+                    words += [name, str(item)]
+        return words
+
+
+@dataclass(frozen=True)
 class Whole:
     """The whole self-training. A file under `recipes/all` gives all of it.
 
@@ -258,7 +295,7 @@ class Whole:
         judge_max_tokens: As its `--max-tokens`; null leaves that of the preset.
         judge_reasoning: As its `--reasoning`.
         budget: As its `--budget`, of each round; null has none.
-        pairs: Options of `stllava-train pairs`.
+        pairs: Options of `stllava-train pairs`, such as `{balance_verdict: true}`.
         dpo: Recipe of stage 2.
         rounds: Times that candidates, verdicts, pairs and stage 2 are made, each from the newest checkpoint.
         tasks: Of the evaluations.
@@ -273,7 +310,7 @@ class Whole:
     judges: tuple[str, ...]
     judge_preset: Literal["ours", "authors"]
     budget: float | None
-    pairs: tuple[str, ...]
+    pairs: PairSettings
     dpo: Use
     rounds: int
     tasks: tuple[str, ...]
@@ -496,7 +533,8 @@ def _merged(raw: Mapping[str, Any], change: Mapping[str, Any], place: str = "") 
         if isinstance(value, dict) and isinstance(before, dict):
             both[key] = _merged(before, value, place)
         elif isinstance(before, dict) and place:
-            raise InputError(f"{place!r}: {key} is a part. Change one of its keys, such as {key}.learning_rate=1e-4.")
+            named = f"Change one of its keys, such as {key}.{next(iter(before))}=" if before else "Give a mapping"
+            raise InputError(f"{place!r}: {key} is a mapping. {named}...")
         else:
             both[key] = value
     return both
@@ -535,13 +573,19 @@ def _known(kind: Any, raw: Mapping[str, Any], place: str) -> dict[str, Any]:
     return {key: _typed(hints[key], value, f"{place}: {key}") for key, value in raw.items()}
 
 
+NESTED = {
+    Part: "train, learning_rate and so on",
+    Use: "recipe and changes",
+    PairSettings: "options of `stllava-train pairs` by name, such as {balance_verdict: true}",
+}
+
+
 def _typed(kind: Any, value: Any, place: str) -> Any:
     if type(None) in get_args(kind):
         return None if value is None else _typed(get_args(kind)[0], value, place)
-    if kind in (Part, Use):
+    if kind in NESTED:
         if not isinstance(value, dict):
-            needed = "train, learning_rate and so on" if kind is Part else "recipe and changes"
-            raise InputError(f"{place}: {value!r} is no part. Give {needed}.")
+            raise InputError(f"{place}: {value!r} is no mapping. Give {NESTED[kind]}.")
         return _build(kind, value, place)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):

@@ -106,10 +106,10 @@ def test_a_change_is_followed_as_far_as_it_reaches(run):
     run()
     assert run("dpo.beta=0.3") == ["round-1/dpo", "eval/round-1"]
     assert run() == ["round-1/dpo", "eval/round-1"]
-    assert run("pairs=[]") == STAGES[-3:]
-    assert run("candidates.questions=2", "pairs=[]") == STAGES[2:]
+    assert run("pairs.balance_verdict=false") == STAGES[-3:]
+    assert run("candidates.questions=2", "pairs.balance_verdict=false") == STAGES[2:]
     (run.images / "a.png").write_bytes(b"another picture")
-    assert run("candidates.questions=2", "pairs=[]")[0] == "sft"
+    assert run("candidates.questions=2", "pairs.balance_verdict=false")[0] == "sft"
 
 
 def test_files_written_again_with_the_same_bytes_change_nothing(run):
@@ -123,7 +123,7 @@ def test_files_written_again_with_the_same_bytes_change_nothing(run):
 def test_what_was_made_of_something_else_is_kept_aside(run):
     run()
     before = (run.out / "round-1" / "pairs.jsonl").read_text()
-    run("pairs=[]")
+    run("pairs.balance_verdict=false")
     assert (run.out / "replaced" / "round-1-pairs-1" / "pairs.jsonl").read_text() == before
     assert (run.out / "replaced" / "round-1-pairs-1" / "pairs.json").exists()
     assert (run.out / "replaced" / "round-1-dpo-1" / "dpo" / "run.json").exists()
@@ -226,7 +226,7 @@ def test_a_run_in_which_nothing_is_judged_ends(run):
 def test_what_a_refused_command_would_have_replaced_is_put_back(run, capsys):
     run()
     before = (run.out / "round-1" / "pairs.jsonl").read_text()
-    assert pipeline_of(run, "pairs=[--rule, authors]").run() == 2
+    assert pipeline_of(run, "pairs.rule=authors").run() == 2
     assert (run.out / "round-1" / "pairs.jsonl").read_text() == before
     assert "is back in its place" in capsys.readouterr().out
     assert not (run.out / "replaced").exists()
@@ -263,13 +263,14 @@ def test_files_that_are_no_images_change_nothing(run):
         ("judges=[gpt-4o]", "needs a key"),
         ("budget=-1", "budget: -1. It is 0 or more"),
         ("judge_max_tokens=0", "judge_max_tokens: 0. It is from 1 to 999,999, or null"),
-        ("pairs=[--nope]", "pairs: --nope: not one of --rule"),
-        ("pairs=[--out, x.jsonl]", "pairs: --out: not one of"),
-        ("pairs=[--seed, '3']", "pairs: --seed: not one of"),
-        ("pairs=[--rule, theirs]", "pairs: --rule theirs: no options of"),
-        ("pairs=[--min-margin, '20']", "--min-margin 20.0: points of a scale"),
-        ("pairs=[--held-out, '1']", "--held-out 1.0: no share"),
-        ("pairs=[c.jsonl]", "pairs: c.jsonl: no option"),
+        ("pairs=[--balance-verdict]", r"pairs is a mapping. Change one of its keys, such as pairs.balance_verdict="),
+        ("pairs.nope=1", "pairs: nope: unknown. Did you mean"),
+        ("pairs.seed=3", "pairs: seed: unknown"),
+        ("pairs.rule=theirs", "pairs: rule: 'theirs'. Choose one of ours, authors"),
+        ("pairs.format=[trl, x]", "pairs: format: 'x'. Choose one of trl"),
+        ("pairs.min_margin=20", "--min-margin 20.0: points of a scale"),
+        ("pairs.held_out=1", "--held-out 1.0: no share"),
+        ("pairs.per_image=0", "--per-image 0: no pair"),
         ("tasks=[nope]", "tasks: nope: unknown"),
         ("dpo.recipe=nope", "recipe nope: no such file"),
         ("candidates.recipe=nope", "candidates.recipe: nope: unknown"),
@@ -336,7 +337,7 @@ def test_our_recipes_name_what_there_is(name):
         ("judges=[]", "name at least one of each"),
         ("round=2", "round: unknown. Did you mean rounds?"),
         ("judge_preset=theirs", "judge_preset: 'theirs'. Choose one of ours, authors"),
-        ("sft=tiny", "sft is a part"),
+        ("sft=tiny", "sft is a mapping"),
         ("dpo.recipe=5", "dpo: recipe: 5 is not a text"),
     ],
 )

@@ -224,7 +224,7 @@ def test_a_part_that_is_frozen_forgets_its_lora(tmp_path):
         ("projector.learning=1", r"projector: learning: unknown\. Did you mean learning_rate\?"),
         ("language_model.lr=1", r"language_model: lr: unknown\. Did you mean learning_rate\?"),
         ("wd=0", r"wd: unknown\. Did you mean weight_decay\?"),
-        ("projector=full", r"'projector=full': projector is a part\. Change one of its keys"),
+        ("projector=full", r"'projector=full': projector is a mapping\. Change one of its keys"),
         ("stages=1", r"stages: unknown"),
         ("epochs.more=1", r"epochs: \{'more': 1\} is not a number"),
         ("language_model.train.x=1", r"language_model: train: \{'x': 1\}\. Choose one of frozen, lora, full"),
@@ -351,7 +351,7 @@ def test_a_wrong_file_is_one_line_that_names_it(mine, old, new, message):
 def test_a_part_that_is_null_is_refused(mine):
     text = (RECIPES / "sft" / "stllava-med-7b.yaml").read_text()
     file = mine(text[text.index("projector:\n") :], "projector:\n")
-    with pytest.raises(InputError, match=r"projector: None is no part\. Give train, learning_rate"):
+    with pytest.raises(InputError, match=r"projector: None is no mapping\. Give train, learning_rate"):
         read_recipe(file)
 
 
@@ -415,7 +415,7 @@ def test_a_stage_overrides_the_keys_beside_it_and_keeps_the_others(mine):
         ("one: {}", None, r"mine\.yaml: no stage is named\. Choose one with --stage: one\."),
         ("one: {}\n  1: {}", "three", r"stage 'three': it has none of that name\. .*: one, 1\."),
         ("one: {epoch: 2}", "one", r"mine\.yaml, stage one: epoch: unknown\. Did you mean epochs\?"),
-        ("one: {projector: null}", "one", r"stage one: projector: None is no part"),
+        ("one: {projector: null}", "one", r"stage one: projector: None is no mapping"),
         ("one: 3", "one", "give each stage's name and the keys that it changes"),
         ("[one]", "one", "give each stage's name"),
         ("{}", "one", "give each stage's name"),
