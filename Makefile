@@ -10,7 +10,7 @@ TRAINING := $(STLLAVA_HOME)/conversations
 export KMP_BLOCKTIME := 0
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test newest install-check lint bench clean
+.PHONY: demo test newest install-check lint bench docs clean
 
 .venv/installed: pyproject.toml constraints.txt setup.py stllava_med.pth
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -28,7 +28,7 @@ demo: .venv/installed
 		--data $(TRAINING)/pathvqa.json --images $(TRAINING)/images --out $(RUNS) --default sft.start=$(START)
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # whether a release has broken us: no pins, no upper bounds of ours, and none that the machine gives pip
 newest:
@@ -38,7 +38,8 @@ newest:
 		--upgrade-strategy eager -r .venv-newest/requirements.txt
 	.venv-newest/bin/python -m pip install -qq --disable-pip-version-check --no-deps -e .
 	PYTHONPATH=tests .venv-newest/bin/python -m pytest -W default -p newest \
-		$(patsubst %,tests/test_%.py,network engine adapter server sft dpo)
+		tests/eval/network/test_modeling.py tests/eval/inference/test_engine.py tests/eval/inference/test_server.py \
+		tests/eval/lmms/test_model.py tests/train/training/test_sft.py tests/train/training/test_dpo.py
 
 # builds the wheel, installs it as `pip install` does, and runs the bare command on the sample data, elsewhere
 install-check:
@@ -52,5 +53,14 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/scoring.py --json -
 
+# the pages of docs/ as a site in site/, in an environment of its own; a broken link fails
+docs: .venv-docs/installed
+	.venv-docs/bin/mkdocs build
+
+.venv-docs/installed: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-newest build dist *.egg-info
+	rm -rf .venv .venv-newest .venv-docs site build dist *.egg-info

@@ -1,6 +1,6 @@
 """Puts `stllava_med.pth` beside the packages, in a wheel and in an editable install alike; the rest is pyproject.toml.
 
-The file lets lmms-eval list our tasks before it has loaded any plug-in; see `stllava_eval/plugin.py`.
+The file lets lmms-eval list our tasks before it has loaded any plug-in; see `stllava_eval/lmms/plugin.py`.
 """
 
 from pathlib import Path

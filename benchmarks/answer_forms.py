@@ -25,8 +25,8 @@ def main() -> None:
     """Print the table."""
     from test_extract import FORMS, official_test
 
-    from stllava_eval.extract import FINAL, NONE, final_answer
-    from stllava_eval.metrics import score_replies
+    from stllava_eval.scoring.final_answer import FINAL, NONE, final_answer
+    from stllava_eval.scoring.metrics import score_replies
 
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--json", metavar="FILE")

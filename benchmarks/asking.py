@@ -5,7 +5,7 @@
 Each image's conversation starts with one round of its own rows: its first question by id and the true answer, since
 stage 1 teaches to ask from the second round on. Then the model asks (template v1_sq, `VUSER:`): greedily once, and
 `--draws` times at temperature 1.2, top_k 300, top_p 0.95, as the authors' `visual_sq.py`. Texts are compared as
-`stllava_eval.metrics.folded_words`; an answer is right where it is an `exact_match`. Each share is of all questions
+`folded_words`; an answer is right where it is an `exact_match`. Each share is of all questions
 drawn unless it says otherwise, and its 95 % interval is clustered by image.
 
 Every question has one fate, in this order: `malformed` (`flaw` says why), `repeat` (the question of the round before:
@@ -42,15 +42,18 @@ from typing import Any, Protocol
 
 from figures import write
 
-from stllava_eval.answering import Answer, Question, only_answers
-from stllava_eval.datasets import Row, read_rows
-from stllava_eval.engine import Sampling
+from stllava_eval.data.catalog import Row
+from stllava_eval.data.sample.pictures import SETS, SPLITS
+from stllava_eval.data.sample.questions import all_questions, sample_facts, true_answers
+from stllava_eval.data.splits import read_rows
 from stllava_eval.errors import InputError, printable
 from stllava_eval.images import decode
-from stllava_eval.metrics import exact_match, folded_words
-from stllava_eval.metrics import words as count_words
-from stllava_eval.sample import SETS, SPLITS, all_questions, sample_facts, true_answers
-from stllava_eval.statistics import Estimate, bootstrap_clustered, mean_clustered
+from stllava_eval.inference.answerer import only_answers
+from stllava_eval.inference.types import Answer, Question, Sampling
+from stllava_eval.scoring.metrics import exact_match
+from stllava_eval.scoring.metrics import words as count_words
+from stllava_eval.scoring.statistics import Estimate, bootstrap_clustered, mean_clustered
+from stllava_eval.scoring.words import folded_words
 
 TEMPERATURE, TOP_K, TOP_P = 1.2, 300, 0.95  # the authors' visual_sq.py, round 2
 MOST_WORDS = 30  # of a well-formed question; our choice, the longest of the sample sets has 12
@@ -63,7 +66,7 @@ Words = tuple[str, ...]  # a question as `folded_words`
 
 
 class Answers(Protocol):
-    """The part of `stllava_eval.answering.Answerer` that is needed here."""
+    """The part of `stllava_eval.inference.answerer.Answerer` that is needed here."""
 
     def answer(self, questions: Sequence[Question], progress: bool = True) -> Iterable[tuple[int, Answer]]: ...
 
@@ -204,7 +207,7 @@ def ask(
             image_key=pictures[in_view].id,
             history=(picture.start,),
             sampling=sampling,
-            draw=draw,
+            sample_index=draw,
         )
         for picture, in_view in zip(pictures, shown, strict=True)
         for draw in range(draws)
@@ -518,7 +521,7 @@ def main() -> None:
 
 def measured(given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """What --json gets, and its reports by the names of the table's columns."""
-    from stllava_eval.answering import open_answerer
+    from stllava_eval.inference.open import open_answerer
 
     pictures = choose(read_pictures(given.split), given.images, given.seed)
     book = read_book()

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stllava_eval.blind import blind_answers
-from stllava_eval.datasets import DATASETS, is_prepared
+from stllava_eval.data.catalog import DATASETS
+from stllava_eval.data.splits import is_prepared
+from stllava_eval.scoring.image_blind import image_blind_answers
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,7 +20,9 @@ def main(arguments: Sequence[str]) -> None:
     label, begin = arguments
     for name in DATASETS:
         if is_prepared(name, "test"):
-            lines = [json.dumps({"id": id, "answer": said}) for id, said in blind_answers(name).answers[label].items()]
+            lines = [
+                json.dumps({"id": id, "answer": said}) for id, said in image_blind_answers(name).answers[label].items()
+            ]
             file = Path(f"{begin}-{name}.jsonl")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text("\n".join(lines) + "\n", encoding="utf-8")

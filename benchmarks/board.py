@@ -41,7 +41,8 @@ print(code, 1024 * int(peak.split()[1]), file=sys.stderr)
 
 def pathvqa() -> None:
     """The simulated split, prepared as if official."""
-    from stllava_eval.datasets import Row, write_split
+    from stllava_eval.data.catalog import Row
+    from stllava_eval.data.splits import write_split
 
     random = np.random.default_rng(0)
     images = []
@@ -81,7 +82,8 @@ def pathvqa() -> None:
 
 def runs(folder: Path, models: int) -> list[Path]:
     """A run folder for each model: each right with a chance of its own, every other one in sentences."""
-    from stllava_eval.runs import answered, split_rows, write_run
+    from stllava_eval.runs.folder import answer_row, write_run
+    from stllava_eval.runs.scores import split_rows
 
     made = []
     for model in range(models):
@@ -92,7 +94,7 @@ def runs(folder: Path, models: int) -> list[Path]:
             for row in rows:
                 of = row if random.random() < 0.4 + 0.02 * model else rows[int(random.integers(len(rows)))]
                 answer = SENTENCE.format(answer=of["reference"]) if model % 2 else of["reference"]
-                lines.append(answered(task, row, row["question"], answer, None))
+                lines.append(answer_row(task, row, row["question"], answer, None))
         checkpoint = {"name": f"model-{model}", "sha256": f"{model:064}", "trained_on": None}
         made.append(
             write_run(
@@ -128,7 +130,7 @@ def main() -> None:
     shared = Path(os.environ.get("STLLAVA_SHARED") or Path(__file__).resolve().parents[2] / "shared")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["STLLAVA_HOME"] = folder
-        from stllava_eval.datasets import prepare
+        from stllava_eval.data.prepare import prepare
 
         for name in ("vqarad", "slake"):
             for split in ("test", "train"):

@@ -34,8 +34,8 @@ LENGTHS = {"describe_tokens": 60, "question_tokens": 16, "answer_tokens": 60}  #
 def measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
     import torch
 
-    from stllava_eval.answering import Answerer
-    from stllava_train.candidates import PRESETS, rows_of
+    from stllava_eval.inference.answerer import Answerer
+    from stllava_train.preferences.candidates import PRESETS, rows_of
 
     torch.set_num_threads(1)
     write_checkpoint(folder / "checkpoint", "long")
@@ -96,7 +96,7 @@ def one_by_one(answerer: Any, asked: list[Any]) -> None:
         ids = torch.tensor([answerer.token_ids(question.text, question.history, question.template)])
         how: dict[str, Any] = {"do_sample": False}
         if sampling := question.sampling:
-            torch.manual_seed(40 + 2 * question.draw)  # authors' model_collectA.py
+            torch.manual_seed(40 + 2 * question.sample_index)  # authors' model_collectA.py
             how = {
                 "do_sample": True,
                 "temperature": sampling.temperature,

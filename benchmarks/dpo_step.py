@@ -96,7 +96,7 @@ class Steps:
 
 
 def recipe(checkpoint: Path, reference: str, cuda: bool = False) -> Any:
-    from stllava_train.recipe import read_dpo_recipe
+    from stllava_train.training.recipes import read_dpo_recipe
 
     rates = [f"{part}.learning_rate={RATE}" for part in ("language_model", "projector", "vision_tower")]
     if cuda:
@@ -120,7 +120,7 @@ def recipe(checkpoint: Path, reference: str, cuda: bool = False) -> Any:
 
 
 def ours(work: Any, folder: Path) -> Steps:
-    from stllava_train.dpo import make_trainer
+    from stllava_train.training.dpo import make_trainer
 
     return Steps(make_trainer(work, folder, folder / "trace", progress=False))
 
@@ -160,7 +160,7 @@ class RealSize:
         import torch
         from transformers.initialization import no_init_weights
 
-        from stllava_eval.network import StllavaMedForConditionalGeneration
+        from stllava_eval.network.modeling import StllavaMedForConditionalGeneration
 
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -181,8 +181,9 @@ def stock(work: Any, folder: Path) -> Steps:
     from PIL import Image
     from trl import DPOConfig, DPOTrainer
 
-    from stllava_train.dpo import groups
-    from stllava_train.training import plan, trained_model
+    from stllava_train.training.dpo import groups
+    from stllava_train.training.parts import plan
+    from stllava_train.training.run import trained_model
 
     rows = []
     for place, _ in plan(groups(work.pairs), work.recipe):
@@ -240,7 +241,7 @@ def kept(step: Callable[[], float]) -> int:
 def measure(folder: Path, steps: int, per_image: int) -> dict[str, Any]:
     import torch
 
-    from stllava_train.dpo import open_work
+    from stllava_train.training.dpo import prepare_run
 
     torch.set_num_threads(1)
     checkpoint = folder / "checkpoint"
@@ -250,7 +251,7 @@ def measure(folder: Path, steps: int, per_image: int) -> dict[str, Any]:
     data.mkdir()
     file = write_pairs(data, steps + 2, per_image)
     live, cached = (
-        open_work(recipe(checkpoint, reference), file, data, progress=False) for reference in ("live", "cached")
+        prepare_run(recipe(checkpoint, reference), file, data, progress=False) for reference in ("live", "cached")
     )
     began = time.process_time()
     runs = {"cached": ours(cached, data / "cached")}
@@ -290,7 +291,7 @@ def measure_cuda(folder: Path, steps: int, per_image: int) -> dict[str, Any]:
     import torch
 
     from stllava_eval.network.checkpoint import open_checkpoint
-    from stllava_train.dpo import open_work
+    from stllava_train.training.dpo import prepare_run
 
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
@@ -308,7 +309,7 @@ def measure_cuda(folder: Path, steps: int, per_image: int) -> dict[str, Any]:
         ("cached", "cached", ours),
     ):
         torch.backends.cuda.enable_cudnn_sdp(name != "trl_without_cudnn")
-        work = open_work(recipe(checkpoint, reference, cuda=True), file, data, progress=False)
+        work = prepare_run(recipe(checkpoint, reference, cuda=True), file, data, progress=False)
         work = dataclasses.replace(work, checkpoint=RealSize(open_checkpoint(str(checkpoint))))
         began = time.perf_counter()
         step = make(work, data / name)
@@ -348,7 +349,7 @@ def measure_bfloat16(folder: Path, steps: int) -> dict[str, Any]:
 
     import torch
 
-    from stllava_train.dpo import open_work
+    from stllava_train.training.dpo import prepare_run
 
     torch.set_num_threads(1)
     write_checkpoint(folder / "checkpoint", "long")
@@ -358,7 +359,7 @@ def measure_bfloat16(folder: Path, steps: int) -> dict[str, Any]:
     runs = {}
     for dtype in seconds:
         kind: Any = dataclasses.replace(recipe(folder / "checkpoint", "live"), dtype=dtype)
-        runs[dtype] = ours(open_work(kind, file, folder, progress=False), folder / dtype)
+        runs[dtype] = ours(prepare_run(kind, file, folder, progress=False), folder / dtype)
     for _ in range(steps + 1):
         for dtype, step in runs.items():
             began = time.process_time()

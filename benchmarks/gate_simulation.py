@@ -1,7 +1,7 @@
 """How often `stllava-eval gate` errs: simulated runs with a known true change -> type1, power, coverage.
 
     python benchmarks/gate_simulation.py --json FILE [--quick]
-    python benchmarks/gate_simulation.py --margins      # the rule behind the default margins of stllava_eval/gate.yaml
+    python benchmarks/gate_simulation.py --margins      # the rule behind the margins of reports/gate.yaml
 
 Questions lie on images as in the official test splits (VQA-RAD exactly, from tasks/vqarad/test_ids.csv; SLAKE and
 PathVQA with the official numbers of questions and images, dealt at random). Two systems' scores have a correlation of
@@ -36,9 +36,10 @@ from figures import write
 from scipy.special import ndtri
 from scipy.stats import t as student
 
-from stllava_eval.compare import METRICS, Paired
-from stllava_eval.gate import Policy, decide, read_policy
-from stllava_eval.statistics import bootstrap_clustered, mcnemar, mean_clustered, sign_flip
+from stllava_eval.reports.compare import METRICS, Paired
+from stllava_eval.reports.gate import decide
+from stllava_eval.reports.gate_policy import Policy, read_policy
+from stllava_eval.scoring.statistics import bootstrap_clustered, mcnemar, mean_clustered, sign_flip
 
 SIZES = {"slake": (96, 645, 416), "pathvqa": (858, 3370, 3391)}  # images, open and closed questions
 # mean and spread as in reported tables: shares of answers with all words and with half of them; right closed answers

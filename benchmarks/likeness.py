@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from stllava_eval.images import decode
-from stllava_train.likeness import COPY, Gallery
+from stllava_train.data.near_copies import COPY, NearDuplicateIndex
 
 
 def jpeg(picture: Image.Image, quality: int) -> Image.Image:
@@ -77,7 +77,7 @@ def main() -> None:
         others += [slake / "imgs" / name for name in sorted(names(slake / f"{part}.json", "img_name"))]
     others = [path for path in others if path not in set(tests)]
     pictures = [decode(path.read_bytes()) for path in tests]
-    gallery = Gallery(pictures)
+    gallery = NearDuplicateIndex(pictures)
     result: dict = {"tests": len(tests), "others": len(others), "limit": COPY, "copies": {}}
     for title, copy in COPIES.items():
         distances = []

@@ -17,9 +17,10 @@ from figures import write
 from nltk.stem import PorterStemmer, SnowballStemmer
 from verdict import lines, official, training
 
-from stllava_eval import blind
-from stllava_eval.metrics import commonest_words, exact_match, f1, folded_words, recall
-from stllava_eval.words import singular
+from stllava_eval.scoring import image_blind
+from stllava_eval.scoring.image_blind import commonest_words
+from stllava_eval.scoring.metrics import exact_match, f1, recall
+from stllava_eval.scoring.words import folded_words, singular
 
 FOLDINGS: dict[str, Callable[[str], str]] = {
     "none (v1)": str,
@@ -70,10 +71,10 @@ def main() -> None:
         answers = list(train.kinds["open"].elements())
         given = {
             f"{count} commonest words": {row["id"]: commonest_words(answers, count) for row in rows}
-            for count in blind.WORD_COUNTS
+            for count in image_blind.WORD_COUNTS
         }
         given |= {
-            blind.PRIOR: train.commonest(rows),
+            image_blind.PRIOR: train.commonest(rows),
             "other number": {row["id"]: other_number(row["reference"]) for row in rows},
         }
         for label, of in given.items():

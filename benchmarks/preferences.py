@@ -28,9 +28,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from stllava_eval.metrics import folded_words
+from stllava_eval.data.catalog import DATASETS
+from stllava_eval.scoring.words import folded_words
 
-SETS = ("vqarad", "slake", "pathvqa")
+SETS = tuple(DATASETS)
 STEPS, BATCH = 100, 16
 ASKED = ["describe=What modality is shown?", "describe_tokens=32", "question_tokens=64", "answer_tokens=32"]
 SFT = ["loss=[sft]"]
@@ -64,7 +65,7 @@ def call(*command: str) -> None:
 
 def draw_pairs(folder: Path, start: Path, images: Path, new_images: Path, seed: int) -> None:
     """`pairs.jsonl` and its kin in `folder`."""
-    from stllava_train.conversations import uniform
+    from stllava_train.data.encoding import uniform
 
     for name, source, options in (("pairs", images, ["--sample", "600"]), ("new", new_images, [])):
         if (folder / f"{'new-' * (name == 'new')}balanced.jsonl").exists():
@@ -122,7 +123,8 @@ def run(folder: Path, start: Path, images: Path, new_images: Path, seed: int) ->
 
 def scores(folder: Path) -> dict[tuple[str, str], tuple[str, Mapping[str, float]]]:
     """(set, id of a question) -> (its image, its scores)."""
-    from stllava_eval.runs import question_scores, read_run
+    from stllava_eval.runs.folder import read_run
+    from stllava_eval.runs.scores import question_scores
 
     found = {}
     for name, of in read_run(folder).items():
@@ -133,7 +135,7 @@ def scores(folder: Path) -> dict[tuple[str, str], tuple[str, Mapping[str, float]
 
 def row(label: str, folders: Sequence[Path]) -> list[Any]:
     """Of a variant, over seeds."""
-    from stllava_eval.statistics import bootstrap_clustered, sign_flip
+    from stllava_eval.scoring.statistics import bootstrap_clustered, sign_flip
 
     of = [scores(folder / label) for folder in folders]
     starts = [scores(folder / "stage 1") for folder in folders]
@@ -186,11 +188,11 @@ def verdicts(folder: Path) -> list[tuple[str, str]]:
 
 def pairs_row(name: str, folder: Path, start: Path) -> list[Any]:
     """Of a file of pairs, whose reference's log-probabilities the trainings have left in the cache."""
-    from stllava_eval.home import home
     from stllava_eval.network.checkpoint import open_checkpoint
-    from stllava_train.dpo import reference_key
-    from stllava_train.ledger import read_manifest, read_rows
-    from stllava_train.pairs import read_pairs
+    from stllava_eval.storage import home
+    from stllava_train.preferences.pairs import read_pairs
+    from stllava_train.resumable import read_manifest, read_rows
+    from stllava_train.training.reference import reference_key
 
     sha256 = open_checkpoint(str(start)).sha256
     files = [file for file in (home() / "reference").glob("*.jsonl") if read_manifest(file)["start"] == sha256]

@@ -20,7 +20,7 @@ from figures import status, write
 from torch import Tensor
 from torch.nn import functional
 
-from stllava_eval.network import PrototypeExtractor
+from stllava_eval.network.modeling import PrototypeExtractor
 
 WIDTH, PROTOTYPES, TOKENS = 1024, 256, 576
 

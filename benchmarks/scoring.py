@@ -15,7 +15,7 @@ import warnings
 
 from figures import write
 
-from stllava_eval import metrics, statements, verdict, verdict_v1, words
+from stllava_eval.scoring import llavamed, metrics, statements, verdict, verdict_v1, words
 
 WORDS = ["the", "left", "right", "lung", "lobe", "upper", "mass", "effusion", "shows", "image", "of", "CT", "no", "yes"]
 
@@ -43,7 +43,7 @@ def seconds(rows: list[tuple[str, str, str, str]], with_nltk: bool) -> float:
     for answer, reference, kind, question in rows:
         metrics.score(answer, reference, kind, question)
         if with_nltk and kind == "open":
-            sentence_bleu([metrics.normalize_llavamed(reference).split()], metrics.normalize_llavamed(answer).split())
+            sentence_bleu([llavamed.normalize_llavamed(reference).split()], llavamed.normalize_llavamed(answer).split())
     return time.process_time() - start
 
 

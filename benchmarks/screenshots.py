@@ -1,9 +1,10 @@
-"""Pictures of the leaderboard's page: simulated systems on VQA-RAD's and SLAKE's official questions -> docs/*.png.
+"""Take pictures of the leaderboard's page: official questions -> docs/compare/*.png.
 
-    python benchmarks/screenshots.py [--out docs]
+    python benchmarks/screenshots.py [--out docs/compare]
 
-The questions are the real test splits (from $STLLAVA_SHARED, by default ../shared), and the reported rows those of the
-papers. The measured systems are simulated, each right with a chance of its own, and their names say so. Needs Chromium.
+The questions are the real test splits of VQA-RAD and SLAKE (from $STLLAVA_SHARED, by default ../shared), and the
+reported rows those of the papers. The measured systems are simulated, each right with a chance of its own, and their
+names say so. `board-blind.png` has no simulated system: it shows reported and image-blind rows. Needs Chromium.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 LIMIT = 300_000  # bytes of a picture (our choice)
 WIDE, PHONE = 1280, 400  # pixels
+
+RANK_BY_CLOSED = """(() => {
+    const select = [...document.querySelectorAll("select")].find((s) => s.textContent.includes("closed_llavamed ("))
+    select.value = [...select.options].find((o) => o.textContent.startsWith("closed_llavamed (")).value
+    select.dispatchEvent(new Event("change", { bubbles: true }))
+})()"""
 
 # file, width, dark, section at the top, height
 PICTURES = (
@@ -65,9 +72,10 @@ def system(name: str, skill: float, sentence: str) -> Callable[[Row, list[Row]],
 
 def runs(folder: Path) -> list[Path]:
     """Run folders of simulated systems, as `stllava-eval run` writes them."""
-    from stllava_eval.extract import finals
-    from stllava_eval.questions import text
-    from stllava_eval.runs import answered, split_rows, write_run
+    from stllava_eval.data.prompts import text
+    from stllava_eval.runs.folder import answer_row, write_run
+    from stllava_eval.runs.scores import split_rows
+    from stllava_eval.scoring.final_answer import final_answers
 
     long = "Simulated C, a checkpoint whose folder has a long name/epoch-3-of-3-dpo-beta-0.1-lr-5e-7-seed-17"
     about = {
@@ -99,7 +107,7 @@ def runs(folder: Path) -> list[Path]:
                 if name == long and chance("lost", row["id"]) < 0.004:
                     answer = "[LMMS_EVAL_REQUEST_FAILED after 5 attempts] HTTP 503: the server is overloaded"
                 asked = text(row, {"prompt": prompt})
-                lines.append(answered(task, row, asked, finals([answer], asked, "final")[0]))
+                lines.append(answer_row(task, row, asked, final_answers([answer], asked, "final")[0]))
         checkpoint = {"name": name, "sha256": sha256 * 32, "trained_on": learnt}
         decided = {"model": "stllava_med", "named": name, "checkpoint": checkpoint, "images": images}
         made.append(write_run(lines, {**decided, "decoding": "greedy"}, folder=folder / f"run-{number}"))
@@ -122,21 +130,25 @@ def main() -> None:
     from browser import Browser
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="DIR", type=Path, default=ROOT / "docs", help="default: docs")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, default=ROOT / "docs" / "compare", help="default: docs/compare"
+    )
     parser.add_argument("--board", metavar="DIR", type=Path, help="keep the board there too")
     given = parser.parse_args()
     shared = Path(os.environ.get("STLLAVA_SHARED") or ROOT.parent / "shared")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["STLLAVA_HOME"] = folder
-        from stllava_eval.datasets import prepare
-        from stllava_eval.leaderboard import board
-        from stllava_eval.page import write_board
+        from stllava_eval.data.prepare import prepare
+        from stllava_eval.reports.board_rows import board
+        from stllava_eval.reports.page import write_board
 
         for name in ("vqarad", "slake"):
             for split in ("test", "train"):
                 prepare(name, split, shared / "data" / name)
         out = given.board or Path(folder) / "board"
         write_board(out, board(runs(Path(folder) / "runs"), published=True))
+        blind = Path(folder) / "blind"
+        write_board(blind, board([], ["vqarad", "slake"], published=True))
         with Browser(Path(folder) / "profile") as browser:
             for file, width, dark, section, height in PICTURES:
                 browser.open(f"file://{out.resolve()}/index.html", width=width, height=height, dark=dark)
@@ -146,6 +158,12 @@ def main() -> None:
                 time.sleep(0.5)  # images load late
                 browser.picture(given.out / f"{file}.png")
                 smaller(given.out / f"{file}.png")
+            browser.open(f"file://{blind.resolve()}/index.html", width=WIDE, height=1220, dark=False)
+            browser.wait("document.body && document.body.dataset.ready === 'yes'")
+            browser.value(RANK_BY_CLOSED)
+            time.sleep(0.5)
+            browser.picture(given.out / "board-blind.png")
+            smaller(given.out / "board-blind.png")
 
 
 if __name__ == "__main__":

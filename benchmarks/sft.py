@@ -4,7 +4,7 @@
 their own, as Med-IM's; both train on the same rows. `vqa`: eleven questions about each image, as SLAKE has them; plain
 rows hold one question each, as LLaVA-Med fine-tunes, and ours one image with all of its questions.
 
-Both train the LoRA of `stllava_train.sft.prepare` with AdamW at one learning rate, in float32 on one thread; trl learns
+Both train the LoRA of `set_trainable` with AdamW at one learning rate, in float32 on one thread; trl learns
 answers by `assistant_only_loss` through our processor's template. They take turns, step by step, on the same
 conversations. `dialogue` and `vqa` are the medians of trl's CPU seconds / ours for a step (batches made, forward,
 backward, optimizer), beside their quartiles; `..._memory` is ours / trl's peak resident memory, each in a process of
@@ -82,10 +82,10 @@ class Steps:
 
 
 def ours(checkpoint: Path, file: Path, shape: str, folder: Path) -> Steps:
-    from stllava_train.sft import make_trainer, open_work
+    from stllava_train.training.sft import make_trainer, prepare_run
 
     return Steps(
-        make_trainer(open_work(_recipe(checkpoint, shape), [file], progress=False), folder, folder / "trace"), 1
+        make_trainer(prepare_run(_recipe(checkpoint, shape), [file], progress=False), folder, folder / "trace"), 1
     )
 
 
@@ -96,8 +96,8 @@ def plain(checkpoint: Path, file: Path, shape: str, folder: Path) -> Steps:
     from trl import SFTConfig, SFTTrainer
 
     from stllava_eval.network.checkpoint import open_checkpoint
-    from stllava_train.conversations import read_conversations
-    from stllava_train.training import prepare
+    from stllava_train.data.conversations import read_conversations
+    from stllava_train.training.parts import set_trainable
 
     opened = open_checkpoint(str(checkpoint))
     recipe = _recipe(checkpoint, shape)
@@ -129,7 +129,7 @@ def plain(checkpoint: Path, file: Path, shape: str, folder: Path) -> Steps:
         lambda batch: batch | {"images": [[Image.open(path) for path in paths] for paths in batch["images"]]}
     )
     trainer = SFTTrainer(
-        model=prepare(opened.model(), recipe),
+        model=set_trainable(opened.model(), recipe),
         args=arguments,
         train_dataset=dataset,
         processing_class=opened.processor(),
@@ -139,7 +139,7 @@ def plain(checkpoint: Path, file: Path, shape: str, folder: Path) -> Steps:
 
 def _in_order(conversations: Sequence[Any], shape: str, recipe: Any) -> list[Any]:
     """The plain rows as our plan shows their images."""
-    from stllava_train.training import plan
+    from stllava_train.training.parts import plan
 
     each = SHAPES[shape][0] if shape == "vqa" else 1
     return [
@@ -151,7 +151,7 @@ def _in_order(conversations: Sequence[Any], shape: str, recipe: Any) -> list[Any
 
 
 def _recipe(checkpoint: Path, shape: str) -> Any:
-    from stllava_train.recipe import read_recipe
+    from stllava_train.training.recipes import read_recipe
 
     images = SHAPES[shape][1]
     changes = [

@@ -21,8 +21,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from stllava_eval.data.catalog import DATASETS
+
 HERE = Path(__file__).resolve().parent
-SETS = ("vqarad", "slake", "pathvqa")
+SETS = tuple(DATASETS)
 
 
 def run(folder: Path, start: Path, data: Sequence[Path], epochs: float, sq_r: str, seed: str) -> None:

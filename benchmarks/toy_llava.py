@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from stllava_eval.datasets import DATASETS, Row, write_split
+from stllava_eval.data.catalog import DATASETS, Row
+from stllava_eval.data.splits import write_split
 from stllava_eval.network.processing import SYSTEM
 
 # how many questions each image has

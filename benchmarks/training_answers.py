@@ -1,4 +1,4 @@
-"""The prepared official training splits of VQA-RAD and SLAKE -> stllava_eval/training_answers.json.
+"""The prepared official training splits of VQA-RAD and SLAKE -> stllava_eval/scoring/training_answers.json.
 
     stllava-eval prepare vqarad --split train --from DIR && stllava-eval prepare slake --split train --from DIR
     python benchmarks/training_answers.py
@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stllava_eval.blind import prepared_answers
-from stllava_eval.datasets import DATASETS, read_manifest
+from stllava_eval.data.catalog import DATASETS
+from stllava_eval.data.splits import read_manifest
 from stllava_eval.errors import InputError
+from stllava_eval.scoring.image_blind import prepared_answers
 
-FILE = Path(__file__).resolve().parents[1] / "stllava_eval" / "training_answers.json"
+FILE = Path(__file__).resolve().parents[1] / "stllava_eval" / "scoring" / "training_answers.json"
 ABOUT = (
     "How often each answer comes in the official training splits, in lower case: by question text and by kind of "
     "question. Counted from the data sets named here by benchmarks/training_answers.py."

@@ -17,9 +17,11 @@ from typing import Any
 
 from figures import write
 
-from stllava_eval import blind, verdict_v1
 from stllava_eval.errors import InputError
-from stllava_eval.metrics import chosen, closed_accuracy, closed_accuracy_v1, commonest_words, score, unparsed
+from stllava_eval.scoring import image_blind, verdict_v1
+from stllava_eval.scoring.image_blind import commonest_words
+from stllava_eval.scoring.metrics import closed_accuracy, closed_accuracy_v1, score, unparsed
+from stllava_eval.scoring.verdict import chosen
 
 HERE = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("STLLAVA_SHARED") or HERE.parent / "shared")
@@ -82,9 +84,9 @@ def official(name: str) -> list[dict[str, Any]]:
     ]
 
 
-def training(name: str) -> blind.TrainingAnswers:
+def training(name: str) -> image_blind.TrainingAnswers:
     """The answer counts of the official training split."""
-    counts = blind.shipped_answers(name)
+    counts = image_blind.shipped_answers(name)
     if counts is None:
         raise InputError(f"{name}: no counts of its training answers come with the package.")
     return counts
@@ -93,10 +95,10 @@ def training(name: str) -> blind.TrainingAnswers:
 def blind_rows(name: str) -> dict[str, dict[str, Any]]:
     train, closed = training(name), [row for row in official(name) if row["kind"] == "closed"]
     open_answers = list(train.kinds["open"].elements())
-    constants = {f'always "{one}"': one for one in (*blind.CONSTANTS, *LONGER_CONSTANTS)}
-    constants |= {f"{count} commonest words": commonest_words(open_answers, count) for count in blind.WORD_COUNTS}
+    constants = {f'always "{one}"': one for one in (*image_blind.CONSTANTS, *LONGER_CONSTANTS)}
+    constants |= {f"{count} commonest words": commonest_words(open_answers, count) for count in image_blind.WORD_COUNTS}
     answers = {label: {row["id"]: one for row in closed} for label, one in constants.items()}
-    answers[blind.PRIOR] = train.commonest(closed)
+    answers[image_blind.PRIOR] = train.commonest(closed)
     return {label: accuracy([row | {"answer": given[row["id"]]} for row in closed]) for label, given in answers.items()}
 
 

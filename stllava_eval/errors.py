@@ -1,4 +1,4 @@
-"""A wrong input -> one line for the person who gave it."""
+"""Report a wrong input in one line to the person who gave it; every room of both packages raises these errors."""
 
 import errno
 
@@ -36,7 +36,7 @@ _DISK = {
 }
 
 
-def of_the_disk(error: OSError) -> str | None:
+def disk_error_line(error: OSError) -> str | None:
     """Return the one line for an error about a file or folder that is no bug; None for other errors."""
     if error.errno not in _DISK or error.filename is None:
         return None

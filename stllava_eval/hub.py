@@ -1,4 +1,4 @@
-"""A folder or hub id -> its local folder and what its JSON files hold, without torch: a wrong name ends at once."""
+"""Find the local folder of a checkpoint and read its JSON files, without torch, so that a wrong name ends at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stllava_eval.errors import InputError, one_line
-from stllava_eval.home import loads, local, read_text
+from stllava_eval.storage import loads, local_path, read_text
 
 PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors")
 
@@ -29,12 +29,14 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def beside(named: str, folders: Sequence[Path]) -> Path | None:
+def find_folder(named: str, folders: Sequence[Path]) -> Path | None:
     """Find the folder that a checkpoint in `folders` may mean by the path `named`: in them, beside them, or here."""
     try:
         path = Path(named).expanduser()
-        places = [place for folder in folders for place in (folder / path, folder.parent / path)]
-        return next((place for place in [*places, path] if place.is_dir()), None)
+        candidates = []
+        for folder in folders:
+            candidates += [folder / path, folder.parent / path]
+        return next((candidate for candidate in [*candidates, path] if candidate.is_dir()), None)
     except (OSError, RuntimeError, ValueError):  # too long, no such user, a zero byte: no path at all
         return None
 
@@ -45,12 +47,12 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     Raises:
         InputError: There is neither.
     """
-    return beside(name, []) or _download(name, revision or None)
+    return find_folder(name, []) or _download(name, revision or None)
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """The hub's copy of `name` (of None, its main branch): safetensors if it has them, else pickles."""
-    if (path := local(name)) is not None and path.is_file():
+    """Return the hub's copy of `name` (of None, its main branch): safetensors if it has them, else pickles."""
+    if (path := local_path(name)) is not None and path.is_file():
         raise InputError(f"{name} is a file. Pass the folder that it lies in.")
     missing = f"{name[:200] or 'an empty name'}: no such folder"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):

@@ -1,4 +1,7 @@
-"""Encoded files and Pillow images of every mode -> upright RGB, 8 bit, as a reader of scans would see them."""
+"""Open image files, and convert images of every mode to upright 8-bit RGB, as a reader of scans would see them.
+
+Every image of a data set, a request or a pair is opened here, before a processor or a page makes anything of it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError, one_line
-from stllava_eval.home import read_bytes
+from stllava_eval.storage import read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,8 +59,8 @@ class SeveralFramesError(InputError):
 
 
 @contextmanager
-def opened(image: bytes) -> Iterator[Image]:
-    """Open an encoded file with Pillow, without decoding a pixel: format, mode, size, metadata. All images open here.
+def open_header(image: bytes) -> Iterator[Image]:
+    """Open an encoded file with Pillow, without decoding a pixel: format, mode, size, metadata.
 
     Raises:
         InputError: The file is of none of the `FORMATS`, has more than `PIXELS` pixels, or holds several frames, of
@@ -90,12 +93,12 @@ def opened(image: bytes) -> Iterator[Image]:
 
 
 def decode(image: bytes) -> Image:
-    """The picture in an encoded file: RGB, 8 bit, upright by its EXIF orientation.
+    """Decode the picture in an encoded file: 8-bit RGB, upright by its EXIF orientation.
 
     Raises:
-        InputError: See `opened`.
+        InputError: See `open_image`.
     """
-    with opened(image) as header:
+    with open_header(image) as header:
         return _rgb(header)
 
 
@@ -105,12 +108,15 @@ def _refuse_frames(image: Image) -> None:
     A JPEG of a telephone (MPO) has a smaller or a second view behind the picture, and a TIFF may have smaller copies
     and masks (its tag NewSubfileType has bit 0 or 2 set): neither is another picture.
     """
-    if image.format == "MPO" or not getattr(image, "is_animated", False) or image.tell():  # tell: somebody has chosen
+    if (
+        image.format == "MPO" or not getattr(image, "is_animated", False) or image.tell()
+    ):  # tell: the caller chose a frame
         return
     if image.format == "TIFF":
         try:
             for page in range(1, PAGES):
                 image.seek(page)
+                # tag 254, NewSubfileType: bit 0 is a smaller copy, bit 2 a mask (TIFF 6.0, section 8)
                 if not image.tag_v2.get(254, 0) & 0b101:  # type: ignore[attr-defined]
                     break
         except EOFError:
@@ -132,15 +138,35 @@ def read_image(file: Path) -> bytes:
     return read_bytes(file, IMAGE_BYTES)
 
 
+def open_image(file: Path, remedy: str = "Put it back.") -> Image:
+    """Read and decode the image in a file; see `decode`. Errors name the file.
+
+    Args:
+        file: The image's file.
+        remedy: The last sentence of the message where the file cannot be read: what its reader is to do.
+
+    Raises:
+        InputError: It cannot be read or decoded.
+    """
+    try:
+        return decode(read_image(file))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror or one_line(error)}). {remedy}") from error
+    except InputError as error:
+        if str(error).startswith(str(file)):  # `read_image` names it
+            raise
+        raise InputError(f"{file}: {error}") from error
+
+
 def _what_to_do(file: bytes) -> str:
-    """The end of a sentence: what the file is, as far as its first bytes tell, and what that calls for."""
+    """Return the end of a sentence that says what the file is, by its first bytes, and what to do about it."""
     text = file[:1000].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     kind = next((kind for begin, kind in _OTHER_FORMATS if file.startswith(begin)), None)
-    if file[128:132] == b"DICM":
+    if file[128:132] == b"DICM":  # behind a preamble of 128 bytes: DICOM PS3.10, section 7.1
         kind = "DICOM"
-    elif file[344:348] in (b"n+1\0", b"ni1\0"):
+    elif file[344:348] in (b"n+1\0", b"ni1\0"):  # the field `magic` of nifti1.h
         kind = "NIfTI"
-    elif file[4:8] == b"ftyp":
+    elif file[4:8] == b"ftyp":  # the first box of ISO/IEC 14496-12
         kind = "HEIF or AVIF"
     elif text.startswith(b"<") and b"<svg" in text:
         kind = "SVG"
@@ -152,13 +178,13 @@ def _what_to_do(file: bytes) -> str:
     return f" but {kind}. Download it again." if kind else ". Download it again."
 
 
-_lock = threading.Lock()  # of Pillow's two switches, which are the process'
-_strict: list[bool] = []  # what LOAD_TRUNCATED_IMAGES was, once for everybody inside `truncated_refused`
+_lock = threading.Lock()  # guards Pillow's two switches, which all threads of the process share
+_strict: list[bool] = []  # what LOAD_TRUNCATED_IMAGES was, once for each caller inside `truncated_refused`
 
 
 @contextmanager
 def truncated_refused() -> Iterator[None]:
-    """Have Pillow refuse truncated images: packages such as lmms-eval let it fill them with grey, process-wide.
+    """Make Pillow refuse truncated images: packages such as lmms-eval let it fill them with grey, process-wide.
 
     Several threads may be inside; the last one to leave puts the switch back.
     """
@@ -178,7 +204,7 @@ def truncated_refused() -> Iterator[None]:
 
 @contextmanager
 def _size_unjudged() -> Iterator[None]:
-    """Without Pillow's own limits on size: it warns of what we refuse, and ours is the lower one."""
+    """Switch off Pillow's own limit on size: it warns of what we refuse, and our limit is the lower one."""
     import PIL.Image
 
     with _lock:
@@ -190,14 +216,14 @@ def _size_unjudged() -> Iterator[None]:
 
 
 def pixel_hash(picture: Image) -> str:
-    """Hex sha256 of width, height and pixels: equal for equal pictures that `decode` gave, in any encoding."""
+    """Return the hex SHA-256 of width, height and pixels: equal for equal pictures from `decode`, in any encoding."""
     return hashlib.sha256(f"{picture.width}x{picture.height} ".encode() + picture.tobytes()).hexdigest()
 
 
 def rgb(image: Image) -> Image:
-    """`image` of any mode as RGB, 8 bit, upright by its EXIF orientation.
+    """Convert an image of any mode to 8-bit RGB, upright by its EXIF orientation.
 
-    CMYK is converted as Pillow does, Adobe's inverted JPEGs included; transparency lies on black; 16-bit, 32-bit and
+    CMYK is converted as Pillow does, Adobe's inverted JPEGs included; transparency is put on black; 16-bit, 32-bit and
     float grey is stretched from its own minimum to its maximum, since scans use few of the values that the type allows.
     16-bit colour is not: Pillow gives 8 of its bits.
 
@@ -205,7 +231,7 @@ def rgb(image: Image) -> Image:
         InputError: It has more than `PIXELS` pixels or several frames, it is 16-bit colour that would be nearly black,
             or Pillow cannot load or convert it.
     """
-    if image.width * image.height > PIXELS:  # one that somebody else has opened
+    if image.width * image.height > PIXELS:  # the caller may have opened it without `open_image`
         raise InputError(
             f"an image of {image.width} x {image.height} pixels, and at most {PIXELS:,} are read. Scale it down."
         )
@@ -251,25 +277,25 @@ def _refuse_nearly_black(picture: Image) -> None:
 
 
 def _is_signed(stored: dict[int, Any]) -> bool:
-    """Whether a TIFF with these tags holds signed numbers, by its SampleFormat."""
-    kinds = stored.get(339)  # one for each channel
+    """Return whether a TIFF with these tags holds signed numbers, by its SampleFormat (TIFF 6.0, section 19)."""
+    kinds = stored.get(339)  # one value for each channel; 2 is two's complement
     return (kinds[0] if isinstance(kinds, tuple) else kinds) == 2
 
 
 def _stretched(grey: Image, stored: dict[int, Any]) -> Image:
-    """Grey with its minimum black and its maximum white; where `stored`, a TIFF's tags, calls zero white, a negative.
+    """Stretch grey so that its minimum is black and its maximum white; a TIFF whose tags call zero white is inverted.
 
-    In bands of rows: what numpy needs for each pixel on the way is many times the pixel.
+    It is done in bands of rows, since numpy needs many times a pixel's size for each pixel on the way.
     """
     import numpy as np
     import PIL.Image
 
-    values = np.asarray(grey)
+    values = np.asarray(grey)  # (height, width)
     if grey.mode == "L":  # Pillow reads signed bytes, and unsigned numbers of 32 bits, as if they were the other kind
         values = values.view(np.int8)
     elif stored and grey.mode == "I" and values.min(initial=0) < 0 and not _is_signed(stored):
         values = values.view(np.uint32)
-    step = max(1, 2**20 // max(1, grey.width))
+    step = max(1, 2**20 // max(1, grey.width))  # rows of a band of about 2^20 pixels, 8 MB as float64. Our choice
     bands = [values[first : first + step] for first in range(0, len(values), step)]
     finite = [band[np.isfinite(band)] for band in bands]
     ends = [(float(band.min()), float(band.max())) for band in finite if band.size]

@@ -1,4 +1,7 @@
-"""A recipe of the whole self-training -> both stages, what lies between them, and evaluations, each made once."""
+"""Run the whole self-training by a recipe: both stages, the steps between them, and evaluations, each made once.
+
+conversations -> stage 1 -> candidates -> judge -> pairs -> DPO -> evaluation, once for each round.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stllava_eval import __version__
-from stllava_eval.cli import TASKS
-from stllava_eval.datasets import read_manifest
+from stllava_eval.cli.options import TASKS
+from stllava_eval.data.splits import read_manifest
 from stllava_eval.errors import InputError, printable
-from stllava_eval.home import alone, read_json, refuse_file, write_json
-from stllava_train.columns import columns_of
-from stllava_train.ledger import read_rows
-from stllava_train.recipe import Training, read_dpo_recipe, read_pipeline, read_recipe
+from stllava_eval.storage import alone, file_sha256, read_json, refuse_file, write_json
+from stllava_eval.version import __version__
+from stllava_train.data.columns import columns_of
+from stllava_train.data.conversations import read_conversations
+from stllava_train.preferences.candidates import PRESETS, check_settings, images_in
+from stllava_train.preferences.judges.oracle import EXACT
+from stllava_train.preferences.pair_selection import Options, check_options, rule_of
+from stllava_train.preferences.verdicts import HUMAN_PREFIX
+from stllava_train.resumable import read_rows
+from stllava_train.training.recipe_yaml import changed
+from stllava_train.training.recipes import TrainingRecipe, read_dpo_recipe, read_pipeline, read_recipe
 
 STAGES = "stages.json"  # what each stage was made of, in the run's folder
 REPLACED = "replaced"  # folder in it, of what was made of something else
@@ -93,12 +102,7 @@ class Pipeline:
         self._hashes: dict[Path, str] = {}
 
     def _check(self) -> None:
-        """All that can be wrong with a later stage, before the first."""
-        from stllava_train.candidates import PRESETS, check_settings, images_in
-        from stllava_train.exact import EXACT
-        from stllava_train.pairs import Options, check_options, rule_of
-        from stllava_train.recipe import changed
-
+        """Raise InputError for all that can be wrong with a later stage, before the first one begins."""
         recipe = self.recipe
         for stage, use in (("sft", recipe.sft), ("candidates", recipe.candidates), ("dpo", recipe.dpo)):
             keys = {change.partition("=")[0].strip() for change in use.changes}
@@ -131,13 +135,13 @@ class Pipeline:
             raise InputError(f"--out {self.out}: it lies in {self.images}, or that in it. Choose another folder.")
         images_in(self.images)
         if sft.evaluate_on or dpo.evaluate_on:
-            from stllava_train.examination import questions  # with torch
+            from stllava_train.training.validation import questions  # with torch
 
             questions(sft)
             questions(dpo)
 
     def run(self) -> int:
-        """Make what is not made yet; the exit code.
+        """Make what is not made yet, and return the exit code.
 
         Raises:
             InputError: Another process is at the run, or a file cannot be read.
@@ -149,90 +153,105 @@ class Pipeline:
         return 0
 
     def stages(self) -> Iterator[Stage]:
-        """One by one: what a stage is made of can be told once the one before it is there."""
-        from stllava_train.candidates import images_in
-
-        recipe, seed = self.recipe, f"seed={self.recipe.seed}"
+        """Yield the stages in order; what decides a stage's result is known once the one before it is made."""
         images = self._hash_of(self.images / name for name in images_in(self.images))
-        stage_1 = self.out / "sft"
-        given = [text for file in self.data for text in ("--data", str(file))]
-        named = [_columns(file) for file in self.data]
-        changes = [*recipe.sft.changes, seed]
-        yield Stage(
+        policy = self.out / "sft"
+        yield self._sft(policy)
+        yield self._evaluation("eval/sft", policy)
+        for number in range(1, self.recipe.rounds + 1):
+            folder = self.out / f"round-{number}"
+            yield self._candidates(number, policy, folder / "candidates.jsonl", images)
+            yield self._judge(number, folder)
+            yield self._pairs(number, folder)
+            yield self._dpo(number, policy, folder)
+            policy = folder / "dpo"  # the next round starts from the newest checkpoint
+            yield self._evaluation(f"eval/round-{number}", policy)
+
+    def _sft(self, out: Path) -> Stage:
+        """Return stage 1: conversations -> a checkpoint."""
+        recipe = self.recipe
+        files = [text for file in self.data for text in ("--data", str(file))]
+        columns = [_columns(file) for file in self.data]
+        changes = [*recipe.sft.changes, f"seed={recipe.seed}"]
+        return Stage(
             "sft",
-            ["sft", "--recipe", recipe.sft.recipe, *given, "--out", str(stage_1), *changes],
+            ["sft", "--recipe", recipe.sft.recipe, *files, "--out", str(out), *changes],
             {
                 **self._settings(read_recipe(recipe.sft.recipe, changes)),
                 "data": [self.hash(file) for file in self.data],
-                **({"columns": named} if any(named) else {}),
+                **({"columns": columns} if any(columns) else {}),
                 "images": self._images_of(self.data),
             },
-            stage_1 / "run.json",
+            out / "run.json",
             resume="--resume",
         )
-        yield self._evaluation("eval/sft", stage_1)
-        policy = stage_1
-        for number in range(1, recipe.rounds + 1):
-            folder = self.out / f"round-{number}"
-            candidates, judged, pairs = (folder / name for name in ("candidates.jsonl", "judged.jsonl", "pairs.jsonl"))
-            drawn = ["--sample", str(recipe.images)] if recipe.images else []
-            asked = ["--preset", recipe.candidates.recipe, *drawn]
-            changes = [*recipe.candidates.changes, f"seed={recipe.seed + number - 1}"]  # other questions each round
-            yield Stage(
-                f"round-{number}/candidates",
-                [
-                    *("candidates", "--checkpoint", str(policy), "--images", str(self.images)),
-                    *("--out", str(candidates), *asked, *changes),
-                ],
-                {"checkpoint": self._checkpoint(str(policy)), "images": images, "settings": [*asked, *changes]},
-                candidates,
-            )
-            judges = [text for name in recipe.judges for text in ("--judge", name)]
-            room: dict[str, Any] = {}  # empty where none is given, so that runs of earlier releases go on
-            if recipe.judge_max_tokens is not None:
-                room["max_tokens"] = recipe.judge_max_tokens
-            if recipe.judge_reasoning:
-                room["reasoning"] = True
-            how = [
-                *("--preset", recipe.judge_preset),
-                *([] if recipe.budget is None else ["--budget", str(recipe.budget)]),
-                *([] if recipe.judge_max_tokens is None else ["--max-tokens", str(recipe.judge_max_tokens)]),
-                *(["--reasoning"] if recipe.judge_reasoning else []),
-            ]
-            yield Stage(
-                f"round-{number}/judged",
-                ["judge", str(candidates), *judges, *how, "--out", str(judged)],
-                {"candidates": self.hash(candidates), "judges": list(recipe.judges), "preset": recipe.judge_preset},
-                judged,
-                bounds={"budget": recipe.budget, **room},
-            )
-            options = [*recipe.pairs.as_options(), "--seed", str(recipe.seed)]
-            yield Stage(
-                f"round-{number}/pairs",
-                ["pairs", str(candidates), str(judged), "--out", str(pairs), *options],
-                {"candidates": self.hash(candidates), "judged": self.hash(judged), "options": options},
-                pairs,
-            )
-            trained = folder / "dpo"
-            changes = [*recipe.dpo.changes, f"start={policy}", seed]
-            yield Stage(
-                f"round-{number}/dpo",
-                [
-                    *("dpo", "--recipe", recipe.dpo.recipe, "--pairs", str(pairs), "--images", str(self.images)),
-                    *("--out", str(trained), *changes),
-                ],
-                {
-                    **self._settings(read_dpo_recipe(recipe.dpo.recipe, changes)),
-                    "pairs": self.hash(pairs),
-                },
-                trained / "run.json",
-                resume="--resume",
-            )
-            policy = trained
-            yield self._evaluation(f"eval/round-{number}", trained)
+
+    def _candidates(self, number: int, policy: Path, out: Path, images: str) -> Stage:
+        """Return the questions and answers of a round; `images` is the hash of all images."""
+        recipe = self.recipe
+        sampled = ["--sample", str(recipe.images)] if recipe.images else []
+        asked = ["--preset", recipe.candidates.recipe, *sampled]
+        changes = [*recipe.candidates.changes, f"seed={recipe.seed + number - 1}"]  # other questions each round
+        return Stage(
+            f"round-{number}/candidates",
+            [
+                *("candidates", "--checkpoint", str(policy), "--images", str(self.images)),
+                *("--out", str(out), *asked, *changes),
+            ],
+            {"checkpoint": self._checkpoint(str(policy)), "images": images, "settings": [*asked, *changes]},
+            out,
+        )
+
+    def _judge(self, number: int, folder: Path) -> Stage:
+        """Return the verdicts of a round, with what bounds them: the budget, and the room of a reply."""
+        recipe, candidates, judged = self.recipe, folder / "candidates.jsonl", folder / "judged.jsonl"
+        judges = [text for name in recipe.judges for text in ("--judge", name)]
+        how = ["--preset", recipe.judge_preset]
+        bounds: dict[str, Any] = {"budget": recipe.budget}
+        if recipe.budget is not None:
+            how += ["--budget", str(recipe.budget)]
+        if recipe.judge_max_tokens is not None:  # else the key is absent, so that runs of earlier releases go on
+            how += ["--max-tokens", str(recipe.judge_max_tokens)]
+            bounds["max_tokens"] = recipe.judge_max_tokens
+        if recipe.judge_reasoning:
+            how += ["--reasoning"]
+            bounds["reasoning"] = True
+        return Stage(
+            f"round-{number}/judged",
+            ["judge", str(candidates), *judges, *how, "--out", str(judged)],
+            {"candidates": self.hash(candidates), "judges": list(recipe.judges), "preset": recipe.judge_preset},
+            judged,
+            bounds=bounds,
+        )
+
+    def _pairs(self, number: int, folder: Path) -> Stage:
+        """Return the preference pairs of a round."""
+        candidates, judged, pairs = (folder / name for name in ("candidates.jsonl", "judged.jsonl", "pairs.jsonl"))
+        options = [*self.recipe.pairs.as_options(), "--seed", str(self.recipe.seed)]
+        return Stage(
+            f"round-{number}/pairs",
+            ["pairs", str(candidates), str(judged), "--out", str(pairs), *options],
+            {"candidates": self.hash(candidates), "judged": self.hash(judged), "options": options},
+            pairs,
+        )
+
+    def _dpo(self, number: int, policy: Path, folder: Path) -> Stage:
+        """Return stage 2 of a round: pairs -> the next checkpoint."""
+        recipe, pairs, out = self.recipe.dpo, folder / "pairs.jsonl", folder / "dpo"
+        changes = [*recipe.changes, f"start={policy}", f"seed={self.recipe.seed}"]
+        return Stage(
+            f"round-{number}/dpo",
+            [
+                *("dpo", "--recipe", recipe.recipe, "--pairs", str(pairs), "--images", str(self.images)),
+                *("--out", str(out), *changes),
+            ],
+            {**self._settings(read_dpo_recipe(recipe.recipe, changes)), "pairs": self.hash(pairs)},
+            out / "run.json",
+            resume="--resume",
+        )
 
     def _evaluation(self, name: str, checkpoint: Path) -> Stage:
-        from stllava_eval.runs import data_hashes
+        from stllava_eval.runs.folder import data_hashes
 
         tasks = ",".join(self.recipe.tasks)
         place = self.out / name
@@ -244,7 +263,7 @@ class Pipeline:
         )
 
     def _make(self, stage: Stage) -> int:
-        """Run the stage if it has to be; the exit code."""
+        """Run the stage if it is not made of the same inputs already, and return the exit code."""
         place = self.out / stage.name
         before = self.done.get(stage.name)
         inputs = json.loads(json.dumps(stage.inputs | {"version": __version__}))  # as it is read back
@@ -287,7 +306,7 @@ class Pipeline:
         return 0
 
     def _judged(self, command: Sequence[str], stage: Stage) -> tuple[int, int]:
-        """(exit code, how many questions are left out) of a call of judges that did not judge everything.
+        """Return (exit code, how many questions are left out) of a call of judges that did not judge everything.
 
         Where no further call would judge more, the run goes on with what is judged: the budget is spent, or a second
         call has failed at the same questions as the first.
@@ -309,7 +328,7 @@ class Pipeline:
 
     @staticmethod
     def _files(place: Path) -> list[Path]:
-        """What a stage has written."""
+        """Return the files and folders that a stage has written."""
         files = [place] if place.exists() else []
         files += [file for file in place.parent.glob(f"{place.name}.*") if file.is_file()]
         if place.name == "pairs":
@@ -317,7 +336,7 @@ class Pipeline:
         return list(dict.fromkeys(files))
 
     def _set_aside(self, name: str, place: Path) -> dict[Path, Path]:
-        """Move what a stage had made before out of the way: from where, to where."""
+        """Move what a stage had made before to `replaced/`, and return where each file was and is."""
         if not (files := self._files(place)):
             return {}
         number = 1
@@ -347,20 +366,18 @@ class Pipeline:
         write_json(self.out / STAGES, self.done)
 
     def _checkpoint(self, name: str) -> str:
-        from stllava_eval.network.checkpoint import open_checkpoint
+        from stllava_eval.network.checkpoint import open_checkpoint  # with torch
 
         return open_checkpoint(name).sha256
 
-    def _settings(self, recipe: Training) -> dict[str, Any]:
-        """Where it starts from is known by its weights, not by its name."""
+    def _settings(self, recipe: TrainingRecipe) -> dict[str, Any]:
+        """Return what decides the result of training: the start is known by its weights, not by its name."""
         values = {key: value for key, value in recipe.as_dict().items() if key != "start"}
         asked = {name: read_manifest(name, "validation").sha256_file for name in recipe.evaluate_on}
         return {"recipe": values, "start": self._checkpoint(recipe.start), "validation": asked}
 
     def _images_of(self, data: Sequence[Path]) -> str:
-        """Of the images that the conversations show."""
-        from stllava_train.conversations import read_conversations
-
+        """Return a hash of the images that the conversations show."""
         shown = dict.fromkeys(one.image for file in data for one in read_conversations(file)[0] if one.image)
         return self._hash_of(shown)
 
@@ -368,43 +385,42 @@ class Pipeline:
         return hashlib.sha256(json.dumps([[file.name, self.hash(file)] for file in files]).encode()).hexdigest()
 
     def hash(self, path: Path) -> str:
-        """sha256 of a file's bytes.
+        """Return the sha256 of a file's bytes.
 
         Raises:
             InputError: It cannot be read.
         """
         if path not in self._hashes:
             try:
-                self._hashes[path] = _file_hash(path)
+                self._hashes[path] = file_sha256(path)
             except OSError as error:
                 raise InputError(f"{path}: cannot be read ({error.strerror}). Put it back.") from error
         return self._hashes[path]
 
 
 def _check_judge(name: str) -> None:
-    """Whether it could be asked: its name, its server's address, and a key where one is needed."""
-    from stllava_eval.server import OPENAI, Endpoint
-    from stllava_train.verdicts import PERSON
+    """Raise InputError where a judge could not be asked: its name, its server's address, or a key that it needs."""
+    from stllava_eval.inference.endpoint import OPENAI, Endpoint
 
     model, _, address = name.partition("@")
-    if model.startswith(PERSON):
+    if model.startswith(HUMAN_PREFIX):
         raise InputError(f"judges: {name}: a person judges by `stllava-train judge --human`, not in a whole run.")
     Endpoint(base_url=address or OPENAI, model=model)
 
 
 def _left(judged: Path) -> tuple[int, int]:
-    """How many questions of all judges (failed, were not asked), by the manifest of the verdicts."""
+    """Return how many questions of all judges (failed, were not asked), by the manifest of the verdicts."""
     left = (_read(judged.with_suffix(".json")) or {}).get("left") or {}
     return sum(of.get("failed", 0) for of in left.values()), sum(of.get("not_asked", 0) for of in left.values())
 
 
 def _columns(file: Path) -> str | None:
-    """Hash of what the file's columns are called, where a `dataset_info.json` names the file."""
+    """Return a hash of what the file's columns are called, where a `dataset_info.json` names the file."""
     return columns.sha256 if (columns := columns_of(file)) else None
 
 
 def _cut(judged: Path) -> int:
-    """How many replies were cut before their scores: a call with more room asks for them again."""
+    """Return how many replies were cut before their scores: a call with more room asks for them again."""
     return sum(bool(row.get("cut_at")) for row in read_rows(judged))
 
 
@@ -415,13 +431,8 @@ def _read(manifest: Path) -> dict[str, Any] | None:
         return None
 
 
-def _file_hash(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _evaluate(command: Sequence[str]) -> int:
-    """In a process of its own, since lmms-eval ends its own."""
+    """Run an evaluation in a process of its own, since lmms-eval ends its process; return the exit code."""
 
     def end_with_us() -> None:  # else it would go on, unseen, beside the next call
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -433,13 +444,14 @@ def _evaluate(command: Sequence[str]) -> int:
 
 
 def summary(out: Path, rounds: int) -> str:
-    """The scores of every checkpoint beside image-blind answers, and what the last round changed.
+    """Return the scores of every checkpoint beside image-blind answers, and what the last round changed.
 
     Raises:
         InputError: An evaluation is missing.
     """
-    from stllava_eval.compare import compare, compare_text
-    from stllava_eval.leaderboard import board, board_text
+    from stllava_eval.reports.board_formats import board_text
+    from stllava_eval.reports.board_rows import board
+    from stllava_eval.reports.compare import compare, compare_text
 
     runs = [out / "eval" / name for name in ("sft", *(f"round-{number}" for number in range(1, rounds + 1)))]
     tests = compare_text(compare([runs[0], runs[-1]]))

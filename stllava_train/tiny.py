@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stllava_eval.datasets import Row
+from stllava_eval.data.catalog import Row
 from stllava_eval.errors import InputError
 from stllava_eval.images import decode
 from stllava_eval.network.processing import SYSTEM, make_processor
-from stllava_train.augment import augmented
+from stllava_train.data.augment import augmented
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-    from stllava_eval.network import StllavaMedForConditionalGeneration
+    from stllava_eval.network.modeling import StllavaMedForConditionalGeneration
 
 SIDE = 112  # px, embedded_data.md
 PATCH = 16  # px, embedded_data.md
@@ -206,7 +206,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> StllavaMedForConditionalGe
     import torch
     from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig
 
-    from stllava_eval.network import StllavaMedConfig, StllavaMedForConditionalGeneration
+    from stllava_eval.network.configuration import StllavaMedConfig
+    from stllava_eval.network.modeling import StllavaMedForConditionalGeneration
 
     pad, bos, eos, image = (tokenizer.get_vocab()[name] for name in (*SPECIAL, "<image>"))
     vision = CLIPVisionConfig(

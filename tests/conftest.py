@@ -3,7 +3,9 @@
 import faulthandler
 import io
 import os
+import random
 import signal
+import socket
 import sys
 from pathlib import Path
 from threading import Timer
@@ -16,6 +18,7 @@ from PIL import Image
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = {
     "vqarad": [("Is there a mass?", "yes", "closed"), ("What organ is shown?", "the left lung", "open")],
     "slake": [("Is this a CT or an MRI?", "MRI", "closed"), ("Where is the liver?", "upper left", "open")],
@@ -43,13 +46,19 @@ def pytest_timeout_set_timer(item, settings):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """A test that has not ended at one and a half times its limit, its fixtures included, ends the whole run."""
+    """A test that has not ended at one and a half times its limit, its fixtures included, ends the whole run.
+
+    Of several workers it ends its own: pytest-xdist counts the test as failed and gives the others to a new worker.
+    """
     settings = pytest_timeout._get_item_settings(item)
     if not settings.timeout:
         return (yield)
 
     def give_up() -> None:
         end_children()
+        if hasattr(item.config, "workerinput"):  # a worker of pytest-xdist, whose standard output nobody reads
+            item.config.pluginmanager.getplugin("capturemanager").suspend_global_capture(in_=True)
+            faulthandler.dump_traceback(file=sys.__stderr__)
         pytest_timeout.timeout_timer(item, settings)  # the stacks of all threads, exit code 1
 
     timer = Timer(1.5 * settings.timeout, give_up)
@@ -70,6 +79,21 @@ def end_children() -> None:
     """Kill every process that this one has started, and theirs."""
     for child in psutil.Process().children(recursive=True):
         child.kill()
+
+
+def free_port() -> str:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+@pytest.fixture
+def chance() -> random.Random:
+    """What decides when a test kills. The seed is in the output of a failed test; STLLAVA_TEST_SEED sets it."""
+    seed = os.environ.get("STLLAVA_TEST_SEED") or str(random.SystemRandom().randrange(2**32))
+    print(f"STLLAVA_TEST_SEED={seed}")
+    return random.Random(int(seed))
 
 
 @pytest.fixture
@@ -99,10 +123,14 @@ def home(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+def shared_folder() -> Path:
+    return Path(os.environ.get("STLLAVA_SHARED") or ROOT.parent / "shared")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and golden values that lies beside the checkout."""
-    folder = Path(os.environ.get("STLLAVA_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+    folder = shared_folder()
     if not folder.is_dir():
         pytest.skip(f"needs the reference data of the team: {folder} is not there (set STLLAVA_SHARED)")
     return folder
@@ -123,7 +151,8 @@ def prepared(home) -> Path:
 
 
 def write_small_sets(images: int = 4, shade: int = 0) -> None:
-    from stllava_eval.datasets import DATASETS, Row, write_split
+    from stllava_eval.data.catalog import DATASETS, Row
+    from stllava_eval.data.splits import write_split
 
     for name, questions in QUESTIONS.items():
         fields = DATASETS[name].categories
@@ -149,7 +178,8 @@ def write_small_sets(images: int = 4, shade: int = 0) -> None:
 @pytest.fixture
 def validation(home):
     """Validation splits of two images with an open and a closed question each."""
-    from stllava_eval.datasets import DATASETS, Row, write_split
+    from stllava_eval.data.catalog import DATASETS, Row
+    from stllava_eval.data.splits import write_split
 
     write_small_sets()
 

@@ -1,6 +1,6 @@
 """The golden values of the authors' own modules -> how far our network is from them.
 
-`python tests/golden.py` prints the table of docs/checkpoints.md; the tests hold each line to its tolerance.
+`python tests/golden.py` prints the table of docs/evaluate/checkpoints.md; the tests hold each line to its tolerance.
 """
 
 import json
@@ -13,9 +13,10 @@ from PIL import Image
 from rounding import apart
 from safetensors.torch import load_file
 
-from stllava_eval.network import StllavaMedImageProcessor
-from stllava_eval.network.checkpoint import PROTOTYPE_PARTS, open_checkpoint
+from stllava_eval.network.checkpoint import open_checkpoint
+from stllava_eval.network.layouts import PROTOTYPE_PARTS
 from stllava_eval.network.modeling import PrototypeProjector
+from stllava_eval.network.processing import StllavaMedImageProcessor
 
 IMAGE, PATCHES = 128, 36  # of the tiny golden model: the image token's id behind 128 pieces, its vectors
 
@@ -138,9 +139,9 @@ def tiny_model(golden: Path, variant: str, folder: Path) -> dict[str, float]:
 
 
 def _gradient(names: dict[str, torch.nn.Parameter], original: str) -> torch.Tensor:
-    from stllava_eval.network.checkpoint import _flat_name
+    from stllava_eval.network.layouts import flat_name
 
-    gradient = names[_flat_name(original)].grad
+    gradient = names[flat_name(original)].grad
     return torch.zeros(()) if gradient is None else gradient
 
 

@@ -29,7 +29,8 @@ python - "$fresh/start" << 'END'
 import sys
 from pathlib import Path
 
-from stllava_eval.datasets import DATASETS, read_rows
+from stllava_eval.data.catalog import DATASETS
+from stllava_eval.data.splits import read_rows
 from stllava_train.tiny import write_start
 
 write_start({name: read_rows(name, "train") for name in DATASETS}, Path(sys.argv[1]), effort=0.03, progress=False)

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from stllava_eval.extract import finals
-from stllava_eval.runs import answered, dataset_of, split_rows, write_run
+from stllava_eval.runs.folder import answer_row, write_run
+from stllava_eval.runs.scores import dataset_of, split_rows
+from stllava_eval.scoring.final_answer import final_answers
 
 Say = Callable[[Mapping[str, str]], str | None]
 
@@ -18,11 +19,11 @@ def small_run(
 ) -> Path:
     """`say` gives the reply to a row of the test split, or None for a question that was not asked."""
     rows = [
-        answered(task, row, row["question"], final, extract=str((asked or {}).get("extract", "final-v1")))
+        answer_row(task, row, row["question"], final, extract=str((asked or {}).get("extract", "final-v1")))
         for task in tasks
         for row in split_rows(dataset_of(task))
         if (answer := say(row)) is not None
-        for final in finals([answer], row["question"], "final")
+        for final in final_answers([answer], row["question"], "final")
     ]
     checkpoint = {"name": f"checkpoints/{folder.name}", "sha256": folder.name * 4, "trained_on": None}
     decided = {"model": "stllava_med", "checkpoint": checkpoint, "images": "own", "decoding": "greedy", **decided}

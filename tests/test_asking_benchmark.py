@@ -6,11 +6,10 @@ import pytest
 from asking import Asked, Book, Picture
 from PIL import Image
 
-from stllava_eval.answering import Answer
-from stllava_eval.datasets import Row
-from stllava_eval.engine import Sampling
+from stllava_eval.data.catalog import Row
 from stllava_eval.errors import InputError
-from stllava_eval.metrics import folded_words
+from stllava_eval.inference.types import Answer, Sampling
+from stllava_eval.scoring.words import folded_words
 
 TRAINED = ["Is this an MRI?", "What plane is this?", "Is there a red cross?"]
 # what the sets can ask beside: two questions that only pathology images answer, one wording that training never shows
@@ -140,7 +139,7 @@ def test_a_model_is_asked_to_ask_after_the_round_before_with_the_image_in_view()
     fake = FakeAnswerer({(None, "brain"): "Is this an MRI?"})
     found = asking.ask(fake, [BRAIN, TISSUE], [1, 0], sampling, 2)
     assert found == [None, None, *[Answer("Is this an MRI?", 3, True)] * 2]
-    assert [(q.text, q.image_key, q.history, q.draw) for q in fake.seen] == [
+    assert [(q.text, q.image_key, q.history, q.sample_index) for q in fake.seen] == [
         (None, shown, (("Is there a red cross?", "no"),), draw) for shown in ("tissue", "brain") for draw in (0, 1)
     ]
     assert {q.sampling for q in fake.seen} == {sampling}

@@ -1,4 +1,4 @@
-"""The commands of docs/baselines.md, run as they stand there: on tiny systems, against a server of our own."""
+"""The commands of docs/evaluate/baselines.md, run as they stand there: on tiny systems, against a server of our own."""
 
 import json
 import os
@@ -9,18 +9,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import author_layouts as layouts
 import numpy as np
 import pytest
-import test_checkpoint as layouts
 import torch
-from conftest import write_llama_tokenizer, write_small_sets
+from conftest import ROOT, write_llama_tokenizer, write_small_sets
 from fault_server import FaultServer, refuses, says
 from PIL import Image
 from transformers import CLIPImageProcessor, LlamaConfig, MistralConfig
 
 from stllava_eval.network.checkpoint import open_checkpoint
 
-DOCS = (Path(__file__).resolve().parents[1] / "docs" / "baselines.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "evaluate" / "baselines.md").read_text(encoding="utf-8")
 SYSTEMS = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| (?!system).*", DOCS, re.M)]
 BLOCKS = "".join(re.findall(r"^```sh\n(.*?)^```$", DOCS, re.M | re.S)).replace("\\\n", " ")
 COMMANDS = [row[1] for row in SYSTEMS] + BLOCKS.splitlines()

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-from stllava_eval import cli as eval_cli
-from stllava_train import cli as train_cli
+from stllava_eval.cli import main as eval_cli
+from stllava_train.cli import main as train_cli
 
-ROOT = Path(__file__).resolve().parents[1]
 PARSERS = {"stllava-eval": eval_cli.parser, "stllava-train": train_cli.parser}
 
 
@@ -29,8 +29,10 @@ def helps() -> dict[str, str]:
 
 def test_docs_and_help_say_the_same(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    documented = dict(re.findall(r"^## `(.+?)`\n\n```\n(.*?)```$", (ROOT / "docs" / "cli.md").read_text(), re.M | re.S))
-    assert documented == helps(), "run `python tests/test_cli.py` to write docs/cli.md again"
+    documented = dict(
+        re.findall(r"^## `(.+?)`\n\n```\n(.*?)```$", (ROOT / "docs" / "reference" / "cli.md").read_text(), re.M | re.S)
+    )
+    assert documented == helps(), "run `python tests/test_cli.py` to write docs/reference/cli.md again"
 
 
 def test_every_example_in_the_help_is_a_call_that_parses():
@@ -46,7 +48,7 @@ def test_every_example_in_the_help_is_a_call_that_parses():
         PARSERS[program]().parse_args(arguments)
 
 
-@pytest.mark.parametrize("module", ["stllava_eval.cli", "stllava_train.cli"])
+@pytest.mark.parametrize("module", ["stllava_eval.cli.main", "stllava_train.cli.main"])
 def test_help_loads_nothing_heavy(module):
     program = (
         f"import sys, {module} as c; c.parser().format_help()\n"
@@ -158,7 +160,7 @@ def test_without_data_the_bare_command_says_what_to_run_and_fails(home, checkpoi
 def write_docs() -> None:
     parts = ["# The command line\n\nWhat `--help` prints; `tests/test_cli.py` holds the two together.\n"]
     parts += [f"## `{name}`\n\n```\n{text}```\n" for name, text in helps().items()]
-    (ROOT / "docs" / "cli.md").write_text("\n".join(parts))
+    (ROOT / "docs" / "reference" / "cli.md").write_text("\n".join(parts))
 
 
 if __name__ == "__main__":

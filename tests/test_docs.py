@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-TOP = Path(__file__).parents[1]
-PAGES = [*TOP.glob("*.md"), *(TOP / "docs").glob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -17,7 +17,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     broken = []
     for link in LINK.findall(page.read_text(encoding="utf-8")):
@@ -28,3 +28,14 @@ def test_links_lead_somewhere(page):
         if not target.exists() or (anchor and anchor not in anchors(target)):
             broken.append(link)
     assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_prose_is_wrapped_at_120_columns(page):
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))] == []
+
+
+def test_the_readme_reaches_its_first_command_within_150_words():
+    before, _, _ = (ROOT / "README.md").read_text(encoding="utf-8").partition("```sh\n")
+    assert len(before.split()) <= 150

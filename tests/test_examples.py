@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 from small_runs import always, right, small_run
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples" / "ci"
 
 
@@ -115,6 +115,6 @@ def test_the_weekly_workflow_calls_what_the_makefile_has():
         dry = ["bash", "-e", "-c", step["run"].replace("make ", "make --dry-run ")]
         ran = subprocess.run(dry, cwd=ROOT, env=environment(TARGET=target), capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
-        named = re.findall(r"tests/\w+\.(?:py|sh)", ran.stdout)
+        named = re.findall(r"tests/[\w/]+\.(?:py|sh)", ran.stdout)
         assert named
         assert [name for name in named if not (ROOT / name).is_file()] == []

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SIGNALS = {"SIGINT", "SIGHUP", "SIGQUIT"}  # what a shell or nohup has ignored for a run in the background
 
 
@@ -29,17 +30,17 @@ def run(*arguments: object, **options) -> subprocess.CompletedProcess:
     )
 
 
-def run_here(folder: Path, source: str) -> subprocess.CompletedProcess:
+def run_here(folder: Path, source: str, *workers: str) -> subprocess.CompletedProcess:
     (folder / "test_these.py").write_text(source)
-    return run("-p", "conftest", "-o", "timeout=2", "--rootdir", folder, folder / "test_these.py")
+    return run(*workers, "-p", "conftest", "-o", "timeout=2", "--rootdir", folder, folder / "test_these.py")
 
 
 WAITS_FOR_A_CHILD = """
 import subprocess, sys
 
 def test_one_waits():
-    program = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(900)'])"
-    with subprocess.Popen([sys.executable, "-c", program + "; print(1, flush=True); time.sleep(900)"]) as child:
+    program = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(LONG)'])"
+    with subprocess.Popen([sys.executable, "-c", program + "; print(1, flush=True); time.sleep(LONG)"]) as child:
         child.wait()
 
 def test_the_next_one_passes():
@@ -47,14 +48,16 @@ def test_the_next_one_passes():
 """
 
 
-def test_a_test_that_waits_for_ever_fails_with_its_stack_and_the_next_one_runs(tmp_path):
+@pytest.mark.parametrize(("workers", "seconds"), [(("-n", "0"), "900"), (("-n", "1"), "901")], ids=["alone", "worker"])
+def test_a_test_that_waits_for_ever_fails_with_its_stack_and_the_next_one_runs(tmp_path, workers, seconds):
     """Its child, and the child's, are gone: they hold the output that we read here to its end."""
-    done = run_here(tmp_path, WAITS_FOR_A_CHILD)
+    done = run_here(tmp_path, WAITS_FOR_A_CHILD.replace("LONG", seconds), *workers)
     assert done.returncode == 1
     assert "1 failed, 1 passed" in done.stdout
     assert "Timeout (>2.0s)" in done.stdout
     assert "child.wait()" in done.stdout
-    assert not [one for one in psutil.process_iter(["cmdline"]) if "time.sleep(900)" in (one.info["cmdline"] or ())]
+    children = [process.info["cmdline"] or () for process in psutil.process_iter(["cmdline"])]
+    assert not [words for words in children if any(f"time.sleep({seconds})" in word for word in words)]
 
 
 WAITS_IN_A_FIXTURE = """
@@ -77,6 +80,14 @@ def test_a_fixture_that_waits_for_ever_ends_the_run_with_its_stack(tmp_path):
     assert "in slow_to_go" in done.stdout
 
 
+def test_a_fixture_that_waits_for_ever_ends_its_worker_with_its_stack_and_the_next_test_runs(tmp_path):
+    done = run_here(tmp_path, WAITS_IN_A_FIXTURE + "\ndef test_the_next_one_passes():\n    pass\n", "-n", "1")
+    assert done.returncode == 1
+    assert "in slow_to_go" in done.stderr
+    assert "crashed while running 'test_these.py::test_it'" in done.stdout
+    assert "1 passed" in done.stdout
+
+
 def test_what_sends_ctrl_c_passes_where_a_shell_has_it_ignored():
     """As `nohup make test &` starts the tests."""
 
@@ -94,7 +105,7 @@ def senders() -> list[str]:
 
 
 def every_test() -> list[tuple[Path, ast.FunctionDef]]:
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     nodes = [(file, node) for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     return [(file, one) for file, one in nodes if isinstance(one, ast.FunctionDef) and one.name.startswith("test_")]
 

@@ -1,4 +1,4 @@
-"""The numbers that shape a STLLaVA-Med network: LLaVA's own, and those of the projector."""
+"""Define the configuration of a STLLaVA-Med network: LLaVA's own, and the projector's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checked checkpoint -> a folder that `from_pretrained` reads."""
+"""Write a checked checkpoint as a folder that `from_pretrained` reads: the last step of checkpoint -> network."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stllava_eval.errors import InputError, one_line
-from stllava_eval.home import write_json
-from stllava_eval.network.checkpoint import VOCABULARY_ROWS, Checkpoint
+from stllava_eval.network.checkpoint import Checkpoint
 from stllava_eval.network.files import refused
+from stllava_eval.network.layouts import VOCABULARY_ROWS
+from stllava_eval.storage import write_json
 
 SHARD_BYTES = 5 * 10**8  # of a written file: what is held in memory (our choice)
 
@@ -72,7 +73,7 @@ def convert(checkpoint: Checkpoint, out: Path, to: str = "stllava-med", progress
 def _write_ours(checkpoint: Checkpoint, processor: Any, generation: Any, out: Path, progress: bool) -> None:
     config = checkpoint.config
     config.architectures = ["StllavaMedForConditionalGeneration"]
-    config.dtype = Counter(taken.dtype for taken in checkpoint.taken).most_common(1)[0][0]
+    config.dtype = _most_common_dtype(checkpoint)
     sizes = [(taken.name, math.prod(taken.shape) * taken.dtype.itemsize) for taken in checkpoint.taken]
     _write_weights(checkpoint.weights(), sizes, out, progress)
     config.save_pretrained(out)
@@ -82,42 +83,54 @@ def _write_ours(checkpoint: Checkpoint, processor: Any, generation: Any, out: Pa
 
 
 def _write_llava_hf(checkpoint: Checkpoint, processor: Any, generation: Any, out: Path, progress: bool) -> None:
-    """transformers' LLaVA, in the key layout of its hub copies, with rows for `<image>` and `<pad>`.
+    """Write transformers' LLaVA, in the key layout of its hub copies, with rows for `<image>` and `<pad>`.
 
     The rows behind the vocabulary repeat `<unk>`'s, the token that no training text holds: such a row can tie with
     `<unk>` but never win, so that no server generates it greedily.
     """
-    from transformers import LlavaConfig, LlavaImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
-
-    ours, tokenizer = checkpoint.config, processor.tokenizer
+    ours = checkpoint.config
     rows = ours.text_config.vocab_size
+    # a multiple of 64 rows, as the hub copies have, with room for <image> and <pad>
     wide = rows if ours.image_token_id < rows else 64 * math.ceil((rows + 2) / 64)
-
-    def named(name: str) -> str:
-        if name == "lm_head.weight":
-            return "language_model.lm_head.weight"
-        for part, hub in (("language_model", "language_model.model"), ("vision_tower", "vision_tower.vision_model")):
-            if name.startswith(f"model.{part}."):
-                return f"{hub}.{name.removeprefix(f'model.{part}.')}"
-        return name.removeprefix("model.")
 
     def padded() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in checkpoint.weights():
-            if name in VOCABULARY_ROWS and wide > rows:
+            if name in VOCABULARY_ROWS and wide > rows:  # (rows, width) -> (wide, width); row 0 is <unk>'s
                 tensor = torch.cat([tensor, tensor[:1].expand(wide - rows, -1)])
-            yield named(name), tensor
+            yield _llava_hf_name(name), tensor
 
-    sizes = [
-        (
-            named(one.name),
-            (wide if one.name in VOCABULARY_ROWS else one.shape[0]) * math.prod(one.shape[1:]) * one.dtype.itemsize,
-        )
-        for one in checkpoint.taken
-    ]
+    sizes = []
+    for taken in checkpoint.taken:
+        first = wide if taken.name in VOCABULARY_ROWS else taken.shape[0]
+        size = first * math.prod(taken.shape[1:]) * taken.dtype.itemsize
+        sizes.append((_llava_hf_name(taken.name), size))
     _write_weights(padded(), sizes, out, progress)
+    _llava_hf_config(checkpoint, rows, wide).save_pretrained(out)
+    converted = _llava_hf_processor(checkpoint, processor, rows, wide)
+    generation.pad_token_id = converted.tokenizer.pad_token_id
+    generation.suppress_tokens = sorted({*range(rows, wide), *(generation.suppress_tokens or ())}) or None
+    generation.save_pretrained(out)
+    converted.save_pretrained(out)
+
+
+def _llava_hf_name(name: str) -> str:
+    """Return the hub copies' key of a weight of our network."""
+    if name == "lm_head.weight":
+        return "language_model.lm_head.weight"
+    for part, hub in (("language_model", "language_model.model"), ("vision_tower", "vision_tower.vision_model")):
+        if name.startswith(f"model.{part}."):
+            return f"{hub}.{name.removeprefix(f'model.{part}.')}"
+    return name.removeprefix("model.")
+
+
+def _llava_hf_config(checkpoint: Checkpoint, rows: int, wide: int) -> Any:
+    """Return transformers' LLaVA configuration for a vocabulary of `rows` that is padded to `wide`."""
+    from transformers import LlavaConfig
+
+    ours = checkpoint.config
     text = ours.text_config.to_dict() | {"vocab_size": wide}
     if wide > rows:
-        text["pad_token_id"] = rows + 1
+        text["pad_token_id"] = rows + 1  # behind <image>
     config = LlavaConfig(
         vision_config=ours.vision_config.to_dict(),
         text_config=text,
@@ -130,8 +143,15 @@ def _write_llava_hf(checkpoint: Checkpoint, processor: Any, generation: Any, out
         tie_word_embeddings=ours.tie_word_embeddings,
     )
     config.architectures = ["LlavaForConditionalGeneration"]
-    config.dtype = Counter(taken.dtype for taken in checkpoint.taken).most_common(1)[0][0]
-    config.save_pretrained(out)
+    config.dtype = _most_common_dtype(checkpoint)
+    return config
+
+
+def _llava_hf_processor(checkpoint: Checkpoint, processor: Any, rows: int, wide: int) -> Any:
+    """Return transformers' LLaVA processor with our tokenizer, image settings and default chat template."""
+    from transformers import LlavaImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    tokenizer, image = processor.tokenizer, processor.image_processor
     plain = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         unk_token=tokenizer.unk_token,
@@ -142,11 +162,7 @@ def _write_llava_hf(checkpoint: Checkpoint, processor: Any, generation: Any, out
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
-    generation.pad_token_id = plain.pad_token_id
-    generation.suppress_tokens = sorted({*range(rows, wide), *(generation.suppress_tokens or ())}) or None
-    generation.save_pretrained(out)
-    image = processor.image_processor
-    LlavaProcessor(
+    return LlavaProcessor(
         image_processor=LlavaImageProcessor(
             do_pad=image.do_pad,
             size=dict(image.size),
@@ -155,17 +171,21 @@ def _write_llava_hf(checkpoint: Checkpoint, processor: Any, generation: Any, out
             image_std=image.image_std,
         ),
         tokenizer=plain,
-        patch_size=ours.vision_config.patch_size,
-        vision_feature_select_strategy=ours.vision_feature_select_strategy,
+        patch_size=checkpoint.config.vision_config.patch_size,
+        vision_feature_select_strategy=checkpoint.config.vision_feature_select_strategy,
         num_additional_image_tokens=1,
         chat_template=processor.chat_template["default"],
-    ).save_pretrained(out)
+    )
+
+
+def _most_common_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    return Counter(taken.dtype for taken in checkpoint.taken).most_common(1)[0][0]
 
 
 def _write_weights(
     weights: Iterator[tuple[str, Tensor]], sizes: Sequence[tuple[str, int]], out: Path, progress: bool
 ) -> None:
-    """Files of at most SHARD_BYTES (or of one tensor), and their index if there are several."""
+    """Write files of at most SHARD_BYTES (or of one tensor), and their index if there are several."""
     shard_of: dict[str, int] = {}
     filled, shard = 0, 0
     for name, size in sizes:
@@ -179,19 +199,19 @@ def _write_weights(
         return f"model-{number + 1:05}-of-{last + 1:05}.safetensors" if last else "model.safetensors"
 
     held: dict[str, Tensor] = {}
-    places: set[int] = set()
+    addresses: set[int] = set()
     current = 0
     total = sum(size for _, size in sizes)
     with tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=not progress, file=sys.stderr) as bar:
         for name, tensor in weights:
             if shard_of[name] != current:
                 save_file(held, out / file_name(current), {"format": "pt"})
-                held, places, current = {}, set(), shard_of[name]
+                held, addresses, current = {}, set(), shard_of[name]
             held[name] = tensor.contiguous()
-            place = held[name].untyped_storage().data_ptr()
-            if place in places:  # a pickle may hold one tensor under two names; safetensors may not
+            address = held[name].untyped_storage().data_ptr()
+            if address in addresses:  # a pickle may hold one tensor under two names; safetensors may not
                 held[name] = held[name].clone()
-            places.add(place)
+            addresses.add(address)
             bar.update(tensor.numel() * tensor.dtype.itemsize)
         save_file(held, out / file_name(current), {"format": "pt"})
     if last:

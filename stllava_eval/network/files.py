@@ -1,8 +1,7 @@
-"""A folder or hub id -> its files: JSON, and weights that are opened without running code or reading all of them."""
+"""Open the weight files of a checkpoint without running code from them or reading all of them."""
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 import warnings
@@ -18,7 +17,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from stllava_eval.errors import InputError, one_line
-from stllava_eval.hub import beside, local_folder, read_json
+from stllava_eval.hub import find_folder, local_folder, read_json
+from stllava_eval.storage import file_sha256
 
 
 class WeightFile:
@@ -63,7 +63,7 @@ class WeightFile:
         return self
 
     def _open(self) -> Any:
-        """What a pickle holds; None for safetensors, which give their tensors one at a time."""
+        """Return what a pickle holds; None for safetensors, which give their tensors one at a time."""
         if self.file.suffix != ".safetensors":
             self._safe: Any = None
             with warnings.catch_warnings():  # of pickle protocols, about files that are then refused
@@ -85,16 +85,15 @@ class WeightFile:
         del self.get
 
 
-def file_sha256(file: Path) -> str:
-    """sha256 of a file's bytes, read once as long as the file stays as it is: weights are long, and asked for often."""
-    found = file.stat()
-    return _sha256(file, found.st_ino, found.st_size, found.st_mtime_ns)
+def cached_file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a file, which is read again only if inode, size or time of the file changed."""
+    status = file.stat()
+    return _sha256(file, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)
 def _sha256(file: Path, *_: int) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return file_sha256(file)
 
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # others need scales
@@ -102,12 +101,12 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there is anything of a whole model."""
+    """Return whether the folder holds weights of a whole model, or a part of them."""
     return any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a model, safetensors before pickles, every shard that the index names.
+    """Return the weight files of a model, safetensors before pickles, every shard that the index names.
 
     Raises:
         InputError: There are none, or a shard is not there.
@@ -126,14 +125,14 @@ def weight_files(folder: Path) -> list[Path]:
                     raise InputError(f"{index}: shard {name!r} is outside the folder. Use an index that stays inside.")
             if lost := [name for name in names if not (folder / name).is_file()]:
                 raise InputError(
-                    f"{folder}: {len(lost)} of {len(names)} shards are missing ({some(lost)}). Copy them too."
+                    f"{folder}: {len(lost)} of {len(names)} shards are missing ({first_few(lost)}). Copy them too."
                 )
-            for name in names:  # a tensor that stands in another shard as well would be read from the wrong one
+            for name in names:  # a tensor that is also in another shard would be read from the wrong one
                 with WeightFile(folder / name) as shard:
-                    promised = {key for key, place in weight_map.items() if place == name}
+                    promised = {key for key, shard_name in weight_map.items() if shard_name == name}
                     if differing := sorted(promised ^ set(shard.entries)):
                         raise InputError(
-                            f"{index}: {name} does not hold what it says ({some(differing)}). Copy it again."
+                            f"{index}: {name} does not hold what it says ({first_few(differing)}). Copy it again."
                         )
             return [folder / name for name in names]
         if whole.is_file():
@@ -144,7 +143,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def located(named: Any, folders: Sequence[Path], part: str, revision: Any = None) -> Path:
-    """The folder, or the hub's copy of `revision`, that a checkpoint in `folders` means by `named`, as its `part`.
+    """Return the folder, or the hub's copy of `revision`, that a checkpoint in `folders` names as its `part`.
 
     Raises:
         InputError: It names none, or there is none.
@@ -155,8 +154,8 @@ def located(named: Any, folders: Sequence[Path], part: str, revision: Any = None
     other = "; or write its place into adapter_config.json" if part == "base" else ""
     if not isinstance(named, str) or not named:
         raise InputError(f"{folders[0]}: it does not name its {words}. Pass {how}.")
-    if place := beside(named, folders):
-        return place
+    if folder := find_folder(named, folders):
+        return folder
     try:
         return local_folder(named, revision if isinstance(revision, str) else None)
     except InputError as error:
@@ -176,14 +175,14 @@ def refused(place: object, what: str) -> Iterator[None]:
         raise
     except ImportError as error:
         named = error.name if isinstance(error, ModuleNotFoundError) else None
-        told = re.search(r"pip install ([\w.\[\]-]+)", str(error)) or re.search(r"`([\w.-]+)`", str(error))
-        package = named.partition(".")[0] if named else told[1] if told else ""
+        hint = re.search(r"pip install ([\w.\[\]-]+)", str(error)) or re.search(r"`([\w.-]+)`", str(error))
+        package = named.partition(".")[0] if named else hint[1] if hint else ""
         run = f"Run `pip install {package}`" if package else "Install what it names"
         raise InputError(f"{place}: a package that it needs is not installed ({one_line(error)}). {run}.") from error
     except Exception as error:  # their own classes of errors, dozens of them
         raise InputError(f"{place}: {what} ({one_line(error)}). Copy it again.") from error
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first few names."""
+def first_few(names: Sequence[str], most: int = 3) -> str:
+    """Return the first few names, with an ellipsis if there are more."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

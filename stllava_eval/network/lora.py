@@ -1,4 +1,4 @@
-"""A PEFT folder -> what its LoRA adds to which weight of the network, every layer that it targets accounted for."""
+"""Read what a PEFT folder's LoRA adds to which weight of the network, and account for every layer that it targets."""
 
 from __future__ import annotations
 
@@ -105,9 +105,11 @@ def merged(weight: Tensor, deltas: Sequence[Delta]) -> Tensor:
     wide = weight.to(torch.float32, copy=True)
     for delta in deltas:
         with WeightFile(delta.file) as adapter:  # what is read of a file stays in memory until it is closed
+            # (rank, inputs) and (outputs, rank); of an embedding (rank, tokens) and (width, rank)
             a, b = (adapter.get(key).float() for key in (delta.key_a, delta.key_b))
             if delta.embedding:
                 a, b = b.T, a.T
+            # W += scale * B A (Hu et al., arXiv:2106.09685, eq. 3), over the rows that W has
             wide.addmm_(b[: len(wide)], a, alpha=delta.scale)
     return wide.to(weight.dtype)
 
@@ -173,7 +175,7 @@ def _check_tied(adapter: Adapter, pairs: Sequence[_Pair], keys: Iterable[str]) -
 
 
 def _pairs(adapter: Adapter, keys: Iterable[str]) -> tuple[list[_Pair], list[str]]:
-    """The layers of a file, and the keys of a LoRA that belong to none."""
+    """Return the layers of a file, and the keys of a LoRA that belong to none."""
     found: dict[tuple[str, bool], dict[str, str]] = {}
     left_over = []
     for key in keys:
@@ -182,8 +184,8 @@ def _pairs(adapter: Adapter, keys: Iterable[str]) -> tuple[list[_Pair], list[str
         elif ".lora_" in key:
             left_over.append(f"{adapter.file.name}: {key}")
     pairs = [
-        _Pair(stem, adapter.rename(f"{stem}.weight") or "", both, embedding)
-        for (stem, embedding), both in found.items()
+        _Pair(stem, adapter.rename(f"{stem}.weight") or "", keys_of_sides, embedding)
+        for (stem, embedding), keys_of_sides in found.items()
     ]
     return pairs, left_over
 
@@ -217,7 +219,7 @@ Naming = Callable[[str], str]  # a module's name in the network -> in the model 
 def _naming(
     adapter: Adapter, network: Network, given: Mapping[str, Any], pairs: Sequence[_Pair], keys: Iterable[str]
 ) -> Naming:
-    """The names that the configuration's patterns are of: those of the file, unless only the network's fit."""
+    """Return the names that the configuration's patterns are of: those of the file, unless only the network's fit."""
     written = _written_names(adapter, given, [key.removeprefix(PREFIX) for key in keys])
     held = {pair.name.removesuffix(".weight") for pair in pairs if pair.name in network.shapes}
     fits = held <= _targeted(adapter, network, written, given).keys()
@@ -225,7 +227,7 @@ def _naming(
 
 
 def _written_names(adapter: Adapter, given: Mapping[str, Any], keys: Sequence[str]) -> Naming:
-    """The names of modules in the transformers that wrote these keys.
+    """Return the names of modules in the transformers that wrote these keys.
 
     transformers before 4.52 has `language_model.model.layers`, 4.52 to 4.57 `model.language_model.layers`, both with
     `vision_model.` in the tower; 5 has the network's own. LLaVA's original code has `model.layers`.
@@ -256,7 +258,7 @@ def _written_names(adapter: Adapter, given: Mapping[str, Any], keys: Sequence[st
 
 
 def _targeted(adapter: Adapter, network: Network, naming: Naming, given: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """The layers that PEFT gives a LoRA, by their name in the network, by PEFT's own rule.
+    """Return the layers that PEFT gives a LoRA, by their name in the network, by PEFT's own rule.
 
     Raises:
         InputError: The configuration does not say, or a pattern in it cannot be used.
@@ -291,7 +293,7 @@ def _targeted(adapter: Adapter, network: Network, naming: Naming, given: Mapping
 def _check_whole_tensors(
     adapter: Adapter, network: Network, naming: Naming, given: Mapping[str, Any], keys: Iterable[str]
 ) -> None:
-    """Every module that is said to be saved whole is in the file, with all its tensors."""
+    """Check that every module that is said to be saved whole is in the file, with all its tensors."""
     whole = [key for key in keys if ".lora_" not in key]
     saved = {adapter.rename(key.replace(".base_layer.", ".")) for key in whole}
     for wanted in given.get("modules_to_save") or []:
@@ -339,7 +341,7 @@ def read_settings(folder: Path) -> Settings:
     }
     for name, allowed in plain.items():
         value = given.get(name)
-        if not any(value is one or (isinstance(one, str) and value == one) for one in allowed):
+        if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
             raise InputError(f"{file}: {name} is {value!r}. {MERGE_BY_HAND}")
     if changing := sorted(name for name, value in given.items() if value and name not in {*PLAIN_LORA, "bias"}):
         raise InputError(f"{file}: {changing[0]} is {given[changing[0]]!r}. {MERGE_BY_HAND}")
@@ -363,13 +365,14 @@ def read_settings(folder: Path) -> Settings:
                 value = patterns[key] if key in patterns else given.get(default)
             found.append(number(default, value, kind))
         rank, alpha = found
+        # alpha / r (LoRA, section 4.1), or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)
         return rank, alpha / (math.sqrt(rank) if given.get("use_rslora") else rank)
 
     return Settings(given, of)
 
 
 def adapter_file(folder: Path) -> Path:
-    """The file of the adapter in `folder`.
+    """Return the file of the adapter in `folder`.
 
     Raises:
         InputError: There is none.

@@ -33,7 +33,7 @@ class PrototypeExtractor(nn.Module):
 
     Source: section 3.1 of the paper and `Clustering` in the authors' multimodal_projector/cluster.py. That code builds
     two (batch, N, tokens, D) tensors, 604 MB each in float32 at the real sizes; the largest one here is (batch, N,
-    tokens). Results are equal up to rounding, see docs/checkpoints.md. Kept from it on purpose: the values are
+    tokens). Results are equal up to rounding, see docs/evaluate/checkpoints.md. Kept from it on purpose: the values are
     normalised over the image's tokens, channel by channel, and the choice is made after the sigmoid, so that a negative
     scale chooses the least similar centre. Its layer `ln_1` took no part in the result and is not here.
     """
@@ -48,39 +48,55 @@ class PrototypeExtractor(nn.Module):
         self.similarity_shift = nn.Parameter(torch.zeros(1))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(batch, L, D) tokens, D channels each -> (batch, L, D), in the same dtype."""
+        """Return (batch, L, D) tokens of the same dtype."""
         with torch.autocast(tokens.device.type, enabled=False) if self.in_float32 else nullcontext():
             return self._extract(tokens).to(tokens.dtype)
 
     def _extract(self, tokens: Tensor) -> Tensor:
-        """The order of the lines keeps few (L, D) tensors alive at a time; lengths are divided out of the products."""
+        """Compute the class's steps; norms are divided out of the products, so that no normalised copy is kept.
+
+        With x the tokens (L, D), c, v and f the three linear layers, and rows of C the N centres:
+
+        1. C = pool(x); V = v(x) / |v(x)| over the tokens; F = f(x)
+        2. `iterations` times: C = c(C); A = softmax over the centres of (C / |C|) V^T; C = A F
+        3. S = sigmoid(shift + scale * cos(C, x)); token l is given to its centre a(l) = argmax_n S[n, l]
+        4. P[n] = (sum over tokens l of centre n of S[n, l] F[l] + pool(F)[n]) / (number of these tokens + 1)
+        5. y[l] = x[l] + S[a(l), l] P[a(l)]
+
+        They are `Clustering.forward` of the authors' cluster.py, which section 3.1 of the paper describes. The order of
+        the lines keeps few (batch, L, D) tensors alive at a time.
+        """
         x = tokens.to(torch.promote_types(tokens.dtype, torch.float32)) if self.in_float32 else tokens
+        # step 1; pooled over the token axis, 576 tokens in raster order -> 256 windows of 3: (batch, N, D)
         centers = functional.adaptive_avg_pool1d(x.mT, self.num_prototypes).mT.contiguous()
-        values = functional.normalize(_linear(self.value, x), dim=1)  # over the tokens
-        features = _linear(self.feature, x)
-        for _ in range(self.iterations):
+        values = functional.normalize(_linear(self.value, x), dim=1)  # (batch, L, D), over the tokens of each channel
+        features = _linear(self.feature, x)  # (batch, L, D)
+        for _ in range(self.iterations):  # step 2
             centers = _linear(self.center, centers)
+            # (batch, N, L) weights, softmax over the N centres of each token; @ (batch, L, D) -> (batch, N, D)
             centers = (centers @ values.mT / _length(centers)).softmax(1) @ features
         del values
-        cosine = centers @ x.mT / (_length(centers) * _length(x).mT)
+        cosine = centers @ x.mT / (_length(centers) * _length(x).mT)  # step 3: (batch, N, L)
         scale, shift = self.similarity_scale.to(x.dtype), self.similarity_shift.to(x.dtype)
-        similarity, chosen = (shift + scale * cosine).sigmoid().max(1, keepdim=True)  # of the centres, for each token
-        given = torch.zeros_like(cosine).scatter(1, chosen, similarity)  # (batch, N, L), one entry a token
+        similarity, chosen = (shift + scale * cosine).sigmoid().max(1, keepdim=True)  # (batch, 1, L) both, over the N
+        given = torch.zeros_like(cosine).scatter(1, chosen, similarity)  # (batch, N, L), one entry per token
+        # (batch, N, 1): how many tokens each centre was given
         count = torch.zeros_like(cosine).scatter(1, chosen, 1.0).sum(-1, keepdim=True)
         del centers, cosine
-        pooled = functional.adaptive_avg_pool1d(features.mT, self.num_prototypes).mT
+        pooled = functional.adaptive_avg_pool1d(features.mT, self.num_prototypes).mT  # step 4: (batch, N, D)
         prototypes = (given @ features + pooled) / (count + 1)
         del features, pooled
+        # step 5: x + (batch, L, N) @ (batch, N, D); a row of given.mT has one entry, the token's similarity
         return torch.baddbmm(x, given.mT, prototypes)
 
 
 def _length(rows: Tensor) -> Tensor:
-    """(batch, rows, 1) L2 norms, at least 1e-12, as `functional.normalize` has it."""
+    """Return the (batch, rows, 1) L2 norms of the rows, at least 1e-12, as `functional.normalize` has it."""
     return rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    """(..., D) `layer(x)` in x's dtype, whatever that of its weights.
+    """Return `layer(x)`, (..., D), in x's dtype, whatever that of its weights.
 
     Raises:
         ValueError: The layer is wrapped, as by an adapter, and in another dtype: its own forward could not be kept.
@@ -113,7 +129,7 @@ class PrototypeProjector(nn.Module):
     def forward(self, image_features: Tensor) -> Tensor:
         """See the class."""
         hidden = self.linear_1(self.prototypes(image_features).to(self.linear_1.weight.dtype))
-        return self.linear_2(hidden * torch.sigmoid(1.702 * hidden))
+        return self.linear_2(hidden * torch.sigmoid(1.702 * hidden))  # QuickGELU (OpenAI's CLIP), 1.702 its constant
 
 
 class StllavaMedPreTrainedModel(LlavaPreTrainedModel):
@@ -156,7 +172,8 @@ class StllavaMedModel(StllavaMedPreTrainedModel, LlavaModel):
             return super().forward(input_ids, pixel_values, inputs_embeds=inputs_embeds, **others)
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("pixel_values and mm_encoder_outputs are both given. Pass one of them.")
-        at_image = input_ids == self.config.image_token_id
+        at_image = input_ids == self.config.image_token_id  # (batch, tokens)
+        # (batch, tokens, width); the image token gets token 0's row for now
         embeddings = self.get_input_embeddings()(input_ids.masked_fill(at_image, 0))
         encoded = (mm_encoder_outputs or {}).get("image")
         if encoded is None and pixel_values is not None:
@@ -167,6 +184,7 @@ class StllavaMedModel(StllavaMedPreTrainedModel, LlavaModel):
                 return_dict=True,
             )
         if encoded is not None:
+            # (images, L, width) in one (images * L, width) table, scattered in order over the image tokens
             features = torch.cat(list(encoded.pooler_output)).to(embeddings.device, embeddings.dtype)
             mask = self.get_placeholder_mask(input_ids, embeddings, features)  # type: ignore[arg-type]
             embeddings = embeddings.masked_scatter(mask, features)

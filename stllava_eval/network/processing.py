@@ -87,7 +87,7 @@ class StllavaMedImageProcessor(LlavaImageProcessorPil):
     do_pad = True
 
     def convert_to_rgb(self, image: Any, input_data_format: Any = None) -> np.ndarray:
-        """A Pillow image as `stllava_eval.images.rgb` sees it; an array as transformers does."""
+        """Return the RGB array of a Pillow image by `stllava_eval.images.rgb`; of an array, as transformers does."""
         if is_pil_image(image):
             return np.array(rgb(image))
         return super().convert_to_rgb(image, input_data_format=input_data_format)
@@ -102,12 +102,12 @@ class StllavaMedTokenizer(TokenizersBackend):
 
     @property
     def legacy(self) -> bool:
-        """Whether the space before a stretch of text after `</s>` stays; `legacy` of tokenizer_config.json."""
+        """Return whether the space before a stretch of text after `</s>` stays; `legacy` of tokenizer_config.json."""
         return bool(self.init_kwargs.get("legacy", True))
 
     @classmethod
     def from_pieces(cls, ids: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> StllavaMedTokenizer:
-        """The tokenizer of these pieces (see `read_pieces`), with `<image>` added behind them."""
+        """Return the tokenizer of these pieces (see `read_pieces`), with `<image>` added behind them."""
         core = {token: number for token, number in ids.items() if token not in ("<image>", "<pad>")}
         backend = Tokenizer(models.BPE(core, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -143,10 +143,10 @@ class StllavaMedTokenizer(TokenizersBackend):
         batched = bool(encoded["input_ids"]) and isinstance(encoded["input_ids"][0], list)
         texts = text if batched else [text]
         columns = {name: list(rows) if batched else [rows] for name, rows in encoded.items()}
-        for place, of_row in enumerate(texts):
-            row = self._without_space({name: rows[place] for name, rows in columns.items()}, of_row)
+        for index, row_text in enumerate(texts):
+            row = self._without_space({name: rows[index] for name, rows in columns.items()}, row_text)
             for name, values in row.items():
-                columns[name][place] = values
+                columns[name][index] = values
         if not asked["return_offsets_mapping"]:
             del columns["offset_mapping"]
         result = {name: rows if batched else rows[0] for name, rows in columns.items()}
@@ -156,22 +156,22 @@ class StllavaMedTokenizer(TokenizersBackend):
         return self.pad(result, padding=strategy, return_tensors=asked["return_tensors"], **layout_of)
 
     def _without_space(self, row: dict[str, list], text: str) -> dict[str, list]:
-        """`row` with the leading space taken off each first piece after an end token."""
+        """Return `row` with the leading space taken off each first piece after an end token."""
         keep, ids = [], list(row["input_ids"])
-        for place, (token, (start, _)) in enumerate(zip(row["input_ids"], row["offset_mapping"], strict=True)):
+        for position, (token, (start, _)) in enumerate(zip(row["input_ids"], row["offset_mapping"], strict=True)):
             piece = str(self.convert_ids_to_tokens(token))
-            after_end = place > 0 and row["input_ids"][place - 1] == self.eos_token_id
+            after_end = position > 0 and row["input_ids"][position - 1] == self.eos_token_id
             if after_end and piece.startswith("▁") and text[start : start + 1] != " ":
                 if piece == "▁":
                     continue
-                ids[place] = self.convert_tokens_to_ids(piece[1:])
-            keep.append(place)
+                ids[position] = self.convert_tokens_to_ids(piece[1:])
+            keep.append(position)
         row["input_ids"] = ids
-        return {name: [values[place] for place in keep] for name, values in row.items()}
+        return {name: [values[position] for position in keep] for name, values in row.items()}
 
 
 def read_pieces(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]] | None:
-    """Pieces and merges of a tokenizer of LLaMA's kind (BPE with byte fallback); None if it is of another kind.
+    """Read pieces and merges of a tokenizer of LLaMA's kind (BPE with byte fallback); None if it is of another kind.
 
     From `tokenizer.model`, else from `tokenizer.json`, whose normalisation differs between versions and is not used.
     """
@@ -195,7 +195,7 @@ def read_pieces(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]] | 
 
 
 def _merges(pieces: Any) -> list[tuple[str, str]]:
-    """The pairs that make each piece, in the order in which SentencePiece would join them: by the piece's score."""
+    """Return the pairs that make each piece, in the order in which SentencePiece joins them: by the piece's score."""
     known = {piece.piece for piece in pieces}
     ranked = sorted(
         (-piece.score, left, piece.piece)
@@ -216,7 +216,7 @@ class StllavaMedProcessor(LlavaProcessor):
 
 
 def make_processor(tokenizer: Any, side: int, patch: int, strategy: str = "default", do_pad: bool = True) -> Any:
-    """The processor of a network whose tower takes `side` x `side` px in patches of `patch` px.
+    """Return the processor of a network whose tower takes `side` x `side` px in patches of `patch` px.
 
     `strategy` is `vision_feature_select_strategy` of the configuration: `default` drops CLS's token, `full` keeps it.
     """

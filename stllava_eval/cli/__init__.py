@@ -1,0 +1,1 @@
+"""The command line `stllava-eval`: one module for each command, with its options and its action."""

@@ -1,0 +1,1 @@
+"""Official data sets become checked rows: images, questions and references."""

@@ -1,0 +1,465 @@
+"""Any other image-text model of transformers -> answers: by the engine where its images lie in a common prefix."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loguru import logger
+
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.hub import local_folder, read_json
+from stllava_eval.inference.base import EngineAnswerer, refused_image, set_in, user
+from stllava_eval.inference.devices import progress_bar, torch_device, torch_dtype
+from stllava_eval.inference.types import Answer, Question, image_key
+from stllava_eval.network.files import first_few, refused
+from stllava_eval.storage import file_sha256
+
+if TYPE_CHECKING:
+    import torch
+
+    from stllava_eval.inference.engine import Refused
+    from stllava_eval.inference.replies import Failure
+    from stllava_eval.inference.types import Prompt
+
+OURS = ("llava", "stllava_med")  # what network.checkpoint reads, every tensor accounted for
+ROWS = 8  # questions of a plain batch (our choice)
+
+
+class _Unshared(Exception):  # noqa: N818  the questions are answered in plain batches then
+    """The engine cannot share the images of some prompts; the message says why."""
+
+
+def is_generic(name: str) -> bool:
+    """Return whether `name` is an image-text model of transformers that `network.checkpoint` cannot read.
+
+    Raises:
+        InputError: There is neither a folder nor a hub copy, or the model needs code of its own.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
+
+    file = local_folder(name) / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind in KNOWN:
+        return kind not in OURS
+    if kind in OURS or not isinstance(kind, str):
+        return False
+    # LLaVA's original layout has a type that transformers does not know either; `network.checkpoint` reads it
+    flat = isinstance(config.get("hidden_size"), int)
+    if flat and re.search("llama|mistral", str(config.get("architectures")), re.IGNORECASE):
+        return False
+    if config.get("auto_map"):
+        raise _own_code(name, f"model_type {kind} is code in the folder (auto_map in config.json)")
+    if kind not in CONFIG_MAPPING_NAMES:
+        raise _own_code(name, f"transformers does not know model_type {kind}")
+    return False
+
+
+def _own_code(name: str, why: str) -> InputError:
+    return InputError(
+        f"{name}: {why}, and code that comes with a model is not run here. Serve it (vllm serve {name} "
+        "--trust-remote-code) and pass --model_args backend=openai_server,base_url=http://127.0.0.1:8000/v1."
+    )
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what transformers raises about a model into one line.
+
+    Raises:
+        InputError: The files are broken, or need a package that is not there, or code of their own.
+    """
+    with refused(name, "transformers cannot load it"):
+        try:
+            yield
+        except ValueError as error:
+            if "trust_remote_code" in str(error) or "does not recognize this architecture" in str(error):
+                raise _own_code(name, "its files name code of their own") from error
+            raise
+
+
+class TransformersAnswerer(EngineAnswerer):
+    """A model as `AutoModelForImageTextToText` loads it, with its own processor and chat template.
+
+    The first prompt of a call is answered twice: if the engine's logits are not the model's own, questions are answered
+    in plain padded batches, and a line in the log says why. If they are, each image is also opened once before the
+    first answer: only the processor knows how many tokens it becomes.
+
+    Args:
+        name: Folder or hub id.
+        device: See `Answerer`.
+        dtype: See `Answerer`.
+        rows: See `Answerer`; of a plain batch, 8 if None.
+        batch_tokens: See `Answerer`.
+        system: See `Answerer`.
+        enable_thinking: See `Answerer`.
+        min_pixels: Of a scaled image, where the processor takes that, as Qwen's do; None keeps the processor's own.
+        max_pixels: The same.
+
+    Raises:
+        InputError: The model cannot be loaded whole, or an argument or its chat template cannot be used.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: str | None = None,
+        dtype: str | None = None,
+        rows: int | None = None,
+        batch_tokens: int | None = None,
+        system: str | None = None,
+        enable_thinking: bool | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+        self.name, self.rows, self.batch_tokens = name, rows, batch_tokens
+        self.device = torch_device(device)
+        self.dtype = torch_dtype(dtype, self.device)
+        folder = local_folder(name)
+        with _loading(name):  # asked about code of their own, transformers would wait for a word from the keyboard
+            self._config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        if not getattr(self.processor, "chat_template", None):
+            raise InputError(f"{name}: its processor has no chat template. Add chat_template.jinja to the folder.")
+        self.tokenizer = self.processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        pixels = self._set_pixels(min_pixels, max_pixels)
+        self._set_template(system, enable_thinking)  # before the minutes that large weights take
+        self._given |= pixels
+        with _loading(name):
+            load: Any = AutoModelForImageTextToText.from_pretrained
+            model, loading = load(folder, dtype=self.dtype, output_loading_info=True, trust_remote_code=False)
+        if missing := sorted(loading["missing_keys"]):
+            raise InputError(
+                f"{name}: {len(missing)} of its weights are missing ({first_few(missing)}). Copy it again."
+            )
+        if unused := sorted(loading["unexpected_keys"]):
+            logger.warning(
+                "{}: {} of its tensors are not this model's and are not used ({})", name, len(unused), first_few(unused)
+            )
+        self.model = model.to(self.device).eval()
+        self.sha256 = _hash(folder)
+        self._prefixes: dict[Any, tuple[list[int], list[int]] | Refused] = {}
+        self._pixels: dict[Any, bytes] = {}
+        self._mismatch, self._warned = "", False
+        self._set_decoding(set_in(model.generation_config))
+        self.model.generation_config = self._bare(model.generation_config)
+
+    def _set_pixels(self, min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
+        """Give the image processor its bounds; return those that were given, as they apply.
+
+        Raises:
+            InputError: They are no bounds, or the processor has none.
+        """
+        given = {name: value for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if value}
+        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise InputError(f"{name}={value}: pass a whole number of pixels from 1 on.")
+        if not given:
+            return {}
+        images = self.processor.image_processor
+        size = dict(images.size or {})
+        takes = getattr(getattr(images, "valid_kwargs", None), "__annotations__", {})
+        if "max_pixels" not in takes or not {"shortest_edge", "longest_edge"} <= size.keys():
+            raise InputError(
+                f"{self.name}: its processor ({type(images).__name__}) takes no bounds of pixels, it scales images to "
+                f"fixed sizes of its own. Leave {' and '.join(given)} out."
+            )
+        # both names are of a side's length elsewhere; these processors hold numbers of pixels in them
+        least, most = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+        side = images.patch_size * getattr(images, "merge_size", 1)
+        if most < side * side or least > most:
+            raise InputError(
+                f"{self.name}: min_pixels {least} and max_pixels {most} leave no size. Pass a max_pixels of "
+                f"{max(least, side * side)} or more, or another min_pixels."
+            )
+        images.size = type(images.size)(**{**size, "shortest_edge": least, "longest_edge": most})
+        return {name: images.size["shortest_edge" if name == "min_pixels" else "longest_edge"] for name in given}
+
+    def _bare(self, settings: Any) -> Any:
+        """Return what is left of a model's own settings, which `generate` merges into those that it is called with."""
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            bos_token_id=settings.bos_token_id,
+            eos_token_id=sorted(self.ends) or None,
+            pad_token_id=self.tokenizer.pad_token_id if settings.pad_token_id is None else settings.pad_token_id,
+            decoder_start_token_id=settings.decoder_start_token_id,
+        )
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """See `Answerer`."""
+        return {
+            "prompt": self.prompt("{question}"),
+            "image_preprocessing": type(self.processor.image_processor).__name__,
+            "decoding": self.decoding.named,
+            "four_bit": False,
+            **self._given,
+        }
+
+    def prompt(self, question: str | None, history: Sequence[tuple[str, str]] = (), template: str | None = None) -> str:
+        """Return the prompt of the model's own chat template."""
+        if question is None or history or template:
+            raise InputError(f"{self.name}: only a model of our own network asks, or goes on with a conversation.")
+        return self._render(self._messages([user(question)]))
+
+    def _check_image(self, rendered: str) -> None:
+        """Check that the processor joins a prompt and an image, before there are questions."""
+        import PIL.Image
+
+        try:
+            made = self.processor(
+                images=[PIL.Image.new("RGB", (64, 64))],
+                text=rendered,
+                add_special_tokens=not self._begins_by_itself(rendered),
+                return_tensors="pt",
+            )
+        except ImportError:
+            with refused(self.name, "its processor cannot be used"):
+                raise
+        except Exception as error:  # whatever a processor raises
+            raise InputError(
+                f"{self.name}: its processor cannot join its chat template's prompt and an image ({one_line(error)}). "
+                "Put the model's own chat_template.jinja and processor files into the folder."
+            ) from error
+        names = ("image_token_id", "image_token_index")
+        tokens = {number for name in names if (number := getattr(self._config, name, None)) is not None}
+        if tokens and tokens.isdisjoint(made["input_ids"][0].tolist()):
+            raise InputError(
+                f"{self.name}: its chat template leaves the image out (no image token in a prompt). Put the model's "
+                "own chat_template.jinja into the folder."
+            )
+
+    def answer(
+        self,
+        questions: Sequence[Question],
+        progress: bool = True,
+        on_answer: Callable[[int, Answer], Sequence[Question]] | None = None,
+    ) -> Iterator[tuple[int, Answer | Failure]]:
+        """See `Answerer.answer`."""
+        self._prefixes, self._pixels = {}, {}  # of this call's images
+        self._mismatch = self._mismatch or self._find_mismatch(questions)
+        prompts: list[Prompt | Refused] = []
+        if not self._mismatch:
+            try:
+                prompts = [self._prompt_or_why(index, question) for index, question in enumerate(questions)]
+            except _Unshared as unshared:
+                self._mismatch = str(unshared)
+        if not self._mismatch:
+            yield from self._by_engine(questions, prompts, progress, on_answer)
+            return
+        if not self._warned:
+            logger.warning("{}: answered in plain batches, images are not shared ({})", self.name, self._mismatch)
+            self._warned = True
+        if on_answer:
+            raise InputError(f"{self.name}: further rounds need a model that the engine can share images of.")
+        yield from self._in_batches(questions, progress)
+
+    def _find_mismatch(self, questions: Sequence[Question]) -> str:
+        """Return why the engine cannot answer these questions; an empty text if it can, as far as one of them shows."""
+        from stllava_eval.inference.engine import Refused, engine_mismatch, engine_mismatch_of_class
+
+        if why := engine_mismatch_of_class(self.model):
+            return why
+        for index, question in enumerate(questions):
+            try:
+                prompt = self._prompt(index, question)
+                whole = {name: self._moved(value) for name, value in self._inputs(question, slice(None)).items()}
+            except Refused:
+                continue
+            except _Unshared as unshared:
+                return str(unshared)
+            return engine_mismatch(self.model, prompt, whole)
+        return ""
+
+    def _in_batches(self, questions: Sequence[Question], progress: bool) -> Iterator[tuple[int, Answer | Failure]]:
+        """Answer in padded batches by `generate`, with the engine's choice of each token."""
+        asked, size = list(enumerate(questions)), self.rows or ROWS
+        with progress_bar(len(questions), progress) as bar:
+            for start in range(0, len(asked), size):
+                batch = asked[start : start + size]
+                inputs, refused = self._taken(batch)
+                for index, why in refused.items():
+                    bar.update()
+                    yield index, self._failure(questions[index], why)
+                batch = [(index, question) for index, question in batch if index not in refused]
+                for (index, question), ids in zip(batch, self._generated(batch, inputs) if batch else (), strict=True):
+                    bar.update()
+                    yield index, self._read(ids, question)
+
+    def _taken(self, batch: Sequence[tuple[int, Question]]) -> tuple[Any, dict[int, Refused]]:
+        """Return what the model takes for a batch without refused images, and by index why an image is refused."""
+        from stllava_eval.inference.engine import Refused, out_of_memory
+
+        refused_ones: dict[int, Refused] = {}
+        try:
+            return self._together([question for _, question in batch]), refused_ones
+        except InputError:
+            raise
+        except Exception as error:  # about one of the images, which is found by handing over each alone
+            if out_of_memory(error):
+                raise
+            for index, question in batch:
+                try:
+                    self._processed(question)
+                except Refused as why:
+                    refused_ones[index] = why
+            if not refused_ones:
+                raise
+        left = [question for index, question in batch if index not in refused_ones]
+        return self._together(left) if left else None, refused_ones
+
+    def _together(self, batch: Sequence[Question]) -> Any:
+        """Return what the model takes for a padded batch."""
+        texts = [self._text(question) for question in batch]
+        return self.processor(
+            images=[[question.image()] for question in batch],
+            text=texts,
+            padding=True,
+            add_special_tokens=not self._begins_by_itself(texts[0]),
+            return_tensors="pt",
+        )
+
+    def _generated(self, batch: Sequence[tuple[int, Question]], inputs: Any) -> list[list[int]]:
+        """Return the token ids of each answer, padded."""
+        import torch
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        from stllava_eval.inference.sampling import Choice
+
+        start = 1 if getattr(self.model.config, "is_encoder_decoder", False) else inputs["input_ids"].shape[1]
+        choice = Choice([self._sampling_key(index, question) for index, question in batch], start, self.decoding.never)
+        most = max(question.max_new_tokens for _, question in batch)
+        with torch.inference_mode():
+            output = self.model.generate(
+                **{key: self._moved(value) for key, value in inputs.items()},
+                generation_config=GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=most),
+                logits_processor=LogitsProcessorList([choice]),
+            )
+        return output[:, start:].tolist()
+
+    def _sampling_key(self, index: int, question: Question) -> tuple[Prompt, bytes]:
+        """Return what a sampled answer depends on, in the engine too: its prompt and the hash of its pixels."""
+        from stllava_eval.inference.sampling import pixels_sha256
+        from stllava_eval.inference.types import Prompt
+
+        if question.sampling is None:
+            return Prompt(None, (), dict, (0,), question.max_new_tokens), b""
+        try:
+            prompt = self._prompt(index, question)
+        except _Unshared:
+            ids = tuple(self._processed(question)["input_ids"][0].tolist())
+            prompt = self._prompt_of(index, question, ids, (), lambda: self._inputs(question, slice(None)))
+        key = prompt.group
+        if key not in self._pixels:
+            self._pixels[key] = pixels_sha256(prompt.inputs())
+        return prompt, self._pixels[key]
+
+    def _text(self, question: Question) -> str:
+        self._refuse_special_tokens([question.text or ""])
+        return self.prompt(question.text, question.history, question.template)
+
+    def _begins_by_itself(self, text: str) -> bool:
+        """Return whether the template writes the token that a text begins with."""
+        return bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+
+    def _moved(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+
+    def _processed(self, question: Question) -> Any:
+        """Return what the processor makes of one question.
+
+        Raises:
+            Refused: It refuses the image.
+        """
+        text, image = self._text(question), question.image()
+        with refused_image():
+            return self.processor(
+                images=[image],
+                text=text,
+                add_special_tokens=not self._begins_by_itself(text),
+                return_tensors="pt",
+            )
+
+    def _inputs(self, question: Question, part: slice) -> dict[str, torch.Tensor]:
+        """Return what the model's forward takes beside the ids of `part` of the prompt."""
+        made = self._processed(question)
+        length = made["input_ids"].shape[1]
+        return {
+            key: value[:, part] if value.dim() == 2 and value.shape[1] == length else value
+            for key, value in made.items()
+            if key not in ("input_ids", "attention_mask")
+        }
+
+    def _prompt(self, index: int, question: Question) -> Prompt:
+        """Return the prompt. The processor expands an image's tokens once per image; the rest is tokenized alone.
+
+        Raises:
+            Refused: The processor refuses the image.
+            _Unshared: The written-out prompt does not end as the tokenized one does.
+        """
+        from stllava_eval.inference.engine import Refused
+
+        text = self._text(question)
+        plain = self.tokenizer(text, add_special_tokens=not self._begins_by_itself(text)).input_ids
+        key = image_key(index, question)
+        if key not in self._prefixes:
+            self._prefixes[key] = self._prefix(question, plain)
+        known = self._prefixes[key]
+        if isinstance(known, Refused):
+            raise known
+        prefix, start = known
+        if plain[: len(start)] != start:
+            raise _Unshared("its prompts do not begin alike")
+        return self._prompt_of(
+            index, question, prefix, plain[len(start) :], lambda: self._inputs(question, slice(len(prefix)))
+        )
+
+    def _prefix(self, question: Question, plain: list[int]) -> tuple[list[int], list[int]] | Refused:
+        """Return the written-out tokens of a prompt up to its image's last, and those of `plain` that they replace."""
+        from stllava_eval.inference.engine import Refused
+
+        try:
+            whole = self._processed(question)["input_ids"][0].tolist()
+        except Refused as why:
+            return why
+        common = next(
+            (
+                number
+                for number, (token, written) in enumerate(zip(reversed(plain), reversed(whole), strict=False))
+                if token != written or token in self._image_ids
+            ),
+            0,
+        )
+        if not common:
+            raise _Unshared("its processor writes the image behind the question, or no tokens of it at all")
+        return whole[: len(whole) - common], plain[: len(plain) - common]
+
+    @property
+    def _image_ids(self) -> set[int]:
+        """Return the ids that represent an image."""
+        config = self._config
+        names = ("image_token_id", "image_token_index", "vision_end_token_id", "vision_start_token_id")
+        return {number for name in names if (number := getattr(config, name, None)) is not None}
+
+
+def _hash(folder: Path) -> str:
+    """Return the hash of every file that decides the answers."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt"):
+            digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Runs become leaderboards, comparisons, inspections, pages and the verdict of a gate."""

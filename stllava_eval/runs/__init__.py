@@ -1,0 +1,1 @@
+"""Run folders: answers and their scores, written, read again and checked."""

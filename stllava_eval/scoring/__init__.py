@@ -1,0 +1,1 @@
+"""Answers and references become scores, and scores become means, intervals and tests."""

@@ -1,0 +1,1 @@
+"""Training data: conversations and their images, read, checked and encoded."""

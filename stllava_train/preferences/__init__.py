@@ -1,0 +1,1 @@
+"""A checkpoint's questions and answers become judged preference pairs."""

@@ -1,0 +1,1 @@
+"""An audit of judges, questions and pairs: figures, warnings and a page."""
