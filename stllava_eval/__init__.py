@@ -1,7 +1,7 @@
 """Images and questions in, requests, answers, scores and a leaderboard out.
 
-The names below are the public API (docs/reference/python.md). Each is imported when it is first used, because `stllava_med.pth`
-imports this package at every start of Python, and because help texts must not wait for torch.
+The names below are the public API (docs/reference/python.md). Each is imported when it is first used, because
+`stllava_med.pth` imports this package at every start of Python, and because help texts must not wait for torch.
 """
 
 from stllava_eval.version import __version__

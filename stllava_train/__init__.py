@@ -1,7 +1,7 @@
 """Conversations in; stage 1, preference pairs, DPO and a checkpoint out, for `stllava_eval` to score.
 
-The names below are the public API (docs/reference/python.md). Each is imported when it is first used, so that importing the package
-loads no torch.
+The names below are the public API (docs/reference/python.md). Each is imported when it is first used, so that
+importing the package loads no torch.
 """
 
 TYPE_CHECKING = False  # as in stllava_eval: mypy takes a variable of this name for true
