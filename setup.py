@@ -16,7 +16,7 @@ class BuildWithPth(build_py):
         """Build, then copy the file."""
         super().run()
         if self.editable_mode:
-            # an editable wheel takes only what lies in its .data folders; `purelib` is site-packages
+            # an editable wheel takes only what is in its .data folders; `purelib` is site-packages
             folder = Path(self.get_finalized_command("install_data").install_dir).parent / "purelib"
         else:
             folder = Path(self.build_lib)

@@ -53,7 +53,7 @@ def local_folder(name: str, revision: str | None = None) -> Path:
 def _download(name: str, revision: str | None) -> Path:
     """Return the hub's copy of `name` (of None, its main branch): safetensors if it has them, else pickles."""
     if (path := local_path(name)) is not None and path.is_file():
-        raise InputError(f"{name} is a file. Pass the folder that it lies in.")
+        raise InputError(f"{name} is a file. Pass the folder that it is in.")
     missing = f"{name[:200] or 'an empty name'}: no such folder"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise InputError(f"{missing}. Pass a folder or a hub id such as llava-hf/llava-1.5-7b-hf.")
@@ -90,6 +90,6 @@ def refuse_no_checkpoint(folder: Path, name: str) -> None:
         if inner := sorted(file.parent.name for file in folder.glob("*/adapter_config.json")):
             hint = f"It holds adapters in folders of their own: pass one of them, such as {name}/{inner[0]}."
         if (folder / "losses.jsonl").is_file():
-            hint = "It is a training run that is not finished: go on with it by --resume."
+            hint = "It is a training run that is not finished: continue it with --resume."
         raise InputError(f"{name} is not a checkpoint: it has no config.json. {hint}")
     read_json(folder / "config.json")

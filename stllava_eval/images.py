@@ -240,7 +240,7 @@ def rgb(image: Image) -> Image:
     except InputError:
         raise
     except Exception as error:  # Pillow's readers raise nearly everything on a broken file
-        raise InputError(f"an image of mode {image.mode} cannot be converted ({one_line(error)}). Mend it.") from error
+        raise InputError(f"an image of mode {image.mode} cannot be converted ({one_line(error)}). Fix it.") from error
 
 
 def _rgb(image: Image) -> Image:

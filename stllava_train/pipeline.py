@@ -48,9 +48,9 @@ class Stage:
         command: Arguments of `stllava-train`, or of `stllava-eval` where the first is `run`.
         inputs: As JSON holds it: settings, and hashes of all that is read.
         made: The file that the next stages read; its hash is their input.
-        resume: What the command needs to go on with what a kill has left; None where it goes on by itself.
-        bounds: As JSON holds it, what bounds how much of it is made, and does not decide what: a budget, and the room
-            of a reply. Where something was left out or cut, it is gone on with once they have changed.
+        resume: The option with which the command resumes after a kill; None where it resumes without one.
+        bounds: As JSON holds it, the limits on how much is made: a budget, and the length of a reply. They do not
+            decide what is made. A stage in which something was left out or cut is continued once they have changed.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Pipeline:
     """The stages of a run, in a folder: `sft/`, `round-N/` with candidates, verdicts, pairs and `dpo/`, `eval/`.
 
     A stage is done again if what it is made of has changed, and what it had made is moved to `replaced/`, never
-    deleted; one that a kill has cut goes on. Its inputs are hashes of contents, so that a file which is written again
-    with the same bytes changes nothing.
+    deleted; one that a kill has interrupted is resumed. Its inputs are hashes of contents, so that a file which is
+    written again with the same bytes changes nothing.
 
     Args:
         recipe: A YAML file, or the name of one of ours; see `recipes/all`.
@@ -132,7 +132,9 @@ class Pipeline:
                 raise InputError(f"--data {file}: no such file. Pass what `stllava-train data` wrote.")
         out, images = self.out.resolve(), self.images.resolve()
         if out.is_relative_to(images) or images.is_relative_to(out):
-            raise InputError(f"--out {self.out}: it lies in {self.images}, or that in it. Choose another folder.")
+            raise InputError(
+                f"--out {self.out}: --out and --images {self.images} are one inside the other. Choose another folder."
+            )
         images_in(self.images)
         if sft.evaluate_on or dpo.evaluate_on:
             from stllava_train.training.validation import questions  # with torch
@@ -210,7 +212,9 @@ class Pipeline:
         bounds: dict[str, Any] = {"budget": recipe.budget}
         if recipe.budget is not None:
             how += ["--budget", str(recipe.budget)]
-        if recipe.judge_max_tokens is not None:  # else the key is absent, so that runs of earlier releases go on
+        if (
+            recipe.judge_max_tokens is not None
+        ):  # else the key is absent, so that runs of earlier releases can be resumed
             how += ["--max-tokens", str(recipe.judge_max_tokens)]
             bounds["max_tokens"] = recipe.judge_max_tokens
         if recipe.judge_reasoning:
@@ -295,7 +299,7 @@ class Pipeline:
                 if code == 2 and moved and not self._files(place):  # refused before it wrote anything
                     self._take_back(stage.name, moved, before)
                 elif code == 1:
-                    print("not everything is done; the same call of `stllava-train all` goes on", file=sys.stderr)
+                    print("not everything is done; the same call of `stllava-train all` continues", file=sys.stderr)
                 return code
         if not stage.made.exists():
             raise InputError(f"{stage.name}: {stage.made} was not written. Run the command above by itself.")
@@ -308,7 +312,7 @@ class Pipeline:
     def _judged(self, command: Sequence[str], stage: Stage) -> tuple[int, int]:
         """Return (exit code, how many questions are left out) of a call of judges that did not judge everything.
 
-        Where no further call would judge more, the run goes on with what is judged: the budget is spent, or a second
+        Where no further call would judge more, the run continues with what is judged: the budget is spent, or a second
         call has failed at the same questions as the first.
         """
         failed, not_asked = _left(stage.made)
@@ -434,7 +438,7 @@ def _read(manifest: Path) -> dict[str, Any] | None:
 def _evaluate(command: Sequence[str]) -> int:
     """Run an evaluation in a process of its own, since lmms-eval ends its process; return the exit code."""
 
-    def end_with_us() -> None:  # else it would go on, unseen, beside the next call
+    def end_with_us() -> None:  # else it would continue, unseen, beside the next call
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
     command = [sys.executable, "-m", "stllava_eval.cli", *command]

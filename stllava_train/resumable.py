@@ -49,7 +49,7 @@ class ResumableJsonl:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}). Free some space or mend it.") from error
+            raise InputError(f"{path}: cannot be written ({error.strerror}). Free some space or fix it.") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             self._file.truncate(_whole_bytes(path))
@@ -88,7 +88,7 @@ class ResumableJsonl:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 raise InputError(
-                    f"{self.path}: cannot be written ({error.strerror}). Free some space; the same call goes on from "
+                    f"{self.path}: cannot be written ({error.strerror}). Free some space; the same call continues from "
                     "here."
                 ) from error
             self.rows |= {self.key(row): row for row in rows}

@@ -139,7 +139,7 @@ class Engine:
     def add(self, index: int, prompt: Prompt) -> None:
         """Add `prompt` to those that wait; iterating gives its answer with `index`.
 
-        While iterating, prompts may be added that go on from the answer that has just come: their suffix begins with
+        While iterating, prompts may be added that continue from the answer that has just come: their suffix begins with
         its prompt's suffix and answer, and what they have in common is not computed again.
         """
         drawn = (prompt.sampling, prompt.sample_index) if prompt.sampling else None
@@ -219,7 +219,7 @@ class Engine:
             self.batch_tokens = 2 * self.batch_tokens if tokens is None else min(tokens, 2 * self.batch_tokens)
 
     def _halve(self, reason: str) -> None:
-        """Put every row back, forget all keys and values, and go on with half as many."""
+        """Put every row back, forget all keys and values, and continue with half as many."""
         rows = len(self._rows)
         held = self._held(rows, max((row.width for row in self._rows), default=0))
         if self.most_rows == 1:
@@ -231,7 +231,7 @@ class Engine:
         self.most_rows = max(1, (rows or self.most_rows) // 2)
         held = held or self.batch_tokens or 0
         self.batch_tokens, self._steps = held // 2 or None, 0
-        logger.warning("out of memory with {} questions at work; going on with {} at most", rows, self.most_rows)
+        logger.warning("out of memory with {} questions at work; continuing with at most {}", rows, self.most_rows)
         for row in reversed(self._rows):
             self._put_back(row)
         self._forget_all()

@@ -213,7 +213,7 @@ class TransformersAnswerer(EngineAnswerer):
     def prompt(self, question: str | None, history: Sequence[tuple[str, str]] = (), template: str | None = None) -> str:
         """Return the prompt of the model's own chat template."""
         if question is None or history or template:
-            raise InputError(f"{self.name}: only a model of our own network asks, or goes on with a conversation.")
+            raise InputError(f"{self.name}: only a model of our own network asks, or continues a conversation.")
         return self._render(self._messages([user(question)]))
 
     def _check_image(self, rendered: str) -> None:

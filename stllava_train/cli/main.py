@@ -34,12 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(printable(f"stllava-train: {line}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stllava-train: stopped. The same call goes on; those of `sft` and `dpo` with --resume.", file=sys.stderr)
+        print(
+            "stllava-train: stopped. The same call continues; those of `sft` and `dpo` with --resume.", file=sys.stderr
+        )
         return 130
 
 
 class _Stdout:
-    """Standard output that its reader may leave, as `head` does: the command goes on, and what it prints is dropped."""
+    """Standard output that its reader may leave, as `head` does: the command continues, and its output is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -133,9 +133,7 @@ def columns_of(file: Path) -> Columns | None:
         try:
             entries = read_json(folder / NAME)
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"{folder / NAME}: cannot be read as JSON ({one_line(error)}). Mend or move it."
-            ) from error
+            raise InputError(f"{folder / NAME}: cannot be read as JSON ({one_line(error)}). Fix or move it.") from error
         found: dict[str, Columns] = {}
         for name, entry in entries.items() if isinstance(entries, dict) else ():
             given = entry.get("file_name") if isinstance(entry, dict) else None

@@ -208,7 +208,7 @@ def read_records(file: Path, of: str = "conversations") -> Iterator[tuple[str, A
             where = getattr(error, "lineno", line)
             what = getattr(error, "msg", "nested too deeply")
             what = what if isinstance(error, json.JSONDecodeError | RecursionError) else str(error)
-            raise InputError(f"{file}:{where}: no JSON ({what}). Mend the file or write it again.") from error
+            raise InputError(f"{file}:{where}: no JSON ({what}). Fix the file or write it again.") from error
         yield f"{file}:{line}" + (f":{begins}" if line == taken else ""), under_our_names(record, columns)
         taken = line
         at = space.match(text, at).end()  # type: ignore[union-attr]
@@ -216,10 +216,10 @@ def read_records(file: Path, of: str = "conversations") -> Iterator[tuple[str, A
             at += 1
         elif array and text[at : at + 1] != "]":
             line += text.count("\n", counted, at)
-            raise InputError(f"{file}:{line}: no JSON (a comma or ] is missing). Mend the file or write it again.")
+            raise InputError(f"{file}:{line}: no JSON (a comma or ] is missing). Fix the file or write it again.")
     if array and (at == len(text) or text[at + 1 :].strip()):
-        what = "the closing ] is missing" if at == len(text) else "more stands behind the closing ]"
-        raise InputError(f"{file}:{line}: no JSON ({what}). Mend the file or write it again.")
+        what = "the closing ] is missing" if at == len(text) else "there is more behind the closing ]"
+        raise InputError(f"{file}:{line}: no JSON ({what}). Fix the file or write it again.")
 
 
 def _conversation(record: Any, number: int, location: str, folder: Path, wrong: list[str]) -> Conversation:
@@ -289,8 +289,6 @@ def _refuse_text(name: str, text: str, cure: str, wrong: list[str]) -> None:
     if role := ROLE.search(text):
         wrong.append(f"{name} holds {role[0]}, which would read as the start of a turn. Reword it.")
     if others := tags(text):
-        wrong.append(
-            f"{name} holds {short(others[0])}, which stands for no image here and would be learnt as text. {cure}"
-        )
+        wrong.append(f"{name} holds {short(others[0])}, which marks no image here and would be learnt as text. {cure}")
     if has_lone_surrogate(text):
-        wrong.append(f"{name} holds half a character. Mend its encoding.")
+        wrong.append(f"{name} holds half a character. Fix its encoding.")

@@ -1,4 +1,4 @@
-"""Figures of PubMed Central: their addresses -> image files, and a manifest that a killed run goes on from."""
+"""Figures of PubMed Central: their addresses -> image files, and a manifest from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def fetch_figures(
 
     Raises:
         InputError: The disk is full, another run is at work here, the manifest has a line that is none, or `GIVE_UP`
-            figures in a row failed. What was fetched stays, and the next run goes on.
+            figures in a row failed. What was fetched stays, and the next run continues.
     """
     import filelock
     from tqdm import tqdm
@@ -127,7 +127,7 @@ def fetch_figures(
     except OSError as error:  # the disk's: the network's are outcomes
         raise InputError(
             f"{manifest.parent}: cannot be written ({error.strerror or error}). Free some space or choose another "
-            "folder, then run the same command again: it goes on where this one stopped."
+            "folder, then run the same command again: it continues where this one stopped."
         ) from error
     return fetched
 

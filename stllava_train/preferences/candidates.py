@@ -146,7 +146,7 @@ def listed_images(file: Path, folder: Path) -> list[str]:
         if image_file(folder, name.strip()) is None:
             raise InputError(f"{file}:{number}: {name.strip()}: not in {folder}. Pass its folder with --images.")
         if (before := first.setdefault(name.strip(), number)) != number:
-            raise InputError(f"{file}:{number}: {name.strip()} stands in line {before} too. Name each image once.")
+            raise InputError(f"{file}:{number}: {name.strip()} is in line {before} too. Name each image once.")
     if not first:
         raise InputError(f"{file}: it names no image. Write one a line.")
     return list(first)

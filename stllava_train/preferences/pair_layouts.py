@@ -366,7 +366,7 @@ def _located(place: str, name: str, path: Path, images: Path) -> str:
         return name  # it is nowhere: counted as an image that cannot be read
     raise InputError(
         f"{place}: image is {short(name)}, not a file's name relative to --images {images}. Pass the folder that it is "
-        "in, or mend it."
+        "in, or fix it."
     )
 
 
@@ -410,7 +410,7 @@ def _read(place: str, number: int, record: Any, empty: Sequence[str]) -> _Read:
     both = [_side(place, key, turns, rest) for key, turns in sides.turns.items()]
     (chosen, image), (rejected, image_too) = both
     if [turn.text for turn in chosen[:-1]] != [turn.text for turn in rejected[:-1]]:
-        raise InputError(f"{place}: chosen and rejected do not answer the same question. Mend it, or delete it.")
+        raise InputError(f"{place}: chosen and rejected do not answer the same question. Fix it, or delete it.")
     if len(chosen) > 2 or len(rejected) > 2:
         raise InputError(
             f"{place}: {len(chosen) // 2} rounds. A pair has one question: keep the last round, where it can be "
@@ -560,7 +560,7 @@ def _object(value: Any) -> Row:
 def _side(place: str, key: str, turns: Any, rest: Row) -> tuple[list[Turn], str | None]:
     """The turns of a conversation, without the image's tag, and its picture."""
     if not isinstance(turns, list):
-        raise InputError(f"{place}: {key} is {short(turns)}, not turns of a question and an answer. Mend it.")
+        raise InputError(f"{place}: {key} is {short(turns)}, not turns of a question and an answer. Fix it.")
     if texts := [turn for turn in turns if isinstance(turn, str)]:
         raise InputError(
             f"{place}: {key}: {short(texts[0])} is in a list of texts, and a pair has one question, one chosen and one "
@@ -665,7 +665,5 @@ def _weight(place: str, record: Row) -> float | None:
     except (ValueError, OverflowError):
         weight = math.nan
     if not 0 <= weight < math.inf:
-        raise InputError(
-            f"{place}: {keys[0]} is {short(value)}, not a number from 0 on. Mend it, or delete the record."
-        )
+        raise InputError(f"{place}: {keys[0]} is {short(value)}, not a number from 0 on. Fix it, or delete the record.")
     return weight

@@ -265,7 +265,7 @@ def pair_of(row: Row) -> Pair:
         raise ValueError(f"{others[0]} is no key of a pair. {form}")
     for key, (is_right, right) in CHECKS.items():
         if key in row and not is_right(row[key]):
-            raise ValueError(f"{key} is {json.dumps(row[key])[:60]}, not {right}. Mend the line, or delete it.")
+            raise ValueError(f"{key} is {json.dumps(row[key])[:60]}, not {right}. Fix the line, or delete it.")
     texts = {key: row[key].strip() for key in ("question", "chosen", "rejected")}
     two_images = "rejected_image" in row
     if two_images != ("rejected_image_sha256" in row):
@@ -273,5 +273,5 @@ def pair_of(row: Row) -> Pair:
     if two_images and row["rejected_image_sha256"] == row["image_sha256"]:
         raise ValueError("image and rejected_image have the same pixels. Name another one, or delete the line.")
     if why := pair_problem(**texts, two_images=two_images):
-        raise ValueError(f"{why}. Mend the line, or delete it.")
+        raise ValueError(f"{why}. Fix the line, or delete it.")
     return Pair(**row | texts | {"judges": tuple(row["judges"])})

@@ -35,7 +35,7 @@ def plan(groups: Sequence[Sequence[int]], recipe: TrainingRecipe) -> list[tuple[
 
     Each epoch is an order of the groups, drawn from (seed, epoch); the records of a group stay together. Steps are
     full: the last one takes the first records of the epoch that would follow. So every step weighs the same on any
-    number of processes, and a run that goes on from a checkpoint sees exactly what it has not seen.
+    number of processes, and a run that resumes from a checkpoint sees exactly the records that are left.
 
     Args:
         groups: Places of records, each once.

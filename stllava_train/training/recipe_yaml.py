@@ -135,7 +135,7 @@ def read_yaml(text: str, place: str) -> Any:
             made: dict[str, Any] = {}
             for key, value in node.value:
                 if not isinstance(key, yaml.ScalarNode) or key.value in made:
-                    what = f"{key.value} stands there twice" if isinstance(key, yaml.ScalarNode) else "a key is no text"
+                    what = f"{key.value} is there twice" if isinstance(key, yaml.ScalarNode) else "a key is no text"
                     raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
                 made[key.value] = self.construct_object(value, deep=True)
             return made
@@ -153,7 +153,7 @@ def read_yaml(text: str, place: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or getattr(error, "reason", None) or "nested too deeply"
-        raise InputError(f"{place}{line}: no YAML that recipes are written in ({what}). Mend it.") from error
+        raise InputError(f"{place}{line}: no YAML that recipes are written in ({what}). Fix it.") from error
 
 
 def nested(path: Sequence[str], value: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from stllava_eval.errors import InputError
 from stllava_eval.storage import local_path, read_json, refuse_file
 from stllava_train.training.card import fault
 
-# what may change when a run goes on: memory and safety, not what is learnt
+# what may change when a run resumes: memory and safety, not what is learnt
 FREE_TO_CHANGE = {"micro_batch", "gradient_checkpointing", "save_every"}
 PER_MICRO_BATCH = {"sft", "aot", "aot_unpaired", "bco_pair"}  # losses of trl that are no mean over pairs
 STARTS = {"start", "start_vision_tower"}
@@ -38,8 +38,8 @@ def last_whole(folder: Path) -> Path | None:
             changed = [WHOLE]
         if changed:
             raise InputError(
-                f"{last}: {', '.join(changed)}: not as the run wrote it. Put it back, or delete this folder: --resume "
-                "then goes on from the one before it, or begins again."
+                f"{last}: {', '.join(changed)}: changed since the run wrote it. Restore it, or delete this "
+                "folder; --resume then continues from the checkpoint before it, or from the start."
             )
     return last
 
@@ -69,7 +69,9 @@ def check_folder(out: Path, resume: bool) -> None:
     refuse_file(out, "--out")
     if out.is_dir() and any(out.iterdir()):
         if (out / "run.json").is_file():
-            raise InputError(f"{out}: it is not empty. Pass --resume to go on with the run in it, or another folder.")
+            raise InputError(
+                f"{out}: it is not empty. Pass --resume to continue the run in it, or choose another folder."
+            )
         raise InputError(f"{out}: it is not empty and holds no run. Choose another --out.")
 
 
@@ -90,7 +92,7 @@ def _run_in(out: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(
-            f"{out}: no run to go on with ({fault(error)}). Leave --resume out, or name the folder of a run."
+            f"{out}: no run to continue ({fault(error)}). Leave --resume out, or name the folder of a run."
         ) from error
 
 
@@ -106,7 +108,7 @@ def check_same(out: Path, manifest: Mapping[str, Any]) -> None:
         InputError: It is another, or finished.
     """
     before = _run_in(out)
-    # a folder can be named in several ways: what counts is what lies in it
+    # a folder can be named in several ways: what counts is what is in it
     free = FREE_TO_CHANGE | (STARTS if manifest["start"]["sha256"] == before["start"] else set())
     if set(manifest["recipe"].get("loss", ())) & PER_MICRO_BATCH:
         free = free - {"micro_batch"}
@@ -136,8 +138,8 @@ def kept_lines(trace: Path, step: int) -> list[dict[str, Any]]:
     for number in range(1, step + 1):
         if number > len(kept) or kept[number - 1]["step"] != number:
             raise InputError(
-                f"{trace}:{number}: no losses of step {number}, and the run goes on from step {step}. Put the file "
-                "back, or train again with another --out."
+                f"{trace}:{number}: the losses of step {number} are missing, and the run continues from step {step}. "
+                "Restore the file, or train again with another --out."
             )
     return kept
 

@@ -117,7 +117,7 @@ def _report_disk_errors(out: Path) -> Iterator[None]:
             raise
         raise InputError(
             f"{out}: its files cannot be written or read ({one_line(error)}). Free some space, or delete a broken "
-            f"folder under {out / 'checkpoints'}; --resume goes on from the last whole one."
+            f"folder under {out / 'checkpoints'}; --resume continues from the last checkpoint that is complete."
         ) from error
 
 

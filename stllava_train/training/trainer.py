@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class PartsTrainer:
-    """What our trainers add to trl's, before whose class this one stands: a learning rate for each part, and a trace.
+    """What our trainers add to trl's, before whose class this one comes: a learning rate for each part, and a trace.
 
     Args:
         recipe: How each part is trained.
@@ -55,7 +55,7 @@ class PartsTrainer:
         if validation is not None:
             if self.is_fsdp_enabled:
                 raise InputError(
-                    "evaluate_on: under FSDP the network lies on several devices and cannot answer. Set it to []."
+                    "evaluate_on: under FSDP the network is split over several devices and cannot answer. Set it to []."
                 )
             self.add_callback(validation)
         for parameter in self.model.parameters():
@@ -200,7 +200,7 @@ def trainer_arguments(work: PreparedRun, out: Path, wandb: bool) -> dict[str, An
         "save_steps": recipe.save_every,
         "save_total_limit": 2,  # one is whole while the other is written
         # some micro-batches show no image: without it the towers' gradients are waited for, for ever. And it keeps
-        # DDP's buckets as they are, so that a run that goes on adds in the same order
+        # DDP's buckets as they are, so that a resumed run adds in the same order
         "ddp_find_unused_parameters": True,
         "disable_tqdm": True,
         "report_to": ["wandb"] if wandb else [],

@@ -52,7 +52,7 @@ class ValidationCallback(TrainerCallback):
         step: Steps taken before, in a run that is resumed.
 
     Raises:
-        InputError: A split is not prepared, or of a run that goes on an evaluation is missing or damaged, or asked
+        InputError: A split is not prepared, or of a resumed run an evaluation is missing or damaged, or asked
             other questions.
     """
 
@@ -93,7 +93,7 @@ class ValidationCallback(TrainerCallback):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The start's scores; in a run that goes on, a look at the weights that were kept.
+        """The start's scores; in a resumed run, a look at the weights that were kept.
 
         Raises:
             InputError: They are not as they were written.
@@ -129,7 +129,7 @@ class ValidationCallback(TrainerCallback):
                 file.write(json.dumps(held[0]) + "\n")
         broadcast_object_list(held)
         self.lines.append(held[0])
-        if step and step == self.best["step"] and first_process():  # a file each: a run may go on from before the last
+        if step and step == self.best["step"] and first_process():  # a file each: a run may resume from before the last
             with whole_file(self._file(step)) as unfinished:
                 save_file({name: one.detach().cpu().contiguous() for name, one in _trained(model)}, unfinished)
             self._drop_beaten()

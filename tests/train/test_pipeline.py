@@ -195,7 +195,7 @@ def test_the_run_goes_on_without_what_the_budget_did_not_reach_and_asks_it_when_
     assert run("budget=1") == []
     run.left += [{"failed": 0, "not_asked": 0}]
     assert run("budget=2") == STAGES[3:]
-    assert not list((run.out / "replaced").glob("round-1-judged*"))  # it was gone on with
+    assert not list((run.out / "replaced").glob("round-1-judged*"))  # it was continued
     assert run("budget=2") == run("budget=3") == []
 
 
@@ -207,7 +207,7 @@ def test_room_to_think_is_handed_on_and_asks_again_what_was_cut(run, capsys):
     assert run() == []
     assert run("judge_max_tokens=2048", "judge_reasoning=true") == STAGES[3:]
     assert "--max-tokens 2048 --reasoning --out" in capsys.readouterr().out
-    assert not list((run.out / "replaced").glob("round-1-judged*"))  # it was gone on with
+    assert not list((run.out / "replaced").glob("round-1-judged*"))  # it was continued
     assert run("judge_max_tokens=2048", "judge_reasoning=true") == run() == []  # nothing is cut any more
 
 

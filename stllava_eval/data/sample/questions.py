@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ORIGINS = {"train": "training region", "validation": "validation region", "test": "held-out region"}
 NEW_WORDING = 0.35  # share of validation and test questions in a wording that training never shows. Our choice
 # Open questions, and as many yes/no ones, asked about one concept in one set: at most this share of the split's images.
-# Training is told all that it can be; a test asks as often about what few images show as about the rest. Our choice
+# Training asks about every image; the test splits cap each concept, so that rare ones count as much. Our choice
 ASKED_SHARE = {"train": 1.0, "validation": 0.4, "test": 0.4}
 
 

@@ -32,7 +32,7 @@ def checks(figures: Mapping[str, Any]) -> list[dict[str, str]]:
     text = f"{_percent(repeats)} of the candidates repeat a question about their image."
     found.append(("data", "warning" if repeats["value"] else "fine", text))
     if blind["value"] is None:
-        text = f"Whether questions can be answered without the image cannot be told: {blind['why']}."
+        text = f"Whether questions can be answered without the image cannot be determined: {blind['why']}."
         found.append(("data", "not tested", text))
     else:
         text = f"{_percent(blind)} of the chosen answers come without the image too."
@@ -53,7 +53,7 @@ def _of_judge(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield _of_half(one["prefers_longer"], "a bias to length", "the longer answer", "the shorter answer")
     right = one["prefers_right"]
     if right["value"] is None:
-        yield "not tested", f"Whether it prefers what is right cannot be told: {right['why']}."
+        yield "not tested", f"Whether it prefers what is right cannot be determined: {right['why']}."
     elif right["low"] is not None and right["low"] > 0.5:
         yield "fine", f"It prefers the right answer: {_percent(right)} where it prefers one."
     else:
@@ -63,7 +63,10 @@ def _of_judge(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _of_half(share: Mapping[str, Any], bias: str, above: str, below: str) -> tuple[str, str]:
     """(level, text) of a share that is one half where there is no bias."""
     if share["low"] is None:
-        return "not tested", f"Whether it has {bias} cannot be told: {share.get('why', 'all is about one image')}."
+        return (
+            "not tested",
+            f"Whether it has {bias} cannot be determined: {share.get('why', 'all is about one image')}.",
+        )
     if share["low"] <= 0.5 <= share["high"]:
         return "fine", f"No sign of {bias}: {_percent(share)}, where one half is none."
     return "warning", f"It prefers {above if share['value'] > 0.5 else below}: {_percent(share)}, not one half."
@@ -77,7 +80,7 @@ def _of_two(one: Mapping[str, Any]) -> tuple[str, str]:
         return "fine", f"They agree on all {one['equal']['n']} pairs that both scored."
     if not lows:
         why = one["equal"].get("why", "all is about one image")
-        return "not tested", f"Their agreement beyond chance cannot be told: {why}."
+        return "not tested", f"Their agreement beyond chance cannot be determined: {why}."
     if max(lows) > SLIGHT:
         return "fine", f"They agree beyond chance: {shown}."
     return "warning", f"They are not shown to agree more than slightly: {shown}."

@@ -545,8 +545,8 @@ class _Streak:
                 )
             else:
                 what = (
-                    "Mend what the server names, or name another judge; then the same call goes on and asks again what "
-                    "was refused or failed, with the same --out."
+                    "Fix what the server names, or name another judge; then the same call continues and asks again "
+                    "what was refused or failed, with the same --out."
                 )
             raise InputError(f"{self.judge}: {said}. {what}")
 
@@ -562,7 +562,7 @@ def _not_begun(judge: str, wrong: Mapping[str, str]) -> str:
     what = (
         "Wait until other batches of yours have ended, or hand in fewer questions at a time with --sample"
         if full
-        else "Mend what it names"
+        else "Fix what it names"
     )
     return (
         f"{judge}: {batch} was not begun ({said}). Nothing of it was asked or paid. {what}; the next call hands it in."

@@ -179,7 +179,7 @@ class HumanJudgeServer(ThreadingHTTPServer):
                 "no candidates: nothing to judge. Pass a file in which `stllava-train candidates` kept some."
             )
         if not name.strip() or not name.isprintable():
-            raise InputError(f"--human {name!r}: no name. Give the one that shall stand beside the verdicts.")
+            raise InputError(f"--human {name!r}: no name. Give the name that is recorded with the verdicts.")
         self.reading = HumanJudging(candidates, ledger, name, seed)
         try:
             super().__init__(("127.0.0.1", port), _Handler)
@@ -206,7 +206,7 @@ class HumanJudgeServer(ThreadingHTTPServer):
 def serve(
     candidates: Sequence[Candidate], images: Path, ledger: ResumableJsonl, name: str, seed: int = 0, port: int = 0
 ) -> int:
-    """Let a person judge until Ctrl-C; see `HumanJudgeServer`. Called again, it goes on with what is left.
+    """Let a person judge until Ctrl-C; see `HumanJudgeServer`. Called again, it continues with what is left.
 
     Returns:
         How many questions this person has judged, in earlier calls too.

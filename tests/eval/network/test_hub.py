@@ -134,7 +134,7 @@ sys.exit(code)
     [
         ("nowhere", "nowhere: no such folder. Pass a folder or a hub id"),
         ("no/body", "no/body: no such folder, and not to be had from the hub (LocalEntryNotFoundError: Cannot find an"),
-        ("file.txt", "file.txt is a file. Pass the folder that it lies in"),
+        ("file.txt", "file.txt is a file. Pass the folder that it is in"),
         ("empty", "empty is not a checkpoint: it has no config.json"),
         ("broken", "config.json: not a JSON object"),
     ],

@@ -178,7 +178,7 @@ def test_two_entries_that_disagree_and_a_broken_file_are_refused(folder):
     with pytest.raises(InputError, match=r"dataset_info\.json: a and b give data\.json different columns\. Keep one"):
         read_conversations(file)
     info.write_text("{")
-    with pytest.raises(InputError, match=r"dataset_info\.json: cannot be read as JSON \(.*\)\. Mend or move it"):
+    with pytest.raises(InputError, match=r"dataset_info\.json: cannot be read as JSON \(.*\)\. Fix or move it"):
         read_conversations(file)
 
 

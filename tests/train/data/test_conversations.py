@@ -600,7 +600,7 @@ def test_a_pipe_is_refused_since_data_is_read_more_than_once():
 def test_a_key_that_appears_twice_is_refused(tmp_path):
     file = tmp_path / "data.json"
     file.write_text('[\n{"id": "a", "id": "b", "conversations": []}]')
-    with pytest.raises(InputError, match=r"data\.json:2: no JSON \(key 'id' appears twice\)\. Mend the file"):
+    with pytest.raises(InputError, match=r"data\.json:2: no JSON \(key 'id' appears twice\)\. Fix the file"):
         read_conversations(file)
 
 

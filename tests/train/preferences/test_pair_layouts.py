@@ -308,7 +308,7 @@ def test_a_weight_that_is_no_number_from_0_on_is_refused_in_one_line(tmp_path, i
     with pytest.raises(InputError) as refused:
         read(file, images)
     assert "7: weighted_score is " in str(refused.value)
-    assert "not a number from 0 on. Mend it" in str(refused.value)
+    assert "not a number from 0 on. Fix it" in str(refused.value)
     assert "\n" not in str(refused.value)
 
 

@@ -331,8 +331,8 @@ def test_questions_alone_may_be_learnt():
     [
         ("epochs: 1 ", "epoch: 1 ", r"mine\.yaml: epoch: unknown\. Did you mean epochs\?"),
         ("epochs: 1 ", "", r"mine\.yaml: epochs is missing\. A recipe gives every number"),
-        ("", "epochs: 3\n", r"mine\.yaml:\d+: no YAML .*\(epochs stands there twice\)"),
-        ("  rank: 32 ", "  alpha: 32 ", r"alpha stands there twice"),
+        ("", "epochs: 3\n", r"mine\.yaml:\d+: no YAML .*\(epochs is there twice\)"),
+        ("  rank: 32 ", "  alpha: 32 ", r"alpha is there twice"),
         ("  rank: 32 ", "  ", r"vision_tower: rank is missing\. A part trained lora needs"),
         ("  train: full ", "  ", r"projector: train is missing\. Choose frozen, full, lora"),
         ("", "null: 1\n", r"null: unknown"),

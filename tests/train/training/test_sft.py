@@ -696,7 +696,7 @@ def test_a_folder_with_something_in_it_is_not_overwritten(unbroken, data, tmp_pa
     work = work_of(read_recipe(str(recipe)), data)
     with pytest.raises(InputError, match=r"it is not empty\. Pass --resume to go on with the run in it"):
         train(work, run)
-    with pytest.raises(InputError, match=r"no run to go on with .*Leave --resume out"):
+    with pytest.raises(InputError, match=r"no run to continue .*Leave --resume out"):
         train(work, tmp_path / "new", resume=True)
 
 
@@ -709,11 +709,11 @@ def test_a_folder_with_something_in_it_is_not_overwritten(unbroken, data, tmp_pa
         (
             "notes",
             True,
-            r"notes: no run to go on with \(it has no run\.json\)\. Leave --resume out, or name the folder",
+            r"notes: no run to continue \(it has no run\.json\)\. Leave --resume out, or name the folder",
         ),
-        ("file", True, r"file: no run to go on with \(it has no run\.json\)"),
-        ("broken", True, r"broken: no run to go on with \(its run\.json cannot be read: it is damaged\)"),
-        ("lacking", True, r"lacking: no run to go on with \(its run\.json has no recipe\)"),
+        ("file", True, r"file: no run to continue \(it has no run\.json\)"),
+        ("broken", True, r"broken: no run to continue \(its run\.json cannot be read: it is damaged\)"),
+        ("lacking", True, r"lacking: no run to continue \(its run\.json has no recipe\)"),
     ],
 )
 def test_a_folder_that_is_no_place_for_the_run_is_refused_before_data_is_read(
@@ -937,8 +937,8 @@ HALF = object()
         pytest.param("../../losses.jsonl", b"\xff\n", r"losses\.jsonl:1: no losses of step 1", id="binary trace"),
         pytest.param("../../losses.jsonl", b"{}\n1\n", r"losses\.jsonl:1: no losses of step 1", id="another trace"),
         pytest.param("../../losses.jsonl", HALF, r"losses\.jsonl:3: no losses of step 3", id="half a trace"),
-        pytest.param("../../run.json", b"[]", r"no run to go on with .* Leave --resume out", id="manifest"),
-        pytest.param("../../run.json", b"[" * 99999, r"no run to go on with", id="deep manifest"),
+        pytest.param("../../run.json", b"[]", r"no run to continue .* Leave --resume out", id="manifest"),
+        pytest.param("../../run.json", b"[" * 99999, r"no run to continue", id="deep manifest"),
     ],
 )
 def test_a_run_does_not_go_on_from_what_was_damaged(broken_off, tmp_path, name, content, message):
@@ -1045,7 +1045,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(data, tmp_path, recipe_file, monke
     monkeypatch.setattr(module, "prepare_run", stopped)
     assert main(["sft", "--recipe", str(recipe_file()), "--data", str(data), "--out", str(tmp_path / "run")]) == 130
     assert capsys.readouterr().err == (
-        "stllava-train: stopped. The same call goes on; those of `sft` and `dpo` with --resume.\n"
+        "stllava-train: stopped. The same call continues; those of `sft` and `dpo` with --resume.\n"
     )
 
 

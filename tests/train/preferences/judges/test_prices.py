@@ -524,11 +524,11 @@ WRONG = {"code": "invalid_url", "message": "The URL is wrong.\nLine 1.", "line":
     ("errors", "said", "advice"),
     [
         ({"data": [FULL]}, "token_limit_exceeded: Enqueued token limit reached for m.", "with --sample"),
-        ({"data": [WRONG] * 3}, "invalid_url: The URL is wrong. Line 1.", "Mend what it names"),
+        ({"data": [WRONG] * 3}, "invalid_url: The URL is wrong. Line 1.", "Fix what it names"),
         ([WRONG, FULL], "invalid_url: The URL is wrong. Line 1.; token_limit", "with --sample"),
-        ({"data": []}, "it does not say why", "Mend what it names"),
-        (None, "it does not say why", "Mend what it names"),
-        ("no", "it does not say why", "Mend what it names"),
+        ({"data": []}, "it does not say why", "Fix what it names"),
+        (None, "it does not say why", "Fix what it names"),
+        ("no", "it does not say why", "Fix what it names"),
     ],
 )
 def test_a_batch_that_was_not_begun_says_why_and_is_not_handed_in_by_the_same_call(
