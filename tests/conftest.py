@@ -13,6 +13,7 @@ from threading import Timer
 import psutil
 import pytest
 import pytest_timeout
+import yaml
 from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a hub
@@ -344,3 +345,15 @@ def browser(tmp_path):
         pytest.skip(f"needs {CHROMIUM} (apt-get install chromium)")
     with Browser(tmp_path / "profile") as opened:
         yield opened
+
+
+@pytest.fixture
+def recipe_file(request, checkpoint, tmp_path):
+    """Write the small recipe of a module's tests, its `SMALL`, with changes; it starts from the small random LLaVA."""
+
+    def write(**changes) -> Path:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(request.module.SMALL | {"start": str(checkpoint)} | changes))
+        return file
+
+    return write

@@ -38,7 +38,7 @@ def last_whole(folder: Path) -> Path | None:
             changed = [WHOLE]
         if changed:
             raise InputError(
-                f"{last}: {', '.join(changed)}: changed since the run wrote it. Restore it, or delete this "
+                f"{last}: {', '.join(changed)}: missing, or changed since the run wrote it. Restore it, or delete this "
                 "folder; --resume then continues from the checkpoint before it, or from the start."
             )
     return last

@@ -305,7 +305,7 @@ def test_stage_1_is_made_again_where_the_questions_it_is_chosen_by_have_changed(
 
 def test_a_run_in_the_folder_of_images_is_refused(run):
     run.out = run.images / "run"
-    with pytest.raises(InputError, match="it lies in"):
+    with pytest.raises(InputError, match=r"are one inside the other. Choose another folder"):
         pipeline_of(run)
 
 

@@ -568,7 +568,7 @@ def test_what_was_read_is_counted_with_its_pictures(folder):
         pytest.param('[{"id": 1},\n{"id" 2}]', r":2: no JSON \(Expecting ':' delimiter\)", id="broken"),
         pytest.param('[\n{"id": 1}\n{"id": 2}]', r":3: no JSON \(a comma or \] is missing\)", id="no comma"),
         pytest.param('[{"id": 1}, ', r":1: no JSON \(the closing \] is missing\)", id="cut short"),
-        pytest.param('[{"id": 1}] x', r":1: no JSON \(more stands behind", id="more"),
+        pytest.param('[{"id": 1}] x', r":1: no JSON \(there is more behind", id="more"),
         pytest.param("[" * 100_000, r":1: no JSON \(nested too deeply\)", id="deep"),
         pytest.param("[]", "it holds no record", id="empty"),
         pytest.param("", "it holds no record", id="nothing"),

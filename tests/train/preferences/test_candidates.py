@@ -254,7 +254,7 @@ def test_images_are_named_sorted_and_sampled(folder, tmp_path):
     ("text", "said"),
     [
         ("a/0.png\nno.png\n", r"list\.txt:2: no\.png: not in .*images\. Pass its folder"),
-        ("a/0.png\na/0.png\n", r"list\.txt:2: a/0\.png stands in line 1 too"),
+        ("a/0.png\na/0.png\n", r"list\.txt:2: a/0\.png is in line 1 too"),
         ("../a/0.png\n", r"list\.txt:1: \.\./a/0\.png: not a plain name in"),
         ("./a/0.png\n", r"list\.txt:1: \./a/0\.png: not a plain name in"),
         ("\n", r"list\.txt: it names no image"),

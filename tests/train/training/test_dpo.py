@@ -73,16 +73,6 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def recipe_file(checkpoint, tmp_path):
-    def write(**changes) -> Path:
-        file = tmp_path / "recipe.yaml"
-        file.write_text(yaml.safe_dump(SMALL | {"start": str(checkpoint)} | changes))
-        return file
-
-    return write
-
-
-@pytest.fixture
 def small(recipe_file):
     return lambda **changes: read_dpo_recipe(str(recipe_file(**changes)))
 

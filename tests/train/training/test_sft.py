@@ -94,16 +94,6 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def recipe_file(checkpoint, tmp_path):
-    def write(**changes) -> Path:
-        file = tmp_path / "recipe.yaml"
-        file.write_text(yaml.safe_dump(SMALL | {"start": str(checkpoint)} | changes))
-        return file
-
-    return write
-
-
-@pytest.fixture
 def small(recipe_file):
     return lambda **changes: read_recipe(str(recipe_file(**changes)))
 
@@ -694,7 +684,7 @@ def test_a_run_whose_images_have_changed_is_not_gone_on_with(data, small, tmp_pa
 def test_a_folder_with_something_in_it_is_not_overwritten(unbroken, data, tmp_path):
     recipe, run = unbroken
     work = work_of(read_recipe(str(recipe)), data)
-    with pytest.raises(InputError, match=r"it is not empty\. Pass --resume to go on with the run in it"):
+    with pytest.raises(InputError, match=r"it is not empty\. Pass --resume to continue the run in it"):
         train(work, run)
     with pytest.raises(InputError, match=r"no run to continue .*Leave --resume out"):
         train(work, tmp_path / "new", resume=True)
@@ -923,20 +913,34 @@ HALF = object()
     ("name", "content", "message"),
     [
         pytest.param(
-            "optimizer.pt", None, r"checkpoint-4: optimizer\.pt: not as .* delete this folder", id="optimizer"
+            "optimizer.pt",
+            None,
+            r"checkpoint-4: optimizer\.pt: missing, or changed .* delete this folder",
+            id="optimizer",
         ),
-        pytest.param("optimizer.pt", HALF, r"checkpoint-4: optimizer\.pt: not as", id="half an optimizer"),
-        pytest.param("rng_state.pth", None, r"rng_state\.pth: not as", id="random numbers"),
-        pytest.param("scheduler.pt", None, r"scheduler\.pt: not as", id="scheduler"),
-        pytest.param("trainer_state.json", b"[]", r"trainer_state\.json: not as", id="state"),
-        pytest.param("adapter_model.safetensors", HALF, r"adapter_model\.safetensors: not as", id="weights"),
-        pytest.param("whole.json", b"{", r"whole\.json: not as", id="mark"),
+        pytest.param("optimizer.pt", HALF, r"checkpoint-4: optimizer\.pt: missing, or changed", id="half an optimizer"),
+        pytest.param("rng_state.pth", None, r"rng_state\.pth: missing, or changed", id="random numbers"),
+        pytest.param("scheduler.pt", None, r"scheduler\.pt: missing, or changed", id="scheduler"),
+        pytest.param("trainer_state.json", b"[]", r"trainer_state\.json: missing, or changed", id="state"),
         pytest.param(
-            "../../losses.jsonl", None, r"losses\.jsonl:1: no losses of step 1, .* step 4\. Put", id="no trace"
+            "adapter_model.safetensors", HALF, r"adapter_model\.safetensors: missing, or changed", id="weights"
         ),
-        pytest.param("../../losses.jsonl", b"\xff\n", r"losses\.jsonl:1: no losses of step 1", id="binary trace"),
-        pytest.param("../../losses.jsonl", b"{}\n1\n", r"losses\.jsonl:1: no losses of step 1", id="another trace"),
-        pytest.param("../../losses.jsonl", HALF, r"losses\.jsonl:3: no losses of step 3", id="half a trace"),
+        pytest.param("whole.json", b"{", r"whole\.json: missing, or changed", id="mark"),
+        pytest.param(
+            "../../losses.jsonl",
+            None,
+            r"losses\.jsonl:1: the losses of step 1 are missing, .* step 4\. Restore",
+            id="no trace",
+        ),
+        pytest.param(
+            "../../losses.jsonl", b"\xff\n", r"losses\.jsonl:1: the losses of step 1 are missing", id="binary trace"
+        ),
+        pytest.param(
+            "../../losses.jsonl", b"{}\n1\n", r"losses\.jsonl:1: the losses of step 1 are missing", id="another trace"
+        ),
+        pytest.param(
+            "../../losses.jsonl", HALF, r"losses\.jsonl:3: the losses of step 3 are missing", id="half a trace"
+        ),
         pytest.param("../../run.json", b"[]", r"no run to continue .* Leave --resume out", id="manifest"),
         pytest.param("../../run.json", b"[" * 99999, r"no run to continue", id="deep manifest"),
     ],
