@@ -29,7 +29,7 @@ from stllava_train.data.columns import columns_of
 from stllava_train.data.conversations import read_conversations
 from stllava_train.preferences.candidates import PRESETS, check_settings, images_in
 from stllava_train.preferences.judges.oracle import EXACT
-from stllava_train.preferences.pair_selection import Options, check_options, rule_of
+from stllava_train.preferences.pair_selection import PairOptions, check_options, rule_of
 from stllava_train.preferences.verdicts import HUMAN_PREFIX
 from stllava_train.resumable import read_rows
 from stllava_train.training.recipe_yaml import changed
@@ -123,7 +123,7 @@ class Pipeline:
         if recipe.budget is not None and recipe.budget < 0:
             raise InputError(f"budget: {recipe.budget:g}. It is 0 or more, or null.")
         rule_of(recipe.pairs.rule, recipe.pairs.min_margin)
-        check_options(Options(per_image=recipe.pairs.per_image, held_out=recipe.pairs.held_out))
+        check_options(PairOptions(per_image=recipe.pairs.per_image, held_out=recipe.pairs.held_out))
         for name in recipe.judges:
             if name != EXACT:
                 _check_judge(name)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stllava_eval.cli.options import add_command, show
-from stllava_eval.errors import InputError
+
+if TYPE_CHECKING:
+    from stllava_eval.network.checkpoint import Checkpoint
 
 
 def add_convert(commands: Any) -> None:
@@ -50,26 +52,29 @@ def add_convert(commands: Any) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from stllava_eval.network.checkpoint import open_checkpoint
-    from stllava_eval.network.convert import convert
-    from stllava_eval.network.layouts import CheckpointError
-    from stllava_eval.storage import write_json
+    from stllava_eval.network.convert_checkpoint import convert_checkpoint  # with torch
 
-    parts = {
-        name: getattr(arguments, name)
-        for name in ("base", "vision_tower", "projector", "vision_lora", "prototypes", "iterations")
-    }
-    try:
-        checkpoint = open_checkpoint(arguments.source, **parts)
-    except CheckpointError as error:
-        listed = arguments.out.with_name(f"{arguments.out.name}.refused.json")
-        write_json(listed, error.report)
-        raise InputError(f"{error} All of them are listed in {listed}.") from error
-    convert(checkpoint, arguments.out, arguments.to)
+    checkpoint = convert_checkpoint(
+        arguments.source,
+        arguments.out,
+        arguments.to,
+        base=arguments.base,
+        vision_tower=arguments.vision_tower,
+        projector=arguments.projector,
+        vision_lora=arguments.vision_lora,
+        prototypes=arguments.prototypes,
+        iterations=arguments.iterations,
+    )
+    _show_converted(checkpoint, arguments.source, arguments.out)
+    return 0
+
+
+def _show_converted(checkpoint: Checkpoint, source: str, out: Path) -> None:
+    """Print what became of the tensors, and what the user must know before the checkpoint is used."""
     dropped = sum(map(len, checkpoint.audit.dropped.values()))
     merged = sum(checkpoint.audit.merged.values())
     show(
-        f"{arguments.out}: {checkpoint.layout}, {len(checkpoint.taken)} tensors, all that the network has; "
+        f"{out}: {checkpoint.layout}, {len(checkpoint.taken)} tensors, all that the network has; "
         f"LoRA merged into {merged}, {dropped} left out as named in audit.json"
     )
     if checkpoint.assumed:
@@ -77,7 +82,6 @@ def _convert(arguments: argparse.Namespace) -> int:
         show(f"note: {numbers}, which the files do not store, as in the authors' code; --prototypes and --iterations")
     if checkpoint.tokenizer is None:
         show(
-            f"note: {arguments.source} has no tokenizer (tokenizer.model or tokenizer.json), and so {arguments.out} "
+            f"note: {source} has no tokenizer (tokenizer.model or tokenizer.json), and so {out} "
             "cannot answer; copy that of the model it was trained from into either"
         )
-    return 0

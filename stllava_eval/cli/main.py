@@ -1,4 +1,4 @@
-"""The command line of stllava-eval. Heavy imports sit inside commands: help is instant."""
+"""The command line `stllava-eval`. Commands import heavy libraries when they run, so that help answers at once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from stllava_eval.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0 done, 1 the gate said no, 2 wrong call, or the gate cannot decide."""
+    """Run one command; return its exit code: 0 done, 1 the gate said no, 2 wrong call, or the gate cannot decide."""
     arguments = parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is shown its number
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal lacks is printed as its number
     try:
         return arguments.command(arguments) or 0
     except InputError as error:
@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_errors(line)
         return 2
     except KeyboardInterrupt:
-        return 130  # as a shell has it; what a run has answered is kept
+        return 130  # as shells report Ctrl-C; the answers of a run are saved
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line, whose help `docs/reference/cli.md` repeats."""
+    """Return the parser of the command line, whose help `docs/reference/cli.md` repeats."""
     top = add_command(
         argparse.ArgumentParser,
         prog="stllava-eval",

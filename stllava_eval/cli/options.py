@@ -29,7 +29,7 @@ def show_errors(text: str) -> None:
 
 
 def show(text: str) -> None:
-    """Print a command's result. A reader that has left, such as `head`, changes nothing about the command's exit code.
+    """Print a command's result. If the reader has left, as `head` does, the command continues and its exit code holds.
 
     Raises:
         InputError: It cannot be written.
@@ -53,9 +53,9 @@ def show_json(value: object) -> None:
 def add_command(make: type | object, examples: Sequence[str], **options: str) -> argparse.ArgumentParser:
     """Add a command whose description is wrapped and whose help ends with examples; returns its parser."""
     epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples)
-    name = [options.pop("name")] if "name" in options else []
+    command_name = [options.pop("name")] if "name" in options else []
     options["description"] = textwrap.fill(options["description"], 90)
-    return make(*name, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore
+    return make(*command_name, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, **options)  # type: ignore
 
 
 def add_page_options(command: argparse.ArgumentParser) -> None:

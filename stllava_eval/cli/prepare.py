@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from stllava_eval.cli.options import add_command, show, show_errors
-from stllava_eval.data.catalog import DATASETS
+from stllava_eval.data.catalog import DATASETS, Manifest
 from stllava_eval.errors import InputError
 
 
@@ -40,42 +40,33 @@ def add_prepare(commands: Any) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    from stllava_eval.data import prepare, splits
-
-    if arguments.sample:
-        if arguments.source:
-            raise InputError("--sample makes its own images; leave --from out.")
-        from stllava_eval.data.sample.pictures import SPLITS
-        from stllava_eval.data.sample.questions import sample_rows
-
-        manifests = [
-            splits.write_split(
-                name,
-                split,
-                sample_rows(name, split),
-                edition=f"sample {split}",
-                official=False,
-                sample=True,
-                source="images in installed packages",
-                licence="each image's own: docs/start/data.md",
-            )
-            for name in ([arguments.dataset] if arguments.dataset else DATASETS)
-            for split in SPLITS
-        ]
-    elif not arguments.dataset:
+    if arguments.sample and arguments.source:
+        raise InputError("--sample makes its own images; leave --from out.")
+    if not arguments.sample and not arguments.dataset:
         raise InputError(f"no data set named. Pass one of {', '.join(DATASETS)}, or --sample.")
+    if arguments.sample:
+        from stllava_eval.data.sample.prepare_sample import prepare_sample  # with numpy
+
+        manifests = prepare_sample([arguments.dataset] if arguments.dataset else tuple(DATASETS))
     else:
-        manifests = [prepare.prepare(arguments.dataset, arguments.split, arguments.source)]
+        from stllava_eval.data.prepare import prepare  # with numpy
+
+        manifests = [prepare(arguments.dataset, arguments.split, arguments.source)]
     for manifest in manifests:
-        counts, what = manifest.counts, f"{manifest.dataset} {manifest.split}"
-        show(
-            f"{what} ({manifest.edition}): {counts['rows']} questions = "
-            f"{counts['closed']} closed + {counts['open']} open on {counts['images']} images"
-        )
-        for note in manifest.notes:
-            show_errors(f"{what}: note: {note}")
-        for other in splits.prepared_editions(manifest.dataset, manifest.split)[1:]:
-            show_errors(
-                f"{what}: the {other.edition} is kept beside it; {splits.how_to_use(other)} takes it into use again"
-            )
+        _show_prepared(manifest)
     return 0
+
+
+def _show_prepared(manifest: Manifest) -> None:
+    """Print the counts of a prepared split, and on stderr its notes and the other editions of it that are kept."""
+    from stllava_eval.data.splits import how_to_use, prepared_editions  # with numpy
+
+    counts, split = manifest.counts, f"{manifest.dataset} {manifest.split}"
+    show(
+        f"{split} ({manifest.edition}): {counts['rows']} questions = "
+        f"{counts['closed']} closed + {counts['open']} open on {counts['images']} images"
+    )
+    for note in manifest.notes:
+        show_errors(f"{split}: note: {note}")
+    for kept in prepared_editions(manifest.dataset, manifest.split)[1:]:
+        show_errors(f"{split}: the {kept.edition} is kept beside it; {how_to_use(kept)} takes it into use again")

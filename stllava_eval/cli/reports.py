@@ -117,10 +117,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     if arguments.power:
         powers = power(arguments.runs)
-        shown, text = {"format": 1, "power": [asdict(one) for one in powers]}, power_text(powers)
+        shown, text = {"format": 1, "power": [asdict(of_metric) for of_metric in powers]}, power_text(powers)
     else:
-        found = compare(arguments.runs)
-        shown, text = {"format": 1, **asdict(found)}, compare_text(found)
+        comparison = compare(arguments.runs)
+        shown, text = {"format": 1, **asdict(comparison)}, compare_text(comparison)
     if arguments.json:
         show_json(shown)
     else:
@@ -163,19 +163,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     refuse_without_out(arguments)
     rows = board(arguments.runs)
-    found = inspect(rows)
-    if not found:
+    inspections = inspect(rows)
+    if not inspections:
         raise InputError(f"{arguments.runs[0]}: no run here was shown its own images. Pass one that was.")
-    if not any(one.overall for one in found):
+    if not any(inspection.overall for inspection in inspections):
         raise InputError(f"{arguments.runs[0]}: none of its questions is answered. Look at its log, and run again.")
     if arguments.out is not None:
         from stllava_eval.reports.page import write_board
 
         write_board(arguments.out, rows, arguments.images or "page", arguments.pathvqa_images)
     if arguments.json:
-        show_json([asdict(one) for one in found])
+        show_json([asdict(inspection) for inspection in inspections])
     else:
-        show(inspect_text(found))
+        show(inspect_text(inspections))
     return 0
 
 
@@ -212,9 +212,9 @@ def _gate(arguments: argparse.Namespace) -> int:
 
     if arguments.out is not None:
         refuse_file(arguments.out, "--out")
-    found = gate(arguments.candidate, arguments.baseline, read_policy(arguments.policy))
+    decision = gate(arguments.candidate, arguments.baseline, read_policy(arguments.policy))
     if arguments.out is not None:
-        files = {"json": json_text(gate_json(found)), "md": gate_markdown(found), "xml": gate_junit(found)}
+        files = {"json": json_text(gate_json(decision)), "md": gate_markdown(decision), "xml": gate_junit(decision)}
         write_together(arguments.out, {f"gate.{suffix}": text for suffix, text in files.items()})
-    show(gate_text(found))
-    return found.exit_code
+    show(gate_text(decision))
+    return decision.exit_code

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,13 @@ def add_score(commands: Any) -> None:
         help="the task that was answered; may be given several times, each with a file of answers",
     )
     score.add_argument("--answers", required=True, action="append", type=Path, metavar="FILE", help="file of answers")
+    _add_reading(score)
+    _add_output(score)
+    score.set_defaults(command=_score)
+
+
+def _add_reading(score: argparse.ArgumentParser) -> None:
+    """Add the options that say what a file of answers does not say by itself."""
     score.add_argument(
         "--extract",
         choices=("final", "none"),
@@ -81,6 +88,10 @@ def add_score(commands: Any) -> None:
         help="images that were shown: own, another question's, black (default: what a run folder says, else "
         '"not recorded")',
     )
+
+
+def _add_output(score: argparse.ArgumentParser) -> None:
+    """Add the options that say what is written and printed."""
     score.add_argument(
         "--out", type=Path, metavar="RUN", help="write a run folder too, for leaderboard, compare, inspect and gate"
     )
@@ -97,51 +108,36 @@ def add_score(commands: Any) -> None:
     score.add_argument(
         "--json", action="store_true", help="print value, n, images, low and high of every score as JSON"
     )
-    score.set_defaults(command=_score)
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from stllava_eval.reports.leaderboard import score_text
+    files = _files_by_task(arguments)
+    from stllava_eval.reports.leaderboard import score_text  # with numpy
     from stllava_eval.runs.answer_fields import Reading
-    from stllava_eval.runs.answer_files import read_answers, write_answers
-    from stllava_eval.runs.scores import first_ids, score_table
+    from stllava_eval.runs.score_files import score_files  # with numpy
 
-    tasks, given = arguments.task, arguments.answers
-    if len(tasks) != len(given) or len(set(tasks)) < len(tasks):
+    reading = Reading(**{field.name: getattr(arguments, field.name) for field in fields(Reading)})
+    scored = score_files(files, reading)
+    for note in scored.notes(with_doubts=arguments.out is None):  # writing a run folder logs its doubts
+        show_errors(note)
+    if arguments.out is not None:
+        show_errors(f"run folder: {scored.write_run(arguments.out, arguments.system)}")
+    if arguments.json:
+        show_json(scored.as_json())
+    else:
+        show("\n\n".join(score_text(table, arguments.details) for table in scored.tables.values()))
+    return 0
+
+
+def _files_by_task(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Return the file of answers of each task; raises InputError where the options do not fit each other."""
+    tasks, files = arguments.task, arguments.answers
+    if len(tasks) != len(files) or len(set(tasks)) < len(tasks):
         raise InputError(
-            f"{len(tasks)} --task and {len(given)} --answers: name each task once, with its file of answers behind it."
+            f"{len(tasks)} --task and {len(files)} --answers: name each task once, with its file of answers behind it."
         )
     if arguments.system and arguments.out is None:
         raise InputError("--system names a run folder's system. Pass --out too, or leave it out.")
     if arguments.out is not None and arguments.split != "test":
         raise InputError(f"--out with --split {arguments.split}: a run folder is of the test split. Leave --out out.")
-    if arguments.prompt and all("_" in task for task in tasks):
-        raise InputError(
-            f"--prompt {arguments.prompt}: {', '.join(tasks)} is asked with the prompt in its name. Leave it out, or "
-            "name another task."
-        )
-    files = dict(zip(tasks, given, strict=True))
-    reading = Reading(**{one.name: getattr(arguments, one.name) for one in fields(Reading)})
-    answers = {task: read_answers(file, task, reading) for task, file in files.items()}
-    scored = {
-        task: score_table(task, of.replies, of.prompt, of.settings, arguments.split) for task, of in answers.items()
-    }
-    for task, of in scored.items():
-        if skipped := answers[task].skipped:
-            show_errors(f"{task}: {skipped} rows whose questions the split does not have are left out")
-        if of.unanswered:
-            show_errors(
-                f"{task}: {len(of.unanswered)} questions have no answer and are in no mean: {first_ids(of.unanswered)}"
-            )
-        if of.doubts and arguments.out is None:  # a run folder that is written says so by itself
-            show_errors(f"{task}: {of.doubts}")
-    if arguments.out is not None:
-        folder = write_answers(arguments.out, arguments.system, answers, files)
-        show_errors(f"run folder: {folder}")
-    if arguments.json:
-        rows = [asdict(row) for of in scored.values() for row in of.rows]
-        unanswered = {task: of.unanswered for task, of in scored.items()}
-        show_json({"format": 1, "scores": rows, "unanswered": unanswered})
-    else:
-        show("\n\n".join(score_text(of, arguments.details) for of in scored.values()))
-    return 0
+    return dict(zip(tasks, files, strict=True))

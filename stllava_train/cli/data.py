@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,9 @@ from stllava_eval.errors import InputError, printable
 from stllava_train.cli.options import check_data, counted, filled
 
 if TYPE_CHECKING:
-    from stllava_train.data.encoding import Encoder
+    from stllava_train.data.check import Found
     from stllava_train.data.export import Written
+    from stllava_train.data.pmc import Fetched
 
 
 def add_data(commands: Any) -> None:
@@ -46,8 +48,8 @@ def add_data(commands: Any) -> None:
         "--language",
         choices=("en", "all"),
         default="en",
-        help="for SLAKE; all adds the Chinese split, and leaks: 84 of the 96 English test images occur in Chinese "
-        "train or validation rows (default: en)",
+        help="language of SLAKE's questions; all adds the Chinese split, which leaks: 84 of the 96 English test images "
+        "occur in Chinese train or validation rows (default: en)",
     )
     data.add_argument(
         "--rounds",
@@ -89,14 +91,7 @@ def _data(arguments: argparse.Namespace) -> int:
                 retry_missing=arguments.retry_missing,
             )
             _print_written("med-im", written)
-            print(
-                "  the paper: 37,452 images, 108,545 questions (arXiv:2406.19973, Table 1; its filter is unpublished)"
-            )
-            for what, whys in (("missing", fetched.missing), ("failed, the next run tries again", fetched.failed)):
-                for why, times in Counter(whys.values()).most_common():
-                    print(f"  {what} {times:,}: {why}")
-            for note in notes:
-                print(f"  {printable(note)}")
+            _print_fetched(fetched, notes)
         else:
             language = arguments.language if name == "slake" else "en"
             written = write_vqa(name, arguments.out, split=arguments.split, language=language, rounds=arguments.rounds)
@@ -105,7 +100,18 @@ def _data(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _print_fetched(fetched: Fetched, notes: Sequence[str]) -> None:
+    """Print the paper's counts beside ours, and why figures were not downloaded."""
+    print("  the paper: 37,452 images, 108,545 questions (arXiv:2406.19973, Table 1; its filter is unpublished)")
+    for what, reasons in (("missing", fetched.missing), ("failed, the next run tries again", fetched.failed)):
+        for reason, number in Counter(reasons.values()).most_common():
+            print(f"  {what} {number:,}: {reason}")
+    for note in notes:
+        print(f"  {printable(note)}")
+
+
 def _print_written(title: str, written: Written) -> None:
+    """Print how many conversations, images and questions were written, and the ids of those that were left out."""
     skipped = sum(map(len, written.skipped.values()))
     print(
         f"{title}: {counted(written.conversations, 'conversation')}, {counted(written.images, 'image')}, "
@@ -142,7 +148,9 @@ def add_check(commands: Any) -> None:
         "--images", type=Path, metavar="DIR", help="folder that images are relative to (default: that of each file)"
     )
     check.add_argument(
-        "--checkpoint", metavar="DIR_OR_HUB_ID", help="whose tokenizer counts tokens (default: lengths are not counted)"
+        "--checkpoint",
+        metavar="DIR_OR_HUB_ID",
+        help="the model whose tokenizer counts tokens (default: lengths are not checked)",
     )
     check.add_argument(
         "--max-tokens",
@@ -155,52 +163,52 @@ def add_check(commands: Any) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from stllava_train.data.check import KINDS, MAX_TOKENS, problems, write_sound
-    from stllava_train.preferences.check_pairs import is_pairs, pair_problems
-    from stllava_train.preferences.pair_layouts import refuse_other_pairs
+    from stllava_train.data.check import MAX_TOKENS, write_sound
+    from stllava_train.preferences.check_files import check_files  # with torch
 
     files, images, out = arguments.data, arguments.images, arguments.write
     check_data(files, images)
-    if out and out.resolve() in {file.resolve() for file in files}:
-        raise InputError(f"--write {out}: it is a DATA file. Choose another name.")
-    if out and images is None and {file.parent.resolve() for file in files} != {out.parent.resolve()}:
-        raise InputError(
-            f"--write {out}: images are relative to the file's folder, and DATA lies elsewhere. Pass --images, or "
-            f"write into {files[0].parent}."
-        )
+    if out:
+        _check_write(out, files, images)
     if arguments.max_tokens is not None and (arguments.max_tokens < 1 or not arguments.checkpoint):
         raise InputError(f"--max-tokens {arguments.max_tokens}: a number from 1 on, with --checkpoint to count.")
     if not arguments.checkpoint:
         print("lengths are not checked: pass --checkpoint DIR to count tokens with its tokenizer", file=sys.stderr)
-    encoder = _encoder(arguments.checkpoint) if arguments.checkpoint else None
-    most = arguments.max_tokens or MAX_TOKENS
-    for file in files:
-        refuse_other_pairs(file)
-    paired = [file for file in files if is_pairs(file)]
-    if paired and (len(files) > 1 or out):
-        raise InputError(f"{paired[0]}: it holds pairs. Check it by itself, without --write.")
-    given = images, encoder, most, True, lambda line: print(line, file=sys.stderr)
-    every = pair_problems(files[0], *given) if paired else problems(files, *given)
-    for problem in every:
-        print(printable(str(problem)))
-    if every:
-        records = len({problem.location for problem in every})
-        kinds = Counter(problem.kind for problem in every)
-        counts = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind])
-        print(f"{counted(len(every), 'problem')} in {counted(records, 'record')}: {counts}")
-    else:
-        print("no problem was found", file=sys.stderr)
+    problems = check_files(
+        files,
+        images,
+        arguments.checkpoint,
+        arguments.max_tokens or MAX_TOKENS,
+        conversations_only=out is not None,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    _print_problems(problems)
     if out:
-        print(printable(f"{out}: {counted(write_sound(files, every, out), 'record')}"))
-    return 1 if every else 0
+        print(printable(f"{out}: {counted(write_sound(files, problems, out), 'record')}"))
+    return 1 if problems else 0
 
 
-def _encoder(checkpoint: str) -> Encoder:
-    """With the template of the authors' stage 1, the longer one, where the checkpoint has it."""
-    from stllava_eval.network.checkpoint import open_checkpoint
-    from stllava_train.data.encoding import Encoder
+def _check_write(out: Path, files: Sequence[Path], images: Path | None) -> None:
+    """Raise InputError where the sound records cannot be written to `out`."""
+    if out.resolve() in {file.resolve() for file in files}:
+        raise InputError(f"--write {out}: it is a DATA file. Choose another name.")
+    if images is None and {file.parent.resolve() for file in files} != {out.parent.resolve()}:
+        raise InputError(
+            f"--write {out}: images are relative to the file's folder, and DATA lies elsewhere. Pass --images, or "
+            f"write into {files[0].parent}."
+        )
 
-    opened = open_checkpoint(checkpoint)
-    processor = opened.processor()
-    template = "v1_sq" if "v1_sq" in (processor.chat_template or ()) else "v1"
-    return Encoder(processor, template, opened.config.image_seq_length)
+
+def _print_problems(problems: Sequence[Found]) -> None:
+    """Print each problem on a line, and how many there are of each kind."""
+    from stllava_train.data.check import KINDS
+
+    for problem in problems:
+        print(printable(str(problem)))
+    if not problems:
+        print("no problem was found", file=sys.stderr)
+        return
+    records = len({problem.location for problem in problems})
+    number = Counter(problem.kind for problem in problems)
+    counts = ", ".join(f"{number[kind]} {kind}" for kind in KINDS if number[kind])
+    print(f"{counted(len(problems), 'problem')} in {counted(records, 'record')}: {counts}")

@@ -1,4 +1,4 @@
-"""stllava-train: data, check, sft, candidates, judge and so on. Heavy imports sit inside commands: help is instant."""
+"""The command line `stllava-train`. Commands import heavy libraries when they run, so that help answers at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stllava_train.cli.train import add_card, add_dpo, add_merge, add_sft, add_t
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code: 0 done, 1 the data has problems, 2 wrong call, 130 stopped by Ctrl-C."""
+    """Run one command; return its exit code: 0 done, 1 the data has problems, 2 wrong call, 130 stopped by Ctrl-C."""
     arguments = parser().parse_args(argv)
     try:
         with redirect_stdout(cast(TextIO, _Stdout(sys.stdout))):
@@ -59,7 +59,7 @@ class _Stdout:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line, whose help `docs/reference/cli.md` repeats."""
+    """Return the parser of the command line, whose help `docs/reference/cli.md` repeats."""
     top = argparse.ArgumentParser(
         prog="stllava-train",
         description="Train medical vision-language models. Research only; not for clinical use.",

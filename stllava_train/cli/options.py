@@ -15,7 +15,7 @@ from stllava_train.training.card import kept_step, left_out_by_peft
 
 
 def filled(description: str) -> str:
-    """A description in lines, which `RawDescriptionHelpFormatter` leaves to its caller."""
+    """Return a description wrapped at 90 columns, which `RawDescriptionHelpFormatter` leaves to its caller."""
     return textwrap.fill(description, 90)
 
 
@@ -27,11 +27,13 @@ def add_engine(command: Any) -> None:
         default="local",
         help="ray maps the work over the cluster of $RAY_ADDRESS, or over this machine (default: local)",
     )
-    command.add_argument("--workers", type=count, default=2, metavar="N", help="of --engine ray (default: 2)")
+    command.add_argument(
+        "--workers", type=count, default=2, metavar="N", help="number of workers of --engine ray (default: 2)"
+    )
 
 
 def amount(text: str) -> float:
-    """A number from 0 on."""
+    """Return a number from 0 on; argparse reports which option was given another one."""
     try:
         value = float(text)
     except ValueError:
@@ -42,7 +44,7 @@ def amount(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on; argparse tells who gave another one."""
+    """Return a whole number from 1 on; argparse reports which option was given another one."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
@@ -56,7 +58,7 @@ def print_counts(counts: Mapping[str, int]) -> None:
 
 
 def add_training(command: Any) -> None:
-    """What both stages have."""
+    """Add the options that both stages of training have."""
     command.add_argument("--resume", action="store_true", help="resume the interrupted run in RUN")
     command.add_argument(
         "--allow-test-images",
@@ -72,24 +74,31 @@ def add_training(command: Any) -> None:
 
 
 def train(arguments: argparse.Namespace, stage: Any, recipe: Any, data: Any) -> int:
-    """`stage`: `sft` or `dpo`, the module."""
+    """Prepare a training run and train it, or with --dry-run print what it would take; return the exit code.
+
+    Args:
+        arguments: The options of the command.
+        stage: The module `sft` or `dpo`.
+        recipe: Of this stage.
+        data: The files of conversations, or the file of pairs.
+    """
     from stllava_train.training.processes import first_process
     from stllava_train.training.resume import check_folder
 
     if not arguments.dry_run:
         check_folder(arguments.out, arguments.resume)
-    work = stage.prepare_run(recipe, data, arguments.images, arguments.allow_test_images)
+    prepared = stage.prepare_run(recipe, data, arguments.images, arguments.allow_test_images)
     if arguments.dry_run:
-        print(stage.report(work))
+        print(stage.report(prepared))
         return 0
-    stage.train(work, arguments.out, arguments.resume, wandb=arguments.wandb)
+    stage.train(prepared, arguments.out, arguments.resume, wandb=arguments.wandb)
     if first_process():
         if arguments.default:
             from stllava_eval.inference.open import record_default_checkpoint
 
             record_default_checkpoint(arguments.out)
-        beside = "losses.jsonl, curves.png, tensorboard and README.md are in it too"
-        print(printable(f"{arguments.out}: the checkpoint was written; {beside}"))
+        contents = "losses.jsonl, curves.png, tensorboard and README.md are in it too"
+        print(printable(f"{arguments.out}: the checkpoint was written; {contents}"))
         for line in kept_step(arguments.out):
             print(printable(f"{arguments.out}: {line}"))
         if lost := left_out_by_peft(arguments.out):
@@ -103,7 +112,7 @@ def train(arguments: argparse.Namespace, stage: Any, recipe: Any, data: Any) -> 
 
 
 def let_threads_wait() -> None:
-    """On a CPU, threads that wait do not keep the others from working. Of use before torch is imported."""
+    """Let waiting threads sleep on a CPU, so that the others can work; this must be called before torch is imported."""
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

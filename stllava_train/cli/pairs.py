@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError, printable
 from stllava_train.cli.options import check_data, count, counted, filled, print_counts
-from stllava_train.preferences.judged import hash_of_input, read_judged
 
 if TYPE_CHECKING:
-    from stllava_train.preferences.pairs import PairSet
+    from stllava_train.preferences.pair_selection import PairOptions
+    from stllava_train.preferences.pair_sources import SourcedPairs
 
 
 def add_pairs(commands: Any) -> None:
@@ -129,70 +129,68 @@ def _add_selection(pairs: Any) -> None:
 
 
 def _pairs(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict
+    from stllava_train.preferences.pair_selection import PairOptions
+    from stllava_train.preferences.pair_sources import build_pairs  # with numpy
 
-    from stllava_train.preferences.pair_formats import write_pairs
-    from stllava_train.preferences.pair_layouts import read_published, source_of
-    from stllava_train.preferences.pair_selection import Options, check_options, rule_of, select_pairs
-    from stllava_train.preferences.pairs import make_pairs
-
-    rule = rule_of(arguments.rule, arguments.min_margin)
-    options = Options(
+    options = PairOptions(
         arguments.per_image, arguments.balance_length, arguments.balance_verdict, arguments.held_out, arguments.seed
     )
+    sourced = _sourced_pairs(arguments, options)
+    built = build_pairs(sourced, arguments.out, options, arguments.format)
+    print(f"{counted(len(built.split.train), 'pair')} to learn from, {len(built.split.held_out):,} held out")
+    skipped = built.split.skipped.items()
+    # Reasons with ids have been printed already.
+    print_counts({f"left out, {why}": number for why, number in skipped if why not in sourced.skipped_ids})
+    for file in built.files:
+        print(printable(str(file)))
+    return 0
+
+
+def _sourced_pairs(arguments: argparse.Namespace, options: PairOptions) -> SourcedPairs:
+    """Return the pairs of the source that the options name, before any are selected; print what was read.
+
+    Raises:
+        InputError: PairOptions do not fit each other, or the source cannot be read.
+    """
+    from stllava_train.preferences.pair_selection import check_options, rule_of
+    from stllava_train.preferences.pair_sources import pairs_of_contrast, pairs_of_judged, pairs_of_published
+
+    rule = rule_of(arguments.rule, arguments.min_margin)
     check_options(options)
-    ways = [bool(arguments.files), arguments.source is not None, arguments.contrast is not None]
-    if sum(ways) != 1 or len(arguments.files) not in (0, 2):
+    sources = [bool(arguments.files), arguments.source is not None, arguments.contrast is not None]
+    if sum(sources) != 1 or len(arguments.files) not in (0, 2):
         raise InputError("pass two files, CANDIDATES and JUDGED, or one with --from, or one with --contrast.")
     if (arguments.contrast is None) != (arguments.boxes is None):
         raise InputError(
             "--contrast FILE and --boxes FOLDER go together: the conversations, and where their boxes are."
         )
-    images = arguments.images
     if arguments.contrast:
-        images = images or arguments.contrast.parent
-        kept, source = _contrasted(arguments, images)
+        images = arguments.images or arguments.contrast.parent
+        _check_contrast(arguments, images)
+        sourced = pairs_of_contrast(
+            arguments.contrast, arguments.boxes, images, arguments.regions, arguments.allow_test_images
+        )
+        for why, ids in sourced.skipped_ids.items():
+            print(printable(f"left out, {why}: {len(ids):,}: {', '.join(ids)}"))
     elif arguments.source:
-        kept = read_published(arguments.source, images, arguments.allow_test_images)
-        source = source_of(arguments.source)
-        images_shown = len({pair.image_sha256 for pair in kept.pairs})
-        read = f"{counted(len(kept.pairs), 'pair')} about {counted(images_shown, 'image')}"
-        print(printable(f"{arguments.source}: {read}; {sum(kept.skipped.values()):,} left out"))
+        sourced = pairs_of_published(arguments.source, arguments.images, arguments.allow_test_images)
+        pairs, skipped = sourced.pairs.pairs, sourced.pairs.skipped
+        images_shown = len({pair.image_sha256 for pair in pairs})
+        read = f"{counted(len(pairs), 'pair')} about {counted(images_shown, 'image')}"
+        print(printable(f"{arguments.source}: {read}; {sum(skipped.values()):,} left out"))
     else:
-        candidates, verdicts, folder = read_judged(*arguments.files)
-        images = images or folder
-        kept = make_pairs(candidates, verdicts, rule, arguments.judge)
-        source = {
-            "candidates_sha256": hash_of_input(arguments.files[0]),
-            "judged_sha256": hash_of_input(arguments.files[1]),
-            "rule": asdict(rule),
-            "judges": sorted(set(arguments.judge) or {one.judge for one in verdicts}),
-        }
-    made = select_pairs(kept, options)
-    written = write_pairs(made, arguments.out, source, arguments.format, images)
-    print(f"{counted(len(made.train), 'pair')} to learn from, {len(made.held_out):,} held out")
-    listed = kept.skipped if arguments.contrast else {}  # with their ids, above
-    print_counts({f"left out, {why}": number for why, number in made.skipped.items() if why not in listed})
-    for file in written:
-        print(printable(str(file)))
-    return 0
+        candidates, judged = arguments.files
+        sourced = pairs_of_judged(candidates, judged, rule, arguments.judge, arguments.images)
+    return sourced
 
 
-def _contrasted(arguments: argparse.Namespace, images: Path) -> tuple[PairSet, dict[str, Any]]:
-    """(pairs of one answer about two images, what they are made of); who is left out is printed with their ids."""
-    from stllava_train.preferences.contrast import contrast_pairs, read_boxes, source_of
-    from stllava_train.preferences.pair_formats import refusal_of_two_images
-    from stllava_train.preferences.pairs import PairSet
+def _check_contrast(arguments: argparse.Namespace, images: Path) -> None:
+    """Raise InputError where a trainer that was asked for has no place for a second image, or a folder is missing."""
+    from stllava_train.preferences.pair_formats import refusal_of_two_images  # with numpy
 
-    if unfit := [format for format in arguments.format if format != "ms-swift"]:
-        raise InputError(refusal_of_two_images(unfit[0]))
+    if without_second_image := [name for name in arguments.format if name != "ms-swift"]:
+        raise InputError(refusal_of_two_images(without_second_image[0]))
     check_data([arguments.contrast], images)
-    boxed = read_boxes(arguments.boxes)
-    made = contrast_pairs(arguments.contrast, boxed, images, arguments.regions, arguments.allow_test_images)
-    for why, ids in made.skipped.items():
-        print(printable(f"left out, {why}: {len(ids):,}: {', '.join(ids)}"))
-    source = source_of(hash_of_input(arguments.contrast), boxed, arguments.regions)
-    return PairSet(made.pairs, {why: len(ids) for why, ids in made.skipped.items()}), source
 
 
 def add_audit(commands: Any) -> None:
@@ -239,27 +237,17 @@ def add_audit(commands: Any) -> None:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    from stllava_train.preferences.audit.figures import audit, read_references
-    from stllava_train.preferences.audit.page import examples, write_page
-    from stllava_train.preferences.verdicts import Rule
-    from stllava_train.resumable import read_rows
+    from stllava_train.preferences.audit.write_audit import write_audit  # with numpy
 
-    candidates, verdicts, folder = read_judged(arguments.candidates, arguments.judged)
-    images = arguments.images or folder
-    references = read_references(arguments.references, candidates) if arguments.references else None
-    blind = None
-    if arguments.checkpoint:
-        from stllava_eval.inference.answerer import Answerer
-        from stllava_train.preferences.candidates import blind_answers
-
-        blind = blind_answers(Answerer(arguments.checkpoint), candidates)
-    judges, rows = arguments.judge, read_rows(arguments.candidates)
-    if strangers := sorted({*judges} - {one.judge for one in verdicts}):
-        raise InputError(
-            f"--judge {strangers[0]}: no verdict is its. Name one whose verdicts {arguments.judged} holds."
-        )
-    figures = audit(candidates, verdicts, images, Rule(), references, rows=rows, judges=judges, blind=blind)
-    shown = examples(candidates, verdicts, images, Rule(), arguments.examples, judges=judges)
-    write_page(figures, shown, arguments.out)
-    print(printable(f"{arguments.out / 'audit.html'}"))
+    page = write_audit(
+        arguments.candidates,
+        arguments.judged,
+        arguments.out,
+        images=arguments.images,
+        judges=arguments.judge,
+        references=arguments.references,
+        checkpoint=arguments.checkpoint,
+        number=arguments.examples,
+    )
+    print(printable(str(page)))
     return 0

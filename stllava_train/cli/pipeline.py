@@ -13,7 +13,7 @@ from stllava_train.cli.options import check_data, filled, let_threads_wait
 
 def add_all(commands: Any, call: Callable[[list[str]], int]) -> None:
     """Add `stllava-train all` to the commands; it runs its stages by `call`, the command line itself."""
-    every = commands.add_parser(
+    command = commands.add_parser(
         "all",
         help="run both stages, the steps between them, and evaluations",
         description=filled(
@@ -29,10 +29,10 @@ def add_all(commands: Any, call: Callable[[list[str]], int]) -> None:
         "    rounds=2 dpo.beta=0.3",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    every.add_argument(
+    command.add_argument(
         "--recipe", required=True, metavar="R", help="a YAML file, or the name of a recipe in docs/train/recipes.md"
     )
-    every.add_argument(
+    command.add_argument(
         "--data",
         required=True,
         action="append",
@@ -40,16 +40,16 @@ def add_all(commands: Any, call: Callable[[list[str]], int]) -> None:
         metavar="FILE",
         help="conversations for stage 1, in the folder that their images are relative to; may be given several times",
     )
-    every.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the images to ask about")
-    every.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder to write")
-    every.add_argument("--default", action="store_true", help="make the last checkpoint the default of the harness")
-    every.add_argument(
+    command.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder of the images to ask about")
+    command.add_argument("--out", required=True, type=Path, metavar="RUN", help="folder to write")
+    command.add_argument("--default", action="store_true", help="make the last checkpoint the default of the harness")
+    command.add_argument(
         "changes",
         nargs="*",
         metavar="key=value",
         help="changes of the recipe, such as rounds=2; sft.KEY, candidates.KEY and dpo.KEY change that stage",
     )
-    every.set_defaults(command=_all, call=call)
+    command.set_defaults(command=_all, call=call)
 
 
 def _all(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`stllava-train sft`, `dpo`, `merge`, `card` and `tiny`: train, and what is done with a trained run."""
+"""`stllava-train sft`, `dpo`, `merge`, `card` and `tiny`: train, and work with a trained run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def add_tiny(commands: Any) -> None:
         epilog="examples:\n  stllava-train tiny\n  stllava-train tiny vqarad slake --out checkpoints/start --seed 1",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    tiny.add_argument("sets", nargs="*", metavar="SET", help="of vqarad, slake, pathvqa (default: all three)")
+    tiny.add_argument(
+        "sets", nargs="*", metavar="SET", help="a data set: vqarad, slake or pathvqa (default: all three)"
+    )
     tiny.add_argument(
         "--out", type=Path, metavar="DIR", help="checkpoint folder (default: $STLLAVA_HOME/checkpoints/tiny-start)"
     )

@@ -37,7 +37,7 @@ AT_ONCE = 1024  # images whose prompts are made at a time (our choice): a millio
 
 
 @dataclass(frozen=True)
-class Settings:
+class CandidateSettings:
     """How candidates are drawn. The defaults are `ours`; `PRESETS` has the authors' own.
 
     Attributes:
@@ -77,11 +77,11 @@ class Settings:
 
 
 # The authors keep every question and every pair, equal ones too
-AUTHORS = Settings(need_question_mark=False, near_repeat=2.0, alike=2.0, redraws=0)
-PRESETS = {"ours": Settings(), "authors": AUTHORS}
+AUTHORS = CandidateSettings(need_question_mark=False, near_repeat=2.0, alike=2.0, redraws=0)
+PRESETS = {"ours": CandidateSettings(), "authors": AUTHORS}
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(settings: CandidateSettings) -> None:
     """Check that every value is in its range.
 
     Raises:
@@ -176,7 +176,7 @@ def write_candidates(
     names: Sequence[str],
     folder: Path,
     out: Path,
-    settings: Settings,
+    settings: CandidateSettings,
     allow_test_images: bool = False,
     progress: bool = True,
 ) -> Counter[str]:
@@ -259,7 +259,7 @@ def blind_answers(answerer: Answerer, candidates: Sequence[Candidate], tokens: i
 class _ImageWork:
     """What is known so far of one image, and what is to be asked about it next: describe, ask, choose, answer."""
 
-    def __init__(self, name: str, file: Path, sha256: str, settings: Settings) -> None:
+    def __init__(self, name: str, file: Path, sha256: str, settings: CandidateSettings) -> None:
         self.name, self.file, self.sha256, self.settings = name, file, sha256, settings
         self.description = ""
         self.asked: dict[int, Answer] = {}  # by the number of the question
@@ -350,7 +350,7 @@ class _ImageWork:
         )
 
 
-def rows_of(answerer: Answerer, images: Images, settings: Settings) -> Iterator[Row]:
+def rows_of(answerer: Answerer, images: Images, settings: CandidateSettings) -> Iterator[Row]:
     """Yield a row for each image as soon as it is done, in no order; see `write_candidates`.
 
     The next questions about an image are asked as soon as they are known, so that the model works on many images side
@@ -386,7 +386,7 @@ def rows_of(answerer: Answerer, images: Images, settings: Settings) -> Iterator[
             yield done.pop().row()
 
 
-def skip_reason(asked: Answer, kept: Sequence[str], settings: Settings, special: Sequence[str]) -> str | None:
+def skip_reason(asked: Answer, kept: Sequence[str], settings: CandidateSettings, special: Sequence[str]) -> str | None:
     """Return why a question is skipped, one of `SKIP_REASONS`, given those kept before it; None where it is kept."""
     words = folded_words(asked.text)
     if not words or ROLE.search(asked.text) or asked.text != without(asked.text, special):

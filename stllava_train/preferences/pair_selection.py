@@ -16,7 +16,7 @@ from stllava_train.preferences.verdicts import AUTHORS_RULE, Rule
 
 
 @dataclass(frozen=True)
-class Options:
+class PairOptions:
     """Which pairs are written where. The default writes all to one file.
 
     Attributes:
@@ -41,7 +41,7 @@ class Split:
     train: list[Pair]
     held_out: list[Pair]
     skipped: dict[str, int]
-    options: Options
+    options: PairOptions
 
 
 def rule_of(name: str, min_margin: float | None) -> Rule:
@@ -58,7 +58,7 @@ def rule_of(name: str, min_margin: float | None) -> Rule:
     return replace(rule, min_margin=min_margin)
 
 
-def check_options(options: Options) -> None:
+def check_options(options: PairOptions) -> None:
     """Raise InputError where an option makes no sense."""
     if options.per_image is not None and options.per_image < 1:
         raise InputError(f"--per-image {options.per_image}: no pair. Give a number from 1 on.")
@@ -66,7 +66,7 @@ def check_options(options: Options) -> None:
         raise InputError(f"--held-out {options.held_out}: no share. Give a number from 0 on and below 1, such as 0.1.")
 
 
-def select_pairs(made: PairSet, options: Options = Options()) -> Split:
+def select_pairs(made: PairSet, options: PairOptions = PairOptions()) -> Split:
     """Select the pairs that are learnt from and those that are held out, by the options.
 
     Raises:

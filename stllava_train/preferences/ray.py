@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stllava_eval.errors import InputError
-from stllava_train.preferences.candidates import Settings, rows_of
+from stllava_train.preferences.candidates import CandidateSettings, rows_of
 from stllava_train.preferences.verdicts import Verdict, verdict_of
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ IMAGES, QUESTIONS = 64, 256  # of a batch: what a worker that dies has to do aga
 
 
 def candidates_by_ray(
-    images: Sequence[tuple[str, Path, str]], settings: Settings, workers: int, **answerer: Any
+    images: Sequence[tuple[str, Path, str]], settings: CandidateSettings, workers: int, **answerer: Any
 ) -> Iterator[Mapping[str, Any]]:
     """As `candidates.rows_of`, each worker with a copy of the checkpoint, on a GPU of its own where there are some.
 
@@ -87,7 +87,7 @@ def verdicts_by_ray(
 class _Candidates:
     """A worker that draws candidates."""
 
-    def __init__(self, settings: Settings, answerer: Mapping[str, Any]) -> None:
+    def __init__(self, settings: CandidateSettings, answerer: Mapping[str, Any]) -> None:
         import torch
 
         from stllava_eval.inference.answerer import Answerer

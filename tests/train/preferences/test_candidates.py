@@ -19,7 +19,7 @@ from stllava_eval.inference.types import Answer, Question, Sampling
 from stllava_train.preferences import candidates as module
 from stllava_train.preferences.candidates import (
     PRESETS,
-    Settings,
+    CandidateSettings,
     blind_answers,
     check_settings,
     images_in,
@@ -141,7 +141,7 @@ def test_the_authors_prompts_and_settings(checkpoint, shared, folder, tmp_path):
 )
 def test_what_is_left_out_of_questions(text, ended, expected):
     kept = ["Is the lung shown?", "What is seen in the upper left part of this image of the right lung?"]
-    assert skip_reason(Answer(text, 9, ended), kept, Settings(), ["<s>"]) == expected
+    assert skip_reason(Answer(text, 9, ended), kept, CandidateSettings(), ["<s>"]) == expected
     theirs = skip_reason(Answer(text, 9, ended), kept, PRESETS["authors"], ["<s>"])
     assert theirs == ("no question" if text in ("", "?!", "Is it? ASSISTANT: no", "Is it <s>?") else None)
 
@@ -168,7 +168,7 @@ def test_alike_answers_are_drawn_again_and_a_question_short_of_answers_is_left_o
         return texts[question.sample_index] if question.text is None else drawn[question.text][question.sample_index]
 
     script = Script(say)
-    (row,) = rows(script, folder, tmp_path, Settings(questions=3, redraws=4))
+    (row,) = rows(script, folder, tmp_path, CandidateSettings(questions=3, redraws=4))
     assert [(one["question"], one["answers"], one["left_out"]) for one in row["questions"]] == [
         ("Where?", ["left", "right"], None),
         ("Which?", ["a lung"], "answers alike"),
@@ -198,7 +198,7 @@ def test_the_order_in_which_answers_come_changes_nothing(folder, tmp_path):
     names = images_in(folder)
     found = []
     for seed in range(5):
-        found.append(rows(Script(say, seed), folder, tmp_path, Settings(), names, f"{seed}.jsonl"))
+        found.append(rows(Script(say, seed), folder, tmp_path, CandidateSettings(), names, f"{seed}.jsonl"))
     assert all(one == found[0] for one in found)
     assert [row["image"] for row in found[0]] == names
 
@@ -219,7 +219,7 @@ def test_images_that_cannot_be_decoded_are_listed_and_counted(folder, tmp_path):
     (folder / "broken.png").write_bytes(b"\x89PNG no image")
     script = Script(lambda question: "Q?")
     counts = write_candidates(
-        script, ["a/0.png", "broken.png"], folder, tmp_path / "c.jsonl", Settings(), progress=False
+        script, ["a/0.png", "broken.png"], folder, tmp_path / "c.jsonl", CandidateSettings(), progress=False
     )
     assert counts["images"] == 2
     assert counts["images that cannot be decoded"] == 1
@@ -233,8 +233,8 @@ def test_test_images_are_refused(prepared, folder, tmp_path):
     (folder / "test.png").write_bytes(png((60, 195, 90)))  # an image of the small test splits
     script = Script(lambda question: "Q?")
     with pytest.raises(InputError, match=r"is test image vqarad/test-1\.png, pixel for pixel.* 1 images are of a test"):
-        write_candidates(script, ["test.png"], folder, tmp_path / "c.jsonl", Settings(), progress=False)
-    write_candidates(script, ["test.png"], folder, tmp_path / "c.jsonl", Settings(), True, progress=False)
+        write_candidates(script, ["test.png"], folder, tmp_path / "c.jsonl", CandidateSettings(), progress=False)
+    write_candidates(script, ["test.png"], folder, tmp_path / "c.jsonl", CandidateSettings(), True, progress=False)
     assert read_manifest(tmp_path / "c.jsonl")["test_images"] == 1
 
 
@@ -280,7 +280,7 @@ def test_a_list_of_images_with_a_slip_is_refused(folder, tmp_path, text, said):
 )
 def test_settings_out_of_range_are_refused(changes, said):
     with pytest.raises(InputError, match=said):
-        check_settings(replace(Settings(), **changes))
+        check_settings(replace(CandidateSettings(), **changes))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from stllava_eval.errors import InputError
 from stllava_eval.images import decode, pixel_hash
 from stllava_train.preferences.pair_formats import FORMATS, exported, write_pairs
 from stllava_train.preferences.pair_layouts import read_published
-from stllava_train.preferences.pair_selection import Options, largest_margins, length_balanced, select_pairs, split
+from stllava_train.preferences.pair_selection import PairOptions, largest_margins, length_balanced, select_pairs, split
 from stllava_train.preferences.pairs import KEYS, Pair, PairSet, make_pairs, pair_problem, read_pairs
 from stllava_train.preferences.rows import Candidate
 from stllava_train.preferences.verdicts import AUTHORS_RULE, Rule, Verdict
@@ -78,7 +78,7 @@ def test_a_call_killed_at_twenty_random_moments_ends_as_an_unbroken_one(tmp_path
     """The same call again writes what is missing; files appear whole, in the layouts of other trainers too."""
     shas = [f"{number:064x}" for number in range(40)]
     pairs = [pair(f"a#{number}", sha=shas[number % 40], chosen=f"Left {number}.") for number in range(1200)]
-    made = select_pairs(kept(*pairs), Options(held_out=0.3))
+    made = select_pairs(kept(*pairs), PairOptions(held_out=0.3))
 
     def write(folder: Path) -> None:
         write_pairs(made, folder / "pairs.jsonl", {"of": 1}, ["authors"])
@@ -222,7 +222,7 @@ def test_trouble(texts, why):
 def test_as_many_pairs_have_yes_chosen_as_no_and_others_stay():
     texts = ["Yes.", "no", "No, it is normal.", "no", "yes, there", "nodule", "No."]
     pairs = [pair(f"a#{n}", chosen=text, rejected="Else.", margin=float(n)) for n, text in enumerate(texts)]
-    made = select_pairs(kept(*pairs), Options(balance_verdict=True))
+    made = select_pairs(kept(*pairs), PairOptions(balance_verdict=True))
     assert [one.id for one in made.train] == ["a#0", "a#3", "a#4", "a#5", "a#6"]  # the smallest margins of no go
     assert made.skipped == {"balance of yes and no": 2}
 
@@ -254,7 +254,7 @@ def test_the_same_call_again_writes_the_same_bytes_and_another_is_refused(tmp_pa
     with pytest.raises(InputError, match=r"pairs.jsonl: rows_sha256: .* choose another --out"):
         write_pairs(select_pairs(kept(pair("b"))), out, {})
     with pytest.raises(InputError, match=r"options.per_image: the rows in it were made with null, and this call has 1"):
-        write_pairs(select_pairs(kept(pair("b"), pair("a")), Options(per_image=1)), out, {})
+        write_pairs(select_pairs(kept(pair("b"), pair("a")), PairOptions(per_image=1)), out, {})
     assert out.read_bytes() == before
 
 
@@ -387,7 +387,7 @@ def test_every_option_says_how_many_it_leaves_out_and_each_file_is_balanced_by_i
     ]
     pairs += [pair(f"{number}#short", sha=f"{number:064x}", rejected="one two", margin=9) for number in range(20)]
     held = {one.image_sha256 for one in split(pairs, 0.3, 0)[1]}
-    made = select_pairs(PairSet(pairs, {"tie": 7}), Options(per_image=3, balance_length=True, held_out=0.3, seed=0))
+    made = select_pairs(PairSet(pairs, {"tie": 7}), PairOptions(per_image=3, balance_length=True, held_out=0.3, seed=0))
     # of an image's four the short one and two others stay, of those two again one
     assert (len(made.train), len(made.held_out)) == (2 * (20 - len(held)), 2 * len(held))
     assert made.skipped == {"tie": 7, "smaller margin than others of its image": 20, "balance of lengths": 20}
@@ -402,13 +402,15 @@ def test_every_option_says_how_many_it_leaves_out_and_each_file_is_balanced_by_i
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param(Options(per_image=0), "--per-image 0: no pair. Give a number from 1 on.", id="none of an image"),
-        pytest.param(Options(held_out=1.0), "--held-out 1.0: no share. Give a number from 0", id="all held out"),
         pytest.param(
-            Options(held_out=1e-9), "nothing is held out of 1 images. Give a larger share", id="none held out"
+            PairOptions(per_image=0), "--per-image 0: no pair. Give a number from 1 on.", id="none of an image"
+        ),
+        pytest.param(PairOptions(held_out=1.0), "--held-out 1.0: no share. Give a number from 0", id="all held out"),
+        pytest.param(
+            PairOptions(held_out=1e-9), "nothing is held out of 1 images. Give a larger share", id="none held out"
         ),
         pytest.param(
-            Options(balance_length=True), r"no pair to learn from \(tie: 3; balance of lengths: 1\)", id="none"
+            PairOptions(balance_length=True), r"no pair to learn from \(tie: 3; balance of lengths: 1\)", id="none"
         ),
     ],
 )
@@ -473,7 +475,7 @@ def test_ms_swift_gets_messages_and_the_rejected_response():
 
 def test_llama_factory_gets_a_folder_with_an_entry_for_each_file(tmp_path, images):
     pairs = [pair(f"{number}", sha=f"{number:064x}") for number in range(20)]
-    made = select_pairs(kept(*pairs), Options(held_out=0.3))
+    made = select_pairs(kept(*pairs), PairOptions(held_out=0.3))
     write_pairs(made, tmp_path / "pairs.jsonl", {}, ["llama-factory"], images)
     folder = tmp_path / "pairs.llama-factory"
     entries = json.loads((folder / "dataset_info.json").read_text())
@@ -497,7 +499,9 @@ def test_llama_factory_gets_a_folder_with_an_entry_for_each_file(tmp_path, image
 
 def test_every_format_holds_the_pairs_of_each_file(tmp_path, images):
     pairs = [pair(f"{number}", sha=f"{number:064x}") for number in range(20)]
-    files = write_pairs(select_pairs(kept(*pairs), Options(held_out=0.3)), tmp_path / "p.jsonl", {}, FORMATS, images)
+    files = write_pairs(
+        select_pairs(kept(*pairs), PairOptions(held_out=0.3)), tmp_path / "p.jsonl", {}, FORMATS, images
+    )
     assert sorted(file.relative_to(tmp_path).as_posix() for file in files) == [
         "p-held-out.authors.json",
         "p-held-out.jsonl",
