@@ -19,18 +19,21 @@ from stllava_eval.storage import read_bytes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What the data sets and PubMed Central hold, and no more: Pillow would hand PostScript to Ghostscript, another program.
-# "JPEG" takes MPO in too, a JPEG with a second picture behind the first, as many telephones write it
+# The formats that the data sets and PubMed Central have, and no others: Pillow would pass PostScript to Ghostscript,
+# another program. "JPEG" includes MPO, a JPEG with a second picture behind the first, which many telephones write.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
-# Our choice: what a camera of 50 megapixels takes, some 0.2 GB as RGB. Mammograms have up to 30 million pixels, and the
-# largest image of SLAKE, VQA-RAD and the figures of PubMed Central that we saw far fewer
+# Largest image in pixels. Our choice: as many as a camera of 50 megapixels takes, some 0.2 GB as RGB. Mammograms have
+# up to 30 million pixels; the largest images that we saw in SLAKE, VQA-RAD and PubMed Central have far fewer.
 PIXELS = 50_000_000
-# Of a TIFF, smaller copies and masks of its picture stand behind it. Our choice: a pyramid halves the side at each step
+# Most pages of a TIFF, which may have smaller copies and masks of its picture behind it. Our choice: a pyramid halves
+# the side at each step, so even the largest image has far fewer.
 PAGES = 64
-DARK = 64  # of 255: brightest value of 16-bit colour that uses at most 14 of its bits (our choice)
-IMAGE_BYTES = 2**28  # of one file. Our choice: as many pixels with four channels, not compressed, fill 0.75 of it
+# Brightest value, of 255, of 16-bit colour that is refused as too dark: it uses at most 14 of its bits (our choice).
+DARK = 64
+# Largest image file (our choice): `PIXELS` pixels of four channels, not compressed, fill three quarters of it.
+IMAGE_BYTES = 2**28
 
-# How files begin that carry an image's name and are none of these
+# The first bytes of files that have the name of an image but none of the `FORMATS`, and what such a file is.
 _OTHER_FORMATS = (
     (b"%!PS", "PostScript"),
     (b"\xc5\xd0\xd3\xc6", "PostScript"),

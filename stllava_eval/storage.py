@@ -19,15 +19,16 @@ from typing import Any, NoReturn
 
 from stllava_eval.errors import InputError
 
-LONGEST_NAME = 255  # bytes of a file's name on ext4, XFS, APFS and most other disks: NAME_MAX in limits.h
-TEXT_BYTES = 2**31  # of a text or JSON file that is read whole. Our choice: twice LLaVA's largest mix (665k, 1.0 GB)
+LONGEST_NAME = 255  # most bytes of a file's name on ext4, XFS, APFS and most other disks (NAME_MAX in limits.h)
+# Largest text or JSON file that is read whole (our choice: twice the size of LLaVA's largest mix, 665k, of 1.0 GB).
+TEXT_BYTES = 2**31
 
 
 def home() -> Path:
     """Return `$STLLAVA_HOME`, by default `~/.cache/stllava-med`. It is not created here.
 
     Raises:
-        InputError: It begins with the name of a user that there is not.
+        InputError: It begins with `~` and the name of a user who does not exist.
     """
     return expanded("STLLAVA_HOME", os.environ.get("STLLAVA_HOME") or Path.home() / ".cache" / "stllava-med")
 
@@ -105,7 +106,7 @@ def write_together(folder: Path, files: Mapping[str, str | bytes], stale: Iterab
     moved: list[tuple[Path, Path]] = []
     made: list[Path] = []
     with alone(folder):
-        for leftover in folder.glob(".*.unfinished"):  # of a killed process; nobody else is at work here
+        for leftover in folder.glob(".*.unfinished"):  # left by a killed process; no other process writes here
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             for name, content in files.items():

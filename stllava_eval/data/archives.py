@@ -23,18 +23,18 @@ from typing import IO, Any
 
 from stllava_eval.errors import InputError, one_line
 
-# The most that a source may hold. Sizes are known before anything is read, and a few megabytes can unpack to terabytes.
-# All of these are our choice.
-LISTING_BYTES = 2**26  # of what an archive says of its members; PathVQA's 4,998 images make 8 MB in a tar archive
-TABLE_BYTES = 2**26  # of a JSON or pickle file; the largest that we know, SLAKE's train.json, has 3 MB
-TEXTS_BYTES = 2**28  # of all but the images in a parquet file; PathVQA's, which is the longest, has about 2 MB
-NESTED_BYTES = 2**30  # of the zip archives in an archive, which are held in memory; SLAKE's imgs.zip has 0.2 GB
-PARQUET_BYTES = 2**31  # of a parquet file, held in memory; a hub copy's have up to about 0.5 GB
-IMAGES_BYTES = 2**32  # of a split's image files, held in memory; PathVQA's have about 1 GB in all
-UNPACKED_BYTES = 2**33  # of what a tar or parquet file unpacks to; PathVQA's train split, an image a row, is about 3 GB
+# The largest sources that are read. Sizes are checked before anything is read, because a few megabytes can unpack to
+# terabytes. All of these are our choice, well above what the three data sets need.
+LISTING_BYTES = 2**26  # an archive's list of its members; PathVQA's 4,998 images make 8 MB in a tar archive
+TABLE_BYTES = 2**26  # a JSON or pickle file; the largest that we know, SLAKE's train.json, has 3 MB
+TEXTS_BYTES = 2**28  # a Parquet file without its images; PathVQA's, the largest, has about 2 MB
+NESTED_BYTES = 2**30  # zip archives inside an archive, held in memory; SLAKE's imgs.zip has 0.2 GB
+PARQUET_BYTES = 2**31  # a Parquet file, held in memory; those of hub copies have up to about 0.5 GB
+IMAGES_BYTES = 2**32  # all image files of a split, held in memory; PathVQA's have about 1 GB
+UNPACKED_BYTES = 2**33  # an unpacked tar or Parquet file; PathVQA's train split, with an image in each row, has 3 GB
 
 
-# From a source to files.
+# Open a source as a list of files.
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _zip(location: str, file: IO[bytes]) -> Files:
     for member in members:
         # the upper 16 bits are the Unix mode of the file (Info-ZIP), by which a link is known
         _refuse_escape(location, member.filename, stat.S_ISLNK(member.external_attr >> 16))
-        # of the others, Python unpacks all that a few bytes stand for before it looks at the size
+        # with other compressions, Python unpacks everything before it checks the size
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise InputError(
                 f"{location}: {member.filename!r} is compressed in a way (number {member.compress_type}) that is not "

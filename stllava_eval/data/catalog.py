@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from stllava_eval.errors import InputError
 
-FORMAT = 1  # of the manifest
+FORMAT = 1  # the version of the manifest's layout
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Edition:
-    """A known form of a split. A count that we found documented nowhere is None, and not checked."""
+    """A known form of a split. A count that is not documented anywhere is None, and is not checked."""
 
     name: str
     rows: int
@@ -36,11 +36,12 @@ class Edition:
     official: bool = False  # the split as its authors published it
     text: str | None = None  # first 16 hex digits of its `_text_hash`
     ids: str | None = None  # first 16 hex digits of its `_ids_hash`
-    prefix: str = ""  # of its ids, where they are row numbers as another edition's are; no answer fits both
+    # what its ids begin with, if they are row numbers and another edition's are too, so that no answer fits both
+    prefix: str = ""
 
     @property
     def open(self) -> int | None:
-        """How many questions are open; None if unknown."""
+        """Return the number of open questions; None if unknown."""
         return None if self.closed is None else self.rows - self.closed
 
     @property
@@ -66,20 +67,20 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared split is and came from: the JSON beside its parquet file."""
+    """The description and origin of a prepared split: the JSON file beside its Parquet file."""
 
     dataset: str
     split: str
     edition: str
     official: bool
     sample: bool
-    source: str  # as given
+    source: str  # as the user gave it
     resolved: str  # absolute path, or owner/name@commit
     licence: str
     counts: dict[str, int]  # rows, open, closed, images
-    sha256_rows: str  # of everything but the images, in order
-    sha256_pixels: str  # of the decoded images, by image_id
-    sha256_file: str  # of the parquet file
+    sha256_rows: str  # hash of all fields but the images, in the split's order
+    sha256_pixels: str  # hash of the decoded images, in the order of image_id
+    sha256_file: str  # hash of the Parquet file
     notes: tuple[str, ...]
 
 

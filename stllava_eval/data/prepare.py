@@ -1,4 +1,4 @@
-"""Prepare the three data sets: turn what was downloaded into checked official splits, which tasks and training read."""
+"""Prepare the three data sets: turn downloaded files into checked splits, which tasks, training and reports read."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def prepare(name: str, split: str, source: str | Path | None = None, home_folder
             return done[0]
         path, resolved = _fetch(name, split, given)
         with open_files(path) as files:
-            found, notes = read_source_rows(name, split, files)
-            images, missing = find_images(found, files)
-        present = ((row.location, image) for row, image in zip(found, images, strict=True) if image)
+            source_rows, notes = read_source_rows(name, split, files)
+            images, missing = find_images(source_rows, files)
+        present = ((row.location, image) for row, image in zip(source_rows, images, strict=True) if image)
         pixels = hash_images(f"{name} {split}", present, missing)
         if (name, split) == ("vqarad", "test"):
-            rows, more = match_official_vqarad(found, images, pixels)
+            rows, more = match_official_vqarad(source_rows, images, pixels)
             notes += more
         else:
-            rows = [row_of(row, image, pixels[image]) for row, image in zip(found, images, strict=True)]
+            rows = [row_of(row, image, pixels[image]) for row, image in zip(source_rows, images, strict=True)]
         edition = edition_of(name, split, rows, resolved)
         rows = [replace(row, id=edition.prefix + row.id) for row in rows]
         doubts = _doubts(edition, rows)
@@ -106,7 +106,7 @@ def _fetch(name: str, split: str, given: str) -> tuple[Path, str]:
         raise InputError(
             f"{given}: no such folder or archive. Pass one with the files of {name}, or a hub id owner/name."
         )
-    import huggingface_hub  # with requests: only for a download
+    import huggingface_hub  # slow to import, and only downloads need it
 
     part = split.removesuffix("_zh")
     wanted = ["*.json", "*.jsonl", "*.pkl", "*.zip", f"*{part}*.parquet", f"*{part}/*.parquet"]

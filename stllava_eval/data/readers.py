@@ -60,9 +60,10 @@ def read_source_rows(name: str, split: str, files: Files) -> tuple[list[SourceRo
         except _BrokenRowError as error:
             broken[str(error)].append(error.location)
             continue
-        for field in (field for field in plain if plain[field] is not record[field]):
-            unwrapped[field].append(rows[-1].location)
-    # a set has all ids and kinds or none: those of some rows alone were lost on the way
+        for field, value in plain.items():
+            if value is not record[field]:
+                unwrapped[field].append(rows[-1].location)
+    # A set has all ids and kinds or none of them. If some rows lack them, they were lost in a conversion.
     for what, lack in (
         ("qid", [row.location for row in rows if row.id is None]),
         ("answer_type", [row.location for row in rows if row.kind is None]),
@@ -178,7 +179,7 @@ def _pathvqa(split: str, part: str, files: Files) -> tuple[list[dict[str, Any]],
 def _from_pickle(record: dict[str, Any]) -> dict[str, Any]:
     """Return a record of either pickle with the fields' usual names; a `label` holds answers and their weights.
 
-    Where no answer has more weight than all others, there is none.
+    The answer is the one with the largest weight; there is none if two share it.
     """
     if "sent" not in record:
         return {**record, "image_name": record.get("image"), "image": None}
@@ -337,7 +338,8 @@ def parquet_rows(source: Any, location: str) -> Iterator[dict[str, Any]]:
                 f"{location} unpacks to {size:,} bytes, and at most {UNPACKED_BYTES:,} are read. {REMEDY}."
             )
         left = TEXTS_BYTES
-        for batch in file.iter_batches(batch_size=16):  # a value that the file holds once may stand in every row
+        # batches are small, because a value that the file stores once may be in every row
+        for batch in file.iter_batches(batch_size=16):
             columns = zip(batch.schema.names, batch, strict=True)
             left -= sum(column.nbytes for name, column in columns if not name.startswith("image"))
             if left < 0:
@@ -346,7 +348,7 @@ def parquet_rows(source: Any, location: str) -> Iterator[dict[str, Any]]:
 
 
 class _BrokenRowError(InputError):
-    """A row cannot be read; the message says why, and `location` which row it is."""
+    """A row cannot be read; the message has the reason, and `location` names the row."""
 
     def __init__(self, location: str, what: str) -> None:
         super().__init__(what)
@@ -373,7 +375,9 @@ def _source_row(name: str, record: Mapping[str, Any], number: int, file: str) ->
         picture, image = _picture(name, record), fields.image(record.get("image"))
         if not (image or picture):
             raise InputError("no image")
-        content = image if isinstance(image, bytes) else picture or image  # a path is the writer's, a name the set's
+        content = (
+            image if isinstance(image, bytes) else picture or image
+        )  # the set's name goes before a path, which is one of the writer's disk
         return SourceRow(
             location,
             # data_RAD has ids of its own for VQA-RAD's questions
@@ -441,7 +445,7 @@ def find_images(rows: Sequence[SourceRow], files: Files) -> tuple[list[bytes], l
         raise InputError(
             f"{files.location}: images of {size:,} bytes, and at most {IMAGES_BYTES:,} are read. {REMEDY}."
         )
-    # in order: a tar.gz has no index
+    # Files are read in their order: a tar.gz has no index, so another order would unpack it again for each file.
     content = {name: files.read(name, IMAGE_BYTES) for name in files.names if name in wanted}
     for image, key in named.items():
         if len({content[name] for name in candidates[key]}) > 1:
@@ -461,12 +465,18 @@ def _last_two(name: str) -> str:
     return fields.image_name(name, "image", folders=1) or ""
 
 
-def row_of(found: SourceRow, image: bytes, pixels: str) -> Row:
+def row_of(source_row: SourceRow, image: bytes, pixels: str) -> Row:
     """Return a row whose kind is known; where a copy has dropped the image's name, its pixels name it."""
-    assert found.kind is not None
-    assert found.id is not None
+    assert source_row.kind is not None
+    assert source_row.id is not None
     return Row(
-        found.id, image, found.image_id or pixels[:16], found.question, found.reference, found.kind, found.categories
+        source_row.id,
+        image,
+        source_row.image_id or pixels[:16],
+        source_row.question,
+        source_row.reference,
+        source_row.kind,
+        source_row.categories,
     )
 
 
@@ -477,7 +487,7 @@ def row_of(found: SourceRow, image: bytes, pixels: str) -> Row:
 class OfficialRow:
     """One row of the official test, without the data set's own words."""
 
-    qid: str  # of the public file
+    qid: str  # the question's id in the public file
     data_rad_qid: str
     kind: str
     image_name: str
@@ -497,7 +507,7 @@ def data_rad_ids() -> dict[str, str]:
 
 
 def match_official_vqarad(
-    found: Sequence[SourceRow], images: Sequence[bytes], pixels: Mapping[bytes, str]
+    source_rows: Sequence[SourceRow], images: Sequence[bytes], pixels: Mapping[bytes, str]
 ) -> tuple[list[Row], list[str]]:
     """Return the test rows in official order with public qid, kind and image name, and notes for the manifest.
 
@@ -507,7 +517,7 @@ def match_official_vqarad(
     waiting: dict[str, list[OfficialRow]] = defaultdict(list)
     for known in _official_rows():
         waiting[known.text].append(known)
-    texts = [_line_hash(row.question, row.reference) for row in found]
+    texts = [_line_hash(row.question, row.reference) for row in source_rows]
     pixels_of = [pixels[image][:16] for image in images]
     names = {known.pixels: known.image_name for known in _official_rows()}
     for text, seen in zip(texts, pixels_of, strict=True):
@@ -515,9 +525,9 @@ def match_official_vqarad(
             names.setdefault(seen, waiting[text][0].image_name)
     rows: dict[str, Row] = {}
     unknown, by_order, changed = [], [], set()
-    # nameless images last: they take what the others leave
-    for number in sorted(range(len(found)), key=lambda number: pixels_of[number] not in names):
-        row, candidates = found[number], waiting[texts[number]]
+    # Images without a name come last, so that they take only rows that no named image fits.
+    for number in sorted(range(len(source_rows)), key=lambda number: pixels_of[number] not in names):
+        row, candidates = source_rows[number], waiting[texts[number]]
         name = row.image_id or names.get(pixels_of[number])
         fitting = [known for known in candidates if name in (None, known.image_name) and row.kind in (None, known.kind)]
         if not fitting:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger("stllava_eval")
-LISTED = 20  # rows that one message names (our choice)
+LISTED = 20  # most rows that a message names (our choice)
 # Our choice: pyarrow holds a row group's images in one array, whose 32-bit offsets end at 2 GiB; writing takes about
 # three times this size in memory
 ROW_GROUP_BYTES = 2**28
@@ -99,17 +99,17 @@ def read_manifest(name: str, split: str, home_folder: Path | None = None) -> Man
 
 def _found_edition(name: str, split: str, home_folder: Path | None) -> tuple[Manifest, Path]:
     """Return the manifest and the parquet file that a split's name means; see `read_manifest`."""
-    of, _, wanted = split.partition("@")
-    known_data_set(name, of)
+    part, _, wanted = split.partition("@")
+    known_data_set(name, part)
     if not wanted:
-        return _read_manifest(name, of, manifest_file(name, of, home_folder)), parquet_file(name, of, home_folder)
-    prepared = _editions(name, of, home_folder)
-    fitting = [found for found in prepared if _slug(found[0].edition).startswith(_slug(wanted))]
+        return _read_manifest(name, part, manifest_file(name, part, home_folder)), parquet_file(name, part, home_folder)
+    prepared = _editions(name, part, home_folder)
+    fitting = [edition for edition in prepared if _slug(edition[0].edition).startswith(_slug(wanted))]
     if len(fitting) != 1:
-        held = ", ".join(f"{of}@{_slug(manifest.edition)}" for manifest, _ in prepared) or "none"
+        held = ", ".join(f"{part}@{_slug(manifest.edition)}" for manifest, _ in prepared) or "none"
         raise InputError(
             f"{name} {split}: {len(fitting)} of the prepared editions have such a name; there is {held}. Name one of "
-            f"them, or run {what_to_run(name, of)}."
+            f"them, or run {what_to_run(name, part)}."
         )
     return fitting[0]
 
@@ -125,7 +125,9 @@ def prepared_editions(name: str, split: str, home_folder: Path | None = None) ->
 
 
 def numbered_edition(name: str, split: str, ids: Collection[str]) -> Edition | None:
-    """Return the edition of PathVQA, which has no ids of its own, whose row numbers 0 to n - 1 these are; None if none.
+    """Return the edition of PathVQA that has as many rows as there are ids, if these are 0 to n - 1; else None.
+
+    PathVQA has no ids of its own, so files number its rows, and the number of rows tells its two editions apart.
 
     >>> numbered_edition("pathvqa", "test", [str(number) for number in range(6719)]).name
     'deduplicated test'
@@ -162,7 +164,7 @@ def _read_manifest(name: str, split: str, path: Path) -> Manifest:
 def read_split(name: str, split: str, images: bool = True, home_folder: Path | None = None) -> datasets.Dataset:
     """Read the prepared split into memory: the parquet file's columns, `image` as `{"bytes", "path"}`, not decoded.
 
-    The cache of `datasets` is bypassed, since it goes by a file's name and time and can return what was there before.
+    The cache of `datasets` is bypassed: it identifies a file by name and time, so it may return an older content.
 
     Args:
         name: See `read_manifest`.
@@ -186,7 +188,7 @@ def read_split(name: str, split: str, images: bool = True, home_folder: Path | N
     return datasets.Dataset(
         pa.concat_tables(groups),
         info=datasets.DatasetInfo(features=features),
-        # computing one would serialise every image
+        # our own fingerprint: `datasets` would serialise every image to compute one
         fingerprint=hashlib.sha256(f"{manifest.sha256_file} {images}".encode()).hexdigest()[:16],
     )
 
@@ -277,14 +279,23 @@ def write_checked(
     home_folder: Path | None,
     **described: Any,
 ) -> Manifest:
-    """Write checked rows: the Parquet file first, the manifest last.
+    """Write checked rows and return their manifest; another edition that was in use is kept.
 
-    In between there is no manifest, so a kill leaves nothing that looks prepared.
+    The Parquet file is written first and the manifest last. In between there is no manifest, so a kill leaves nothing
+    that looks prepared.
 
-    Another edition that was in use is kept.
+    Args:
+        name: A key of `DATASETS`.
+        split: A key of its `splits`.
+        rows: The rows, in the split's order.
+        pixels: The hash of each image's decoded pixels, by its file's content (`hash_images`).
+        sample: Whether it is sample data.
+        home_folder: See `prepare`.
+        described: The other fields of `Manifest`: edition, source, licence and the like.
+
+    Raises:
+        InputError: A sample would replace a real split, rows are wrong, or the disk is full.
     """
-    import pyarrow.parquet as pq
-
     path, manifest_path = parquet_file(name, split, home_folder), manifest_file(name, split, home_folder)
     if sample and manifest_path.exists() and not read_manifest(name, split, home_folder).sample:
         raise InputError(
@@ -292,34 +303,17 @@ def write_checked(
             "Set STLLAVA_HOME to another folder for the sample."
         )
     _check_rows(f"{name} {split}", rows)
-    for leftover in path.parent.glob(f".{split}.*.unfinished"):  # of a killed run; nobody else is at work here
+    for leftover in path.parent.glob(f".{split}.*.unfinished"):  # of a killed run: the lock keeps other processes out
         leftover.unlink()
     with whole_file(path) as unfinished:
-        groups = _row_groups(rows)
-        table = _table(rows[groups[0][0] : groups[0][1]], pixels)
-        with pq.ParquetWriter(
-            unfinished,
-            table.schema,
-            # a dictionary per row group stores an image once; the images are compressed already
-            use_dictionary=True,
-            dictionary_pagesize_limit=2**31 - 1,
-            compression={column: "none" if column == "image.bytes" else "zstd" for column in _leaves(table.schema)},
-        ) as file:
-            for first, end in groups:
-                file.write_table(_table(rows[first:end], pixels), row_group_size=end - first)
+        _write_parquet(unfinished, rows, pixels)
         sha256_file = file_sha256(unfinished)
         _make_room(name, split, described["edition"], home_folder)
-    closed = sum(row.kind == "closed" for row in rows)
     manifest = Manifest(
         dataset=name,
         split=split,
         sample=sample,
-        counts={
-            "rows": len(rows),
-            "open": len(rows) - closed,
-            "closed": closed,
-            "images": len({row.image_id for row in rows}),
-        },
+        counts=_counts(rows),
         sha256_rows=_hash_lines(
             [row.id, row.image_id, row.question, row.reference, row.kind, row.categories] for row in rows
         ),
@@ -328,19 +322,45 @@ def write_checked(
         **described,
     )
     write_json(manifest_path, {"format": FORMAT, **asdict(manifest)})
-    for old in (".json", ".parquet"):  # of this edition, from another source
+    for old in (".json", ".parquet"):  # the same edition, which was kept from another source
         _kept(path, manifest.edition).with_suffix(old).unlink(missing_ok=True)
     return manifest
 
 
+def _write_parquet(file: Path, rows: Sequence[Row], pixels: Mapping[bytes, str]) -> None:
+    """Write rows as a Parquet file in row groups; each distinct image of a group is stored once."""
+    import pyarrow.parquet as pq
+
+    groups = _row_groups(rows)
+    first, end = groups[0]
+    schema = _table(rows[first:end], pixels).schema
+    with pq.ParquetWriter(
+        file,
+        schema,
+        # a dictionary per row group stores an image once, however large; image files are compressed already
+        use_dictionary=True,
+        dictionary_pagesize_limit=2**31 - 1,
+        compression={column: "none" if column == "image.bytes" else "zstd" for column in _leaves(schema)},
+    ) as writer:
+        for first, end in groups:
+            writer.write_table(_table(rows[first:end], pixels), row_group_size=end - first)
+
+
+def _counts(rows: Sequence[Row]) -> dict[str, int]:
+    """Return the counts in a manifest: of rows, open and closed questions, and images."""
+    closed = sum(row.kind == "closed" for row in rows)
+    images = len({row.image_id for row in rows})
+    return {"rows": len(rows), "open": len(rows) - closed, "closed": closed, "images": images}
+
+
 def _make_room(name: str, split: str, edition: str, home_folder: Path | None) -> None:
-    """Keep another edition that is in use under a name of its own; a sample, or the same edition, goes."""
+    """Rename another edition that is in use, so that it is kept; remove a sample or the same edition."""
     path, manifest_path = parquet_file(name, split, home_folder), manifest_file(name, split, home_folder)
     with suppress(InputError):  # nothing is prepared, or nothing that can be read
         used = read_manifest(name, split, home_folder)
         if not used.sample and used.edition != edition:
             kept = _kept(path, used.edition)
-            with suppress(FileNotFoundError):  # a kill came between the two
+            with suppress(FileNotFoundError):  # a kill came between these two renames
                 path.replace(kept)
             manifest_path.replace(kept.with_suffix(".json"))
     manifest_path.unlink(missing_ok=True)
@@ -359,11 +379,11 @@ def _slug(edition: str) -> str:
 def _editions(name: str, split: str, home_folder: Path | None) -> list[tuple[Manifest, Path]]:
     """Return the manifest and the parquet file of each prepared edition, the one in use first."""
     used = manifest_file(name, split, home_folder)
-    found = []
+    editions = []
     for path in [used, *sorted(used.parent.glob(f"{split}@*.json"))]:
         with suppress(InputError):
-            found.append((_read_manifest(name, split, path), path.with_suffix(".parquet")))
-    return found
+            editions.append((_read_manifest(name, split, path), path.with_suffix(".parquet")))
+    return editions
 
 
 def use_edition(manifest: Manifest, file: Path, home_folder: Path | None) -> None:
@@ -386,7 +406,10 @@ def _check_rows(title: str, rows: Sequence[Row]) -> None:
     if wrong:
         raise InputError(f"{title}: a kind is open or closed, not {listed(wrong)}.")
     images: dict[str, bytes] = {}
-    mixed = {row.image_id for row in rows if images.setdefault(row.image_id, row.image) != row.image}
+    mixed = set()
+    for row in rows:
+        if images.setdefault(row.image_id, row.image) != row.image:
+            mixed.add(row.image_id)
     if mixed:
         raise InputError(f"{title}: one image_id, several images: {listed(sorted(mixed))}. An image has one name.")
 
@@ -480,14 +503,14 @@ def _changed(source: Path | None, since: float) -> bool:
         return False
     try:
         files = [source / name for name in open_folder(source).names] if source.is_dir() else [source]
-        # not mtime, which unpacking an archive sets back
+        # ctime, because unpacking an archive sets mtime back
         return any(max(file.stat().st_ctime, file.lstat().st_ctime) > since for file in files)
     except OSError:  # a link to nowhere
         return True
 
 
 def _whole_parquet(manifest: Manifest, path: Path) -> Any:
-    """Open the split's parquet file, if it is the one that the manifest describes.
+    """Open the split's Parquet file, and check that it is the one that the manifest describes.
 
     Raises:
         InputError: It is another file, or an earlier version wrote it.
@@ -517,8 +540,8 @@ def _hash_lines(lines: Iterable[Any]) -> str:
 
 
 def what_to_run(name: str, split: str) -> str:
-    """Return the calls that prepare this split, for messages."""
-    chosen = "" if split == "test" else f" --split {split}"  # what the command takes by default
+    """Return the commands that prepare this split, for messages."""
+    chosen = "" if split == "test" else f" --split {split}"  # the command prepares the test split by default
     return f"`stllava-eval prepare {name}{chosen} --from DIR`, or `stllava-eval prepare {name} --sample`"
 
 

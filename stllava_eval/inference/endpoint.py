@@ -1,4 +1,7 @@
-"""Images + questions -> answers of an OpenAI-compatible server. `Endpoint` carries any other messages there as well."""
+"""Ask an OpenAI-compatible server: send it questions with images, or any other messages, and return its replies.
+
+`server.py` asks it the questions of an evaluation, and the judges of stage 2 send it their prompts.
+"""
 
 from __future__ import annotations
 
@@ -42,24 +45,25 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-OPENAI = "https://api.openai.com/v1"  # the server of a judge that names none
+OPENAI = "https://api.openai.com/v1"  # the server of a judge that does not name one
 FIRST_WAIT = 1.0  # seconds before the second attempt, doubled before each further one (our choice)
-LONGEST_WAIT = 120.0  # seconds that a server may ask us to wait; openai's own client stops there too
-# A gateway's status where the server behind it took too long (524: Cloudflare's): that server may have made the reply,
-# and bills it
+LONGEST_WAIT = 120.0  # most seconds that we wait if a server asks us to; the limit of openai's own client
+# The status of a gateway if the server behind it took too long (524 is Cloudflare's). That server may have finished
+# the reply, and then bills it.
 GATEWAY_TIMEOUTS = {504, 524}
-LARGEST = 16 << 20  # bytes of a reply or a list of models; 65,536 tokens of text are below 1 MiB (our choice)
-LARGEST_FILE = 512 << 20  # bytes of any other reply: OpenAI's batches have up to 50,000 replies each (our choice)
-LONGEST = 10_000  # characters of a message that are looked at; 300 of them are shown (our choice)
-FRAGMENT = 12  # characters; so long a part of the key is masked as the key is (our choice)
-MOST_PIXELS = 10**8  # of min_pixels and max_pixels (our choice); Pillow warns of larger images from 89 million on
+LARGEST = 16 << 20  # most bytes of a reply or a list of models (our choice: 65,536 tokens of text are below 1 MiB)
+LARGEST_FILE = 512 << 20  # most bytes of a batch's results (our choice: OpenAI's have up to 50,000 replies)
+LONGEST = 10_000  # most characters of a message that are searched for the key; 300 are shown (our choice)
+FRAGMENT = 12  # a part of the key of so many characters is masked like the key itself (our choice)
+MOST_PIXELS = 10**8  # largest min_pixels and max_pixels (our choice: Pillow warns of images above 89 million pixels)
 
 Request = dict[str, Any]
-"""What `chat.completions.create` takes but for the model: messages, max_tokens or max_completion_tokens, and what else
-is wanted."""
+"""The arguments of `chat.completions.create` without the model: messages, max_tokens or max_completion_tokens, and
+any others."""
 
-# What servers say that has the status of a wrong request and is none: no money left (OpenAI 400, Anthropic 400), a key
-# that is none (Google 400), a filter (Azure 400, OpenRouter 403). From their guides to errors.
+# Messages that come with the status of a wrong request although the request is right: no money is left (OpenAI 400,
+# Anthropic 400), the key is not valid (Google 400), or a filter refused (Azure 400, OpenRouter 403). Source: the guides
+# to errors of these services.
 NO_MONEY = re.compile("insufficient_quota|billing_hard_limit|billing_not_active|credit balance is too low", re.I)
 NO_KEY = re.compile("api key not valid|api_key_invalid", re.I)
 FILTER = re.compile(
@@ -70,18 +74,20 @@ T = TypeVar("T")
 
 
 class Endpoint:
-    """A model of an OpenAI-compatible server. The key is `$OPENAI_API_KEY`; most servers of one's own need none.
+    """Send requests to a model of an OpenAI-compatible server.
+
+    The key is read from `$OPENAI_API_KEY`; most local servers need none.
 
     Args:
-        base_url: Where the server is, to `/v1`.
-        model: As the server names it; None takes the only one that it serves.
-        concurrency: Requests under way at once, at most.
-        retries: Further attempts after one that failed and may succeed when repeated: HTTP 408, 409, 429 and 5xx, or
-            such a code in a reply, a time-out, a connection or answer that breaks off, a reply that is no chat
-            completion.
-        timeout: Seconds that one attempt may take in all, however slowly its bytes come.
-        per_minute: Attempts begun in a minute, at most; None sets no limit.
-        greets: Whether to ask a model that the server does not list whether it is there, which is paid: see `hello`.
+        base_url: The server's address, up to and with `/v1`.
+        model: The model's name on the server; None takes the only model that it serves.
+        concurrency: Largest number of requests at the same time.
+        retries: Number of further attempts after one that failed and may succeed when it is repeated: HTTP 408, 409,
+            429 and 5xx, or such a code in a reply, a time-out, a connection or answer that breaks off, a reply that is
+            not a chat completion.
+        timeout: Seconds that one attempt may take in all, however slowly its bytes arrive.
+        per_minute: Largest number of attempts that begin in a minute; None sets no limit.
+        greets: Whether a model that the server does not list is sent a short request, which costs money: see `hello`.
 
     Raises:
         InputError: An argument is wrong, no server answers, it refuses the key, or it does not serve the model.
@@ -113,24 +119,25 @@ class Endpoint:
         self._secret = _Secret(self._key)
         self.concurrency, self.retries, self.timeout = concurrency, retries, timeout
         self._greets = greets
-        self.hello: Reply | None = None  # to the question whether it serves the model, where that had to be asked
+        self.hello: Reply | None = None  # the reply to the short request that shows whether it serves the model
         (self.model,) = _in_background(partial(self._find_model, model))
 
     def replies(
         self, requests: Sequence[Callable[[], Request]], may: Callable[[int, Bill], bool] | None = None
     ) -> Generator[tuple[int, Reply | Failure], None, None]:
-        """Yield (index in `requests`, reply or failure) as they come; a request is made when it is its turn.
+        """Yield (index in `requests`, reply or failure) as they arrive; each request is built when it is sent.
 
         Args:
-            requests: Each is made once, in a thread of its own.
-            may: For who pays: called before every attempt, in a thread, with the index and the bill of the attempts
-                before it. Where it says no, the attempt is not made; before a first one, no further request is begun
-                and nothing is yielded for it.
+            requests: Functions that build the requests; each is called once, in a thread of its own.
+            may: A check of the budget. It is called before every attempt, in a thread, with the index and the bill of
+                the attempts before it, and the attempt is made only if it returns True. If it refuses a first attempt,
+                nothing is yielded for that request and no further request is begun.
 
         Raises:
             InputError: No further request can succeed: the server refuses the key, the key's quota is used up, it sends
-                requests on to another address, or nothing listens any more. What came before has been yielded. What is
-                under way is given up; with `may` it is waited for, as it is paid, and yielded too.
+                requests on to another address, or nothing listens any more. Earlier outcomes have been yielded.
+                Requests on their way are abandoned; with `may`, which means that they are paid, they are waited for
+                and yielded.
         """
         with closing(_in_background(partial(self._reply_to_all, requests, may))) as replies:
             yield from replies
@@ -176,7 +183,7 @@ class Endpoint:
             raise InputError(ends[0])
 
     def _ending(self, outcome: Trouble, attempts: int) -> str:
-        """Why no further request can succeed after this one; empty where one can."""
+        """Return why no further request can succeed after this outcome; empty if one can."""
         if outcome.gone:
             return (
                 f"{self.base_url}: no server answers there any more ({outcome.reason}, {attempts} attempts). "
@@ -192,14 +199,18 @@ class Endpoint:
         may: Callable[[Bill], bool] | None = None,
         over: asyncio.Event | None = None,
     ) -> tuple[Reply | Trouble | None, int, Bill]:
-        """The outcome of the last attempt, how many there were, and the bill of those before it.
+        """Repeat a request until it succeeds, cannot succeed, or has used up its attempts.
 
         Args:
-            client: That sends.
-            model: Whom it is for.
-            request: What is asked.
-            may: As in `replies`. The outcome is None where it allows no first attempt.
-            over: Once it is set, nothing is tried again.
+            client: The client that sends the request.
+            model: The model that is asked.
+            request: What it is asked.
+            may: As in `replies`.
+            over: Once it is set, no further attempt is made.
+
+        Returns:
+            The outcome of the last attempt (None if `may` allowed none), the number of attempts, and the bill of those
+            before the last.
         """
         attempt, bill = 0, Bill()
         outcome: Reply | Trouble | None = None
@@ -215,7 +226,9 @@ class Endpoint:
             outcome = await self._attempt(client, model, request)
             if isinstance(outcome, Reply) or outcome.ends_the_run or not outcome.again or attempt > self.retries:
                 return outcome, attempt, bill
-            wait = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)  # requests that met one fault part ways
+            wait = (
+                FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
+            )  # spread, or they would all come again at once
             await _sleep(max(wait, outcome.wait), over)
 
     async def _attempt(self, client: openai.AsyncOpenAI, model: str, request: Request) -> Reply | Trouble:
@@ -225,11 +238,11 @@ class Endpoint:
         return self._read(body, request.get("max_tokens") or request["max_completion_tokens"])
 
     def read_reply(self, body: Any, max_tokens: int) -> Reply | Failure:
-        """Return the reply in a chat completion that came another way, from a batch.
+        """Return the reply in a chat completion that came from a batch.
 
         Args:
-            body: The completion, as JSON holds it.
-            max_tokens: That it was asked for.
+            body: The parsed JSON of the completion.
+            max_tokens: The limit of tokens that was set for it.
         """
         outcome = self._read(body, max_tokens)
         return outcome if isinstance(outcome, Reply) else outcome.failure(1)
@@ -238,8 +251,8 @@ class Endpoint:
         """Return the failure of a request that a batch did not answer.
 
         Args:
-            status: Of HTTP; None where it was not sent.
-            body: What is said of it, as JSON holds it.
+            status: The HTTP status; None if the request was not sent.
+            body: The parsed JSON of the error.
         """
         said = error_text(body) or "it does not say why"
         again = status is None or is_transient(status)
@@ -254,7 +267,7 @@ class Endpoint:
         return self._judged(replace(outcome, reason=self.line(outcome.reason), came=came))
 
     def _masked(self, reply: Reply) -> Reply:
-        """Without the key: what a server says is written down, and published."""
+        """Return a reply without the key in it, because replies are written to files that people publish."""
         hidden = self.without_key
         return replace(
             reply,
@@ -264,15 +277,15 @@ class Endpoint:
         )
 
     def _judged(self, trouble: Trouble, text: str = "") -> Trouble:
-        """With what it means for the run.
+        """Return the trouble with what it means for the run: whether it was a refusal, and whether it ends the run.
 
         Args:
-            trouble: Of which the server's words are shortened.
-            text: All of them.
+            trouble: What went wrong; its reason has the server's message, shortened.
+            text: The whole message.
         """
         reason, ends, said = trouble.reason, "", text or trouble.reason
         if trouble.status in (400, 403, 429) and NO_MONEY.search(said):
-            trouble = replace(trouble, status=402)  # which other servers send
+            trouble = replace(trouble, status=402)  # the status that other servers send if no money is left
         elif trouble.status == 400 and NO_KEY.search(said):
             trouble = replace(trouble, status=401)
         elif trouble.status in (400, 403) and FILTER.search(said):
@@ -290,7 +303,11 @@ class Endpoint:
         return replace(trouble, ends_the_run=ends)
 
     async def _find_model(self, model: str | None, emit: Callable[[str], None]) -> None:
-        """`model`, or the only one that the server lists."""
+        """Emit the name of the model that is asked: `model`, or the only one that the server lists.
+
+        Raises:
+            InputError: No server answers, it serves several models and none was named, or it does not serve `model`.
+        """
         async with self._client() as client:
             body = await self._json(client.models.with_raw_response.list)
             if not isinstance(body, Trouble) and (wrong := error_in_body(body)):
@@ -318,9 +335,8 @@ class Endpoint:
                 if len(served) != 1 or served[0] != replace_lone_surrogates(self.without_key(served[0])):
                     raise InputError(f"{self.base_url}: no model is named and it serves {names}. Name one with model=.")
                 model = served[0]
-            elif (
-                model not in served and self._greets
-            ):  # `transformers serve` lists what is cached, not what it serves: ask
+            elif model not in served and self._greets:
+                # `transformers serve` lists the models of its cache and not those that it serves, so ask
                 hello: Request = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
                 outcome, _, _ = await self._insist(client, model, hello)
                 self.hello = outcome.came if isinstance(outcome, Trouble) else outcome
@@ -340,17 +356,17 @@ class Endpoint:
         The SDK's retries do not count attempts or repeat broken JSON, and its time-outs restart with every byte.
 
         Args:
-            limit: Bytes of a reply.
+            limit: Most bytes of a reply.
         """
         from httpx2 import InvalidURL
         from openai import AsyncOpenAI
 
-        from stllava_eval.inference.wire import Client
+        from stllava_eval.inference.wire import Client  # with openai
 
         key = self._key or "none"
         try:
             http = Client(limit)
-        # SOCKS without the package for it, no address, no file
+        # a SOCKS proxy without the package for it, a proxy that is not an address, a certificate that is not there
         except (ImportError, ValueError, OSError, InvalidURL) as error:
             raise InputError(
                 "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE: one of them cannot be used "
@@ -359,16 +375,16 @@ class Endpoint:
         return AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=None, http_client=http)
 
     def call(self, send: Callable[[openai.AsyncOpenAI], Awaitable[Any]], what: str, once: bool = False) -> str:
-        """Return the body of a reply to any other request, tried as often as `replies` tries.
+        """Return the body of a reply to any other request, with as many attempts as `replies` makes.
 
         Args:
-            send: Makes the request, a raw response.
-            what: It is for, in the message of an error.
-            once: Try it once, as what it makes must not be made twice.
+            send: Sends the request with a client and returns its raw response.
+            what: What the request is for, for the message of an error.
+            once: Whether to make one attempt only, because the request must not take effect twice.
 
         Raises:
-            InputError: It cannot be had.
-            NotThereError: The server does not know it.
+            InputError: No attempt succeeded.
+            NotThereError: The server does not know what is asked for.
         """
         (body,) = _in_background(partial(self._call, send, what, 0 if once else self.retries))
         return body
@@ -390,7 +406,7 @@ class Endpoint:
             emit(outcome)
 
     async def _json(self, send: Callable[[], Awaitable[Any]]) -> Any:
-        """The JSON of a reply, or a `Trouble`."""
+        """Send a request, and return the parsed JSON of its reply or a `Trouble`."""
         body = await self._text(send)
         if isinstance(body, Trouble):
             return body
@@ -404,14 +420,14 @@ class Endpoint:
             return Trouble(f"its reply is no JSON: {self.line(body, 60)!r}", again=True, lost=True)
 
     async def _text(self, send: Callable[[], Awaitable[Any]]) -> str | Trouble:
-        """The body of a reply, or a `Trouble`.
+        """Send a request, and return the body of its reply or a `Trouble`.
 
-        None of the SDK's exceptions leaves here: they hold what the server said, which may be the key.
+        None of the SDK's exceptions leaves this function: they contain the server's message, which may repeat the key.
         """
         import httpx2
         import openai
 
-        from stllava_eval.inference.wire import UnreadError
+        from stllava_eval.inference.wire import UnreadError  # with openai
 
         try:
             async with asyncio.timeout(self.timeout):
@@ -458,19 +474,19 @@ class Endpoint:
 
 
 class _Secret:
-    """The forms in which a server may say a key, or a part of it, back.
+    """Mask a key in the messages of a server, in every form in which a server may repeat it or a part of it.
 
-    A key of fewer than 8 characters that is a word or a number, such as `EMPTY`, is none and may be part of an answer:
-    of such a one only `Bearer EMPTY` is masked.
+    A key of fewer than 8 characters that is a word or a number, such as `EMPTY`, is not secret and may be part of an
+    answer, so only `Bearer EMPTY` is masked.
     """
 
     def __init__(self, key: str | None) -> None:
         forms = set()
         if key is not None and (len(key) >= 8 or (len(key) >= 4 and re.search("[a-zA-Z]", key) and not key.isalpha())):
             forms = {key, key.replace("/", "\\/"), quote(key, safe=""), html.escape(key), key.encode().hex()}
-            for before in range(3):  # how many bytes of a group of three stand before it
+            for before in range(3):  # base64 codes groups of three bytes; the key may begin at any byte of one
                 coded = base64.b64encode(bytes(before) + key.encode()).decode()
-                # what the bytes around the key do not change
+                # the characters that do not depend on the bytes around the key
                 own = coded[-(-before * 8 // 6) : (before + len(key)) * 8 // 6]
                 forms |= {own, own.translate(str.maketrans("+/", "-_"))}
         elif key is not None:
@@ -507,7 +523,7 @@ def scaled(image: Image, min_pixels: int | None, max_pixels: int | None) -> Imag
     if max_pixels is not None and width * height > max_pixels:
         share = math.sqrt(max_pixels / (width * height))
         width, height = max(1, math.floor(width * share)), max(1, math.floor(height * share))
-        if width > height:  # a side that should be shorter than a pixel has one
+        if width > height:  # a side below one pixel was raised to one, so the other must shrink
             width = min(width, max_pixels // height)
         else:
             height = min(height, max_pixels // width)
@@ -518,7 +534,7 @@ def scaled(image: Image, min_pixels: int | None, max_pixels: int | None) -> Imag
 
 
 async def _sleep(seconds: float, over: asyncio.Event | None) -> None:
-    """Wait so long, or until it is over."""
+    """Wait for a number of seconds, or until `over` is set."""
     if over is None:
         await asyncio.sleep(seconds)
         return
@@ -556,7 +572,7 @@ def _key(base_url: str) -> str | None:
 
 
 def _seconds(retry_after: str) -> float:
-    """What a Retry-After header asks to wait, a number of seconds or a date; 0 if it says neither."""
+    """Return the seconds that a Retry-After header asks for, as a number or a date; 0 if it has neither."""
     try:
         return max(0.0, float(retry_after))
     except ValueError:
@@ -569,7 +585,7 @@ def _seconds(retry_after: str) -> float:
 
 
 def _in_background(work: Callable[[Callable[[T], None]], Coroutine[Any, Any, None]]) -> Generator[T, None, None]:
-    """What `work` emits, while it runs in an event loop of its own. It is cancelled when the iterator is closed."""
+    """Yield what `work` emits while it runs in an event loop of its own; closing the iterator cancels the work."""
     loop = asyncio.new_event_loop()
     emitted: SimpleQueue[tuple[T, ...]] = SimpleQueue()
     task = loop.create_task(work(lambda item: emitted.put((item,))))
@@ -588,8 +604,8 @@ def _in_background(work: Callable[[Callable[[T], None]], Coroutine[Any, Any, Non
     try:
         while item := emitted.get():
             yield item[0]
-        task.result()  # raises what ended the work early
+        task.result()  # raise the exception that ended the work early, if there is one
     finally:
-        with suppress(RuntimeError):  # it has ended by itself
+        with suppress(RuntimeError):  # the loop is closed if the work ended by itself
             loop.call_soon_threadsafe(task.cancel)
         thread.join()

@@ -1,4 +1,7 @@
-"""The JSON of a chat completion -> its reply, or why there is none, in the server's own words."""
+"""Read the reply in the JSON of a chat completion, or why there is none, in the server's own words.
+
+`endpoint.py` decides by it whether a request is repeated, and what a run is billed.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from typing import Any
 
 from stllava_eval.storage import replace_lone_surrogates
 
-LONGEST_TOKEN = 100  # characters; a reply with more of them per token asked did not keep to `max_tokens` (our choice)
-LONGEST_NAME = 1000  # characters of a model's name; a longer one is none (our choice)
+LONGEST_TOKEN = 100  # most characters per token of `max_tokens`; a longer reply ignored it (our choice)
+LONGEST_NAME = 1000  # most characters of a model's name; a longer one is ignored (our choice)
 
-# Why a reply ended. OpenAI's own are stop, length, content_filter and tool_calls; the others are those of vLLM (abort),
+# Why a reply ended. OpenAI's names are stop, length, content_filter and tool_calls; others are those of vLLM (abort),
 # text-generation-inference (eos_token, stop_sequence), Mistral (model_length, error), Anthropic (end_turn, max_tokens,
 # refusal), Google (safety), DeepSeek (insufficient_system_resource), OpenRouter (error) and llama.cpp (eos).
 STOPPED = {"stop", "eos", "eos_token", "stop_sequence", "end_turn"}
@@ -21,8 +24,8 @@ CUT = {"length", "max_tokens", "max_output_tokens", "model_length"}
 BROKEN_OFF = {"error", "abort", "insufficient_system_resource"}
 FILTERED = {"content_filter", "safety", "refusal"}
 
-# The codes and types of errors that name no number, without their signs and the word "error", and the HTTP status that
-# such an error has elsewhere: OpenAI's and Anthropic's guides to errors, Google's status names, vLLM's class names.
+# The HTTP status of errors that name a code or type instead, in lower case, without punctuation and the word "error".
+# Source: OpenAI's and Anthropic's guides to errors, Google's status names, and vLLM's class names.
 STATUSES = {
     400: ("badrequest", "invalidrequest", "invalidargument"),
     401: ("invalidapikey", "authentication", "unauthenticated", "unauthorized"),
@@ -37,15 +40,18 @@ STATUSES = {
 
 @dataclass(frozen=True)
 class Bill:
-    """What a server bills for attempts that another attempt followed: the tokens that it counted, and the number of
-    attempts that it may have billed without our knowing for how much, such as one that timed out."""
+    """What a server bills for attempts that were followed by another attempt.
+
+    It has the tokens that the server counted, and the number of attempts that may have cost an amount that we do not
+    know, such as one that timed out.
+    """
 
     prompt_tokens: int = 0
     tokens: int = 0
     unknown: int = 0
 
     def plus(self, trouble: Trouble) -> Bill:
-        """Return this and what an attempt that went wrong is billed. An error is not billed."""
+        """Return this bill with what a failed attempt costs; an error without a reply costs nothing."""
         came = trouble.came
         if trouble.lost or (came and not came.counted):
             return replace(self, unknown=self.unknown + 1)
@@ -54,54 +60,62 @@ class Bill:
         return self.plus_reply(came)
 
     def plus_reply(self, came: Reply) -> Bill:
-        """Return this and what a reply is billed, by the server's count."""
+        """Return this bill with what a reply costs, by the server's count of tokens."""
         return replace(self, prompt_tokens=self.prompt_tokens + came.prompt_tokens, tokens=self.tokens + came.tokens)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """The text as it came; the server's count of its tokens, mostly with the end token, 0 if it counts none; why it
-    ended: stop, length, ...; the server's name for the model that spoke, and its count of the prompt's tokens; whether
-    it was cut by the limit of its length. `written` is the number of characters of its text, its thought and its
-    refusal, and `before` the bill of the attempts before it."""
+    """A reply of a server to one request."""
 
     text: str
+    """The text, unchanged."""
     tokens: int
+    """The server's count of the reply's tokens, mostly with the end token; 0 if it counts none."""
     finish: str | None
+    """Why the reply ended: stop, length, ..."""
     model: str | None = None
+    """The server's name for the model that replied."""
     prompt_tokens: int = 0
+    """The server's count of the prompt's tokens."""
     cut: bool = False
+    """Whether the reply was cut off at its limit of length."""
     written: int = field(default=0, compare=False)
+    """Number of characters of the text, the thought and the refusal."""
     before: Bill = field(default=Bill(), compare=False)
+    """The bill of the attempts before this one."""
 
     @property
     def counted(self) -> bool:
-        """Whether the server counted any token."""
+        """Return whether the server counted any token."""
         return bool(self.prompt_tokens or self.tokens)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A request without an answer: why, on one line that never holds the key, after how many attempts, and whether the
-    model or a filter declined it. Tokens are counted, and paid, where a reply came that is no answer. `status` is the
-    HTTP status of the error; `again` says whether another attempt may succeed; `came` is the reply that is no answer,
-    without its text, and `before` the bill of everything else."""
+    """A request without an answer. Its tokens are counted, and paid, if a reply came that is not an answer."""
 
     reason: str
+    """Why there is no answer, on one line that never contains the key."""
     attempts: int
     refused: bool = False
+    """Whether the model or a filter declined the request."""
     model: str | None = None
     prompt_tokens: int = 0
     tokens: int = 0
     status: int | None = field(default=None, compare=False)
+    """The HTTP status of the error."""
     again: bool = field(default=False, compare=False)
+    """Whether another attempt may succeed."""
     came: Reply | None = field(default=None, compare=False)
+    """The reply that is not an answer, without its text."""
     before: Bill = field(default=Bill(), compare=False)
+    """The bill of all other attempts."""
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """What went wrong with one attempt."""
+    """Why one attempt failed."""
 
     reason: str
     again: bool = False
@@ -111,17 +125,17 @@ class Trouble:
     status: int | None = None
     """The HTTP status, or the status code inside the error body."""
     gone: bool = False
-    """Nothing listens at the address."""
+    """Whether nothing listens at the address."""
     ends_the_run: str = ""
     """Why no other request can succeed either, and what to do."""
     sent_on: str = ""
     """The address of a redirect."""
     refused: bool = False
-    """The model or a filter declined."""
+    """Whether the model or a filter declined."""
     came: Reply | None = None
-    """The reply that is no answer, without its text."""
+    """The reply that is not an answer, without its text."""
     lost: bool = False
-    """The server may have billed a reply of which we know nothing: it did not come, or not whole."""
+    """Whether the server may have billed a reply that did not arrive, or not whole, so that its cost is unknown."""
 
     def failure(self, attempts: int, before: Bill = Bill()) -> Failure:
         """Return the failure of a request whose last attempt this was, after attempts with the bill `before`."""
@@ -145,11 +159,11 @@ class TwiceError(ValueError):
 
 
 def parse_json(text: str) -> Any:
-    """Parse the JSON in `text`. A whole number of more than 20 digits, which counts nothing, becomes a float.
+    """Parse the JSON in `text`. A whole number of more than 20 digits, which cannot be a count, becomes a float.
 
     Raises:
-        TwiceError: An object has a name twice, with two values; it is not known which the server means.
-        ValueError: It is no JSON, or is nested too deep.
+        TwiceError: An object has a name twice with two values, so it is not known which one the server means.
+        ValueError: It is not JSON, or is nested too deep.
     """
     try:
         return json.loads(
@@ -184,14 +198,16 @@ def _shown(value: Any) -> str:
 
 
 def error_in_body(body: Any) -> Trouble | None:
-    """Return the error in the body of a reply with HTTP status 200; some servers send errors so while they answer.
+    """Return the error in the body of a reply with HTTP status 200; None if there is none.
 
-    Source: https://openrouter.ai/docs/api/errors, for one that does.
+    Some servers send errors in this way once they have begun to reply (https://openrouter.ai/docs/api/errors).
     """
     if not isinstance(body, Mapping):
         return None
     wrong = body.get("error")
-    if isinstance(wrong, Mapping) and not any(wrong.values()):  # a form that is filled in for errors only
+    if isinstance(wrong, Mapping) and not any(
+        wrong.values()
+    ):  # the field is always there and empty unless there is an error
         wrong = None
     if (
         not wrong
@@ -203,14 +219,14 @@ def error_in_body(body: Any) -> Trouble | None:
         return None
     status = _status(wrong) if isinstance(wrong, Mapping) else None
     reason = f"HTTP 200 with error {status}" if status else "HTTP 200 with an error"
-    # whether an error without a code passes is not known, so it is tried again
+    # an error without a code may be transient, so the request is repeated
     return Trouble(
         f"{reason}: {error_text(wrong) or _shown(wrong)}", status is None or is_transient(status), status=status
     )
 
 
 def _status(wrong: Mapping[str, Any]) -> int | None:
-    """The HTTP status that an error names in its code, status or type."""
+    """Return the HTTP status that an error names in its code, status or type; None if it names none."""
     for named in (wrong.get(name) for name in ("code", "status", "status_code", "type")):
         if isinstance(named, str):
             plain = re.sub(r"[^a-z]", "", named.lower()).removesuffix("error")
@@ -224,15 +240,15 @@ def _status(wrong: Mapping[str, Any]) -> int | None:
 def read_completion(body: Any, max_tokens: int) -> Reply | Trouble:
     """Read the reply in a chat completion.
 
-    A half of a surrogate pair, which no file of UTF-8 can hold, becomes U+FFFD.
+    Half of a surrogate pair, which cannot be written in UTF-8, becomes U+FFFD.
 
     Args:
-        body: The completion, as `parse_json` gives it.
-        max_tokens: That it was asked for.
+        body: The completion, as `parse_json` returns it.
+        max_tokens: The limit of tokens that was set for it.
     """
     try:
         outcome = _read(body, max_tokens)
-    except RecursionError:  # where a part of it is shown
+    except RecursionError:  # from a message that shows a part of it
         outcome = Trouble("its reply is nested too deep", again=True)
     if isinstance(outcome, Reply):
         return replace(_whole_reply(outcome), text=replace_lone_surrogates(outcome.text))
@@ -272,7 +288,7 @@ def _read(body: Any, max_tokens: int) -> Reply | Trouble:
     finish = choice.get("finish_reason")
     finish = finish if isinstance(finish, str) else None
     why = (finish or "").lower()
-    # one that names no end that we know was cut if it is as long as was allowed
+    # a reply with an unknown reason was cut off if it has as many tokens as were allowed
     cut = why in CUT or (why not in STOPPED and tokens >= max_tokens)
     came = replace(came, finish=finish, cut=cut, written=_written(message))
     try:
@@ -307,7 +323,7 @@ def _read(body: Any, max_tokens: int) -> Reply | Trouble:
 
 
 def _parts(content: Any) -> tuple[str | None, str, str]:
-    """(text, name of the part that holds a thought, refusal) of a message's content, a string or a list of parts.
+    """Return (text, name of the part with a thought, refusal) of a message's content, a string or a list of parts.
 
     Raises:
         TypeError: It is neither.
@@ -330,7 +346,7 @@ def _parts(content: Any) -> tuple[str | None, str, str]:
 
 
 def _written(message: Mapping[str, Any]) -> int:
-    """Characters of all that the model wrote in a message: its text, its thought and its refusal."""
+    """Return the number of characters of a message's text, thought and refusal."""
     parts = [message.get(name) for name in ("content", "reasoning_content", "reasoning", "refusal")]
     count = 0
     while parts:
@@ -345,7 +361,7 @@ def _written(message: Mapping[str, Any]) -> int:
 
 
 def _usage(body: Mapping[str, Any], choice: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a server says of its tokens; Moonshot says it in the choice, Groq in `x_groq`, where a reply has none."""
+    """Return a server's counts of tokens; if the reply has none, Moonshot has them in the choice, Groq in `x_groq`."""
     groq = body.get("x_groq")
     usages = []
     for holder in (body, choice, groq if isinstance(groq, Mapping) else {}):
@@ -355,7 +371,7 @@ def _usage(body: Mapping[str, Any], choice: Mapping[str, Any]) -> Mapping[str, A
 
 
 def _counts(usage: Mapping[str, Any]) -> tuple[int, int]:
-    """(tokens of the prompt, tokens of the reply with its thought) that a server counts, each 0 where it says none.
+    """Return the (tokens of the prompt, tokens of the reply with its thought) that a server counts, 0 if it does not.
 
     Anthropic's and OpenAI's newer names are `input_tokens` and `output_tokens`. OpenAI counts the thought among the
     reply's tokens. xAI and Google's OpenAI-compatible server leave it out there and count it in `total_tokens`.
@@ -363,7 +379,7 @@ def _counts(usage: Mapping[str, Any]) -> tuple[int, int]:
     prompt = _tokens(usage.get("prompt_tokens")) or _tokens(usage.get("input_tokens"))
     reply = _tokens(usage.get("completion_tokens")) or _tokens(usage.get("output_tokens"))
     total, thought = _tokens(usage.get("total_tokens")), _thought_tokens(usage)
-    if thought > reply:  # then it is not among them
+    if thought > reply:  # then the thought is not included in the reply's count
         reply += thought
     if prompt:
         return prompt, max(reply, total - prompt)
@@ -371,13 +387,13 @@ def _counts(usage: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _thought_tokens(usage: Mapping[str, Any]) -> int:
-    """Tokens of a thought that the server keeps to itself, as OpenAI does."""
+    """Return the number of tokens of a thought that the server does not show, as OpenAI does not; 0 if unknown."""
     details = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
     return _tokens(details.get("reasoning_tokens")) if isinstance(details, Mapping) else 0
 
 
 def _tokens(counted: Any) -> int:
-    """What a server counts, as a number or its digits; 0 where that is no count."""
+    """Return a count that is a number or the digits of one; 0 if it is neither."""
     if isinstance(counted, str) and re.fullmatch("[0-9]{1,9}", counted.strip()):
         counted = int(counted)
     if isinstance(counted, float) and counted.is_integer():

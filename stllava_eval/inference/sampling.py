@@ -32,11 +32,11 @@ def sampling_seed(prompt: Prompt, pixels: bytes) -> bytes:
 
 
 class Choice(LogitsProcessor):
-    """The engine's choice of tokens, for transformers' `generate`: every other token of a row becomes impossible.
+    """Let transformers' `generate` choose the tokens that the engine chooses: all others of a row become impossible.
 
     Args:
-        rows: For each row of the batch its prompt and, where its answer is sampled, the `pixels_sha256` of its image.
-        start: Tokens of the padded prompts.
+        rows: For each row of the batch its prompt and, if its answer is sampled, the `pixels_sha256` of its image.
+        start: Number of tokens of the padded prompts.
         suppressed: Token ids that are never generated.
     """
 
@@ -60,7 +60,7 @@ def choose_tokens(logits: Tensor, which: Sequence[int], rows: Sequence[Row]) -> 
     Args:
         logits: (distinct rows, vocab): rows with equal inputs share one row of them.
         which: For each row, the index of its row of logits.
-        rows: With their prompts, seeds and ids so far.
+        rows: The rows, with their prompts, seeds and ids so far.
     """
     # (distinct rows,) likeliest tokens, gathered to (rows,)
     tokens = logits.argmax(-1)[torch.tensor(which, device=logits.device)].tolist()

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     import torch
 
 
-THOUGHT = 8192  # tokens in which a reasoning model may think before its answer (our choice)
+THOUGHT = 8192  # most tokens of a reasoning model's thought before its answer (our choice)
 
 
 class ServerAnswerer:
-    """A server's model that answers questions about images, as a `QuestionAnswerer`.
+    """Answer questions about images with a server's model, as a `QuestionAnswerer`.
 
-    The server's own chat template makes the prompt and its own processor the pixels. Nothing shows which weights it
-    holds: `sha256` stands for the address and the model's name.
+    The server applies its own chat template and image processor. It does not show which weights it has, so `sha256` is
+    a hash of its address and the model's name.
 
     Args and errors are those of `Endpoint`, and:
         reasoning: The model thinks before it answers and takes neither a temperature nor `max_tokens`, as GPT-4o's

@@ -1,4 +1,7 @@
-"""A request to a server -> the bytes of its reply: no more of them than allowed, and from nowhere else."""
+"""Send a request to a server and read its reply: at most so many bytes, and from no other address.
+
+`endpoint.py` gives this client to the SDK of OpenAI.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from typing import Any
 import httpx2
 import openai
 
-PIECE = 1 << 20  # bytes unpacked at a time; between two pieces the time limit is looked at (our choice)
-WORDS = 1 << 16  # bytes that are read of an error, whose status says the most (our choice)
+PIECE = 1 << 20  # bytes that are unpacked at a time; the time limit is checked between two pieces (our choice)
+WORDS = 1 << 16  # most bytes that are read of an error; its status matters more (our choice)
 KEPT = (b"location", b"retry-after")  # headers that are read; no charset: JSON is UTF-8 (RFC 8259, section 8.1)
 
 
 class UnreadError(Exception):
-    """Why a reply was not read to its end. `again`: another attempt may succeed."""
+    """A reply could not be read to its end. `again` says whether another attempt may succeed."""
 
     def __init__(self, reason: str, again: bool = False) -> None:
         super().__init__(reason)
@@ -24,15 +27,17 @@ class UnreadError(Exception):
 
 
 class Client(openai.DefaultAsyncHttpxClient):
-    """The HTTP client of `openai.AsyncOpenAI`, which by itself follows redirects, with the request's images and
-    questions, to any address, and unpacks whatever comes.
+    """Send the requests of `openai.AsyncOpenAI`, without redirects and with a limit on the size of replies.
+
+    The SDK's own client follows redirects to any address, with the images and questions of the request, and unpacks a
+    reply of any size.
 
     Args:
-        limit: Bytes of a reply, as they come and unpacked.
+        limit: Most bytes of a reply, packed and unpacked.
     """
 
     def __init__(self, limit: int) -> None:
-        # gzip alone is asked for: it can be unpacked piece by piece, and the standard library knows it
+        # only gzip is accepted: the standard library can unpack it piece by piece
         super().__init__(timeout=None, follow_redirects=False, headers={"Accept-Encoding": "gzip"})
         self.limit = limit
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stllava_eval.errors import InputError
+from stllava_eval.inference.types import Sampling
 from stllava_eval.storage import expanded, read_text
-
-if TYPE_CHECKING:
-    from stllava_eval.inference.types import Sampling
-
 
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "draws")
 ASKING = ("extract", "max_new_tokens", "system", "enable_thinking", "min_pixels", "max_pixels", *SAMPLING)
-ANSWERING = 2  # raised where equal settings give other answers than before: 2 leaves out a model's own penalties
-LONGEST_SYSTEM = 100_000  # bytes of a system prompt's file (our choice)
-MOST_DRAWS = (
-    1000  # of a question; papers report 3 to 64, and every question of every draw is held in memory (our choice)
-)
+ANSWERING = 2  # raised if equal settings give other answers than before; 2 leaves out a model's own penalties
+LONGEST_SYSTEM = 100_000  # largest size of a system prompt's file in bytes (our choice)
+# Most sampled replies to a question (our choice): papers report 3 to 64, and all of them are held in memory.
+MOST_DRAWS = 1000
 
 
 def take_whole_number(given: dict[str, Any], name: str, least: int) -> int | None:
@@ -38,8 +34,6 @@ def take_sampling(given: dict[str, Any]) -> tuple[Sampling | None, int]:
     Raises:
         InputError: A number is out of its range, or says how to sample where nothing is sampled.
     """
-    from stllava_eval.inference.types import Sampling
-
     if given.get("top_k") == -1:  # vLLM's word for all tokens
         given["top_k"] = 0
     top_k, seed = take_whole_number(given, "top_k", 0), take_whole_number(given, "seed", 0)
@@ -83,16 +77,16 @@ def system_prompt(given: str) -> str:
     """Return a system prompt without the quotes that lmms-eval leaves around a value with commas; read `@FILE`."""
     if given[:1] == given[-1:] and given[:1] in ("'", '"') and len(given) > 1:
         given = given[1:-1]
-    place = "system"
+    source = "system"
     if given.startswith("@"):
-        place = f"system={given}"
+        source = f"system={given}"
         try:
             given = read_text(expanded("--model_args system", given[1:]), LONGEST_SYSTEM)
         except InputError as error:
-            raise InputError(f"--model_args {place}: {error}") from error
+            raise InputError(f"--model_args {source}: {error}") from error
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise InputError(f"--model_args {place}: cannot be read ({reason}). Pass a text file.") from error
+            raise InputError(f"--model_args {source}: cannot be read ({reason}). Pass a text file.") from error
     if not given.strip():
-        raise InputError(f"--model_args {place}: it is empty. Write a system prompt, or leave it out.")
+        raise InputError(f"--model_args {source}: it is empty. Write a system prompt, or leave it out.")
     return given

@@ -19,12 +19,12 @@ from typing import Any
 log = logging.getLogger("stllava_eval")
 
 MODEL = "stllava_med"
-SHADOWED = "slake"  # lmms-eval's own group of this name; ours wins and theirs stays reachable under the next
+SHADOWED = "slake"  # lmms-eval has a group of this name too: our task replaces it, and it gets the name `BUILTIN`
 BUILTIN = "slake_builtin"
 
 
 def register() -> Any:
-    """The entry point of group `lmms_eval.models`: a `ModelManifest`, or an empty list if lmms-eval has changed.
+    """Return a `ModelManifest` to lmms-eval, or an empty list if lmms-eval has changed; it is an entry point.
 
     One raising entry point would make lmms-eval drop every plug-in after it, so a failure here is a logged line.
     """
@@ -43,7 +43,7 @@ def register() -> Any:
 
 
 def watch() -> None:
-    """Add our tasks to lmms-eval's: now if `lmms_eval.tasks` is imported, else right after it is. Twice is once."""
+    """Add our tasks to lmms-eval's as soon as `lmms_eval.tasks` is imported; further calls change nothing."""
     try:
         tasks = sys.modules.get("lmms_eval.tasks")
         if tasks is not None and hasattr(tasks, "TaskManager"):
@@ -68,11 +68,11 @@ def add_tasks(tasks: ModuleType) -> None:
         builtin = dict(original(self, *args, **kwargs))
         try:
             folder = importlib.util.find_spec("stllava_eval.tasks").submodule_search_locations[0]  # type: ignore
-            ours = self._get_task_and_group(folder)
-            if SHADOWED in builtin and SHADOWED in ours:
+            found_tasks = self._get_task_and_group(folder)
+            if SHADOWED in builtin and SHADOWED in found_tasks:
                 builtin[BUILTIN] = builtin[SHADOWED]
                 self.logger.info(f"slake is stllava-med's task; lmms-eval's own group is {BUILTIN}")
-            return {**builtin, **ours}
+            return {**builtin, **found_tasks}
         except Exception as error:
             log.warning("the stllava_med tasks could not be read (%s).", error)
             return builtin

@@ -24,13 +24,13 @@ def question_key(task: str, split: str, doc_id: int, text: str, max_new_tokens: 
 
 
 class SavedAnswers:
-    """The answers that runs with the same fingerprint have given so far, in `$STLLAVA_HOME/unfinished`.
+    """Keep the answers that runs with the same fingerprint have given so far, in `$STLLAVA_HOME/unfinished`.
 
     Each process of a run appends to a file of its own and reads those of all. A line that a kill has cut is not read.
 
     Args:
-        fingerprint: Of what decides an answer: weights, data, prompt, dtype, images.
-        rank: Of this process.
+        fingerprint: The hash of what decides an answer: weights, data, prompt, dtype, images.
+        rank: The rank of this process.
 
     Raises:
         InputError: The folder cannot be read or written.
@@ -41,7 +41,7 @@ class SavedAnswers:
         self.file = folder / f"{fingerprint[:32]}-{rank}.jsonl"
         self.answers: dict[str, Answer] = {}
         self.opening = ""
-        """The thought mark that earlier replies of the same fingerprint lacked, since the template writes it."""
+        """The thought mark that earlier replies of the same fingerprint lack, because the template writes it."""
         self._opening_file = folder / f"{fingerprint[:32]}.opening"
         try:
             if self._opening_file.exists():

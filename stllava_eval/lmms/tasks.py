@@ -1,4 +1,4 @@
-"""A prepared row -> the request that a model sees; its answer -> score records. What `tasks/*.yaml` name.
+"""Give lmms-eval the functions that `tasks/*.yaml` name: a prepared row becomes a request, its answer score records.
 
 lmms-eval swallows exceptions and exits 0, so a wrong input here prints its line and exits 2 by itself.
 """
@@ -11,7 +11,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from stllava_eval.data.prepare import prepare_on_first_use
+from stllava_eval.data.splits import read_manifest, read_split
 from stllava_eval.errors import InputError, printable
+from stllava_eval.images import decode
+from stllava_eval.scoring.final_answer import unpack_final_answers
+from stllava_eval.scoring.metrics import score_replies
 
 if TYPE_CHECKING:
     import datasets
@@ -37,9 +42,6 @@ def pathvqa_test(_: datasets.Dataset) -> datasets.Dataset:
 
 
 def _test_split(name: str) -> datasets.Dataset:
-    from stllava_eval.data.prepare import prepare_on_first_use
-    from stllava_eval.data.splits import read_manifest, read_split
-
     try:
         prepare_on_first_use(name, "test")
         if read_manifest(name, "test").sample:
@@ -52,21 +54,16 @@ def _test_split(name: str) -> datasets.Dataset:
 
 def image(row: Mapping[str, Any]) -> list[Image]:
     """Return the row's image in a list, as lmms-eval wants it: RGB, with the EXIF orientation applied."""
-    from stllava_eval.images import decode
-
     return [decode(row["image"]["bytes"])]
 
 
 def score_records(row: Mapping[str, Any], answers: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return one record `{score, id, image_id}` per score of the row's kind; none for a request that failed.
 
-    What is scored is the final answer in the reply (`extract.final_answer`); of several sampled replies, the mean. The
+    The final answer in the reply is scored (`scoring.final_answer`); for several sampled replies it is the mean. The
     scores of the other kind are absent, not zero, so that each mean is over its own questions; `image_id` is the
     cluster of lmms-eval's standard error, `id` lets `stllava-eval score` find the question again.
     """
-    from stllava_eval.scoring.final_answer import unpack_final_answers
-    from stllava_eval.scoring.metrics import score_replies
-
     scores = score_replies(
         unpack_final_answers(answers[0], row["question"]), row["reference"], row["kind"], row["question"]
     )

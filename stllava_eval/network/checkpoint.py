@@ -376,19 +376,19 @@ def _check(source: str, draft: Draft, prototypes: int | None, iterations: int | 
     if draft.original:
         add_vision_tower(draft)
     audit = Audit()
-    found = tensors_by_name(draft, audit)
+    tensors = tensors_by_name(draft, audit)
     tokenizer = _tokenizer(draft.folders)
     with refused(f"{draft.source}/config.json", "not a configuration of this network"), _quiet():
-        config = read_configuration(source, draft, found, prototypes, iterations)
+        config = read_configuration(source, draft, tensors, prototypes, iterations)
         stored_rows = config.text_config.vocab_size
         if not draft.ours:
             trim_vocabulary(source, config, tokenizer)
-        check_configuration(config, found)
+        check_configuration(config, tensors)
         patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         config.image_seq_length = patches + (config.vision_feature_select_strategy == "full")
         network = _network(config)
-    taken, stored = _match_tensors(network, config, found, stored_rows, audit)
-    audit.missing += mixed_sources(draft, found)
+    taken, stored = _match_tensors(network, config, tensors, stored_rows, audit)
+    audit.missing += mixed_sources(draft, tensors)
     sources = {tensor.name: tensor.file for tensor in taken}
     modules = dict(network.named_modules())
     deltas = weight_updates(draft, Network(stored, modules, config.tie_word_embeddings), sources, audit)
@@ -420,7 +420,7 @@ def _check(source: str, draft: Draft, prototypes: int | None, iterations: int | 
 def _match_tensors(
     network: Any,
     config: Any,
-    found: dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]],
+    tensors: dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]],
     stored_rows: int,
     audit: Audit,
 ) -> tuple[list[Taken], dict[str, tuple[int, ...]]]:
@@ -429,7 +429,7 @@ def _match_tensors(
     Args:
         network: On the meta device.
         config: Of the network.
-        found: File, key, shape and dtype by name; a head that is tied to the embedding is removed.
+        tensors: File, key, shape and dtype by name; a head that is tied to the embedding is removed.
         stored_rows: Of the vocabulary in the files, before padding is left out.
         audit: What is recorded.
 
@@ -439,15 +439,15 @@ def _match_tensors(
     """
     tied = set(network.all_tied_weights_keys) if config.tie_word_embeddings else set()
     wanted = {name: tuple(value.shape) for name, value in network.state_dict().items() if name not in tied}
-    if config.tie_word_embeddings and "lm_head.weight" in found:
-        file, key, *_ = head = found.pop("lm_head.weight")
-        if equal_tensors(head, found.get("model.language_model.embed_tokens.weight")):
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        file, key, *_ = head = tensors.pop("lm_head.weight")
+        if equal_tensors(head, tensors.get("model.language_model.embed_tokens.weight")):
             audit.dropped.setdefault("tied to the embedding", []).append(f"{file.name}: {key}")
         else:
             audit.wrong.append(f"{file.name}: {key} differs from the embedding that config.json ties it to")
     taken = []
     stored = {}
-    for name, (file, key, shape, dtype) in found.items():
+    for name, (file, key, shape, dtype) in tensors.items():
         if name not in wanted:
             audit.left_over.append(f"{file.name}: {key}")
             continue
@@ -463,7 +463,7 @@ def _match_tensors(
         if dtype not in WEIGHT_DTYPES:
             audit.wrong.append(f"{file.name}: {key} is {dtype}, not floating point of 16 bits or more")
         taken.append(Taken(file, key, name, expected, dtype, rows))
-    audit.missing += sorted(set(wanted) - set(found))
+    audit.missing += sorted(set(wanted) - set(tensors))
     return taken, stored
 
 

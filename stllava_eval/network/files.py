@@ -163,11 +163,11 @@ def located(named: Any, folders: Sequence[Path], part: str, revision: Any = None
 
 
 @contextmanager
-def refused(place: object, what: str) -> Iterator[None]:
+def refused(location: object, what: str) -> Iterator[None]:
     """Turn whatever a library raises about a broken file, or about a package that it misses, into one line.
 
     Raises:
-        InputError: `place`: `what` (the library's reason).
+        InputError: `location`: `what` (the library's reason).
     """
     try:
         yield
@@ -178,9 +178,9 @@ def refused(place: object, what: str) -> Iterator[None]:
         hint = re.search(r"pip install ([\w.\[\]-]+)", str(error)) or re.search(r"`([\w.-]+)`", str(error))
         package = named.partition(".")[0] if named else hint[1] if hint else ""
         run = f"Run `pip install {package}`" if package else "Install what it names"
-        raise InputError(f"{place}: a package that it needs is not installed ({one_line(error)}). {run}.") from error
+        raise InputError(f"{location}: a package that it needs is not installed ({one_line(error)}). {run}.") from error
     except Exception as error:  # their own classes of errors, dozens of them
-        raise InputError(f"{place}: {what} ({one_line(error)}). Copy it again.") from error
+        raise InputError(f"{location}: {what} ({one_line(error)}). Copy it again.") from error
 
 
 def first_few(names: Sequence[str], most: int = 3) -> str:

@@ -73,7 +73,7 @@ class Audit:
             ("of the wrong shape or type", self.wrong),
             ("targeted by adapter_config.json and without lora_A and lora_B in its file", self.lacking),
         )
-        return [f"{len(found)} {kind} ({first_few(found)})" for kind, found in kinds if found]
+        return [f"{len(names)} {kind} ({first_few(names)})" for kind, names in kinds if names]
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ def _read_adapter(folder: Path, base: str | None, above: Sequence[Path]) -> Draf
     named = base or settings.get("base_model_name_or_path")
     if named is None and isinstance(start, dict):
         named = start.get("name")
-    place = located(named, [folder], "base", None if base else settings.get("revision"))
-    draft = read_layout(place, str(named), above=above)
+    base_folder = located(named, [folder], "base", None if base else settings.get("revision"))
+    draft = read_layout(base_folder, str(named), above=above)
     if isinstance(start, dict):
         if tower := start.get("vision_tower"):
             draft.vision = located(tower, [folder], "vision-tower")
@@ -205,7 +205,7 @@ def _read_adapter(folder: Path, base: str | None, above: Sequence[Path]) -> Draf
         if isinstance(start.get("sha256"), str):
             versions = manifest.get("versions")
             version = versions.get("transformers") if isinstance(versions, dict) else None
-            draft.starts.append(Start(folder, start, place, draft.vision if tower else None, version))
+            draft.starts.append(Start(folder, start, base_folder, draft.vision if tower else None, version))
     draft.folders.insert(0, folder)
     draft.source = folder
     whole = [folder / name for name in TRAINED_WHOLE if (folder / name).is_file()]
@@ -233,7 +233,7 @@ def _read_adapter(folder: Path, base: str | None, above: Sequence[Path]) -> Draf
 
 def tensors_by_name(draft: Draft, audit: Audit) -> dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]]:
     """Return file, key, shape and dtype of every tensor by the network's name; later files replace earlier ones."""
-    found: dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]] = {}
+    tensors: dict[str, tuple[Path, str, tuple[int, ...], torch.dtype]] = {}
     for file, rename in draft.weights:
         with WeightFile(file) as weights:
             for key, (shape, dtype) in weights.entries.items():
@@ -246,16 +246,16 @@ def tensors_by_name(draft: Draft, audit: Audit) -> dict[str, tuple[Path, str, tu
                 if name is None:
                     audit.left_over.append(f"{file.name}: {key}")
                     continue
-                old_file, old_key, *_ = found.pop(name, (None, None))  # so that it is read where the later file is
+                old_file, old_key, *_ = tensors.pop(name, (None, None))  # so that it is read where the later file is
                 if old_file == file:
                     audit.left_over.append(f"{file.name}: {key} and {old_key} are both {name}")
                 elif old_file is not None:
                     audit.dropped.setdefault(f"replaced by {file.name}", []).append(f"{old_file.name}: {old_key}")
-                found[name] = (file, key, shape, dtype)
-    return found
+                tensors[name] = (file, key, shape, dtype)
+    return tensors
 
 
-def mixed_sources(draft: Draft, found: Mapping[str, tuple]) -> list[str]:
+def mixed_sources(draft: Draft, tensors: Mapping[str, tuple]) -> list[str]:
     """Return the tensors that the last source of the vision tower or of the projector lacks, and an earlier one has.
 
     One half of the part would be of one training and the other half of another. Whole tensors in an adapter's file are
@@ -266,7 +266,7 @@ def mixed_sources(draft: Draft, found: Mapping[str, tuple]) -> list[str]:
     order = list(sources.values())
     lacking = []
     for part in ("model.vision_tower.", "model.multi_modal_projector."):
-        file_of = {name: file for name, (file, *_) in found.items() if name.startswith(part) and file in sources}
+        file_of = {name: file for name, (file, *_) in tensors.items() if name.startswith(part) and file in sources}
         last = max(file_of.values(), key=lambda file: order.index(sources[file]), default=None)
         if last is not None:
             lacking += [f"{last.name}: {name}" for name, file in file_of.items() if sources[file] != sources[last]]
@@ -351,9 +351,9 @@ def flat_name(key: str) -> str | None:
 def projector_name(key: str) -> str | None:
     """Return the network's name of a projector's key; as in LLaVA's loader, what follows `mm_projector.` decides."""
     part = key.rpartition("mm_projector.")[2]
-    for stem, ours in (PROTOTYPE_PARTS | MLP_PARTS).items():
+    for stem, module in (PROTOTYPE_PARTS | MLP_PARTS).items():
         if part == stem or part in (f"{stem}.weight", f"{stem}.bias"):
-            return f"model.multi_modal_projector.{ours}{part.removeprefix(stem)}"
+            return f"model.multi_modal_projector.{module}{part.removeprefix(stem)}"
     return None
 
 
@@ -365,7 +365,7 @@ def _vision_name(key: str) -> str | None:
 
 def _llava_hf_name(key: str) -> str | None:
     """Return the network's name of a key of transformers' LLaVA, in the layout of its hub copies or of its memory."""
-    for pattern, ours in (
+    for pattern, template in (
         (r"(?:model\.)?vision_tower\.(?:vision_model\.)?(.+)", "model.vision_tower.{}"),
         (r"(?:model\.)?multi_modal_projector\.(.+)", "model.multi_modal_projector.{}"),
         (r"(?:language_model\.)?(lm_head\..+)", "{}"),
@@ -374,7 +374,7 @@ def _llava_hf_name(key: str) -> str | None:
         (r"language_model\.((?:layers|embed_tokens|norm)\..+)", "model.language_model.{}"),  # of the body alone
     ):
         if match := re.fullmatch(pattern, key):
-            return ours.format(match[1])
+            return template.format(match[1])
     return None
 
 

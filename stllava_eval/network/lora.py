@@ -176,16 +176,16 @@ def _check_tied(adapter: Adapter, pairs: Sequence[_Pair], keys: Iterable[str]) -
 
 def _pairs(adapter: Adapter, keys: Iterable[str]) -> tuple[list[_Pair], list[str]]:
     """Return the layers of a file, and the keys of a LoRA that belong to none."""
-    found: dict[tuple[str, bool], dict[str, str]] = {}
+    sides_of_layers: dict[tuple[str, bool], dict[str, str]] = {}
     left_over = []
     for key in keys:
         if match := re.fullmatch(r"(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))", key):
-            found.setdefault((match[1], match[2] is None), {})[match[2] or match[3]] = key
+            sides_of_layers.setdefault((match[1], match[2] is None), {})[match[2] or match[3]] = key
         elif ".lora_" in key:
             left_over.append(f"{adapter.file.name}: {key}")
     pairs = [
         _Pair(stem, adapter.rename(f"{stem}.weight") or "", keys_of_sides, embedding)
-        for (stem, embedding), keys_of_sides in found.items()
+        for (stem, embedding), keys_of_sides in sides_of_layers.items()
     ]
     return pairs, left_over
 
@@ -272,10 +272,10 @@ def _targeted(adapter: Adapter, network: Network, naming: Naming, given: Mapping
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d) and re.match(parts[adapter.part], name)
     }
     targets = given.get("target_modules")
-    place = adapter.folder / "adapter_config.json"
+    location = adapter.folder / "adapter_config.json"
     if not targets:
         raise InputError(
-            f"{place}: target_modules is {targets!r}: it does not say which layers have a LoRA, so a lost one could "
+            f"{location}: target_modules is {targets!r}: it does not say which layers have a LoRA, so a lost one could "
             "not be noticed. Copy it again."
         )
     if isinstance(targets, str) and targets.lower() == "all-linear":  # the head is no target of this word
@@ -286,7 +286,7 @@ def _targeted(adapter: Adapter, network: Network, naming: Naming, given: Mapping
         **{name: given.get(name) for name in ("exclude_modules", "modules_to_save", "layers_to_transform")},
         layers_pattern=given.get("layers_pattern"),
     )
-    with refused(place, "target_modules, exclude_modules or layers_to_transform is not usable"):
+    with refused(location, "target_modules, exclude_modules or layers_to_transform is not usable"):
         return {name: module for name, module in layers.items() if check_target_module_exists(rule, naming(name))}
 
 
@@ -355,7 +355,7 @@ def read_settings(folder: Path) -> Settings:
         return value
 
     def of(module: str) -> tuple[int, float]:
-        found = []
+        matches = []
         for default, pattern, kind in (("r", "rank_pattern", (int,)), ("lora_alpha", "alpha_pattern", (int, float))):
             patterns = given.get(pattern) or {}
             with refused(file, f"{pattern} is not usable"):
@@ -363,8 +363,8 @@ def read_settings(folder: Path) -> Settings:
                     raise TypeError(f"{patterns!r} is no object")
                 key = get_pattern_key(list(patterns), module)
                 value = patterns[key] if key in patterns else given.get(default)
-            found.append(number(default, value, kind))
-        rank, alpha = found
+            matches.append(number(default, value, kind))
+        rank, alpha = matches
         # alpha / r (LoRA, section 4.1), or alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)
         return rank, alpha / (math.sqrt(rank) if given.get("use_rslora") else rank)
 

@@ -33,7 +33,7 @@ VIT_L_336: dict[str, Any] = {
 MOST_PADDING = 128  # rows behind a vocabulary; llava-hf has 64 (our choice)
 
 
-def check_configuration(config: Any, found: Mapping[str, Any]) -> None:
+def check_configuration(config: Any, tensors: Mapping[str, Any]) -> None:
     """Raise ValueError on what the shapes of the tensors cannot show, or would show only after a long time."""
     vision, text = config.vision_config, config.text_config
     config.validate()
@@ -47,7 +47,7 @@ def check_configuration(config: Any, found: Mapping[str, Any]) -> None:
         ("vision_config", vision, r"model\.vision_tower\.encoder\.layers\.(\d+)\."),
         ("text_config", text, r"model\.language_model\.layers\.(\d+)\."),
     ):
-        layers = {int(match[1]) for key in found if (match := re.match(pattern, key))}
+        layers = {int(match[1]) for key in tensors if (match := re.match(pattern, key))}
         if part.num_hidden_layers != len(layers):
             raise ValueError(f"{name}: num_hidden_layers is {part.num_hidden_layers}, its weights have {len(layers)}")
     if vision.image_size % vision.patch_size:
@@ -86,11 +86,11 @@ def equal_tensors(first: tuple, second: tuple | None) -> bool:
 
 
 def read_configuration(
-    source: str, draft: Draft, found: Mapping[str, Any], prototypes: int | None, iterations: int | None
+    source: str, draft: Draft, tensors: Mapping[str, Any], prototypes: int | None, iterations: int | None
 ) -> Any:
     """Return the network's configuration, from transformers' kind of config.json or from the original flat one."""
     if draft.original:
-        config = _original_configuration(source, draft, found, prototypes, iterations)
+        config = _original_configuration(source, draft, tensors, prototypes, iterations)
     else:
         raw = {name: value for name, value in draft.raw.items() if name not in ("architectures", "model_type")}
         if raw.get("image_token_index", raw.get("image_token_id")) is None:
@@ -106,7 +106,7 @@ def read_configuration(
 
 
 def _original_configuration(
-    source: str, draft: Draft, found: Mapping[str, Any], prototypes: int | None, iterations: int | None
+    source: str, draft: Draft, tensors: Mapping[str, Any], prototypes: int | None, iterations: int | None
 ) -> Any:
     raw = draft.raw
     if raw.get("mm_use_im_start_end"):
@@ -114,7 +114,7 @@ def _original_configuration(
     aspect = raw.get("image_aspect_ratio", "pad")
     if aspect not in ("pad", "square", None):
         raise InputError(f"{source}: image_aspect_ratio {aspect!r} is not supported. It may be pad or square.")
-    vision = _vision_configuration(source, draft, found)
+    vision = _vision_configuration(source, draft, tensors)
     strategies = {"patch": "default", "cls_patch": "full"}
     mistral = "mistral" in f"{raw.get('model_type')} {raw.get('architectures')}".lower()
     text_class: Any = MistralConfig if mistral else LlamaConfig
@@ -127,7 +127,7 @@ def _original_configuration(
             "image_token_index": raw.get("vocab_size"),
             "vision_feature_layer": raw.get("mm_vision_select_layer", -2),
             "vision_feature_select_strategy": strategies.get(raw.get("mm_vision_select_feature", "patch")),
-            "projector_type": _projector_type(source, raw, found),
+            "projector_type": _projector_type(source, raw, tensors),
             "num_prototypes": prototypes or PROTOTYPES,
             "prototype_iterations": iterations or ITERATIONS,
             "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
@@ -155,16 +155,16 @@ def trim_vocabulary(source: str, config: Any, tokenizer: Any) -> None:
         config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
 
 
-def _projector_type(source: str, raw: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def _projector_type(source: str, raw: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
     named = raw.get("mm_projector_type")
     if named is None:
-        named = "cluster" if "model.multi_modal_projector.prototypes.similarity_scale" in found else "mlp2x_gelu"
+        named = "cluster" if "model.multi_modal_projector.prototypes.similarity_scale" in tensors else "mlp2x_gelu"
     if named not in ("cluster", "mlp2x_gelu"):
         raise InputError(f"{source}: mm_projector_type {named!r} is not supported. It may be cluster or mlp2x_gelu.")
     return {"cluster": "prototype"}.get(named, named)
 
 
-def _vision_configuration(source: str, draft: Draft, found: Mapping[str, Any]) -> CLIPVisionConfig:
+def _vision_configuration(source: str, draft: Draft, tensors: Mapping[str, Any]) -> CLIPVisionConfig:
     """Return the tower's configuration from its folder; else LLaVA-1.5's, if the shapes are."""
     named = draft.raw.get("mm_vision_tower")
     folder = draft.vision or (find_folder(named, draft.folders) if isinstance(named, str) else None)
@@ -174,7 +174,7 @@ def _vision_configuration(source: str, draft: Draft, found: Mapping[str, Any]) -
         names = set(CLIPVisionConfig.__dataclass_fields__) - NOT_SHAPES
         draft.folders.append(folder)
         return CLIPVisionConfig(**{name: value for name, value in raw.items() if name in names})
-    shape = found.get("model.vision_tower.embeddings.position_embedding.weight", (None, None, ()))[2]
+    shape = tensors.get("model.vision_tower.embeddings.position_embedding.weight", (None, None, ()))[2]
     if shape == (577, 1024):  # (336 / 14)^2 patches and CLS, hidden_size
         return CLIPVisionConfig(**VIT_L_336)
     raise InputError(

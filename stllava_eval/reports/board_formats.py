@@ -1,4 +1,4 @@
-"""Write the rows of a board as text, Markdown, CSV, JSON and LaTeX."""
+"""Write the rows of a leaderboard as text, Markdown, CSV, JSON and LaTeX."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class _Notes:
 
 
 def _letter(number: int) -> str:
-    """a, b, ..., z, aa, ab, ..."""
+    """Return the letters that number a note: a, b, ..., z, aa, ab, ... for 0, 1, ..."""
     more, last = divmod(number, 26)
     return (_letter(more - 1) if more else "") + chr(ord("a") + last)
 
@@ -131,8 +131,8 @@ def board_text(rows: Sequence[BoardRow], chosen: Sequence[str] = ()) -> str:
         align = ["left"] + ["right"] * len(columns)
         table = tabulate(body, heads, tablefmt="simple", disable_numparse=True, colalign=align)
         heading = "\n".join(map(printable, title(task, of_task)))
-        told = [*board_remarks(of_task), *notes.lines()]
-        parts += [f"{heading}\n\n{table}", *map(printable, told), signatures(of_task, columns)]
+        remarks = [*board_remarks(of_task), *notes.lines()]
+        parts += [f"{heading}\n\n{table}", *map(printable, remarks), signatures(of_task, columns)]
     if systems := system_lines(rows):
         parts.append(tabulate(systems[1:], systems[0], tablefmt="simple", disable_numparse=True))
     return "\n\n".join([*filter(None, parts), f"{EXPLAINED}\n{NOTICE}"])
@@ -169,11 +169,10 @@ def board_markdown(rows: Sequence[BoardRow], chosen: Sequence[str] = ()) -> str:
         columns, notes = _columns(of_task, chosen), _Notes()
         heading, *more = title(task, of_task)
         lines += [f"## {markdown(heading)}", "", *(f"{markdown(line)}\n" for line in more)]
-        body = [
-            [markdown(row.system), group, *(markdown(notes.cell(row, name)) for name in columns)]
-            for group, members in by_group(of_task).items()
-            for row in members
-        ]
+        body = []
+        for group, of_group in by_group(of_task).items():
+            for row in of_group:
+                body.append([markdown(row.system), group, *(markdown(notes.cell(row, name)) for name in columns)])
         lines += [tabulate(body, ["", "", *columns], tablefmt="github", disable_numparse=True), ""]
         lines += [f"- {markdown(line)}" for line in [*board_remarks(of_task), *notes.lines()]] + [""]
     if systems := system_lines(rows):
@@ -203,15 +202,12 @@ def board_csv(rows: Sequence[BoardRow], chosen: Sequence[str] = ()) -> str:
 
 def board_json(rows: Sequence[BoardRow], chosen: Sequence[str] = ()) -> dict[str, Any]:
     """Return every number, for programs: shares in [0, 1], and words as numbers; `chosen` as in `board_text`."""
-    made = [
-        {"group": row.group}
-        | {
-            name: value
-            for name, value in asdict(replace(row, scores=_scores(row, chosen), answers={}, scored=None)).items()
-            if name not in ("answers", "scored")
-        }
-        for row in rows
-    ]
+    made = []
+    for row in rows:
+        # the answers and the scores of every question are in the run folders
+        fields = asdict(replace(row, scores=_scores(row, chosen), answers={}, scored=None))
+        del fields["answers"], fields["scored"]
+        made.append({"group": row.group, **fields})
     return {"format": 1, "rows": made, "notice": NOTICE}
 
 
@@ -296,16 +292,15 @@ def _paper_table(
         return cell(row, metric)
 
     made: dict[str, list[_Line]] = defaultdict(list)
-    for (group, _, _), of_system in sorted(by_system.items(), key=lambda one: GROUPS.index(one[0][0])):
+    for (group, _, _), of_system in sorted(by_system.items(), key=lambda item: GROUPS.index(item[0][0])):
         names = {name for row in of_system.values() for name in row.scores}
         if "closed_llavamed_batch" in names:
             names.add("closed_llavamed")
         if names & set(columns):  # a source may report only the other family
-            letters = [
-                notes.letter(f"{_set_name(row.task)}: {line}")
-                for row in of_system.values()
-                for line in (*answered_remarks(row), *reply_remarks(row))
-            ]
+            letters = []
+            for row in of_system.values():
+                for line in (*answered_remarks(row), *reply_remarks(row)):
+                    letters.append(notes.letter(f"{_set_name(row.task)}: {line}"))
             cells = [shown(of_system.get(task), metric) for task in tasks for metric in columns]
             made[group].append(_Line(next(iter(of_system.values())), letters, cells))
     return made
@@ -328,7 +323,11 @@ def board_latex(rows: Sequence[BoardRow], chosen: Sequence[str] = (), intervals:
         intervals: Whether to show the interval of each measured score.
     """
     parts = [f"% {NOTICE} In the preamble: \\usepackage{{booktabs,graphicx}}"]
-    parts += [f"% {_set_name(task)}: {line}" for task, of in by_task(rows).items() for line in _provenance(of, chosen)]
+    parts += [
+        f"% {_set_name(task)}: {line}"
+        for task, of_task in by_task(rows).items()
+        for line in _provenance(of_task, chosen)
+    ]
     tables = [_latex_table(rows, family, columns, intervals) for family, columns in _families(chosen).items()]
     return "\n\n".join(["\n".join(parts), *filter(None, tables)]) + "\n"
 
@@ -346,21 +345,21 @@ def _latex_table(rows: Sequence[BoardRow], family: str, columns: Sequence[str], 
     sections = _paper_table(rows, columns, cell, r"$^{\ddagger}$", notes)
     if not sections:
         return ""
-    of_each = len(columns)
-    above = " & ".join(rf"\multicolumn{{{of_each}}}{{c}}{{{latex(_set_name(task))}}}" for task in tasks)
-    rules = " ".join(rf"\cmidrule(lr){{{2 + of_each * i}-{1 + of_each * (i + 1)}}}" for i in range(len(tasks)))
+    per_task = len(columns)
+    above = " & ".join(rf"\multicolumn{{{per_task}}}{{c}}{{{latex(_set_name(task))}}}" for task in tasks)
+    rules = " ".join(rf"\cmidrule(lr){{{2 + per_task * i}-{1 + per_task * (i + 1)}}}" for i in range(len(tasks)))
     lines = [
         r"\begin{table*}",
         r"\centering",
         r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{l{'r' * of_each * len(tasks)}}}",
+        rf"\begin{{tabular}}{{l{'r' * per_task * len(tasks)}}}",
         r"\toprule",
         rf" & {above} \\",
         rules,
         " & ".join(["", *map(latex, _heads(columns) * len(tasks))]) + r" \\",
     ]
     for group, members in sections.items():
-        lines += [r"\midrule", rf"\multicolumn{{{1 + of_each * len(tasks)}}}{{l}}{{\emph{{{latex(group)}}}}} \\"]
+        lines += [r"\midrule", rf"\multicolumn{{{1 + per_task * len(tasks)}}}{{l}}{{\emph{{{latex(group)}}}}} \\"]
         for line in members:
             lines.append(" & ".join([_latex_name(line.row) + raised(",".join(line.letters)), *line.cells]) + r" \\")
     caption = _caption(rows, family, columns, intervals, "".join(lines), notes)

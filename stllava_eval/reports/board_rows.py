@@ -1,4 +1,7 @@
-"""Run folders and reported figures -> the rows of a board: measured (with intervals), reported and image-blind ones."""
+"""Collect the rows of a leaderboard: measured ones from run folders, reported ones from papers, and image-blind ones.
+
+Each row has its scores with intervals and marks. `page.py`, `board_formats.py` and `inspect_run.py` show them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
+from stllava_eval.data.catalog import DATASETS
+from stllava_eval.data.splits import is_prepared, read_manifest
 from stllava_eval.errors import InputError
 from stllava_eval.runs.folder import Run, RunTask, labels, open_run, refuse_other_split
 from stllava_eval.runs.scores import DECIDING, NOT_RECORDED, QuestionScores, Scored, ScoreRow, dataset_of, score_table
@@ -30,7 +35,9 @@ GROUPS = (
     "image-blind",
 )
 BEST, EQUAL = "best", "not distinguishable from the best"
-FEW = 0.01  # a row may lack this share of a score's questions and is still compared on the others (our choice)
+# A row that lacks at most this share of a score's questions is still compared, on the others (our choice: a few
+# failed requests must not take a system out of the comparison).
+FEW = 0.01
 
 
 @dataclass(frozen=True)
@@ -115,9 +122,6 @@ def board(
 
 
 def _tasks(read: Mapping[str, Run], tasks: Sequence[str] | None) -> list[str]:
-    from stllava_eval.data.catalog import DATASETS
-    from stllava_eval.data.splits import is_prepared
-
     if tasks and len(set(tasks)) < len(tasks):
         raise InputError(f"{', '.join(tasks)}: a task is named twice. Name each task once.")
     for run in read.values():
@@ -133,8 +137,6 @@ def _tasks(read: Mapping[str, Run], tasks: Sequence[str] | None) -> list[str]:
 
 def _of_task(task: str, read: Mapping[str, Run], published: bool, blind: bool, bar: Any) -> list[BoardRow]:
     """Return the rows of one task without marks: measured ones in the order of their runs, reported and blind ones."""
-    from stllava_eval.data.splits import is_prepared, read_manifest
-
     if published and not is_prepared(dataset_of(task), "test") and not any(task in run.tasks for run in read.values()):
         reported, _ = _published(task, "official", "")
         if reported:
@@ -145,10 +147,10 @@ def _of_task(task: str, read: Mapping[str, Run], published: bool, blind: bool, b
     rows: list[BoardRow] = []
     for name, run in read.items():
         if task in run.tasks:
-            of = run.tasks[task]
-            refuse_other_split(task, of, run.folder)
-            scored = score_table(task, of.replies, of.prompt, of.settings)
-            rows.append(_measured(task, name, data, of, run.manifest, scored))
+            run_task = run.tasks[task]
+            refuse_other_split(task, run_task, run.folder)
+            scored = score_table(task, run_task.replies, run_task.prompt, run_task.settings)
+            rows.append(_measured(task, name, data, run_task, run.manifest, scored))
             bar.update()
     shown = {(row.about.get("sha256"), row.about["images"]) for row in rows}
     rows = [replace(row, not_shown=_not_shown(row, shown)) for row in rows]
@@ -183,44 +185,54 @@ def _not_shown(row: BoardRow, shown: set[tuple[str | None, str]]) -> tuple[str, 
 def _named(runs: Mapping[str, Run]) -> dict[str, Run]:
     """Return the runs by the system's name if `score --system` gave one, else by the folder's name."""
     given = [str(run.manifest.get("named") or label) for label, run in runs.items()]
-    return {
-        name if given.count(name) == 1 else f"{name} ({label})" if name != label else name: run
-        for name, (label, run) in zip(given, runs.items(), strict=True)
-    }
+    named = {}
+    for name, (label, run) in zip(given, runs.items(), strict=True):
+        is_shared = given.count(name) > 1 and name != label  # then the folder's name tells the systems apart
+        named[f"{name} ({label})" if is_shared else name] = run
+    return named
 
 
-def _measured(task: str, name: str, data: str, of: RunTask, manifest: Mapping[str, Any], scored: Scored) -> BoardRow:
+def _measured(
+    task: str, name: str, data: str, run_task: RunTask, manifest: Mapping[str, Any], scored: Scored
+) -> BoardRow:
     checkpoint = manifest["checkpoint"]
     learnt = checkpoint.get("trained_on")
     own = f"{dataset_of(task)} sample" if data == "sample" else dataset_of(task)
     setting = SETTINGS[2] if learnt is None else SETTINGS[1] if own in learnt else SETTINGS[0]
     images = str(manifest.get("images") or "own")
     unknown = images == NOT_RECORDED
+    # a mean over images of another kind is an image-blind row, whose name says which images were shown
+    if images != "own":
+        name = f"{name} (images {NOT_RECORDED})" if unknown else f"{name} ({images} images)"
     about = {
         "model": manifest.get("model"),
         "checkpoint": checkpoint["name"],
         "sha256": checkpoint.get("sha256"),
-        "prompt": of.prompt,
+        "prompt": run_task.prompt,
         "images": images,
         "preprocessing": manifest.get("image_preprocessing"),
         "decoding": manifest.get("decoding"),
-        **{name: of.settings[name] for name in DECIDING if name in of.settings and name not in ("images", "decoding")},
+        **{
+            name: run_task.settings[name]
+            for name in DECIDING
+            if name in run_task.settings and name not in ("images", "decoding")
+        },
         "dtype": manifest.get("dtype"),
         "date": manifest.get("date"),
         "commit": manifest.get("commit"),
     }
     return BoardRow(
         task,
-        name if images == "own" else f"{name} (images {NOT_RECORDED})" if unknown else f"{name} ({images} images)",
+        name,
         "measured" if images == "own" or unknown else "blind",
         setting,
         data,
         _overall(scored),
-        len(scored.unanswered) - of.not_asked,
+        len(scored.unanswered) - run_task.not_asked,
         about={key: str(value) for key, value in about.items() if value},
-        answers=of.answers,
+        answers=run_task.answers,
         scored=scored,
-        at_limit=of.at_limit or 0,
+        at_limit=run_task.at_limit or 0,
         empty=scored.empty,
     )
 
@@ -228,10 +240,12 @@ def _measured(task: str, name: str, data: str, of: RunTask, manifest: Mapping[st
 def _overall(scored: Scored) -> dict[str, ScoreRow]:
     """Return the means over all questions by metric, and the mean words of answers to each kind of question."""
     made = {row.metric: row for row in scored.rows if row.category == "all"}
-    for kind, its_own in (("open", OPEN[0]), ("closed", CLOSED[0])):
-        of_kind = [of for of in scored.questions.values() if its_own in of.scores]
-        if of_kind:
-            mean = mean_clustered([of.scores["words"] for of in of_kind], [of.image_id for of in of_kind])
+    # a question is open or closed; that shows in a score which only questions of its kind have
+    for kind, score_of_kind in (("open", OPEN[0]), ("closed", CLOSED[0])):
+        asked = [question for question in scored.questions.values() if score_of_kind in question.scores]
+        if asked:
+            words = [question.scores["words"] for question in asked]
+            mean = mean_clustered(words, [question.image_id for question in asked])
             name = f"words_{kind}"
             made[name] = replace(
                 made["words"],
@@ -258,20 +272,20 @@ def choose(rows: Sequence[BoardRow], names: Sequence[str]) -> list[BoardRow]:
     Raises:
         InputError: No row has one of the names.
     """
-    of_rows = [(row, {name.casefold() for name in _names(row)}) for row in rows]
-    known = {name for _, of_row in of_rows for name in of_row}
+    names_of_rows = [{name.casefold() for name in _names(row)} for row in rows]
+    known = set().union(*names_of_rows)
     wanted: set[str] = set()
     for given in names:
         parts = [part.strip() for part in given.split(",")]
         while parts:  # names of systems and groups may contain commas, so the longest known name counts
             length = next((n for n in range(len(parts), 0, -1) if ", ".join(parts[:n]).casefold() in known), 0)
             if not length:
-                said = dict.fromkeys([*(row.system for row in rows), *(row.group for row in rows)])
+                shown = dict.fromkeys([*(row.system for row in rows), *(row.group for row in rows)])
                 tables = dict.fromkeys(row.about["table"] for row in rows if row.kind == "reported")
-                raise InputError(f"--rows {parts[0]}: unknown. Known names: {'; '.join((*said, *tables))}.")
+                raise InputError(f"--rows {parts[0]}: unknown. Known names: {'; '.join((*shown, *tables))}.")
             wanted.add(", ".join(parts[:length]).casefold())
             parts = parts[length:]
-    return [row for row, of_row in of_rows if of_row & wanted]
+    return [row for row, row_names in zip(rows, names_of_rows, strict=True) if row_names & wanted]
 
 
 def _names(row: BoardRow) -> list[str]:
@@ -303,22 +317,31 @@ def _marked(rows: Sequence[BoardRow]) -> list[BoardRow]:
     for members in comparable_rows(rows):
         for metric in RANKED:
             for asked, rivals in _rivals(members, metric):
-                scores = {row.system: [questions(row)[id].scores[metric] for id in asked] for row in rivals}
-                means = {system: math.fsum(of) for system, of in scores.items()}
-                top = max(means.values())
-                best = next(system for system, mean in means.items() if mean == top)
-                others = [system for system, mean in means.items() if mean < top]
-                images = [questions(rivals[0])[id].image_id for id in asked]
-                columns = [
-                    [first - second for first, second in zip(scores[best], scores[system], strict=True)]
-                    for system in others
-                ]
-                for system in means.keys() - set(others):
-                    marks[system][metric] = BEST
-                for system, p in zip(others, holm(sign_flips(columns, images)), strict=True):
-                    if p >= 0.05:
-                        marks[system][metric] = EQUAL
+                for system, mark in _marks_among(asked, rivals, metric).items():
+                    marks[system][metric] = mark
     return [replace(row, marks=marks[row.system]) if row.kind == "measured" else row for row in rows]
+
+
+def _marks_among(asked: Sequence[str], rivals: Sequence[BoardRow], metric: str) -> dict[str, str]:
+    """Return the marks of rows that are compared in one score on the questions `asked`, by system.
+
+    The best rows are marked `BEST`. Each other row is tested against the first of them by sign flips of images'
+    differences, with Holm's adjustment over the rows; it is marked `EQUAL` unless the test finds a difference at 5 %.
+    """
+    scores = {row.system: [questions(row)[id].scores[metric] for id in asked] for row in rivals}
+    sums = {system: math.fsum(values) for system, values in scores.items()}
+    top = max(sums.values())
+    best = next(system for system, value in sums.items() if value == top)
+    others = [system for system, value in sums.items() if value < top]
+    columns = []
+    for system in others:
+        columns.append([high - low for high, low in zip(scores[best], scores[system], strict=True)])
+    images = [questions(rivals[0])[id].image_id for id in asked]
+    marks = dict.fromkeys(sums.keys() - set(others), BEST)
+    for system, p in zip(others, holm(sign_flips(columns, images)), strict=True):
+        if p >= 0.05:
+            marks[system] = EQUAL
+    return marks
 
 
 def _rivals(rows: Sequence[BoardRow], metric: str) -> list[tuple[list[str], list[BoardRow]]]:
@@ -327,7 +350,7 @@ def _rivals(rows: Sequence[BoardRow], metric: str) -> list[tuple[list[str], list
     Each comes with the ids of the questions that all of its rows answered.
     """
     groups: list[tuple[set[str], list[BoardRow]]] = []
-    answered = {row.system: {id for id, of in questions(row).items() if metric in of.scores} for row in rows}
+    answered = {row.system: {id for id, scored in questions(row).items() if metric in scored.scores} for row in rows}
     for row in sorted(rows, key=lambda row: -len(answered[row.system])):
         own = answered[row.system]
         for fullest, members in groups:
@@ -363,6 +386,14 @@ def _published(task: str, data: str, edition: str) -> tuple[list[BoardRow], str]
         if not cells:
             continue
         signature = f"reported|{row['source']}"
+        scores = {}
+        for metric, value in cells.items():  # the file has percentages, as the papers print them
+            scores[metric] = ScoreRow(task, metric, f"{metric}|{signature}", "all", value / 100, 0, 0, None, None)
+        notes = {}
+        for key, note in row["notes"].items():
+            noted_task, metric = key.split()[:2]  # "vqarad closed_llavamed"
+            if noted_task == task:
+                notes[metric] = note
         made.append(
             BoardRow(
                 task,
@@ -370,14 +401,10 @@ def _published(task: str, data: str, edition: str) -> tuple[list[BoardRow], str]
                 "reported",
                 ", ".join(filter(None, (row["setting"], row["training"]))),
                 "official",
-                {
-                    metric: ScoreRow(task, metric, f"{metric}|{signature}", "all", value / 100, 0, 0, None, None)
-                    for metric, value in cells.items()
-                },
+                scores,
                 0,
                 about={name: row[name] for name in ("source", "table", "row")} | {"cite": ",".join(row["cite"])},
-                notes={place.split()[1]: note for place, note in row["notes"].items() if place.split()[0] == task}
-                | _accuracies(cells),
+                notes=notes | _accuracies(cells),
             )
         )
     reason = (
@@ -390,9 +417,9 @@ def _published(task: str, data: str, edition: str) -> tuple[list[BoardRow], str]
 def _accuracies(cells: Mapping[str, float]) -> dict[str, str]:
     """Return the note on figures that a paper calls accuracy, by metric; empty if it has none."""
     names = [name for name in ACCURACIES if name in cells]
-    told = " and ".join(f"{cells[name]} on {ACCURACIES[name]} questions" for name in names)
+    figures = " and ".join(f"{cells[name]} on {ACCURACIES[name]} questions" for name in names)
     note = (
-        f"the paper reports an accuracy of {told}. Its rule for right answers and the system's training data are not "
-        "public, so it cannot be compared with any of our scores."
+        f"the paper reports an accuracy of {figures}. Its rule for right answers and the system's training data are "
+        "not public, so it cannot be compared with any of our scores."
     )
     return dict.fromkeys(names, note)

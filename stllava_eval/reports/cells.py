@@ -1,4 +1,4 @@
-"""Format one score of a board as text, Markdown or LaTeX."""
+"""Format single scores and names of a leaderboard as text, Markdown or LaTeX."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def latex_cell(row: BoardRow, metric: str, letter: str, interval: bool) -> str:
 
 
 def short_name(text: str) -> str:
-    """Return a text on one line of at most 48 characters; a longer one loses its beginning."""
+    """Return a text on one line of at most 48 characters (our choice); a longer one loses its beginning."""
     text = printable(text)
     return text if len(text) <= 48 else f"...{text[-45:]}"
 

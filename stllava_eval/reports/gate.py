@@ -1,4 +1,7 @@
-"""A candidate's run against a baseline's -> pass, fail, or cannot decide; for a person, a pull request and CI."""
+"""Decide whether a candidate's run may replace a baseline's: pass, fail, or cannot decide.
+
+It takes two run folders and a policy (`gate_policy.py`), and writes for people, for pull requests and for CI.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from stllava_eval.scoring.final_answer import is_failed_request
 from stllava_eval.scoring.statistics import holm, mean_clustered, noninferior, sign_flips
 from stllava_eval.scoring.verdict_v1 import options_named
 
-POWER = 0.8  # with which the questions that are needed would decide
+POWER = 0.8  # chance that the needed questions would decide; the usual convention (Cohen 1988)
 Verdict = Literal["held", "lost", "too few"]
 
 
@@ -33,8 +36,9 @@ Verdict = Literal["held", "lost", "too few"]
 class Check:
     """One score or guard of one task, the candidate against the baseline on the same questions.
 
-    All in the score's own unit, shares in [0, 1] or words; `change`, `low`, `high` are candidate less baseline with its
-    95 % interval clustered by image, `limit` is the loss that is allowed (of `words` the change, either way).
+    All figures are in the score's own unit, shares in [0, 1] or words. `change` is the candidate's mean less the
+    baseline's, with the 95 % interval `low` to `high`, clustered by image. `limit` is the loss that is allowed; for
+    `words` it is the change that is allowed in either direction.
     """
 
     task: str
@@ -49,17 +53,18 @@ class Check:
     n: int
     images: int
     p_loss: float
-    """That nothing was lost, one-sided, adjusted after Holm over all checks (of `words` two-sided)."""
+    """p-value of the hypothesis that nothing was lost: one-sided (two-sided for `words`), adjusted after Holm over all
+    checks."""
     p_limit: float | None
-    """That the limit or more was lost; of a guard None."""
+    """p-value of the hypothesis that the limit or more was lost; None for a guard."""
     verdict: Verdict
     needed: int | None
-    """Questions of this kind that would decide in 80 % of cases, where these are too few."""
+    """Number of questions of this kind that would decide in 80 % of cases, if these are too few."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The verdict, and everything it rests on."""
+    """The verdict, and everything that it depends on."""
 
     verdict: Literal["pass", "fail", "cannot decide"]
     reasons: list[str]
@@ -72,7 +77,7 @@ class Gate:
 
     @property
     def exit_code(self) -> int:
-        """0 pass, 1 fail, 2 cannot decide."""
+        """Return the exit code of the command: 0 for pass, 1 for fail, 2 for cannot decide."""
         return {"pass": 0, "fail": 1, "cannot decide": 2}[self.verdict]
 
 
@@ -164,12 +169,12 @@ def decide(changes: Mapping[tuple[str, str], Paired], policy: Policy) -> list[Ch
     Raises:
         InputError: The policy has no margin for a score.
     """
-    changes = {key: both for key, both in changes.items() if both.images}
+    changes = {key: pair for key, pair in changes.items() if pair.images}
     worse = _p_losses(changes)
     adjusted = dict(zip(worse, holm(list(worse.values())), strict=True))
     return [
-        _check(task, score, both, adjusted[task, score], len(changes), policy)
-        for (task, score), both in changes.items()
+        _check(task, score, pair, adjusted[task, score], len(changes), policy)
+        for (task, score), pair in changes.items()
     ]
 
 
@@ -179,23 +184,33 @@ def _p_losses(changes: Mapping[tuple[str, str], Paired]) -> dict[tuple[str, str]
     Scores of the same questions are tested together, with the same sign flips.
     """
     groups: dict[tuple[tuple[str, ...], bool], list[tuple[str, str]]] = {}
-    for (task, score), both in changes.items():
-        groups.setdefault((tuple(both.images), score == "words"), []).append((task, score))
-    found: dict[tuple[str, str], float] = {}
+    for (task, score), pair in changes.items():
+        groups.setdefault((tuple(pair.images), score == "words"), []).append((task, score))
+    p_values: dict[tuple[str, str], float] = {}
     for (_, two_sided), keys in groups.items():
         columns = [[-x for x in changes[key].changes] if key[1] == "unparsed" else changes[key].changes for key in keys]
-        found.update(zip(keys, sign_flips(columns, changes[keys[0]].images, one_sided=not two_sided), strict=True))
-    return {key: found[key] for key in changes}
+        p_values.update(zip(keys, sign_flips(columns, changes[keys[0]].images, one_sided=not two_sided), strict=True))
+    return {key: p_values[key] for key in changes}
 
 
-def _check(task: str, score: str, both: Paired, p_loss: float, checks: int, policy: Policy) -> Check:
+def _check(task: str, score: str, pair: Paired, p_loss: float, checks: int, policy: Policy) -> Check:
+    """Return the check of one score of one task.
+
+    Args:
+        task: The task.
+        score: A score of `METRICS`, or a guard.
+        pair: Both runs' values.
+        p_loss: See `Check`.
+        checks: How many checks there are in all.
+        policy: The margins, the guards' limits and alpha.
+    """
     from scipy.special import stdtrit
 
-    n = len(both.images)
-    before, after = math.fsum(both.first) / n, math.fsum(both.second) / n
-    change = sum(both.changes) / n
-    images = len(set(both.images))
-    error = mean_clustered(both.changes, both.images).standard_error
+    n = len(pair.images)
+    before, after = math.fsum(pair.first) / n, math.fsum(pair.second) / n
+    change = sum(pair.changes) / n
+    images = len(set(pair.images))
+    error = mean_clustered(pair.changes, pair.images).standard_error
     reach = None if not error else float(stdtrit(images - 1, 0.975)) * error
     made = Check(
         task,
@@ -223,7 +238,7 @@ def _check(task: str, score: str, both: Paired, p_loss: float, checks: int, poli
         loss = change if score == "unparsed" else -change
         return replace(made, limit=limit, verdict="lost" if loss > limit and p_loss < policy.alpha else "held")
     limit = _margin(policy, task, score)
-    p_limit = noninferior(both.changes, both.images, limit)
+    p_limit = noninferior(pair.changes, pair.images, limit)
     if p_limit < policy.alpha:
         return replace(made, limit=limit, p_limit=p_limit)
     if p_loss < policy.alpha:
@@ -233,10 +248,10 @@ def _check(task: str, score: str, both: Paired, p_loss: float, checks: int, poli
 
 
 def _margin(policy: Policy, task: str, score: str) -> float:
-    of = policy.margins.get(dataset_of(task), {})
-    if score not in of:
+    margins = policy.margins.get(dataset_of(task), {})
+    if score not in margins:
         raise InputError(f"the policy has no margin for {score} of {dataset_of(task)}. Add it under `margins`.")
-    return of[score] / 100
+    return margins[score] / 100
 
 
 def _needed(
@@ -258,7 +273,7 @@ def _needed(
     loss = max(0.0, -change)
     shares = [(to_hold * error / (limit - loss)) ** 2] if loss < limit else []
     shares += [(to_lose * error / loss) ** 2] if loss > limit / 2 else []
-    # enough images to see that none of them has lost anything
+    # With k images of which none lost anything, a loss of the limit is ruled out once (1 - limit)^k < alpha.
     least = (math.floor(math.log(alpha) / math.log(1 - limit)) + 1) * n / images
     return max(n + 1, math.ceil(least), math.ceil(n * min(shares)))
 
@@ -291,11 +306,12 @@ def _kinds(task: str, run: RunTask) -> dict[str, list[str]]:
     for row in split_rows(dataset_of(task)):
         if row["id"] in run.replies:
             kinds[row["kind"]].append(row["id"])
-    return {
-        kind: ids
-        for kind, ids in kinds.items()
-        if any(not final.answer.startswith(NOT_ASKED) for id in ids for final in run.replies[id])
-    }
+    asked = {}
+    for kind, ids in kinds.items():
+        finals = [final for id in ids for final in run.replies[id]]
+        if any(not final.answer.startswith(NOT_ASKED) for final in finals):
+            asked[kind] = ids
+    return asked
 
 
 def _asked(task: str, baseline: RunTask, candidate: RunTask) -> set[str]:
@@ -330,8 +346,8 @@ def _speed(manifests: Sequence[Mapping[str, Any]], policy: Policy) -> tuple[list
             return [], [f"speed: {name} is {values[0]!r} and {values[1]!r}. Run both on one machine."]
     if rates[1] >= share * rates[0]:
         return [], []
-    told = f"It answers {rates[1]:.2f} questions a second, the baseline {rates[0]:.2f}"
-    return [f"{told}; allowed is {share:g} times that, or more."], []
+    rates_text = f"It answers {rates[1]:.2f} questions a second, the baseline {rates[0]:.2f}"
+    return [f"{rates_text}; allowed is {share:g} times that, or more."], []
 
 
 def _notes(baseline: Run, candidate: Run) -> list[str]:
@@ -342,21 +358,21 @@ def _notes(baseline: Run, candidate: Run) -> list[str]:
         )
     elif images not in (None, "own"):
         notes.append(f"Both runs were shown {images} images: this says nothing about what the images are worth.")
-    for task, of in baseline.tasks.items():
-        if of.not_asked:
-            notes.append(f"{task}: {of.not_asked} questions of its split were not asked.")
+    for task, run_task in baseline.tasks.items():
+        if run_task.not_asked:
+            notes.append(f"{task}: {run_task.not_asked} questions of its split were not asked.")
         notes += [
             f"{task}: the baseline was asked no {kind} question, so {scores} {'is' if kind == 'closed' else 'are'} "
             "not looked at."
             for kind, scores in KINDS.items()
-            if kind not in _kinds(task, of) and any(row["kind"] == kind for row in split_rows(dataset_of(task)))
+            if kind not in _kinds(task, run_task) and any(row["kind"] == kind for row in split_rows(dataset_of(task)))
         ]
     if more := [task for task in candidate.tasks if task not in baseline.tasks]:
         notes.append(f"Not looked at, since the baseline lacks it: {', '.join(more)}.")
     weights = [run.manifest["checkpoint"].get("sha256") for run in (baseline, candidate)]
     if weights[0] == weights[1]:
         notes.append("Both runs are of the same weights.")
-    if any(of["data"].get("sample") for of in baseline.manifest["tasks"].values()):
+    if any(manifest["data"].get("sample") for manifest in baseline.manifest["tasks"].values()):
         notes.append("SAMPLE DATA: this says nothing about the official data sets.")
     return notes
 
@@ -400,22 +416,22 @@ def _interval(check: Check) -> str:
     return f" [{_number(check, check.low, True)}, {_number(check, check.high, True)}]"
 
 
-def gate_text(found: Gate) -> str:
+def gate_text(result: Gate) -> str:
     """Return the verdict, the reasons and the table for a terminal."""
     from tabulate import tabulate
 
-    parts = [f"{found.verdict.upper()}: {printable(found.candidate)} against {printable(found.baseline)}"]
-    parts += ["\n".join(f"- {printable(reason)}" for reason in found.reasons)] if found.reasons else []
-    if found.checks:
+    parts = [f"{result.verdict.upper()}: {printable(result.candidate)} against {printable(result.baseline)}"]
+    parts += ["\n".join(f"- {printable(reason)}" for reason in result.reasons)] if result.reasons else []
+    if result.checks:
         heads = ["", "score", "baseline", "candidate", "change [95 %]", "allowed", "verdict", "n", "images"]
-        parts.append(tabulate(_rows(found), heads, tablefmt="simple", disable_numparse=True))
-    parts += ["\n".join(map(printable, found.notes))] if found.notes else []
-    held = f"held: a loss of the allowed size is ruled out at {found.policy.alpha:g}, or a guard's limit is kept"
+        parts.append(tabulate(_rows(result), heads, tablefmt="simple", disable_numparse=True))
+    parts += ["\n".join(map(printable, result.notes))] if result.notes else []
+    held = f"held: a loss of the allowed size is ruled out at {result.policy.alpha:g}, or a guard's limit is kept"
     parts.append(f"Scores x100, changes in points; intervals clustered by image; {held}.\n{NOTICE}")
     return "\n\n".join(parts)
 
 
-def _rows(found: Gate) -> list[list[str]]:
+def _rows(result: Gate) -> list[list[str]]:
     return [
         [
             printable(check.task),
@@ -428,53 +444,53 @@ def _rows(found: Gate) -> list[list[str]]:
             str(check.n),
             str(check.images),
         ]
-        for check in found.checks
+        for check in result.checks
     ]
 
 
-def gate_markdown(found: Gate) -> str:
+def gate_markdown(result: Gate) -> str:
     """Return the report as Markdown for a pull request."""
     from tabulate import tabulate
 
-    sign = {"pass": "✅", "fail": "❌", "cannot decide": "⚠️"}[found.verdict]
-    lines = [f"## {sign} Evaluation gate: {found.verdict}", ""]
-    lines += [f"**{markdown(found.candidate)}** against **{markdown(found.baseline)}**", ""]
-    lines += [f"- {markdown(reason)}" for reason in found.reasons] + ([""] if found.reasons else [])
-    if found.checks:
+    sign = {"pass": "✅", "fail": "❌", "cannot decide": "⚠️"}[result.verdict]
+    lines = [f"## {sign} Evaluation gate: {result.verdict}", ""]
+    lines += [f"**{markdown(result.candidate)}** against **{markdown(result.baseline)}**", ""]
+    lines += [f"- {markdown(reason)}" for reason in result.reasons] + ([""] if result.reasons else [])
+    if result.checks:
         heads = ["set", "score", "baseline", "candidate", "change [95 %]", "allowed", "verdict", "n", "images"]
-        body = [[markdown(cell) for cell in row] for row in _rows(found)]
+        body = [[markdown(cell) for cell in row] for row in _rows(result)]
         lines += [tabulate(body, heads, tablefmt="github", disable_numparse=True), ""]
-    lines += [*(markdown(note) for note in found.notes), "", f"Scores x100. {NOTICE}", ""]
+    lines += [*(markdown(note) for note in result.notes), "", f"Scores x100. {NOTICE}", ""]
     return "\n".join(lines)
 
 
-def gate_junit(found: Gate) -> str:
+def gate_junit(result: Gate) -> str:
     """Return JUnit XML: one test case per check and one for the verdict; an undecided check is an error."""
     from xml.etree import ElementTree
 
     bad = {"lost": "failure", "too few": "error"}
-    suite = ElementTree.Element("testsuite", name=f"gate {printable(found.candidate)}")
+    suite = ElementTree.Element("testsuite", name=f"gate {printable(result.candidate)}")
     overall = ElementTree.SubElement(suite, "testcase", classname="gate", name="verdict")
     counts = {"failure": 0, "error": 0}
 
-    def tell(case: ElementTree.Element, kind: str, texts: Iterable[str]) -> None:
-        told = [printable(text) for text in texts]
-        ElementTree.SubElement(case, kind, message=told[0] if told else kind).text = "\n".join(told)
+    def report(case: ElementTree.Element, kind: str, texts: Iterable[str]) -> None:
+        lines = [printable(text) for text in texts]
+        ElementTree.SubElement(case, kind, message=lines[0] if lines else kind).text = "\n".join(lines)
         counts[kind] += 1
 
-    for check in found.checks:
+    for check in result.checks:
         case = ElementTree.SubElement(suite, "testcase", classname=f"gate.{printable(check.task)}", name=check.score)
         if check.verdict in bad:
-            tell(case, bad[check.verdict], [_sentence(check)])
-    if found.verdict != "pass":
-        tell(overall, "failure" if found.verdict == "fail" else "error", found.reasons)
-    suite.set("tests", str(len(found.checks) + 1))
+            report(case, bad[check.verdict], [_sentence(check)])
+    if result.verdict != "pass":
+        report(overall, "failure" if result.verdict == "fail" else "error", result.reasons)
+    suite.set("tests", str(len(result.checks) + 1))
     suite.set("failures", str(counts["failure"]))
     suite.set("errors", str(counts["error"]))
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
-def gate_json(found: Gate) -> dict[str, Any]:
+def gate_json(result: Gate) -> dict[str, Any]:
     """Return every number, for a program."""
-    return {"format": 1, **asdict(found), "exit_code": found.exit_code}
+    return {"format": 1, **asdict(result), "exit_code": result.exit_code}

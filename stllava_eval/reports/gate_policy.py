@@ -10,18 +10,18 @@ from typing import Any
 from stllava_eval.errors import InputError
 from stllava_eval.storage import read_text
 
-POLICY_BYTES = 100_000
-LEAST = 1e-4  # of alpha, margins and limits: arithmetic ends somewhere
+POLICY_BYTES = 100_000  # largest policy file in bytes (our choice: the default has 1,436)
+LEAST = 1e-4  # smallest alpha, margin or limit (our choice: smaller ones only measure rounding errors)
 GUARDS = ("unparsed", "closed_format", "words")
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a candidate may lose; see gate.yaml for what each means and where its default is from."""
+    """What a candidate may lose; gate.yaml explains each value and the source of its default."""
 
     alpha: float
     margins: Mapping[str, Mapping[str, float]]
-    """Points by data set and score."""
+    """The margins in points, by data set and score."""
     guards: Mapping[str, float | None]
     unanswered: int
 
@@ -49,31 +49,31 @@ def read_policy(file: Path | None = None) -> Policy:
         except InputError:
             raise
         except (OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError, RecursionError) as error:
-            told = " ".join(str(error).split())[:200]
-            raise InputError(f"{file}: cannot be read ({told}). Pass a YAML file.") from error
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{file}: cannot be read ({reason}). Pass a YAML file.") from error
     if given is None:
         given = {}
     if not isinstance(given, dict):
         raise InputError(f"{file}: not a mapping. A policy has {', '.join(default)}.")
-    place = str(file)
-    _known(place, given, default)
-    margins = {name: dict(of) for name, of in default["margins"].items()}
-    for name, of in _mapping(place, "margins", given.get("margins", {})).items():
+    location = str(file)
+    _known(location, given, default)
+    margins = {name: dict(margins_of_set) for name, margins_of_set in default["margins"].items()}
+    for name, margins_of_set in _mapping(location, "margins", given.get("margins", {})).items():
         if name not in margins:
-            raise InputError(f"{place}: margins.{name}: unknown. Margins are of {', '.join(margins)}.")
-        _known(f"{place}: margins.{name}", _mapping(place, f"margins.{name}", of), margins[name])
-        for score, points in of.items():
-            margins[name][score] = _in(f"{place}: margins.{name}.{score}", points, 0, 100, "points")
+            raise InputError(f"{location}: margins.{name}: unknown. Margins are of {', '.join(margins)}.")
+        _known(f"{location}: margins.{name}", _mapping(location, f"margins.{name}", margins_of_set), margins[name])
+        for score, points in margins_of_set.items():
+            margins[name][score] = _in(f"{location}: margins.{name}.{score}", points, 0, 100, "points")
     guards = dict(default["guards"])
-    changed = _mapping(place, "guards", given.get("guards", {}))
-    _known(f"{place}: guards", changed, guards)
+    changed = _mapping(location, "guards", given.get("guards", {}))
+    _known(f"{location}: guards", changed, guards)
     for name, limit in changed.items():
         low, high = {"words": (1, 1000), "speed": (0, 1)}.get(name, (0, 100))
-        guards[name] = None if limit is None else _in(f"{place}: guards.{name}", limit, low, high, "or null")
-    alpha = _in(f"{place}: alpha", given.get("alpha", default["alpha"]), 0, 0.5, "a chance")
+        guards[name] = None if limit is None else _in(f"{location}: guards.{name}", limit, low, high, "or null")
+    alpha = _in(f"{location}: alpha", given.get("alpha", default["alpha"]), 0, 0.5, "a chance")
     unanswered = given.get("unanswered", default["unanswered"])
     if type(unanswered) is not int or not 0 <= unanswered <= 10**9:
-        raise InputError(f"{place}: unanswered is {_told(unanswered)}. It is a whole number of questions from 0 on.")
+        raise InputError(f"{location}: unanswered is {_told(unanswered)}. It is a whole number of questions from 0 on.")
     return Policy(alpha, margins, guards, unanswered)
 
 
@@ -98,18 +98,18 @@ def _told(value: Any) -> str:
     return repr(value)[:60]
 
 
-def _mapping(place: str, name: str, value: Any) -> dict[str, Any]:
+def _mapping(location: str, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise InputError(f"{place}: {name} is {_told(value)}. It maps names to numbers.")
+        raise InputError(f"{location}: {name} is {_told(value)}. It maps names to numbers.")
     return value
 
 
-def _known(place: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
+def _known(location: str, given: Mapping[str, Any], known: Iterable[str]) -> None:
     if unknown := [name for name in given if name not in known]:
-        raise InputError(f"{place}: {_told(unknown[0])}: unknown. Known are {', '.join(known)}.")
+        raise InputError(f"{location}: {_told(unknown[0])}: unknown. Known are {', '.join(known)}.")
 
 
-def _in(place: str, value: Any, low: float, high: float, unit: str) -> float:
+def _in(location: str, value: Any, low: float, high: float, unit: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not max(low, LEAST) < value < high:
-        raise InputError(f"{place} is {_told(value)}. It is a number between {low:g} and {high:g}, {unit}.")
+        raise InputError(f"{location} is {_told(value)}. It is a number between {low:g} and {high:g}, {unit}.")
     return float(value)

@@ -1,4 +1,7 @@
-"""A run -> where it errs: by what is asked, between questions that must agree, and beside answers without an image."""
+"""Show where a run errs: by what is asked, between questions that must agree, and beside answers without an image.
+
+It takes the rows of a board (`board_rows.py`); the page shows the same tables.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,14 @@ from stllava_eval.reports.cells import NOTICE
 from stllava_eval.reports.leaderboard import SAMPLE, reply_remarks
 from stllava_eval.runs.scores import QuestionScores, ScoreRow, dataset_of, split_rows
 from stllava_eval.scoring.categories import opposites, paraphrases
+from stllava_eval.scoring.final_answer import is_failed_request
 from stllava_eval.scoring.image_blind import PRIOR
+from stllava_eval.scoring.metrics import f1, recall
 from stllava_eval.scoring.statistics import bootstrap_clustered
+from stllava_eval.scoring.verdict import chosen, verdict
+from stllava_eval.scoring.words import folded_words
 
-INSPECTED = ("recall", "f1", "closed_accuracy", "unparsed", "cut")
+INSPECTED = ("recall", "f1", "closed_accuracy", "unparsed", "cut")  # the clean scores, and what goes wrong without one
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Consistency:
     pairs: int
     images: int
     both_right: float
-    """Share of pairs in which both answers are right; of open questions: have all the reference's words."""
+    """Share of pairs in which both answers are right; an open answer is if it has all the reference's words."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,9 @@ class BlindShare:
     value: float
     best: float
     best_of: str
-    """The image-blind answers that reach most."""
+    """The image-blind answers with the highest score."""
     prior: float | None
-    """What the commonest training answer to each question reaches; None where no training split is at hand."""
+    """What the commonest training answer to each question reaches; None if no training split is prepared."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Inspection:
     consistency: list[Consistency]
     blind: list[BlindShare]
     stopped: str
-    """How many replies were stopped at their limit of new tokens, and what makes the means doubtful; empty if none."""
+    """A remark on replies that were stopped at their limit of new tokens, and on doubtful means; may be empty."""
 
 
 def inspect(rows: Sequence[BoardRow]) -> list[Inspection]:
@@ -71,41 +78,45 @@ def inspect(rows: Sequence[BoardRow]) -> list[Inspection]:
     for row in rows:
         if row.kind != "measured" or row.scored is None:
             continue
-        blind = [
-            one
-            for one in rows
-            if one.kind == "blind"
-            and one.task == row.task
-            and one.about.get("sha256") in (None, row.about.get("sha256"))
-        ]
+        blind = [other for other in rows if _is_blind_to(other, row)]
+        # an answer that was cut off in its thought says nothing about consistency
+        whole = {id: answer for id, answer in row.answers.items() if not _is_cut(questions(row).get(id))}
+        shares = []
+        for metric in INSPECTED[:3]:
+            if metric in row.scores:
+                shares += _share(row, metric, blind)
         made.append(
             Inspection(
                 row.task,
                 row.system,
                 row.data,
                 {metric: row.scores[metric] for metric in INSPECTED if metric in row.scores},
-                [one for one in row.scored.rows if one.category != "all" and one.metric in INSPECTED],
-                _consistency(
-                    row.task, {id: said for id, said in row.answers.items() if not _is_cut(questions(row).get(id))}
-                ),
-                [of for metric in INSPECTED[:3] if metric in row.scores for of in _share(row, metric, blind)],
+                [score for score in row.scored.rows if score.category != "all" and score.metric in INSPECTED],
+                _consistency(row.task, whole),
+                shares,
                 " ".join(reply_remarks(row)),
             )
         )
     return made
 
 
-def _is_cut(of: QuestionScores | None) -> bool:
-    return of is not None and of.scores["cut"] > 0
+def _is_blind_to(other: BoardRow, row: BoardRow) -> bool:
+    """Return whether a row is image-blind answers that `row` is compared with: a baseline, or of the same weights."""
+    has_weights = other.about.get("sha256") in (None, row.about.get("sha256"))
+    return other.kind == "blind" and other.task == row.task and has_weights
+
+
+def _is_cut(scored: QuestionScores | None) -> bool:
+    return scored is not None and scored.scores["cut"] > 0
 
 
 def _share(row: BoardRow, metric: str, blind: Sequence[BoardRow]) -> list[BlindShare]:
     """Return the image-blind share of one score; empty if no image-blind answers are on the board."""
-    asked = [id for id, of in questions(row).items() if metric in of.scores]
+    asked = [id for id, scored in questions(row).items() if metric in scored.scores]
     values = {
-        one.system: math.fsum(questions(one)[id].scores[metric] for id in asked) / len(asked)
-        for one in blind
-        if all(id in questions(one) for id in asked)
+        blind_row.system: math.fsum(questions(blind_row)[id].scores[metric] for id in asked) / len(asked)
+        for blind_row in blind
+        if all(id in questions(blind_row) for id in asked)
     }
     if not values:
         return []
@@ -114,50 +125,50 @@ def _share(row: BoardRow, metric: str, blind: Sequence[BoardRow]) -> list[BlindS
 
 
 def _consistency(task: str, answers: Mapping[str, str]) -> list[Consistency]:
-    from stllava_eval.scoring import final_answer, metrics, verdict, words
+    """Return how often answers fit each other: to paraphrases of one question, and to opposite questions.
 
+    Questions without an answer, and those whose reference has no words, are left out.
+    """
     rows = {
         row["id"]: row
         for row in split_rows(dataset_of(task))
-        if row["id"] in answers
-        and not final_answer.is_failed_request(answers[row["id"]])
-        and words.folded_words(row["reference"])
+        if row["id"] in answers and not is_failed_request(answers[row["id"]]) and folded_words(row["reference"])
     }
 
-    def chosen(id: str) -> str | None:
-        return verdict.chosen(answers[id], rows[id]["reference"], rows[id]["question"])
+    def option(id: str) -> str | None:
+        return chosen(answers[id], rows[id]["reference"], rows[id]["question"])
 
     def right(id: str) -> bool:
         row = rows[id]
         if row["kind"] == "closed":
-            return verdict.verdict(answers[id], row["reference"], row["question"]) == "right"
-        return metrics.recall(answers[id], row["reference"]) == 1
+            return verdict(answers[id], row["reference"], row["question"]) == "right"
+        return recall(answers[id], row["reference"]) == 1
 
-    def alike(one: str, other: str) -> float:
-        if rows[one]["kind"] == "closed":
-            return float(chosen(one) == chosen(other) is not None)
-        if not words.folded_words(answers[other]):
-            return float(not words.folded_words(answers[one]))
-        return metrics.f1(answers[one], answers[other])
+    def agree(first: str, second: str) -> float:
+        if rows[first]["kind"] == "closed":
+            return float(option(first) == option(second) is not None)
+        if not folded_words(answers[second]):  # F1 is undefined without words in its reference
+            return float(not folded_words(answers[first]))
+        return f1(answers[first], answers[second])
 
-    def apart(one: str, other: str) -> float:
-        return float(None not in (chosen(one), chosen(other)) and chosen(one) != chosen(other))
+    def contradict(first: str, second: str) -> float:
+        return float(None not in (option(first), option(second)) and option(first) != option(second))
 
     restated = paraphrases(dataset_of(task), list(rows.values()))
     by_kind = {kind: [pair for pair in restated if rows[pair[0]]["kind"] == kind] for kind in ("closed", "open")}
     made = []
     for what, pairs, score in (
-        ("paraphrases, closed: the same option", by_kind["closed"], alike),
-        ("paraphrases, open: F1 of one answer to the other", by_kind["open"], alike),
-        ("opposites: one yes, one no", opposites(list(rows.values())), apart),
+        ("paraphrases, closed: the same option", by_kind["closed"], agree),
+        ("paraphrases, open: F1 of one answer to the other", by_kind["open"], agree),
+        ("opposites: one yes, one no", opposites(list(rows.values())), contradict),
     ):
         if not pairs:
             continue
         values = [score(*pair) for pair in pairs]
-        estimate = bootstrap_clustered(values, [rows[one]["image_id"] for one, _ in pairs])
-        both = sum(right(one) and right(other) for one, other in pairs) / len(pairs)
+        estimate = bootstrap_clustered(values, [rows[first]["image_id"] for first, _ in pairs])
+        both_right = sum(right(first) and right(second) for first, second in pairs) / len(pairs)
         value = math.fsum(values) / len(values)
-        made.append(Consistency(what, value, estimate.low, estimate.high, len(pairs), estimate.clusters, both))
+        made.append(Consistency(what, value, estimate.low, estimate.high, len(pairs), estimate.clusters, both_right))
     return made
 
 
@@ -169,7 +180,7 @@ def is_worse(row: ScoreRow, overall: Mapping[str, ScoreRow]) -> bool:
     return row.low > whole if row.metric in ("unparsed", "cut") else row.high < whole
 
 
-def inspect_text(found: Sequence[Inspection]) -> str:
+def inspect_text(inspections: Sequence[Inspection]) -> str:
     """Return the inspections as tables for a terminal."""
     from tabulate import tabulate
 
@@ -177,40 +188,34 @@ def inspect_text(found: Sequence[Inspection]) -> str:
         return tabulate(list(body), heads, tablefmt="simple", disable_numparse=True)
 
     parts = []
-    for one in found:
+    for inspection in inspections:
         parts.append(
-            f"{printable(one.task)} ({one.data}): {printable(one.run)}"
-            + (f"\n{SAMPLE}" if one.data == "sample" else "")
-            + (f"\n{printable(one.stopped)}" if one.stopped else "")
+            f"{printable(inspection.task)} ({inspection.data}): {printable(inspection.run)}"
+            + (f"\n{SAMPLE}" if inspection.data == "sample" else "")
+            + (f"\n{printable(inspection.stopped)}" if inspection.stopped else "")
         )
         cells: dict[str, dict[str, ScoreRow]] = {}
-        for row in one.categories:
+        for row in inspection.categories:
             cells.setdefault(row.category, {})[row.metric] = row
-        metrics = [metric for metric in INSPECTED if metric in one.overall]
-        body = [["all", *(_cell(one.overall.get(metric), one) for metric in metrics)]]
-        body += [[printable(name), *(_cell(of.get(metric), one) for metric in metrics)] for name, of in cells.items()]
+        metrics = [metric for metric in INSPECTED if metric in inspection.overall]
+        body = [["all", *(_cell(inspection.overall.get(metric), inspection) for metric in metrics)]]
+        body += [
+            [printable(name), *(_cell(scores.get(metric), inspection) for metric in metrics)]
+            for name, scores in cells.items()
+        ]
         parts.append(table(body, ["questions", *metrics]))
-        if one.consistency:
-            body = [
-                [
-                    of.what,
-                    f"{share_text(of.value)}{interval_text(of.low, of.high)}",
-                    share_text(of.both_right),
-                    str(of.pairs),
-                    str(of.images),
-                ]
-                for of in one.consistency
-            ]
+        if inspection.consistency:
+            body = [consistency_cells(consistency) for consistency in inspection.consistency]
             parts.append(table(body, ["pairs of questions", "consistent [95 %]", "both right", "pairs", "images"]))
         body = [
             [
-                of.metric,
-                share_text(of.value),
-                "" if of.prior is None else share_text(of.prior),
-                share_text(of.best),
-                printable(of.best_of),
+                share.metric,
+                share_text(share.value),
+                "" if share.prior is None else share_text(share.prior),
+                share_text(share.best),
+                printable(share.best_of),
             ]
-            for of in one.blind
+            for share in inspection.blind
         ]
         parts.append(table(body, ["score", "this run", "commonest answer", "best without the image", "which is"]))
     how = (
@@ -220,11 +225,22 @@ def inspect_text(found: Sequence[Inspection]) -> str:
     return "\n\n".join([*parts, f"{how}\n{NOTICE}"])
 
 
-def _cell(row: ScoreRow | None, of: Inspection) -> str:
+def consistency_cells(consistency: Consistency) -> list[str]:
+    """Return the cells of the table of consistency, as text."""
+    return [
+        consistency.what,
+        share_text(consistency.value) + interval_text(consistency.low, consistency.high),
+        share_text(consistency.both_right),
+        str(consistency.pairs),
+        str(consistency.images),
+    ]
+
+
+def _cell(row: ScoreRow | None, inspection: Inspection) -> str:
     if row is None or row.value is None:
         return ""
     text = f"{share_text(row.value)}{interval_text(row.low, row.high)} n {row.n}"
-    return f"{text} <" if is_worse(row, of.overall) else text
+    return f"{text} <" if is_worse(row, inspection.overall) else text
 
 
 def share_text(value: float) -> str:

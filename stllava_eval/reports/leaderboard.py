@@ -1,4 +1,4 @@
-"""The rows of a board -> tables for a terminal, Markdown, CSV, JSON and LaTeX."""
+"""Return what all forms of a leaderboard share: titles, remarks, groups, signatures and the list of systems."""
 
 from __future__ import annotations
 
@@ -25,12 +25,10 @@ def signatures(rows: Sequence[BoardRow], columns: Sequence[str]) -> str:
         if row.kind == "measured" and row.scores:
             how[next(iter(row.scores.values())).signature.split("|", 2)[2]].append(row.system)
     lines = [f"{printable(', '.join(systems))}: {printable(signature)}" for signature, systems in how.items()]
-    versions = {
-        name: f"{name} {of.signature.split('|')[1]}"
-        for row in rows
-        if row.kind != "reported"
-        for name, of in row.scores.items()
-    }
+    versions: dict[str, str] = {}
+    for row in rows:
+        if row.kind != "reported":
+            versions |= {name: f"{name} {score.signature.split('|')[1]}" for name, score in row.scores.items()}
     shown = [versions[name] for name in columns if name in versions]
     return "\n".join([*lines, f"versions: {', '.join(shown)}"]) if lines else ""
 
@@ -55,11 +53,13 @@ def score_text(scored: Scored, details: bool = False) -> str:
     for row in scored.rows:
         if row.category == "all":
             versions[row.signature.split("|")[1]].append(row.metric)
-    newer = "; ".join(f"{version} of {', '.join(of)}" for version, of in sorted(versions.items()) if version != "v1")
-    told = f"versions: {newer}; v1 of the others\n" if newer else ""
+    newer = "; ".join(
+        f"{version} of {', '.join(metrics)}" for version, metrics in sorted(versions.items()) if version != "v1"
+    )
+    versions_line = f"versions: {newer}; v1 of the others\n" if newer else ""
     more = "" if details else "\n--details prints the scores of every category."
     counts = f"unanswered: {len(scored.unanswered)}" + (f", empty: {scored.empty}" if scored.empty else "")
-    return f"{table}\n\n{printable(signature)}\n{told}{counts}{more}\n{NOTICE}"
+    return f"{table}\n\n{printable(signature)}\n{versions_line}{counts}{more}\n{NOTICE}"
 
 
 def by_task(rows: Iterable[BoardRow]) -> dict[str, list[BoardRow]]:
@@ -82,8 +82,8 @@ def title(task: str, rows: Sequence[BoardRow]) -> list[str]:
     """Return the heading of a task's table, and a warning if it is about sample data."""
     line = f"{task} ({rows[0].data})"
     if asked := max((questions(row) for row in rows), key=len):
-        open_n, closed_n = (sum(name in of.scores for of in asked.values()) for name in (OPEN[0], CLOSED[0]))
-        images = len({of.image_id for of in asked.values()})
+        open_n, closed_n = (sum(name in scored.scores for scored in asked.values()) for name in (OPEN[0], CLOSED[0]))
+        images = len({scored.image_id for scored in asked.values()})
         line += f": {open_n} open + {closed_n} closed questions, {images} images"
     return [line, SAMPLE] if rows[0].data == "sample" else [line]
 
@@ -96,8 +96,10 @@ def remarks(rows: Sequence[BoardRow]) -> list[str]:
 
 def board_remarks(rows: Sequence[BoardRow]) -> list[str]:
     """Return the sentences below a board: unanswered and cut questions, and which image controls are lacking."""
-    made = [f"{row.system}: {line}" for row in rows for line in answered_remarks(row)]
-    made += [f"{row.system}: {line}" for row in rows for line in reply_remarks(row)]
+    made = []
+    for remarks_of in (answered_remarks, reply_remarks):
+        for row in rows:
+            made += [f"{row.system}: {line}" for line in remarks_of(row)]
     for images in ("other", "black"):
         if lacking := [row.system for row in rows if images in row.not_shown]:
             made.append(
@@ -126,8 +128,8 @@ def reply_remarks(row: BoardRow) -> list[str]:
         return []
     limit = row.about.get("max_new_tokens")
     where = f"the limit of {limit} new tokens." if limit else "their limit of new tokens."
-    draws = row.about.get("draws", "1")
-    made = [] if draws == "1" else [f"each score is a mean over {draws} sampled replies to a question."]
+    samples = row.about.get("draws", "1")
+    made = [] if samples == "1" else [f"each score is a mean over {samples} sampled replies to a question."]
     made += [f"{row.at_limit} replies were stopped at {where}"] if row.at_limit else []
     made += [f"{row.empty} {'answers are' if row.empty > 1 else 'answer is'} empty."] if row.empty else []
     return made + ([row.scored.doubts] if row.scored.doubts else [])
@@ -140,12 +142,14 @@ def system_lines(rows: Sequence[BoardRow]) -> list[list[str]]:
         if row.about:
             made[row.kind, row.system].append(row)
     body = []
-    for (kind, system), of in made.items():
-        about = of[0].about
+    for (kind, system), of_system in made.items():
+        about = of_system[0].about
         reported = f"{about.get('table')}; {about.get('source')}"[:48]
         cells = [
             system,
-            "image-blind" if kind == "blind" else f"{kind}, {' or '.join(dict.fromkeys(row.setting for row in of))}",
+            "image-blind"
+            if kind == "blind"
+            else f"{kind}, {' or '.join(dict.fromkeys(row.setting for row in of_system))}",
             about.get("checkpoint", reported),
             about.get("sha256", "")[:12],
             about.get("prompt", ""),

@@ -40,11 +40,19 @@ function fit() {
 }
 
 function start(data) {
-  const state = { task: data.opens || (data.tasks[0] || {}).name, kind: "both", groups: new Set(data.groups), by: null, sort: null, down: true, field: null, of: "recall", a: null, b: null, show: "all", in: "", text: "", page: 0 };
+  // What the reader chose: the task; the kind of questions and groups of rows of the first table; the score that ranks
+  // (`by`), the column that orders (`sort`) and its direction; category field and score of the breakdown; and the
+  // systems, filters and page of the questions.
+  const state = {
+    task: data.opens || (data.tasks[0] || {}).name, kind: "both", groups: new Set(data.groups), by: null, sort: null, down: true,
+    field: null, of: "recall",
+    a: null, b: null, show: "all", in: "", text: "", page: 0,
+  };
   const rowsOf = (task) => data.rows.filter((row) => row.task === task);
-  const taskNow = () => data.tasks.find((one) => one.name === state.task);
-  const columns = () => data.columns.filter((one) => state.kind === "both" || one.kind === "both" || one.kind === state.kind).filter((one) => rowsOf(state.task).some((row) => one.name in row.scores));
-  const ranked = () => columns().filter((one) => one.ranked);
+  const taskNow = () => data.tasks.find((task) => task.name === state.task);
+  const isOfKind = (column) => state.kind === "both" || column.kind === "both" || column.kind === state.kind;
+  const columns = () => data.columns.filter((column) => isOfKind(column) && rowsOf(state.task).some((row) => column.name in row.scores));
+  const ranked = () => columns().filter((column) => column.ranked);
 
   byId("notice").textContent = data.notice;
   byId("ranking").textContent = data.ranking;
@@ -54,7 +62,7 @@ function start(data) {
   byId("task").addEventListener("change", (event) => { state.task = event.target.value; reset(); draw(); });
 
   function reset() {
-    const viewed = data.viewer[state.task] ? data.viewer[state.task].systems.map((one) => one.name) : [];
+    const viewed = data.viewer[state.task] ? data.viewer[state.task].systems.map((system) => system.name) : [];
     state.a = viewed[0] || null; state.b = viewed[1] || viewed[0] || null;
     state.show = "all"; state.in = ""; state.text = ""; state.page = 0; state.field = null; state.sort = null; state.by = null;
   }
@@ -69,11 +77,17 @@ function start(data) {
     byId("remarks").replaceChildren(...task.remarks.map((line) => element("p", { textContent: line })));
   }
 
-  // The rows that are shown, in the order that the reader chose; those without the score last.
+  // What the chosen column orders a row by; null if the row does not have the score.
+  function sortKey(row) {
+    if (state.sort === "system") return row.system.toLowerCase();
+    if (state.sort === "prompt") return prompt(row);
+    return state.sort in row.scores ? row.scores[state.sort][VALUE] : null;
+  }
+
+  // The rows that are shown, in the order that the reader chose; those without the score are last in both directions.
   function ordered() {
-    const key = (row) => state.sort === "system" ? row.system.toLowerCase() : state.sort === "prompt" ? prompt(row) : state.sort in row.scores ? row.scores[state.sort][VALUE] : null;
     return rowsOf(state.task).filter((row) => state.groups.has(row.group)).sort((x, y) => {
-      const [a, b] = [key(x), key(y)];
+      const [a, b] = [sortKey(x), sortKey(y)];
       if (a === null || b === null) return (a === null) - (b === null);
       return (a < b ? -1 : a > b ? 1 : 0) * (state.down ? -1 : 1);
     });
@@ -81,43 +95,79 @@ function start(data) {
 
   const prompt = (row) => row.about.prompt || (row.kind === "reported" ? "not given" : row.kind === "blind" ? "none" : "not recorded");
 
-  // [what the rank column says, after it, why]
+  // What the rank column says of a row: [the rank, or the word that replaces it; "of" how many; the reason].
   function rank(row) {
     if (!(state.by in row.scores)) return ["-", "", "the row does not have this score"];
-    const place = ((taskNow().ranks[state.by] || { places: {} }).places)[row.system];
-    if (row.kind === "measured" && place) return [`${place[0]}`, `of ${place[1]}`, `in the group "${row.group}"`];
+    const given = ((taskNow().ranks[state.by] || { places: {} }).places)[row.system];
+    if (row.kind === "measured" && given) return [`${given[0]}`, `of ${given[1]}`, `in the group "${row.group}"`];
     if (row.kind === "measured") return ["partial", "", "it did not answer the same questions as the ranked rows"];
     return [row.kind, "", row.kind === "blind" ? "image-blind rows are not ranked" : "reported figures are not ranked"];
   }
 
   function choose(name) {
-    const column = data.columns.find((one) => one.name === name);
+    const column = data.columns.find((candidate) => candidate.name === name);
     state.down = state.sort === name ? !state.down : column !== undefined;
     state.sort = name;
     if (column && column.ranked) state.by = name;
     drawBoard(); drawIntervals();
   }
 
-  function drawBoard() {
-    const groups = data.groups.filter((group) => rowsOf(state.task).some((row) => row.group === group));
-    const shown = columns();
-    const names = shown.map((one) => one.name);
-    if (!ranked().some((one) => one.name === state.by)) {
-      // the score that most rows have: with reported rows the one that papers report
+  // Choose the score that ranks and the column that orders again if the table does not have them (another task or kind).
+  function settleOrder(shown) {
+    if (!ranked().some((column) => column.name === state.by)) {
+      // the score that most rows have: with reported rows this is the one that papers report
       const count = (name) => rowsOf(state.task).filter((row) => name in row.scores).length;
-      state.by = ranked().map((one) => one.name).sort((x, y) => count(y) - count(x))[0] || null;
+      state.by = ranked().map((column) => column.name).sort((x, y) => count(y) - count(x))[0] || null;
       state.sort = state.by; state.down = true;
     }
-    if (!["system", "prompt", ...names].includes(state.sort)) { state.sort = state.by; state.down = true; }
+    if (!["system", "prompt", ...shown.map((column) => column.name)].includes(state.sort)) { state.sort = state.by; state.down = true; }
+  }
+
+  const KIND_CHOICES = [["both", "open and closed"], ["open", "open"], ["closed", "closed"]];
+
+  function drawTable() { drawBoard(); drawIntervals(); }
+
+  function groupTick(group, index) {
+    const change = (event) => keepingFocus(() => {
+      if (event.target.checked) state.groups.add(group); else state.groups.delete(group);
+      drawTable();
+    });
+    const box = element("input", { type: "checkbox", id: `group-${index}`, checked: state.groups.has(group), onchange: change });
+    return element("label", { className: "tick" }, box, group);
+  }
+
+  const rankedChoices = () => ranked().map((column) => [column.name, `${column.name} (${column.kind} questions)`]);
+  const rankBy = (label, id) => select(label, rankedChoices(), state.by, (value) => { state.sort = null; choose(value); }, id);
+
+  function drawBoardControls() {
+    const groups = data.groups.filter((group) => rowsOf(state.task).some((row) => row.group === group));
     byId("board-controls").replaceChildren(
-      select("Questions", [["both", "open and closed"], ["open", "open"], ["closed", "closed"]], state.kind, (value) => { state.kind = value; drawBoard(); drawIntervals(); }, "kind"),
-      select("Rank by", ranked().map((one) => [one.name, `${one.name} (${one.kind} questions)`]), state.by, (value) => { state.sort = null; choose(value); }, "by"),
-      element("fieldset", {}, element("legend", { className: "unseen", textContent: "Rows that are shown" }), ...groups.map((group, place) => element("label", { className: "tick" }, element("input", { type: "checkbox", id: `group-${place}`, checked: state.groups.has(group), onchange: (event) => keepingFocus(() => { if (event.target.checked) state.groups.add(group); else state.groups.delete(group); drawBoard(); drawIntervals(); }) }), group))),
-    );
-    const label = shown.filter((one) => one.name === state.sort).map((one) => ["cut", "empty"].includes(one.name) || one.ranked ? one.label : `${one.label}, ${one.kind} questions`)[0] || state.sort;
+      select("Questions", KIND_CHOICES, state.kind, (value) => { state.kind = value; drawTable(); }, "kind"),
+      rankBy("Rank by", "by"),
+      element("fieldset", {}, element("legend", { className: "unseen", textContent: "Rows that are shown" }), ...groups.map(groupTick)));
+  }
+
+  // The column's name in the sentence below the table. "words" and "unparsed" are heads of both kinds of questions.
+  function orderName(shown) {
+    const column = shown.find((candidate) => candidate.name === state.sort);
+    if (!column) return state.sort;
+    return ["cut", "empty"].includes(column.name) || column.ranked ? column.label : `${column.label}, ${column.kind} questions`;
+  }
+
+  // The sentence that says by which column and in which direction the rows are ordered.
+  function orderText(shown) {
+    const isText = state.sort === "system" || state.sort === "prompt";
+    const direction = isText ? (state.down ? "z to a" : "a to z") : state.down ? "highest first" : "lowest first";
     const notes = ((taskNow().ranks[state.by] || {}).notes || []).join(" ");
-    const upwards = state.sort === "system" || state.sort === "prompt" ? (state.down ? "z to a" : "a to z") : state.down ? "highest first" : "lowest first";
-    byId("order").textContent = `Ordered ${state.sort === state.by ? "and ranked " : ""}by ${label}, ${upwards}. ${state.sort === state.by ? "" : `Ranked by ${state.by}. `}${notes}`;
+    const isRanked = state.sort === state.by;
+    return `Ordered ${isRanked ? "and ranked " : ""}by ${orderName(shown)}, ${direction}. ${isRanked ? "" : `Ranked by ${state.by}. `}${notes}`;
+  }
+
+  function drawBoard() {
+    const shown = columns();
+    settleOrder(shown);
+    drawBoardControls();
+    byId("order").textContent = orderText(shown);
     byId("scores").replaceChildren(
       element("caption", { className: "unseen", textContent: `Scores on ${state.task}` }),
       ...heads(shown), element("tbody", { role: "rowgroup" }, ...ordered().map((row) => line(row, shown))));
@@ -126,35 +176,71 @@ function start(data) {
 
   const KINDS = { open: "Open questions", closed: "Closed questions", both: "Replies" };
 
+  // The columns by kind of questions, [kind, its columns], without kinds that have none.
+  const byKind = (shown) => Object.keys(KINDS).map((kind) => [kind, shown.filter((column) => column.kind === kind)]).filter(([, members]) => members.length);
+
+  // A head whose button orders the rows by its column.
+  function sortingHead(name, text, title, classes = "") {
+    const direction = state.sort === name ? (state.down ? "descending" : "ascending") : "none";
+    // the click draws the heads again, so the focus goes to the new head of the same column
+    const click = () => { choose(name); byId("scores").querySelector(`th[aria-sort$="ending"] button`).focus(); };
+    return element("th", { scope: "col", role: "columnheader", className: classes, title: title || "", "aria-sort": direction },
+      element("button", { type: "button", textContent: breakable(text), onclick: click }));
+  }
+
+  const plainHead = (text, classes, title = "") => element("th", { scope: "col", role: "columnheader", className: classes, textContent: text, title: title });
+
+  // The heads of one kind's columns; open and closed questions have their number before them.
+  function headsOfKind([kind, members]) {
+    const number = kind === "both" ? [] : [plainHead("n", "first", `answered ${kind} questions`)];
+    return [...number, ...members.map((column, index) => {
+      const classes = [kind === "both" && index === 0 ? "first" : "", column.name === state.sort ? "picked" : ""];
+      return sortingHead(column.name, column.label, column.title, classes.join(" "));
+    })];
+  }
+
+  // The head that spans one kind's columns, and the column of their number.
+  function spanningHead([kind, members]) {
+    return element("th", { scope: "colgroup", role: "columnheader", className: "first", colSpan: members.length + (kind === "both" ? 0 : 1), textContent: KINDS[kind] });
+  }
+
   function heads(shown) {
-    const head = (name, text, title, classes = "") => element("th", { scope: "col", role: "columnheader", className: classes, title: title || "", "aria-sort": state.sort === name ? (state.down ? "descending" : "ascending") : "none" },
-      element("button", { type: "button", textContent: breakable(text), onclick: () => { choose(name); byId("scores").querySelector(`th[aria-sort$="ending"] button`).focus(); } }));
-    const plain = (text, classes, title = "") => element("th", { scope: "col", role: "columnheader", className: classes, textContent: text, title: title });
-    const kinds = Object.keys(KINDS).map((kind) => [kind, shown.filter((one) => one.kind === kind)]).filter(([, of]) => of.length);
-    const spanning = kinds.map(([kind, of]) => element("th", { scope: "colgroup", role: "columnheader", className: "first", colSpan: of.length + (kind === "both" ? 0 : 1), textContent: KINDS[kind] }));
-    const under = kinds.flatMap(([kind, of]) => [
-      ...(kind === "both" ? [] : [plain("n", "first", `answered ${kind} questions`)]),
-      ...of.map((one, place) => head(one.name, one.label, one.title, [kind === "both" && place === 0 ? "first" : "", one.name === state.sort ? "picked" : ""].join(" ")))]);
+    const kinds = byKind(shown);
     const widths = element("colgroup", {}, element("col", { className: "narrow" }), element("col"));
     return [widths, element("thead", { role: "rowgroup" },
-      element("tr", { role: "row", className: "kinds" }, element("td", { colSpan: 3, role: "cell" }), ...spanning),
-      element("tr", { role: "row" }, plain("rank", "left"), head("system", "system", "", "left"), head("prompt", "prompt", "how the questions were put", "left"), ...under))];
+      element("tr", { role: "row", className: "kinds" }, element("td", { colSpan: 3, role: "cell" }), ...kinds.map(spanningHead)),
+      element("tr", { role: "row" }, plainHead("rank", "left"), sortingHead("system", "system", "", "left"),
+        sortingHead("prompt", "prompt", "how the questions were put", "left"), ...kinds.flatMap(headsOfKind)))];
+  }
+
+  // The number of questions of a kind that a row answered. A reported row has none, as papers do not give it.
+  function numberCell(row, kind, members) {
+    const n = members.map((column) => row.scores[column.name]).filter(Boolean).map((figure) => figure[N])[0];
+    return element("td", { role: "cell", className: n ? "first" : "first absent", "data-label": `n, ${kind}`, title: n === 0 ? "reported without n" : "", textContent: n || "-" });
+  }
+
+  function cellsOfKind(row, [kind, members]) {
+    const number = kind === "both" ? [] : [numberCell(row, kind, members)];
+    return [...number, ...members.map((column, index) => cell(row, column, kind === "both" && index === 0))];
+  }
+
+  function rankCell(row) {
+    const [given, count, reason] = rank(row);
+    return element("td", { role: "cell", className: /^\d/.test(given) ? "rank left" : "rank left none", title: reason },
+      element("b", { textContent: given }), count ? element("small", { textContent: ` ${count}` }) : null);
+  }
+
+  // The system's name, which opens how the row was made, and below it the row's group.
+  function systemCell(row) {
+    const group = [row.group, row.unanswered ? `${row.unanswered} not answered` : null].filter(Boolean).join(", ");
+    const name = Object.keys(row.about).length ? element("button", { type: "button", className: "more", textContent: row.system, title: "how this row was made", onclick: () => openAbout(row) }) : row.system;
+    return element("th", { scope: "row", role: "rowheader" }, name, element("small", { textContent: group }));
   }
 
   function line(row, shown) {
-    const [place, of, why] = rank(row);
-    const standing = [row.group, row.unanswered ? `${row.unanswered} not answered` : null].filter(Boolean).join(", ");
-    const named = Object.keys(row.about).length ? element("button", { type: "button", className: "more", textContent: row.system, title: "how this row was made", onclick: () => tell(row) }) : row.system;
-    const kinds = Object.keys(KINDS).map((kind) => [kind, shown.filter((one) => one.kind === kind)]).filter(([, columns]) => columns.length);
-    const cells = kinds.flatMap(([kind, columns]) => {
-      const n = columns.map((one) => row.scores[one.name]).filter(Boolean).map((figure) => figure[N])[0];
-      return [...(kind === "both" ? [] : [element("td", { role: "cell", className: n ? "first" : "first absent", "data-label": `n, ${kind}`, title: n === 0 ? "reported without n" : "", textContent: n || "-" })]),
-        ...columns.map((one, at) => cell(row, one, kind === "both" && at === 0))];
-    });
-    return element("tr", { className: row.kind, role: "row" },
-      element("td", { role: "cell", className: /^\d/.test(place) ? "rank left" : "rank left none", title: why }, element("b", { textContent: place }), of ? element("small", { textContent: ` ${of}` }) : null),
-      element("th", { scope: "row", role: "rowheader" }, named, element("small", { textContent: standing })),
-      element("td", { role: "cell", className: "prompt left", "data-label": "prompt", textContent: prompt(row) }), ...cells);
+    return element("tr", { className: row.kind, role: "row" }, rankCell(row), systemCell(row),
+      element("td", { role: "cell", className: "prompt left", "data-label": "prompt", textContent: prompt(row) }),
+      ...byKind(shown).flatMap((kind) => cellsOfKind(row, kind)));
   }
 
   function cell(row, column, first) {
@@ -169,7 +255,8 @@ function start(data) {
       figure[INTERVAL] ? element("small", { textContent: ` ${figure[INTERVAL]}` }) : null);
   }
 
-  function tell(row) {
+  // Open the dialog that says how a row was made.
+  function openAbout(row) {
     const list = element("dl");
     for (const [name, value] of Object.entries(row.about)) list.append(element("dt", { textContent: name }), element("dd", { textContent: value }));
     for (const [name, value] of Object.entries(row.notes)) list.append(element("dt", { textContent: name }), element("dd", { textContent: value }));
@@ -179,9 +266,11 @@ function start(data) {
   }
 
   function drawIntervals() {
-    byId("interval-controls").replaceChildren(select("Score", ranked().map((one) => [one.name, `${one.name} (${one.kind} questions)`]), state.by, (value) => { state.sort = null; choose(value); }, "metric"));
+    byId("interval-controls").replaceChildren(rankBy("Score", "metric"));
     const rows = ordered().filter((row) => state.by in row.scores);
-    byId("plot").replaceChildren(...rows.map(intervalRow), element("div", { className: "row" }, element("span"), element("span", { className: "ends", "aria-hidden": "true" }, element("span", { textContent: "0" }), element("span", { textContent: "50" }), element("span", { textContent: "100" })), element("span")));
+    const scale = ["0", "50", "100"].map((text) => element("span", { textContent: text }));
+    byId("plot").replaceChildren(...rows.map(intervalRow),
+      element("div", { className: "row" }, element("span"), element("span", { className: "ends", "aria-hidden": "true" }, ...scale), element("span")));
   }
 
   // A share as a position on a track of the plot, which reaches from 0 to 1.
@@ -200,72 +289,129 @@ function start(data) {
 
   function intervalRow(row) {
     const figure = row.scores[state.by];
-    const [standing, of] = rank(row);
-    return element("div", { className: `row ${row.kind}` }, element("span", { className: "name" }, `${row.system} `, element("small", { textContent: of ? `${row.group}, rank ${standing} ${of}` : standing === "partial" ? `${row.group}, partial` : row.group })), intervalTrack(figure),
+    const [given, count] = rank(row);
+    const group = count ? `${row.group}, rank ${given} ${count}` : given === "partial" ? `${row.group}, partial` : row.group;
+    return element("div", { className: `row ${row.kind}` }, element("span", { className: "name" }, `${row.system} `, element("small", { textContent: group })), intervalTrack(figure),
       element("span", { className: "value" }, element("b", { textContent: figure[TEXT] }), ` ${figure[INTERVAL]}${figure[N] ? ` n ${figure[N]}` : " n not given"}`));
+  }
+
+  // The rows that the breakdown shows: those whose answers are known, without the constant answers.
+  function inspectedRows() {
+    const isShown = (row) => row.kind === "measured" || (row.kind === "blind" && (Object.keys(row.about).length || row.system === "commonest answer"));
+    return rowsOf(state.task).filter(isShown);
+  }
+
+  // The fields of the rows' categories, which are named FIELD=VALUE.
+  function fieldsOf(rows) {
+    const fields = new Set();
+    for (const row of rows) {
+      for (const figures of Object.values(row.categories)) for (const category of Object.keys(figures)) fields.add(category.split("=")[0]);
+    }
+    return [...fields].sort();
+  }
+
+  // The categories of the chosen field in which any row has the chosen score.
+  function categoriesOf(rows) {
+    const categories = new Set();
+    for (const row of rows) {
+      for (const category of Object.keys(row.categories[state.of] || {})) if (category.split("=")[0] === state.field) categories.add(category);
+    }
+    return [...categories].sort();
+  }
+
+  function drawBreakdownControls(fields, scores) {
+    const fieldText = (name) => name === "asks" ? "what is asked (by our rules)" : name.replaceAll("_", " ");
+    byId("breakdown-controls").replaceChildren(
+      select("Category", fields.map((name) => [name, fieldText(name)]), state.field, (value) => { state.field = value; drawBreakdown(); }, "field"),
+      select("Score", scores.map((metric) => [metric, metric]), state.of, (value) => { state.of = value; drawBreakdown(); }, "of"));
+  }
+
+  function categoryLine(row, category) {
+    const figure = category === "all" ? row.scores[state.of] : (row.categories[state.of] || {})[category];
+    const cells = figure
+      ? [element("td", {}, element("span", { className: figure[BELOW] ? "below" : "", textContent: figure[TEXT] })), element("td", {}, element("small", { textContent: figure[INTERVAL] })), element("td", { textContent: figure[N] })]
+      : [element("td", { textContent: "-" }), element("td"), element("td", { textContent: "0" })];
+    const name = category === "all" ? "all" : category.slice(category.indexOf("=") + 1);
+    return element("tr", {}, element("th", { scope: "row", textContent: name }), ...cells);
+  }
+
+  function categoryTable(row, categories) {
+    const field = state.field === "asks" ? "what is asked" : (state.field || "").replaceAll("_", " ");
+    const heads = [element("th", { scope: "col", className: "left", textContent: field }), ...[state.of, "95 %", "n"].map((text) => element("th", { scope: "col", textContent: breakable(text) }))];
+    return element("div", { className: "sheet" }, element("h3", { textContent: row.system }),
+      element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...categories.map((category) => categoryLine(row, category)))));
   }
 
   // A table for each system, side by side where there is room: however many systems there are, none is off the page.
   function drawBreakdown() {
-    const rows = rowsOf(state.task).filter((row) => row.kind !== "reported" && (row.kind === "measured" || Object.keys(row.about).length || row.system === "commonest answer"));
-    const fields = new Set();
-    for (const row of rows) for (const cells of Object.values(row.categories)) for (const name of Object.keys(cells)) fields.add(name.split("=")[0]);
-    const names = [...fields].sort();
-    if (!fields.has(state.field)) state.field = names[0] || null;
+    const rows = inspectedRows();
+    const fields = fieldsOf(rows);
+    if (!fields.includes(state.field)) state.field = fields[0] || null;
     const scores = data.inspected.filter((metric) => rows.some((row) => metric in row.categories));
     if (!scores.includes(state.of)) state.of = scores[0];
-    byId("breakdown-controls").replaceChildren(
-      select("Category", names.map((name) => [name, name === "asks" ? "what is asked (by our rules)" : name.replaceAll("_", " ")]), state.field, (value) => { state.field = value; drawBreakdown(); }, "field"),
-      select("Score", scores.map((metric) => [metric, metric]), state.of, (value) => { state.of = value; drawBreakdown(); }, "of"));
-    const categories = new Set();
-    for (const row of rows) for (const name of Object.keys(row.categories[state.of] || {})) if (name.split("=")[0] === state.field) categories.add(name);
-    const shown = ["all", ...[...categories].sort()];
-    byId("categories").replaceChildren(...rows.filter((row) => state.of in row.scores).map((row) => element("div", { className: "sheet" }, element("h3", { textContent: row.system }),
-      element("table", {}, element("thead", {}, element("tr", {}, element("th", { scope: "col", className: "left", textContent: state.field === "asks" ? "what is asked" : (state.field || "").replaceAll("_", " ") }), ...[state.of, "95 %", "n"].map((text) => element("th", { scope: "col", textContent: breakable(text) })))),
-        element("tbody", {}, ...shown.map((category) => {
-          const figure = category === "all" ? row.scores[state.of] : (row.categories[state.of] || {})[category];
-          const cells = figure ? [element("td", {}, element("span", { className: figure[BELOW] ? "below" : "", textContent: figure[TEXT] })), element("td", {}, element("small", { textContent: figure[INTERVAL] })), element("td", { textContent: figure[N] })]
-            : [element("td", { textContent: "-" }), element("td"), element("td", { textContent: "0" })];
-          return element("tr", {}, element("th", { scope: "row", textContent: category === "all" ? "all" : category.slice(category.indexOf("=") + 1) }), ...cells);
-        }))))));
+    drawBreakdownControls(fields, scores);
+    const categories = ["all", ...categoriesOf(rows)];
+    byId("categories").replaceChildren(...rows.filter((row) => state.of in row.scores).map((row) => categoryTable(row, categories)));
   }
 
-  // Heads that are `whole` hold text, and take a line of their own where rows are blocks.
+  // A table whose rows may become blocks. Columns that are `whole` hold text, and take a line of their own in a block.
   function table(label, heads, whole, lines) {
+    const head = (text) => element("th", { scope: "col", role: "columnheader", className: whole.includes(text) ? "left" : "", textContent: text });
+    const bodyCell = (text, index) => index === 0
+      ? element("th", { scope: "row", role: "rowheader", textContent: text })
+      : element("td", { role: "cell", className: whole.includes(heads[index]) ? "whole left" : "", "data-label": heads[index], textContent: text });
     return element("div", { className: "sheet" }, element("table", { className: "stack", role: "table", "aria-label": label },
-      element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...heads.map((text) => element("th", { scope: "col", role: "columnheader", className: whole.includes(text) ? "left" : "", textContent: text })))),
-      element("tbody", { role: "rowgroup" }, ...lines.map((line) => element("tr", { role: "row" }, ...line.map((text, place) => place ? element("td", { role: "cell", className: whole.includes(heads[place]) ? "whole left" : "", "data-label": heads[place], textContent: text }) : element("th", { scope: "row", role: "rowheader", textContent: text })))))));
+      element("thead", { role: "rowgroup" }, element("tr", { role: "row" }, ...heads.map(head))),
+      element("tbody", { role: "rowgroup" }, ...lines.map((cells) => element("tr", { role: "row" }, ...cells.map(bodyCell))))));
   }
 
   function drawInspection() {
-    const found = data.inspections.filter((one) => one.task === state.task);
+    const inspections = data.inspections.filter((inspection) => inspection.task === state.task);
     const parts = [];
-    const pairs = found.flatMap((one) => one.consistency.map((cells) => [one.run, ...cells]));
+    const pairs = inspections.flatMap((inspection) => inspection.consistency.map((cells) => [inspection.run, ...cells]));
     const agree = "Do answers to questions that belong together fit each other?";
     if (pairs.length) parts.push(element("h3", { textContent: agree }), table(agree, ["system", "pairs of questions", "consistent [95 %]", "both right", "pairs", "images"], ["system", "pairs of questions"], pairs));
-    const blind = found.flatMap((one) => one.blind.map((cells) => [one.run, ...cells]));
+    const blind = inspections.flatMap((inspection) => inspection.blind.map((cells) => [inspection.run, ...cells]));
     const reach = "How much of a score do answers without the image reach?";
     if (blind.length) parts.push(element("h3", { textContent: reach }), table(reach, ["system", "score", "this system", "commonest answer", "best without the image", "which is"], ["system", "score", "which is"], blind));
     byId("inspection").replaceChildren(...(parts.length ? parts : [element("p", { className: "soft", textContent: "No run of this data set was shown its own images." })]));
     fit();
   }
 
+  // Signs rate answers: R right, W wrong, U no verdict, X all words of the reference, 0-9 tenths of them, - no answer.
   const verdict = (sign) => sign === "R" || sign === "X" ? "right" : sign === "-" ? "none" : "wrong";
   const says = (sign) => ({ R: "right", W: "wrong", U: "no verdict", X: "all words", "-": "" })[sign] ?? (sign === "0" ? "under 10 % of the words" : `${sign}0 % of the words`);
 
+  const SHOW_CHOICES = [
+    ["all", "all questions"], ["ab", "A right, B wrong"], ["ba", "B right, A wrong"], ["changed", "the answer changed from A to B (DPO: A before, B after)"],
+    ["wrong", "A and B wrong"], ["unparsed", "A without a verdict"], ["empty", "A with an empty answer"], ["silent", "A did not answer"]];
+
+  function drawNoQuestions() {
+    byId("question-controls").replaceChildren();
+    byId("pager").replaceChildren();
+    byId("found").textContent = "";
+    byId("cards").replaceChildren(element("p", { className: "soft", textContent: "No run of this data set is on this board." }));
+  }
+
+  function drawQuestionControls(viewer) {
+    const names = viewer.systems.map((system) => [system.name, system.name]);
+    const categories = new Set(viewer.questions.flatMap((question) => question.categories));
+    const changed = (name) => (value) => { state[name] = value; state.page = 0; drawQuestions(); };
+    // typing draws the cards alone: the field that is typed into must stay
+    const search = element("input", { id: "search", type: "search", value: state.text, oninput: (event) => { state.text = event.target.value; state.page = 0; list(); } });
+    byId("question-controls").replaceChildren(
+      select("A", names, state.a, changed("a"), "a"), select("B", names, state.b, changed("b"), "b"),
+      select("Show", SHOW_CHOICES, state.show, changed("show"), "show"),
+      select("Kind", KIND_CHOICES, state.asked || "both", changed("asked"), "asked"),
+      select("Category", [["", "all"], ...[...categories].sort().map((name) => [name, name])], state.in, changed("in"), "in"),
+      element("label", {}, "Words in question, reference or answers", search));
+  }
+
   function drawQuestions() {
     const viewer = data.viewer[state.task];
-    if (!viewer) { byId("question-controls").replaceChildren(); byId("pager").replaceChildren(); byId("found").textContent = ""; byId("cards").replaceChildren(element("p", { className: "soft", textContent: "No run of this data set is on this board." })); return; }
+    if (!viewer) { drawNoQuestions(); return; }
     byId("kept").textContent = viewer.questions.length < viewer.of ? `The page has ${viewer.questions.length} of ${viewer.of} questions, those on which the systems differ most, because it would be too large with all of them.` : "";
-    const names = viewer.systems.map((one) => [one.name, one.name]);
-    const shows = [["all", "all questions"], ["ab", "A right, B wrong"], ["ba", "B right, A wrong"], ["changed", "the answer changed from A to B (DPO: A before, B after)"], ["wrong", "A and B wrong"], ["unparsed", "A without a verdict"], ["empty", "A with an empty answer"], ["silent", "A did not answer"]];
-    const categories = new Set();
-    for (const question of viewer.questions) for (const category of question.categories) categories.add(category);
-    const changed = (name) => (value) => { state[name] = value; state.page = 0; drawQuestions(); };
-    const search = element("input", { id: "search", type: "search", value: state.text, oninput: (event) => { state.text = event.target.value; state.page = 0; list(); } });
-    byId("question-controls").replaceChildren(select("A", names, state.a, changed("a"), "a"), select("B", names, state.b, changed("b"), "b"), select("Show", shows, state.show, changed("show"), "show"),
-      select("Kind", [["both", "open and closed"], ["open", "open"], ["closed", "closed"]], state.asked || "both", changed("asked"), "asked"),
-      select("Category", [["", "all"], ...[...categories].sort().map((name) => [name, name])], state.in, changed("in"), "in"), element("label", {}, "Words in question, reference or answers", search));
+    drawQuestionControls(viewer);
     list();
   }
 
@@ -330,6 +476,7 @@ function start(data) {
     byId("found").textContent = `${count} questions, page ${state.page + 1} of ${pages}`;
   }
 
+  // Draw the cards of the page that the reader is on, and the pager above them.
   function list() {
     const viewer = data.viewer[state.task];
     const indices = chosenQuestions(viewer);

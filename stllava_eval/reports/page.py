@@ -1,4 +1,7 @@
-"""A board -> its files: Markdown, CSV, JSON, LaTeX and one HTML page that needs no network."""
+"""Write a leaderboard's files: Markdown, CSV, JSON, LaTeX, and one HTML page that needs no network.
+
+The page has the data as gzipped JSON; `page.js` draws it, and never computes a figure by itself.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from stllava_eval.data.splits import read_split
+from stllava_eval.images import decode
 from stllava_eval.reports.board_formats import EXPLAINED, board_files
 from stllava_eval.reports.board_rows import (
     ACCURACIES,
@@ -30,7 +35,15 @@ from stllava_eval.reports.board_rows import (
     questions,
 )
 from stllava_eval.reports.cells import NOTICE, WORDS, mean_text
-from stllava_eval.reports.inspect_run import INSPECTED, Inspection, inspect, interval_text, is_worse, share_text
+from stllava_eval.reports.inspect_run import (
+    INSPECTED,
+    Inspection,
+    consistency_cells,
+    inspect,
+    interval_text,
+    is_worse,
+    share_text,
+)
 from stllava_eval.reports.leaderboard import by_task, remarks, title
 from stllava_eval.runs.scores import QuestionScores, ScoreRow, categories_of, dataset_of, split_rows
 from stllava_eval.scoring.final_answer import is_failed_request
@@ -38,8 +51,8 @@ from stllava_eval.scoring.image_blind import PRIOR
 from stllava_eval.scoring.metrics import SCORES
 from stllava_eval.storage import refuse_file, write_together
 
-LIMIT = 5_000_000  # bytes of the page; beyond it, the viewer shows fewer questions
-SIDE = 200  # the longer side of a thumbnail, in pixels (our choice)
+LIMIT = 5_000_000  # largest size of the page in bytes (our choice); the viewer shows fewer questions in a larger page
+SIDE = 200  # longer side of a thumbnail in pixels (our choice)
 CUT = 400  # the page shows at most this many characters of an answer (our choice)
 
 
@@ -74,7 +87,7 @@ def write_board(
             **pictures.files,
             "index.html": text,
         },
-        # of an earlier board: a picture that was withdrawn must not stay
+        # pictures of an earlier board: one that was withdrawn since must not stay
         stale=[
             old
             for old in (out / "images").glob("*.jpg")
@@ -109,14 +122,20 @@ def _page(rows: Sequence[BoardRow], pictures: _Thumbnails, pathvqa_images: bool)
         "columns": _columns(),
         "opens": max(tasks, key=lambda task: sum(row.kind == "measured" for row in tasks[task]), default=None),
         "tasks": [
-            {"name": task, "data": of[0].data, "title": title(task, of), "remarks": remarks(of), "ranks": ranks(of)}
-            for task, of in tasks.items()
+            {
+                "name": task,
+                "data": of_task[0].data,
+                "title": title(task, of_task),
+                "remarks": remarks(of_task),
+                "ranks": ranks(of_task),
+            }
+            for task, of_task in tasks.items()
         ],
         "rows": [_row(row) for row in rows],
-        "inspections": [_inspection(one) for one in inspect(rows)],
+        "inspections": [_inspection(inspection) for inspection in inspect(rows)],
     }
-    keep = max((len(of["questions"]) for of in viewer.values()), default=0)
-    while True:
+    keep = max((len(viewed["questions"]) for viewed in viewer.values()), default=0)
+    while True:  # drop a quarter of the questions at a time until the page fits (our choice)
         text = _html(base | _packed(viewer, keep, pictures.made))
         if len(text) <= LIMIT or keep <= 20:
             return text
@@ -150,11 +169,11 @@ def _columns() -> list[dict[str, Any]]:
     """Return the columns of the first table in order, each with its head, kind of questions and meaning."""
     published = {True: "as the published script counts", False: "our definition"}
     about = {name: (name, SCORES[name].kind, published[bool(SCORES[name].published)]) for name in RANKED}
-    return [
-        {"name": name, "label": label, "kind": kind, "title": means, "ranked": name in RANKED}
-        for name in COLUMNS
-        for label, kind, means in [(about | _OTHER_COLUMNS)[name]]
-    ]
+    columns = []
+    for name in COLUMNS:
+        label, kind, means = (about | _OTHER_COLUMNS)[name]
+        columns.append({"name": name, "label": label, "kind": kind, "title": means, "ranked": name in RANKED})
+    return columns
 
 
 RANKING = (
@@ -185,7 +204,9 @@ def ranks(rows: Sequence[BoardRow]) -> dict[str, dict[str, Any]]:
         notes = []
         for members in comparable_rows(rows):
             values = {
-                row.system: {id: of.scores[metric] for id, of in questions(row).items() if metric in of.scores}
+                row.system: {
+                    id: scored.scores[metric] for id, scored in questions(row).items() if metric in scored.scores
+                }
                 for row in members
             }
             systems = _fullest(values)
@@ -225,23 +246,19 @@ def _fullest(values: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _row(row: BoardRow) -> dict[str, Any]:
-    whole = {of.metric: of for of in row.scored.rows if of.category == "all"} if row.scored else {}
+    """Return a row as the page reads it: how it was made, its figures by score, and those of each category."""
+    scored = row.scored.rows if row.scored else []
+    overall = {score.metric: score for score in scored if score.category == "all"}
     categories: dict[str, dict[str, Any]] = {}
-    for one in row.scored.rows if row.scored else ():
-        if one.metric in INSPECTED and one.category != "all" and one.value is not None:
-            categories.setdefault(one.metric, {})[one.category] = [*_figure(one), is_worse(one, whole)]
-    return {
-        **{
-            name: getattr(row, name)
-            for name in ("task", "system", "kind", "group", "marks", "about", "notes", "unanswered")
-        },
-        "scores": {
-            name: _figure(of)
-            for name, of in (row.scores | _empty(row)).items()
-            if name in COLUMNS and of.value is not None
-        },
-        "categories": categories,
-    }
+    for score in scored:
+        if score.metric in INSPECTED and score.category != "all" and score.value is not None:
+            categories.setdefault(score.metric, {})[score.category] = [*_figure(score), is_worse(score, overall)]
+    figures = {}
+    for name, score in (row.scores | _empty(row)).items():
+        if name in COLUMNS and score.value is not None:
+            figures[name] = _figure(score)
+    fields = ("task", "system", "kind", "group", "marks", "about", "notes", "unanswered")
+    return {**{name: getattr(row, name) for name in fields}, "scores": figures, "categories": categories}
 
 
 def _figure(score: ScoreRow) -> list[Any]:
@@ -259,30 +276,21 @@ def _empty(row: BoardRow) -> dict[str, ScoreRow]:
     return {"empty": replace(row.scores["words"], metric="empty", value=float(row.empty), low=None, high=None)}
 
 
-def _inspection(one: Inspection) -> dict[str, Any]:
+def _inspection(inspection: Inspection) -> dict[str, Any]:
     """Return the cells of the two tables of "Why it errs" for one run and task, as text."""
     return {
-        "task": one.task,
-        "run": one.run,
-        "consistency": [
-            [
-                of.what,
-                share_text(of.value) + interval_text(of.low, of.high),
-                share_text(of.both_right),
-                str(of.pairs),
-                str(of.images),
-            ]
-            for of in one.consistency
-        ],
+        "task": inspection.task,
+        "run": inspection.run,
+        "consistency": [consistency_cells(consistency) for consistency in inspection.consistency],
         "blind": [
             [
-                of.metric,
-                share_text(of.value),
-                "-" if of.prior is None else share_text(of.prior),
-                share_text(of.best),
-                of.best_of,
+                share.metric,
+                share_text(share.value),
+                "-" if share.prior is None else share_text(share.prior),
+                share_text(share.best),
+                share.best_of,
             ]
-            for of in one.blind
+            for share in inspection.blind
         ],
     }
 
@@ -311,11 +319,11 @@ def _viewed(task: str, shown: Sequence[BoardRow], pictures: _Thumbnails | None) 
         "images": pictures.of(name) if pictures else {},
         "systems": [
             {
-                "name": of.system,
-                "signs": [_sign(row, questions(of)) for row in rows],
-                "answers": [_shown(of.answers.get(row["id"])) for row in rows],
+                "name": row_of_system.system,
+                "signs": [_sign(row, questions(row_of_system)) for row in rows],
+                "answers": [_shown(row_of_system.answers.get(row["id"])) for row in rows],
             }
-            for of in shown
+            for row_of_system in shown
         ],
     }
 
@@ -363,25 +371,22 @@ class _Thumbnails:
 
     def of(self, name: str) -> dict[str, int]:
         """Return, by image id, the index of its thumbnail in `made`, for a data set's test split."""
-        from stllava_eval.data.splits import read_split
-        from stllava_eval.images import decode
-
-        places: dict[str, int] = {}
+        indices: dict[str, int] = {}
         for row in read_split(name, "test"):
-            if row["image_id"] in places:
+            if row["image_id"] in indices:
                 continue
             picture = decode(row["image"]["bytes"])
             picture.thumbnail((SIDE, SIDE))
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=70)
-            places[row["image_id"]] = len(self.made)
+            indices[row["image_id"]] = len(self.made)
             if self.images == "folder":
                 file = f"images/{name}-{row['image_sha256'][:16]}.jpg"
                 self.files[file] = buffer.getvalue()
                 self.made.append(file)
             else:
                 self.made.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
-        return places
+        return indices
 
 
 def _packed(viewer: Mapping[str, Mapping[str, Any]], keep: int, pictures: Sequence[str]) -> dict[str, Any]:
@@ -392,29 +397,29 @@ def _packed(viewer: Mapping[str, Mapping[str, Any]], keep: int, pictures: Sequen
     strings: dict[str, int] = {}
     used: dict[int, int] = {}
     made = {}
-    for task, of in viewer.items():
-        columns = [system["signs"] for system in of["systems"]]
-        interest = [len({signs[place] for signs in columns}) for place in range(len(of["questions"]))]
-        places = sorted(sorted(range(len(interest)), key=lambda place: (-interest[place], place))[:keep])
+    for task, viewed in viewer.items():
+        columns = [system["signs"] for system in viewed["systems"]]
+        interest = [len({signs[index] for signs in columns}) for index in range(len(viewed["questions"]))]
+        indices = sorted(sorted(range(len(interest)), key=lambda index: (-interest[index], index))[:keep])
         questions = []
-        for place in places:
-            question = dict(of["questions"][place])
-            picture = of["images"].get(question["image_id"])
+        for index in indices:
+            question = dict(viewed["questions"][index])
+            picture = viewed["images"].get(question["image_id"])
             question["image"] = None if picture is None else used.setdefault(picture, len(used))
             questions.append(question)
         made[task] = {
-            "of": len(of["questions"]),
+            "of": len(viewed["questions"]),
             "questions": questions,
             "systems": [
                 {
                     "name": system["name"],
-                    "signs": "".join(system["signs"][place] for place in places),
-                    "answers": [strings.setdefault(system["answers"][place], len(strings)) for place in places],
+                    "signs": "".join(system["signs"][index] for index in indices),
+                    "answers": [strings.setdefault(system["answers"][index], len(strings)) for index in indices],
                 }
-                for system in of["systems"]
+                for system in viewed["systems"]
             ],
         }
-    return {"viewer": made, "strings": list(strings), "images": [pictures[place] for place in used]}
+    return {"viewer": made, "strings": list(strings), "images": [pictures[index] for index in used]}
 
 
 def _html(data: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ REFERENCE_FIELDS = (
     ),
 )
 IMAGE_FIELDS = ("image_name", "img_name", "image")
-IMAGE_MARK = "<image>"  # which the LLaVA family writes into its prompts
+IMAGE_MARK = "<image>"  # the LLaVA family writes it into prompts where the image is
 LANGUAGE_FIELDS = ("q_lang", "lang")  # SLAKE's own field, and MedEvalKit's
 # Fields that show which question a row is about, beside its id.
 CONTENT_FIELDS = (*QUESTION_FIELDS, *REFERENCE_FIELDS, *IMAGE_FIELDS)

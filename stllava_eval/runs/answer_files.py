@@ -1,4 +1,4 @@
-"""A file of answers that others wrote -> the final answer to each question, checked against the prepared split.
+"""Read files of answers that other programs wrote, and check each answer against the prepared split's questions.
 
 Such files differ in the names of their fields, in their ids, and in whether they have ids at all. A field that could
 mean two things is refused. If a row has a question, a reference or an image name, it must match the question with the
@@ -88,7 +88,7 @@ class AnswerFile:
     @property
     def answers(self) -> dict[str, str]:
         """Return the final answer of each question's first reply, by question id."""
-        return {name: of[0].answer for name, of in self.replies.items()}
+        return {name: finals[0].answer for name, finals in self.replies.items()}
 
 
 def read_answers(file: Path, task: str, reading: Reading = BY_THE_FILE) -> AnswerFile:
@@ -111,7 +111,7 @@ def read_answers(file: Path, task: str, reading: Reading = BY_THE_FILE) -> Answe
     """
     split = split_rows(dataset_of(task), reading.split)
     known = {row["id"]: row for row in split}
-    rows = [(place, _unfolded(row, reading)) for place, row in _rows_of_task(file, task)]
+    rows = [(location, _unfolded(row, reading)) for location, row in _rows_of_task(file, task)]
     has_ids = bool(reading.id_field) or any("doc_id" in row or _id(row, None) is not None for _, row in rows)
     identified = (_by_id if has_ids else _by_content)(file, task, rows, split, reading)
     replies, skipped = _replies_by_sample(file, rows, identified, split, reading)
@@ -132,36 +132,36 @@ def read_answers(file: Path, task: str, reading: Reading = BY_THE_FILE) -> Answe
     return replace(answers, skipped=skipped)
 
 
-PlacedRows = Sequence[tuple[str, Mapping[str, Any]]]
-"""The rows of a file, each with its place in the file for messages."""
+LocatedRows = Sequence[tuple[str, Mapping[str, Any]]]
+"""The rows of a file, each with its location in the file for messages."""
 
 
 def _by_id(
-    file: Path, task: str, rows: PlacedRows, split: Sequence[Mapping[str, Any]], reading: Reading
+    file: Path, task: str, rows: LocatedRows, split: Sequence[Mapping[str, Any]], reading: Reading
 ) -> list[tuple[str, RecordedReply]]:
     """Return the question id and the reply of each row of a file with ids, converted to the ids of the split."""
     known = {row["id"]: row for row in split}
     ids = [_id(row, reading.id_field) for _, row in rows]
     renamed = ids_of_data_rad(task, ids, split) or numbers_of_its_edition(task, ids, reading.split, rows)
-    identified = [_id_and_reply(place, row, split, known, reading) for place, row in rows]
+    identified = [_id_and_reply(location, row, split, known, reading) for location, row in rows]
     return [(renamed.get(name, name), reply) for name, reply in identified]
 
 
 def _by_content(
-    file: Path, task: str, rows: PlacedRows, split: Sequence[Mapping[str, Any]], reading: Reading
+    file: Path, task: str, rows: LocatedRows, split: Sequence[Mapping[str, Any]], reading: Reading
 ) -> list[tuple[str, RecordedReply]]:
     """Return the question id and the reply of each row of a file without ids, by its question and reference."""
     known = {row["id"]: row for row in split}
     ids = ids_by_content(file, rows, split, reading)
     return [
-        (name, _reply(place, row, name, known, reading, ids=False))
-        for name, (place, row) in zip(ids, rows, strict=True)
+        (name, _reply(location, row, name, known, reading, ids=False))
+        for name, (location, row) in zip(ids, rows, strict=True)
     ]
 
 
 def _replies_by_sample(
     file: Path,
-    rows: PlacedRows,
+    rows: LocatedRows,
     identified: Sequence[tuple[str, RecordedReply]],
     split: Sequence[Mapping[str, Any]],
     reading: Reading,
@@ -175,16 +175,16 @@ def _replies_by_sample(
     checked_fields = fields_by_content([row for _, row in rows], split)
     replies: dict[tuple[str, int], RecordedReply] = {}
     repeated, skipped = [], 0
-    for (place, row), (name, reply) in zip(rows, identified, strict=True):
+    for (location, row), (name, reply) in zip(rows, identified, strict=True):
         if reading.ignore_unknown and name not in known:
             skipped += 1
             continue
         if name in known:
-            refuse_another_question(place, name, row, known[name], reading, checked_fields)
+            refuse_another_question(location, name, row, known[name], reading, checked_fields)
         draw = row.get("draw", 0)
         draw = int(draw) if isinstance(draw, str) and draw.isdecimal() else draw  # a CSV has texts only
         if type(draw) is not int or draw < 0:
-            raise InputError(f"{place}: draw {draw!r}. It must be the number of a sampled reply: 0, 1, ...")
+            raise InputError(f"{location}: draw {draw!r}. It must be the number of a sampled reply: 0, 1, ...")
         if (name, draw) in replies:
             repeated.append(name)
         replies[name, draw] = reply
@@ -203,8 +203,8 @@ def _rows_of_task(file: Path, task: str) -> list[tuple[str, dict[str, Any]]]:
     """
     every = rows_of(file)
     rows = [
-        (place, row)
-        for place, row in every
+        (location, row)
+        for location, row in every
         if (named := str(row.get("task", task))) == task or dataset_of(named) not in DATASETS
     ]
     if dataset_of(task) == "slake":  # our SLAKE is the English half, as in the papers
@@ -229,11 +229,11 @@ def _unfolded(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
     lmms-eval's older samples have the row of the data set in `doc`; ms-swift's and LLaVA's rows hold what was asked in
     a conversation. Names of answers are left alone: an `Answer` beside a model's is a reference.
     """
-    found = {name: single_item(value) if name in CONTENT_FIELDS else value for name, value in row.items()}
+    fields = {name: single_item(value) if name in CONTENT_FIELDS else value for name, value in row.items()}
     spelt = {name.lower(): name for name in row if name not in (reading.answer_field, reading.id_field)}
     for name in (*ID_FIELDS, *CONTENT_FIELDS, *LANGUAGE_FIELDS):
         if name not in row and name in spelt:
-            found[name] = single_item(row[spelt[name]])
+            fields[name] = single_item(row[spelt[name]])
     doc = row.get("doc")
     if isinstance(doc, dict):
         held = {name: single_item(doc[name]) for name in CONTENT_FIELDS if name in doc}
@@ -242,9 +242,9 @@ def _unfolded(row: Mapping[str, Any], reading: Reading) -> dict[str, Any]:
             if "answer" in doc and not held.keys() & set(REFERENCE_FIELDS)
             else {}
         )
-        found = held | found
+        fields = held | fields
     asked = asked_in(row)
-    return found if asked is None else {"prompt": asked} | found
+    return fields if asked is None else {"prompt": asked} | fields
 
 
 def _id(row: Mapping[str, Any], id_field: str | None) -> str | None:
@@ -258,7 +258,7 @@ def _id(row: Mapping[str, Any], id_field: str | None) -> str | None:
 
 
 def _id_and_reply(
-    place: str,
+    location: str,
     row: Mapping[str, Any],
     split: Sequence[Mapping[str, Any]],
     known: Mapping[str, Mapping[str, Any]],
@@ -270,15 +270,15 @@ def _id_and_reply(
         InputError: The row has no id or no reply, or several fields that may be its answer.
     """
     if "doc_id" in row and not reading.answer_field:
-        return _sample(place, row, split)
+        return _sample(location, row, split)
     name = _id(row, reading.id_field)
     if name is None:
-        raise InputError(lacks_field(place, row, "id", (reading.id_field,) if reading.id_field else ID_FIELDS))
-    return name, _reply(place, row, name, known, reading)
+        raise InputError(lacks_field(location, row, "id", (reading.id_field,) if reading.id_field else ID_FIELDS))
+    return name, _reply(location, row, name, known, reading)
 
 
 def _reply(
-    place: str,
+    location: str,
     row: Mapping[str, Any],
     name: str,
     known: Mapping[str, Mapping[str, Any]],
@@ -288,7 +288,7 @@ def _reply(
     """Return what a row says that the model replied to the question with id `name`.
 
     Args:
-        place: The row's place in the file, for messages.
+        location: The row's location in the file, for messages.
         row: Its fields.
         name: The id of its question.
         known: The split's rows by id.
@@ -302,32 +302,32 @@ def _reply(
     if "reply" in row and "extract" in row and not answer_field:  # a run folder's
         if not all(isinstance(row[key], str) for key in ("reply", "answer", "extract")):
             raise InputError(
-                f"{place}: no answer. A line of a run folder has reply, answer and extract, and each is a text."
+                f"{location}: no answer. A line of a run folder has reply, answer and extract, and each is a text."
             )
         forms, was_cut = row.get("forms", []), row.get("cut", False)
         if not isinstance(forms, list) or not isinstance(was_cut, bool):
             raise InputError(
-                f"{place}: forms {forms!r} or cut {was_cut!r} is not what a run writes. Copy the line from the run."
+                f"{location}: forms {forms!r} or cut {was_cut!r} is not what a run writes. Copy the line from the run."
             )
         final = FinalAnswer(row["answer"], was_cut, tuple(map(str, forms)), row["reply"])
         asked = row["text"] if isinstance(row.get("text"), str) else None
-        return RecordedReply(row["reply"], asked, ended_by_itself(row), final, row["extract"], ours=True)
+        return RecordedReply(row["reply"], asked, ended_by_itself(row), final, row["extract"], is_marked=True)
     question = str(known[name]["question"]) if name in known else ""
-    chosen = answer_field or _answer_field(place, row, question, ids)
+    chosen = answer_field or _answer_field(location, row, question, ids)
     if chosen in row and not isinstance(row[chosen], str):
         raise InputError(
-            f"{place}: {chosen} is {str(row[chosen])[:80]}, and an answer is a text. Write it as one; where the model "
-            "gave none, leave the row out: its question then counts as unanswered."
+            f"{location}: {chosen} is {str(row[chosen])[:80]}, and an answer is a text. Write it as one; where the "
+            "model gave none, leave the row out: its question then counts as unanswered."
         )
     if chosen not in row:
-        raise InputError(lacks_field(place, row, "answer", (answer_field,) if answer_field else ANSWER_FIELDS))
+        raise InputError(lacks_field(location, row, "answer", (answer_field,) if answer_field else ANSWER_FIELDS))
     asked = next((row[key] for key in ("prompt", "text") if key != chosen and isinstance(row.get(key), str)), None)
     return RecordedReply(
         row[chosen], asked if asked and folded_text(question) in folded_text(asked) else None, ended_by_itself(row)
     )
 
 
-def _sample(place: str, row: Mapping[str, Any], split: Sequence[Mapping[str, Any]]) -> tuple[str, RecordedReply]:
+def _sample(location: str, row: Mapping[str, Any], split: Sequence[Mapping[str, Any]]) -> tuple[str, RecordedReply]:
     """Return the id and the reply of one of lmms-eval's samples; its id is in each score's record.
 
     Without such a record, the split's row with the number `doc_id` is meant.
@@ -342,19 +342,20 @@ def _sample(place: str, row: Mapping[str, Any], split: Sequence[Mapping[str, Any
     reply = row.get("filtered_resps", row.get("resps"))
     while isinstance(reply, list) and reply:
         reply = reply[0]
-    if not ids and fallback and not any(isinstance(row.get(one), str) and row[one].strip() for one in CONTENT_FIELDS):
+    texts = [row[field] for field in CONTENT_FIELDS if isinstance(row.get(field), str)]
+    if not ids and fallback and not any(text.strip() for text in texts):
         raise InputError(
-            f"{place}: doc_id {number} is a row number, and neither input nor target says of which question. Pass the "
-            "samples as lmms-eval wrote them."
+            f"{location}: doc_id {number} is a row number, and neither input nor target says of which question. Pass "
+            "the samples as lmms-eval wrote them."
         )
     name = ids[0] if ids else fallback
     if name is None or not isinstance(reply, str):
-        raise InputError(f"{place}: no {'answer' if name else 'id'}. Pass the samples that lmms-eval wrote.")
+        raise InputError(f"{location}: no {'answer' if name else 'id'}. Pass the samples that lmms-eval wrote.")
     asked = row.get("input")
-    return name, RecordedReply(reply, asked if isinstance(asked, str) and asked else None, ours=True)
+    return name, RecordedReply(reply, asked if isinstance(asked, str) and asked else None, is_marked=True)
 
 
-def _answer_field(place: str, row: Mapping[str, Any], question: str, ids: bool) -> str:
+def _answer_field(location: str, row: Mapping[str, Any], question: str, ids: bool) -> str:
     """Return the name of the one field that may hold the model's answer.
 
     In a file without ids, `answer` beside another such field is the reference, by which the row's id was found.
@@ -369,7 +370,7 @@ def _answer_field(place: str, row: Mapping[str, Any], question: str, ids: bool) 
         held.remove("text")  # it is what was asked, as in a line of an older run folder
     if len(held) > 1:
         raise InputError(
-            f"{place}: {' and '.join(held)} could each be the model's answer, and one of them may be the reference. "
+            f"{location}: {' and '.join(held)} could each be the model's answer, and one of them may be the reference. "
             "Pass --answer-field with the name of the field that has the model's answer."
         )
     return held[0] if held else "answer"
@@ -390,12 +391,12 @@ def _warn_of_references(file: Path, read: AnswerFile, known: Mapping[str, Mappin
 
 
 def _warn_of_no_answers(
-    file: Path, found: Mapping[tuple[str, int], RecordedReply], known: Mapping[str, Mapping[str, Any]]
+    file: Path, recorded: Mapping[tuple[str, int], RecordedReply], known: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Warn of empty answers: an empty cell of a table may be a missing answer, and is scored as the model's."""
     empty = [
         said.reply
-        for (name, _), said in found.items()
+        for (name, _), said in recorded.items()
         if said.final is None
         and said.reply.strip().lower() in NO_ANSWERS
         # SLAKE has "None" for a reference
@@ -411,10 +412,10 @@ def _warn_of_no_answers(
 
 
 def _warn_of_other_text(
-    file: Path, found: Mapping[tuple[str, int], RecordedReply], known: Mapping[str, Mapping[str, Any]]
+    file: Path, recorded: Mapping[tuple[str, int], RecordedReply], known: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Warn if most replies contain the prompt or a special token, whose words would be scored as the model's."""
-    replies = [(said.reply, name) for (name, _), said in found.items() if name in known]
+    replies = [(said.reply, name) for (name, _), said in recorded.items() if name in known]
     repeat = sum(folded_text(known[name]["question"]) in folded_text(reply) for reply, name in replies)
     ends = sum(END_TOKEN.search(reply) is not None for reply, _ in replies)
     for many, what in ((repeat, "repeat their whole question"), (ends, "end with a special token")):
@@ -429,7 +430,7 @@ def _warn_of_other_text(
 def _answer_file(
     file: Path,
     task: str,
-    found: Mapping[tuple[str, int], RecordedReply],
+    recorded: Mapping[tuple[str, int], RecordedReply],
     known: Mapping[str, Mapping[str, Any]],
     reading: Reading,
 ) -> AnswerFile:
@@ -439,17 +440,17 @@ def _answer_file(
         InputError: The answers were extracted by different rules, or `reading` contradicts the run about the images.
     """
     extract = reading.extract
-    rules = {said.extract or SIGNATURES[FINAL] for said in found.values()}
+    rules = {said.extract or SIGNATURES[FINAL] for said in recorded.values()}
     if extract is None and len(rules) > 1:
         raise InputError(
             f"{file}: its answers were extracted from the replies by different rules ({', '.join(sorted(rules))}). "
             "Pass --extract with the rule to apply to all of them."
         )
-    foreign = [key for key, said in found.items() if not said.ours and not is_failed_request(said.reply)]
-    marked = with_opened_thoughts([found[key].reply for key in foreign], [found[key].ended for key in foreign])
-    replies = {key: said.reply for key, said in found.items()} | dict(zip(foreign, marked, strict=True))
+    foreign = [key for key, said in recorded.items() if not said.is_marked and not is_failed_request(said.reply)]
+    marked = with_opened_thoughts([recorded[key].reply for key in foreign], [recorded[key].ended for key in foreign])
+    replies = {key: said.reply for key, said in recorded.items()} | dict(zip(foreign, marked, strict=True))
     by_id: dict[str, dict[int, FinalAnswer]] = defaultdict(dict)
-    for (name, draw), said in found.items():
+    for (name, draw), said in recorded.items():
         asked = said.asked if said.asked is not None else str(known[name]["question"]) if name in known else ""
         if extract is None:
             held = [said.final] if said.final is not None else unpack_final_answers(replies[name, draw], asked)
@@ -458,7 +459,7 @@ def _answer_file(
         by_id[name].update(enumerate(held, draw))
     settings: dict[str, Any] = {"images": NOT_RECORDED}
     prompt = NOT_RECORDED
-    if file.name == "answers.jsonl" and all(said.ours for said in found.values()):
+    if file.name == "answers.jsonl" and all(said.is_marked for said in recorded.values()):
         with suppress(InputError):  # it may be a copy outside its run folder
             of_task = open_run(file.parent).tasks.get(task)
             if of_task is not None:
@@ -471,14 +472,16 @@ def _answer_file(
             )
         settings["images"] = reading.images
     settings = {**settings, "extract": SIGNATURES[extract] if extract else rules.pop()}
-    return AnswerFile({name: tuple(of[draw] for draw in sorted(of)) for name, of in by_id.items()}, settings, prompt)
+    return AnswerFile(
+        {name: tuple(finals[draw] for draw in sorted(finals)) for name, finals in by_id.items()}, settings, prompt
+    )
 
 
 def _with_prompt(
     file: Path,
     task: str,
     read: AnswerFile,
-    found: Mapping[tuple[str, int], RecordedReply],
+    recorded: Mapping[tuple[str, int], RecordedReply],
     known: Mapping[str, Mapping[str, Any]],
     given: str | None,
 ) -> AnswerFile:
@@ -489,13 +492,13 @@ def _with_prompt(
     """
     of_task = next((preset for preset in PROMPTS if task == f"{dataset_of(task)}_{preset}"), None)
     preset = of_task or given
-    asked = {name: said.asked for (name, _), said in found.items() if name in known}
+    asked = {name: said.asked for (name, _), said in recorded.items() if name in known}
     texts: dict[str, str] = {}
     if asked and all(held is not None for held in asked.values()):
         texts = {name: str(held).replace(IMAGE_MARK, "").strip() for name, held in asked.items()}
         texts = _spelt(texts, known)
     said = prompt_of(task, [{**known[name], "task": task, "text": held} for name, held in texts.items()])
-    if read.prompt != NOT_RECORDED:  # of a run folder
+    if read.prompt != NOT_RECORDED:  # a run folder records it
         said = read.prompt
     if preset is not None:
         if said not in (NOT_RECORDED, preset):
@@ -532,8 +535,8 @@ def write_answers(
     refuse_old_folder(folder)
     shown = {task: of_task.settings["images"] for task, of_task in answers.items()}
     if len(set(shown.values())) > 1:
-        told = ", ".join(f"{images} for {task}" for task, images in shown.items())
-        raise InputError(f"{folder}: one run is of one kind of images, not of {told}. Score them into two folders.")
+        listed = ", ".join(f"{images} for {task}" for task, images in shown.items())
+        raise InputError(f"{folder}: one run is of one kind of images, not of {listed}. Score them into two folders.")
     hold(folder)
     refuse_old_folder(folder)  # another process may have written it before it let go
     rows = []
@@ -557,7 +560,7 @@ def write_answers(
         task: {name: of_task.settings[name] for name in DECIDING if name in of_task.settings}
         for task, of_task in answers.items()
     }
-    for of in known.values():
+    for settings in known.values():
         for name in ("extract", "images", "draws"):
-            of.pop(name, None)
+            settings.pop(name, None)
     return write_run(rows, decided_by, folder=folder, asked_with=known)

@@ -44,16 +44,16 @@ class RecordedReply:
     """The final answer, if the row is of a run folder."""
     extract: str = ""
     """The signature of the rule that extracted it."""
-    ours: bool = False
-    """Whether the row is of a run folder or of lmms-eval, where opened thoughts are marked already."""
+    is_marked: bool = False
+    """Whether opened thoughts are marked in the reply already, as in a run folder or in lmms-eval's samples."""
 
 
-def lacks_field(place: str, row: Mapping[str, Any], what: str, names: Sequence[str]) -> str:
+def lacks_field(location: str, row: Mapping[str, Any], what: str, names: Sequence[str]) -> str:
     """Say that a row has no id or no answer (`what`), where it is read from (`names`), and what the row has instead."""
     seen = ", ".join(map(str, list(row)[:12]))
     kind = "a text or a number" if what == "id" else "a text"
     return (
-        f"{place}: no {what}. It must be {kind} in {'the field' if len(names) == 1 else 'one of the fields'} "
+        f"{location}: no {what}. It must be {kind} in {'the field' if len(names) == 1 else 'one of the fields'} "
         f"{', '.join(names)}; this row has the fields {seen}. Pass --{what}-field with the right name."
     )
 
@@ -71,11 +71,11 @@ def folded_text(text: object) -> str:
     return re.sub(r" (?=[?.,;:!])", "", " ".join(str(text).lower().split()))
 
 
-def question_and_reference(place: str, row: Mapping[str, Any]) -> tuple[str, str | None]:
+def question_and_reference(location: str, row: Mapping[str, Any]) -> tuple[str, str | None]:
     """Return the folded question, or the prompt around it, and the folded reference, if any, of a row without an id."""
     question = next((row[name] for name in QUESTION_FIELDS if isinstance(row.get(name), str)), None)
     if question is None:
-        raise InputError(lacks_field(place, row, "id", ID_FIELDS))
+        raise InputError(lacks_field(location, row, "id", ID_FIELDS))
     references = [*REFERENCE_FIELDS, *(["answer"] if sum(name in row for name in ANSWER_FIELDS) > 1 else [])]
     reference = next((row[name] for name in references if isinstance(row.get(name), str | int | float)), None)
     return folded_text(question), None if reference is None else folded_text(reference)
@@ -97,7 +97,7 @@ def ids_by_content(
     Raises:
         InputError: A row has no question, the split does not have its question, or too many rows are ambiguous.
     """
-    keys = [question_and_reference(place, row) for place, row in rows]
+    keys = [question_and_reference(location, row) for location, row in rows]
     with_reference = all(reference is not None for _, reference in keys)
     keys = keys if with_reference else [(question, None) for question, _ in keys]
     asked = [(folded_text(row["question"]), folded_text(row["reference"]) if with_reference else None) for row in split]
@@ -109,7 +109,7 @@ def ids_by_content(
     for key, row in zip(asked, split, strict=True):
         waiting[key].append(row["id"])
     ambiguous = {key for key, names in waiting.items() if len(names) > 1}
-    _refuse_several_references([place for place, _ in rows], keys, waiting, split)
+    _refuse_several_references([location for location, _ in rows], keys, waiting, split)
     count = sum(key in ambiguous for key in keys)
     if count > MOST_AMBIGUOUS * len(keys):
         raise InputError(
@@ -117,7 +117,7 @@ def ids_by_content(
             "other images, in another order than the prepared split's. Keep the order in which the questions were "
             "asked, pass --id-field with the field of the ids, or prepare the copy of the data set that was asked."
         )
-    ids = _assigned_ids([place for place, _ in rows], keys, waiting, reading)
+    ids = _assigned_ids([location for location, _ in rows], keys, waiting, reading)
     shared = "both" if with_reference else "it"
     log.warning(
         "%s: it has no ids; its rows are identified by %s.%s",
@@ -151,24 +151,24 @@ def _has_order_of_split(
 
 
 def _refuse_several_references(
-    places: Sequence[str],
+    locations: Sequence[str],
     keys: Sequence[ContentKey],
     ids: Mapping[ContentKey, Sequence[str]],
     split: Sequence[Mapping[str, Any]],
 ) -> None:
     """Raise InputError for a row without a reference whose question has different references in the split."""
     references = {row["id"]: (folded_text(row["reference"]), row["kind"]) for row in split}
-    for place, key in zip(places, keys, strict=True):
+    for location, key in zip(locations, keys, strict=True):
         if len({references[name] for name in ids.get(key, ())}) > 1:
             raise InputError(
-                f"{place}: no id and no reference, and it asks {key[0][:80]!r}, which several images of the prepared "
-                "split are asked with different references, in another order than the split's. Add the ids or the "
-                "references, or keep the order in which they were asked."
+                f"{location}: no id and no reference, and it asks {key[0][:80]!r}, which several images of the "
+                "prepared split are asked with different references, in another order than the split's. Add the ids or "
+                "the references, or keep the order in which they were asked."
             )
 
 
 def _assigned_ids(
-    places: Sequence[str], keys: Sequence[ContentKey], waiting: Mapping[ContentKey, list[str]], reading: Reading
+    locations: Sequence[str], keys: Sequence[ContentKey], waiting: Mapping[ContentKey, list[str]], reading: Reading
 ) -> list[str]:
     """Return the id of each row, taking the ids of equal questions in the split's order out of `waiting`.
 
@@ -177,17 +177,17 @@ def _assigned_ids(
     """
     known = set(waiting)
     ids = []
-    for place, key in zip(places, keys, strict=True):
+    for location, key in zip(locations, keys, strict=True):
         if waiting.get(key):
             ids.append(waiting[key].pop(0))
         elif reading.ignore_unknown:
-            ids.append(f"{place}, a question of another split")
+            ids.append(f"{location}, a question of another split")
         else:
             counted = "which the prepared split does not have with this reference"
             if key in known:
                 counted = "more often than the prepared split does"
             raise InputError(
-                f"{place}: no id, and it asks {key[0][:80]!r}, {counted}. Prepare the copy of the data set that was "
+                f"{location}: no id, and it asks {key[0][:80]!r}, {counted}. Prepare the copy of the data set that was "
                 "asked; --ignore-unknown leaves out the rows of other splits."
             )
     return ids
@@ -228,7 +228,7 @@ def path_of(name: str) -> PurePosixPath:
 
 
 def refuse_another_question(
-    place: str,
+    location: str,
     name: str,
     row: Mapping[str, Any],
     known: Mapping[str, Any],
@@ -247,7 +247,7 @@ def refuse_another_question(
 
     def refuse(field: str, has: str) -> None:
         raise InputError(
-            f"{place}: {field} of id {name} is {str(row[field])[:80]!r}, but the prepared {reading.split} split has "
+            f"{location}: {field} of id {name} is {str(row[field])[:80]!r}, but the prepared {reading.split} split has "
             f"{has!r}. The ids seem to be of another edition or split: prepare that one, or pass the ids of this one. "
             f"If {field} holds something else, leave it out."
         )
@@ -284,7 +284,7 @@ def ids_of_data_rad(task: str, names: Sequence[str | None], split: Sequence[Mapp
     if dataset_of(task) != "vqarad":
         return {}
     known = {row["id"] for row in split}
-    public = {theirs: ours for theirs, ours in data_rad_ids().items() if ours in known}
+    public = {data_rad_id: public_id for data_rad_id, public_id in data_rad_ids().items() if public_id in known}
     given = {name.removeprefix("data_RAD-") for name in names if name is not None}
     if not given or not given <= public.keys():
         return {}
@@ -296,7 +296,11 @@ def ids_of_data_rad(task: str, names: Sequence[str | None], split: Sequence[Mapp
         )
         return {}
     log.warning("%s: the ids are those of data_RAD's files; they are converted to VQA-RAD's public ids.", task)
-    return {spelt: ours for theirs, ours in public.items() for spelt in (theirs, f"data_RAD-{theirs}")}
+    return {
+        spelt: public_id
+        for data_rad_id, public_id in public.items()
+        for spelt in (data_rad_id, f"data_RAD-{data_rad_id}")
+    }
 
 
 def numbers_of_its_edition(

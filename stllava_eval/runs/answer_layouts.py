@@ -1,4 +1,4 @@
-"""The bytes of a file of answers, in any of the layouts that we read -> its rows, each with its place for messages."""
+"""Read the rows of a file of answers, in any known layout; each comes with its location, for messages."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def rows_of(file: Path) -> list[tuple[str, dict[str, Any]]]:
     JSON lines otherwise.
 
     Returns:
-        One pair per row: its place in the file, for messages, and its fields by name. The cells of CSV, TSV and Excel
-        are texts, even if they hold a number.
+        One pair per row: its location in the file, for messages, and its fields by name. The cells of CSV, TSV and
+        Excel are texts, even if they hold a number.
 
     Raises:
         InputError: The file cannot be read, is too large, or does not have the layout that its suffix names.
@@ -45,7 +45,7 @@ def rows_of(file: Path) -> list[tuple[str, dict[str, Any]]]:
         return _separated(file, text, "\t" if suffix == ".tsv" else ",")
     if text.lstrip().startswith("["):
         return [(f"{file} item {number}", row) for number, row in enumerate(_array(file, text))]
-    found = []
+    rows = []
     for number, line in enumerate(text.split("\n"), 1):  # an answer may hold other line separators
         if not line.strip():
             continue
@@ -57,8 +57,8 @@ def rows_of(file: Path) -> list[tuple[str, dict[str, Any]]]:
             ) from error
         if not isinstance(row, dict):
             raise InputError(f"{file}:{number}: not an object. Each line must be one object with id and answer.")
-        found.append((f"{file}:{number}", row))
-    return found
+        rows.append((f"{file}:{number}", row))
+    return rows
 
 
 def _array(file: Path, text: str) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def _separated(file: Path, text: str, mark: str) -> list[tuple[str, dict[str, An
     try:
         head = next(table, [])
         _check_head(file, head)
-        found = []
+        rows = []
         for cells in table:
             if not cells:
                 continue
@@ -86,8 +86,8 @@ def _separated(file: Path, text: str, mark: str) -> list[tuple[str, dict[str, An
                     f"{file}:{table.line_num}: {len(cells)} cells, but the first line names {len(head)} columns. "
                     "Put answers that contain a separator or a line break into quotes."
                 )
-            found.append((f"{file}:{table.line_num}", dict(zip(head, cells, strict=True))))
-        return found
+            rows.append((f"{file}:{table.line_num}", dict(zip(head, cells, strict=True))))
+        return rows
     except csv.Error as error:
         raise InputError(f"{file}:{table.line_num}: cannot be read as a table ({error}). Export it again.") from error
 

@@ -1,6 +1,6 @@
-"""A run folder: what was asked and answered, by what, and how it scored; written, read and re-scored.
+"""Write and read run folders: what was asked, by which model, how it was answered, and how the answers scored.
 
-`run.json` says what decided the answers, `answers.jsonl` holds one line per reply (of sampled runs several per
+`run.json` records what decided the answers, `answers.jsonl` has one line per reply (of sampled runs several per
 question) with the raw reply and the final answer in it, `scores.json` the means with their intervals. Scores never
 depend on the run: `score_table` makes them from final answers and the prepared split alone.
 """
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stllava_eval")
 
-FORMAT = 1  # of run.json and scores.json
+FORMAT = 1  # the version of the layout of run.json and scores.json
 PACKAGES = ("stllava-med", "lmms-eval", "torch", "transformers", "tokenizers", "pillow", "nltk", "numpy")
 NOT_ASKED = "[LMMS_EVAL_REQUEST_FAILED after 0 attempts]"
 """The beginning of the text that replaces a reply, if a file of answers has none: it may not have been asked for."""
@@ -85,7 +85,7 @@ class RunTask:
     @property
     def answers(self) -> dict[str, str]:
         """Return the final answer of the first reply by question id, for people to read."""
-        return {name: of[0].answer for name, of in self.replies.items()}
+        return {name: finals[0].answer for name, finals in self.replies.items()}
 
 
 def _order(task: str) -> tuple[int, str]:
@@ -297,32 +297,40 @@ def open_run(folder: Path) -> Run:
         for row in rows:
             _check_line(row, manifest["tasks"].get(row["task"], {}))
         replies = _replies_of(rows)
-        tasks = {
-            task: RunTask(
-                **{name: of["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels")},
-                prompt=of["prompt"] if of["prompt"] != "custom" else _custom(task, rows),
-                not_asked=of["of"] - of["questions"],
-                replies=replies.get(task, {}),
-                texts={
-                    row["id"]: row["text"]
-                    for row in rows
-                    if row["task"] == task and of["prompt"] == "custom" and row["text"] is not None
-                },
-                settings=_settings(manifest, of),
-                at_limit=of.get("cut"),
-            )
-            for task, of in sorted(manifest["tasks"].items(), key=lambda item: _order(item[0]))
-        }
-        for task, of in tasks.items():
-            if len(of.replies) != manifest["tasks"][task]["questions"]:
-                raise ValueError(
-                    f"{len(of.replies)} answers of {task}, {manifest['tasks'][task]['questions']} were asked"
-                )
+        tasks = {}
+        for task in sorted(manifest["tasks"], key=_order):
+            tasks[task] = _run_task(task, rows, replies.get(task, {}), manifest)
+            if (count := len(tasks[task].replies)) != (asked := manifest["tasks"][task]["questions"]):
+                raise ValueError(f"{count} answers of {task}, {asked} were asked")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{folder} is not a run folder ({error!r}). Pass one that `stllava-eval run` wrote."
         ) from error
     return Run(folder, manifest, tasks)
+
+
+def _run_task(
+    task: str,
+    rows: Sequence[Mapping[str, Any]],
+    replies: dict[str, tuple[FinalAnswer, ...]],
+    manifest: Mapping[str, Any],
+) -> RunTask:
+    """Return what a run folder holds of one task, from its lines of answers.jsonl, their replies, and run.json."""
+    of_task = manifest["tasks"][task]
+    is_custom = of_task["prompt"] == "custom"
+    texts = {}
+    for row in rows:
+        if is_custom and row["task"] == task and row["text"] is not None:
+            texts[row["id"]] = row["text"]
+    return RunTask(
+        **{name: of_task["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels")},
+        prompt=_custom(task, rows) if is_custom else of_task["prompt"],
+        not_asked=of_task["of"] - of_task["questions"],
+        replies=replies,
+        texts=texts,
+        settings=_settings(manifest, of_task),
+        at_limit=of_task.get("cut"),
+    )
 
 
 def _check_keys_and_texts(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -353,13 +361,13 @@ def _check_line(row: Mapping[str, Any], of_task: Mapping[str, Any]) -> None:
 
 
 def ended_by_itself(row: Mapping[str, Any]) -> bool | None:
-    """Return whether a row's reply ended by itself, not at its limit of tokens; None where the row does not say."""
-    said, reason = row.get("ended"), row.get("finish_reason")
-    if isinstance(said, str):  # a CSV has texts alone
-        said = {"true": True, "false": False}.get(said.strip().lower())
-    if said is None and isinstance(reason, str) and reason.strip():
+    """Return whether a row's reply ended by itself, not at its limit of tokens; None if the row does not say."""
+    ended, reason = row.get("ended"), row.get("finish_reason")
+    if isinstance(ended, str):  # the cells of a CSV are texts
+        ended = {"true": True, "false": False}.get(ended.strip().lower())
+    if ended is None and isinstance(reason, str) and reason.strip():
         return reason.strip().lower() not in CUT
-    return said if isinstance(said, bool) else None
+    return ended if isinstance(ended, bool) else None
 
 
 def _replies_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, tuple[FinalAnswer, ...]]]:
@@ -400,12 +408,13 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
         raise ValueError("answering has no number of questions and seconds")
     if not manifest["tasks"]:
         raise ValueError("it has no task")
-    for of in manifest["tasks"].values():
-        texts = of["prompt"], *(of["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels"))
+    for task in manifest["tasks"].values():
+        texts = task["prompt"], *(task["data"][name] for name in ("edition", "sha256_rows", "sha256_pixels"))
         if not all(isinstance(text, str) and text for text in texts):
             raise ValueError(f"{texts!r} are not all texts")
-        if not all(type(of[name]) is int for name in ("questions", "of")) or not 0 <= of["questions"] <= of["of"]:
-            raise ValueError(f"{of['questions']!r} of {of['of']!r} questions cannot have been asked")
+        asked, every = task["questions"], task["of"]
+        if type(asked) is not int or type(every) is not int or not 0 <= asked <= every:
+            raise ValueError(f"{asked!r} of {every!r} questions cannot have been asked")
 
 
 def refuse_other_split(task: str, run: RunTask, folder: Path) -> None:

@@ -1,4 +1,7 @@
-"""Score answers question by question, and take means with intervals clustered by image."""
+"""Score final answers question by question, and take means with 95 % intervals clustered by image.
+
+It reads the references from prepared splits; run folders and every report take their scores from here.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,13 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
 
+from stllava_eval.data.splits import numbered_edition, read_manifest, read_split
 from stllava_eval.errors import InputError
-from stllava_eval.scoring.final_answer import FINAL, SIGNATURES, FinalAnswer
+from stllava_eval.scoring.categories import asks
+from stllava_eval.scoring.final_answer import FINAL, SIGNATURES, FinalAnswer, is_failed_request
+from stllava_eval.scoring.metrics import SCORES, score_replies
+from stllava_eval.scoring.statistics import mean_clustered
+from stllava_eval.scoring.verdict import is_refusal
 
 NOT_RECORDED = "not recorded"
 FIXED_FIELDS = ("id", "image_id", "image_sha256", "image", "question", "reference", "kind")  # the rest are categories
@@ -54,7 +62,7 @@ class Scored:
     questions: dict[str, QuestionScores]
     """The scores of the answered questions by id, in the split's order."""
     empty: int = 0
-    """Number of replies with an empty final answer, without those that were cut in their thought."""
+    """Number of replies with an empty final answer, without those that were cut off while the model was thinking."""
     doubts: str = ""
     """Why the means may say little about the model: half of its replies or more are empty, cut or refusals."""
 
@@ -62,8 +70,8 @@ class Scored:
 Replies = Mapping[str, str | Sequence[FinalAnswer]]
 """By question id: the final answer of each reply, or one plain answer."""
 
-# What decides the answers of given weights to given questions. It is in every score's signature, and `compare` and
-# `gate` compare it.
+# The settings that decide the answers of given weights to given questions. They are in every score's signature, and
+# `compare` and `gate` compare them.
 DECIDING = (
     *("extract", "images", "decoding", "draws", "max_new_tokens", "until"),
     *("system", "enable_thinking", "min_pixels", "max_pixels"),
@@ -84,10 +92,10 @@ def score_table(
 ) -> Scored:
     """Score final answers, by question id, against a prepared split of `task`.
 
-    Failed requests of API adapters and missing ids are unanswered: counted and listed, in no mean. Of several replies
-    to a question its score is their mean; the interval, over images, then holds both sources of spread, that of the
-    questions and that of sampling (Miller, arXiv:2411.00640, section 3.1). Each draw's own means have the category
-    `draw=N`.
+    Failed requests of API adapters and missing ids are unanswered: they are counted and listed, and are in no mean. If
+    a question has several sampled replies, its score is their mean; the interval over images then covers both sources
+    of variance, that of the questions and that of sampling (Miller, arXiv:2411.00640, section 3.1). The means of the
+    N-th reply to each question have the category `draw=N`.
 
     Args:
         task: The task that was asked.
@@ -99,8 +107,6 @@ def score_table(
     Raises:
         InputError: The split is not prepared, or an id is not of it.
     """
-    from stllava_eval.data.splits import numbered_edition
-
     manifest, rows = prepared_split(dataset_of(task), split)
     unknown = sorted(set(answers) - {row["id"] for row in rows})
     if unknown:
@@ -123,8 +129,6 @@ def score_table(
 
 def categories_of(row: Mapping[str, Any]) -> list[str]:
     """Return the categories that a question is counted in: `field=value` of its data set, and `asks=...`."""
-    from stllava_eval.scoring.categories import asks
-
     fields = [f"{name}={row[name]}" for name in row if name not in FIXED_FIELDS and row[name]]
     return fields + [f"asks={what}" for what in asks(row["question"])]
 
@@ -143,15 +147,13 @@ def _finals(given: str | Sequence[FinalAnswer]) -> Sequence[FinalAnswer]:
 
 
 def _question_scores(rows: Iterable[Mapping[str, Any]], answers: Replies) -> dict[str, QuestionScores]:
-    from stllava_eval.scoring.metrics import score_replies
-
-    found = {}
+    by_id = {}
     for row in rows:
         if (given := answers.get(row["id"])) is not None:
             scores = score_replies(_finals(given), row["reference"], row["kind"], row["question"])
             if scores:  # else every request failed
-                found[row["id"]] = QuestionScores(row["image_id"], scores)
-    return found
+                by_id[row["id"]] = QuestionScores(row["image_id"], scores)
+    return by_id
 
 
 def score_answers(
@@ -162,69 +164,73 @@ def score_answers(
     prompt: str,
     settings: Mapping[str, Any],
 ) -> Scored:
-    """Score the final answers of one task: a mean with its interval for every score and category."""
-    from stllava_eval.scoring.metrics import SCORES
-    from stllava_eval.scoring.statistics import mean_clustered
+    """Score the final answers of one task: a mean with its interval for every score and category.
 
+    Args:
+        task: The task that was asked.
+        rows: The questions that were asked, rows of the prepared split.
+        answers: The answers by question id.
+        manifest: The prepared split's manifest.
+        prompt: The preset that was asked, for the signature.
+        settings: The settings of `DECIDING` that are known, for the signature.
+    """
     questions = _question_scores(rows, answers)
+    data = f"{manifest['dataset']} {manifest['split']} {manifest['edition']}"
+    asked = f"{data}|prompt {prompt}{_settings_text(settings)}"
+    table = []
+    for (metric, group), (values, images) in _values_by_cell(rows, answers, questions).items():
+        mean = mean_clustered(values, images)
+        signature = f"{SCORES[metric].signature}|{asked}"
+        table.append(ScoreRow(task, metric, signature, group, mean.value, mean.n, mean.clusters, mean.low, mean.high))
+    order = list(SCORES)
+    table.sort(key=lambda row: (row.category != "all", row.category, order.index(row.metric)))
+    unanswered = [row["id"] for row in rows if row["id"] not in questions]
+    replies = [final for given in answers.values() for final in _finals(given)]
+    return Scored(table, unanswered, questions, sum(map(_is_empty, replies)), _doubts(replies))
+
+
+def _values_by_cell(
+    rows: Sequence[Mapping[str, Any]], answers: Replies, questions: Mapping[str, QuestionScores]
+) -> dict[tuple[str, str], tuple[list[float], list[str]]]:
+    """Return the values of each (score, category), each with the image of its question."""
     cells: dict[tuple[str, str], tuple[list[float], list[str]]] = defaultdict(lambda: ([], []))
 
-    def count(group: str, of: QuestionScores) -> None:
-        for metric, value in of.scores.items():
+    def count(group: str, scored: QuestionScores) -> None:
+        for metric, value in scored.scores.items():
             values, images = cells[metric, group]
             values.append(value)
-            images.append(of.image_id)
+            images.append(scored.image_id)
 
     for row in rows:
         if row["id"] in questions:
             for group in ["all", *categories_of(row)]:
                 count(group, questions[row["id"]])
     draws = max((len(_finals(given)) for given in answers.values()), default=1)
-    for draw in range(draws if draws > 1 else 0):
+    for draw in range(draws if draws > 1 else 0):  # a single reply has no means of its own
         alone = {name: _finals(given)[draw : draw + 1] for name, given in answers.items()}
-        for of in _question_scores(rows, alone).values():
-            count(f"draw={draw}", of)
-    data = f"{manifest['dataset']} {manifest['split']} {manifest['edition']}"
+        for scored in _question_scores(rows, alone).values():
+            count(f"draw={draw}", scored)
+    return cells
+
+
+def _settings_text(settings: Mapping[str, Any]) -> str:
+    """Return the settings of `DECIDING` as a part of a signature, `|images own|...`, without those that are not set."""
     known = {"extract": SIGNATURES[FINAL], **settings}
-    asked = "".join(
-        f"|{name} {json.dumps(known[name]) if name == 'until' else known[name]}"
-        for name in DECIDING
-        if known.get(name) not in (None, []) and (name, known[name]) != ("draws", 1)
-    )
-    table = []
-    for (metric, group), (values, images) in cells.items():
-        estimate = mean_clustered(values, images)
-        signature = f"{SCORES[metric].signature}|{data}|prompt {prompt}{asked}"
-        table.append(
-            ScoreRow(
-                task,
-                metric,
-                signature,
-                group,
-                estimate.value,
-                estimate.n,
-                estimate.clusters,
-                estimate.low,
-                estimate.high,
-            )
-        )
-    order = list(SCORES)
-    table.sort(key=lambda row: (row.category != "all", row.category, order.index(row.metric)))
-    unanswered = [row["id"] for row in rows if row["id"] not in questions]
-    replies = [of for given in answers.values() for of in _finals(given)]
-    return Scored(table, unanswered, questions, sum(map(_is_empty, replies)), _doubts(replies))
+    asked = ""
+    for name in DECIDING:
+        if known.get(name) in (None, []) or (name, known[name]) == ("draws", 1):
+            continue
+        asked += f"|{name} {json.dumps(known[name]) if name == 'until' else known[name]}"
+    return asked
 
 
 def _is_empty(final: FinalAnswer) -> bool:
-    """Return whether a reply ended and has no answer; one that was cut in its thought is counted apart."""
+    """Return whether a reply ended and has no answer; those cut off while the model was thinking are counted apart."""
     return not final.cut and not final.answer.strip()
 
 
 def _doubts(replies: Sequence[FinalAnswer]) -> str:
-    """Return a sentence if half of the replies or more (our choice) are empty, cut in their thought, or refusals."""
-    from stllava_eval.scoring.final_answer import is_failed_request
-    from stllava_eval.scoring.verdict import is_refusal
-
+    """Return a sentence if half of the replies or more (our choice) are empty, cut off, or refusals; else nothing."""
     asked = [final for final in replies if not is_failed_request(final.answer)]
     cut = sum(final.cut for final in asked)
     empty = sum(map(_is_empty, asked))
@@ -241,8 +247,6 @@ def _doubts(replies: Sequence[FinalAnswer]) -> str:
 
 def prepared_split(name: str, split: str = "test") -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the manifest and the rows, without images, of a prepared split."""
-    from stllava_eval.data.splits import read_manifest, read_split
-
     return asdict(read_manifest(name, split)), read_split(name, split, images=False).to_list()
 
 

@@ -229,12 +229,14 @@ def _lone_closing(reply: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Forms of an answer. Each function returns the text inside its form, or None where the form does not occur.
+# Forms of an answer. Each function returns the text inside its form, or None if the form does not occur.
 
 _ANSWER_TAGS = "answer|final_answer|final answer|finalanswer|conclusion|final|solution"
 _ANSWER_OPENING = rf"(?:<\s*(?:{_ANSWER_TAGS}){_ATTRIBUTES}\s*>|<\|begin_of_(?:box|solution)\|>)"
 _ANSWER_CLOSING = rf"(?:<\s*/\s*(?:{_ANSWER_TAGS})\s*>|<\|end_of_(?:box|solution)\|>)"
+# One tag around a final answer, opening or closing.
 _ANSWER_TAG = re.compile(f"{_ANSWER_OPENING}|(?P<closing>{_ANSWER_CLOSING})", re.IGNORECASE)
+# A whole pair of such tags with which the text ends.
 _WHOLE_TAG_AT_THE_END = re.compile(
     rf"{_ANSWER_OPENING}(?:(?!{_ANSWER_OPENING}).)*?{_ANSWER_CLOSING}\s*\Z", re.IGNORECASE | re.DOTALL
 )
@@ -257,7 +259,9 @@ def _in_tag(text: str) -> str | None:
 
 
 _ESCAPED_TAG = re.compile(rf"&lt;(\s*/?\s*(?:{_TAGS}|{_ANSWER_TAGS})\s*)&gt;", re.IGNORECASE)  # as web pages keep them
+# The beginning of LaTeX's box, with which models of mathematics mark their answers.
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+# LaTeX's commands around plain text, which are replaced by that text.
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 
 
@@ -280,10 +284,11 @@ def _in_box(text: str) -> str | None:
 
 
 _FIELDS = ("finalanswer", "answer", "predictedanswer", "modelanswer", "prediction", "response")
+# A fence of code, in which models write JSON.
 _FENCE = re.compile(r"```[a-zA-Z]*\s*\n?(.*?)```", re.DOTALL)
 _ANSWER_FIELD = re.compile(
-    # a text ends with its own quote before a comma, a brace or the end of all; one without quotes at these or a line's
-    # end
+    # A quoted value ends at its own quote before a comma, a brace or the end of the text. A value without quotes ends
+    # at a comma, a brace or the end of its line.
     r"""(?:["'](?:final[ _]?)?answer["']|(?<=\{)\s*(?:final_?)?answer)\s*:\s*"""
     r"""(?:(["'])(.*?)(?:(?<!\\)\1\s*(?=[,}]|\Z)|\Z)|([^\s"'{}\[\],][^,{}\n]{0,300})(?=[,}\n]))""",
     re.IGNORECASE | re.DOTALL,
@@ -341,7 +346,9 @@ def _as_text(value: Any) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else replace_lone_surrogates(str(value)).strip()
 
 
+# The beginning of a JSON object that never ends: the reply stopped inside it.
 _BROKEN_JSON = re.compile(r"""\A\s*(?:```[a-zA-Z]*\s*)?\{\s*"[^"\n]{1,40}"\s*:(?!.*\}[\s`]*\Z)""", re.DOTALL)
+# A form that is opened by the last characters of the text, so its answer never came.
 _OPEN_AT_THE_END = re.compile(rf"(?:{_ANSWER_OPENING}|\\(?:boxed|fbox)\s*\{{)\s*\Z", re.IGNORECASE)
 
 
@@ -385,12 +392,17 @@ def _announced(text: str) -> str | None:
     return "\n".join(listed or lines[:1])
 
 
+# A line of a list, with a bullet or a number.
 _LIST_ITEM = re.compile(r"(?:[-*•]|\d{1,2}[.)])[ \t]+\S")
+# Words in *, **, *** or _, __, ___. The marks touch the words, and are not inside a word ("snake_case").
 _EMPHASIS = re.compile(
     r"(?<![\w*])(\*{1,3})(?=[^\s*])([^*\n]*[^\s*])\1(?![\w*])|(?<![\w_])(_{1,3})(?=[^\s_])([^_\n]*[^\s_])\3(?![\w_])"
 )
+# A text that is code as a whole, with a mark behind it.
 _CODE = re.compile(r"\A`+([^`\n]+)`+([.!]?)\Z")
+# The marks of a heading.
 _HEADING = re.compile(r"\A#{1,6}[ \t]+")
+# A text that is a fence of code as a whole.
 _WHOLE_FENCE = re.compile(r"\A```[a-zA-Z]*\s*\n(.*?)\n?```\Z", re.DOTALL)
 
 
@@ -413,7 +425,7 @@ _FORMS: dict[str, Callable[[str], str | None]] = {
     "emphasis": _without_emphasis,  # before the announced line: "The final answer is **yes**."
     "final answer": _announced,
 }
-"""In the order in which they are looked for; after each that was there, all are looked for again inside it."""
+"""The forms in the order in which they are searched. After a form is found, all are searched again inside it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,15 +438,18 @@ _INSTRUCTION = re.compile(  # "B. right. Answer with the letter." or "B. right A
     r"(?<=[.?!])\s+(?=[A-Z])"
     r"|\s+(?=(?:Answer|Choose|Give|Only|Output|Pick|Please|Provide|Reply|Respond|Return|Select|Write|Your)\b)"
 )
+# A text from its first to its last letter or digit.
 _CORE = re.compile(r"\w(?:.*\w)?", re.DOTALL)
 # Both are matched with a core whose white space is single spaces, so no part of them competes for a run of it.
 _LEAD = (
     r"(?:(?:the )?(?:correct |best |right )?(?:answer|option|choice)(?: is| would be)? ?[:：]? ?)?"
     r"[(\[]?(?:option |choice )?"
 )
+# A letter alone, with or without "The answer is" and "is correct".
 _LETTER = re.compile(
     rf"{_LEAD}([A-J])[)\]]?(?: is (?:the )?(?:correct|right|best)(?: answer| option| choice)?)?", re.IGNORECASE
 )
+# A letter with its option behind it: "B. the heart", "Option B - the heart".
 _LETTER_AND_OPTION = re.compile(rf"{_LEAD}([A-J])(?: ?[)\].:：,]{{1,3}}| [-–—]) ?(\S.*)", re.IGNORECASE)
 
 

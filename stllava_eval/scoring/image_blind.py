@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 
+from stllava_eval.data.splits import is_prepared, read_manifest, read_split
 from stllava_eval.scoring.llavamed import normalize_llavamed
 
 # the constants and word counts of the published metric's degenerate scores (docs/evaluate/metrics.md)
@@ -59,8 +60,6 @@ def image_blind_answers(name: str) -> ImageBlindAnswers:
     Raises:
         InputError: The test split is not prepared, or a prepared split is damaged.
     """
-    from stllava_eval.data.splits import read_manifest, read_split  # with datasets and pyarrow
-
     test = read_split(name, "test", images=False).to_list()
     manifest = read_manifest(name, "test")
     constants = {f'always "{constant}"': constant for constant in CONSTANTS}
@@ -90,8 +89,6 @@ def prepared_answers(name: str, sample: bool = False) -> TrainingAnswers | None:
     Raises:
         InputError: The split is damaged.
     """
-    from stllava_eval.data.splits import is_prepared, read_manifest, read_split  # with datasets and pyarrow
-
     if not is_prepared(name, "train") or (manifest := read_manifest(name, "train")).sample is not sample:
         return None
     questions: dict[str, Counter[str]] = {}

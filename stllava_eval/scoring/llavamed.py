@@ -93,8 +93,8 @@ def recall_llavamed(answer: str, reference: str) -> float:
     0.75
     """
     hits = _hits_llavamed(answer, reference)
-    found = _counts_llavamed(answer)
-    missing = sum(count for word, count in _counts_llavamed(reference).items() if word not in found)
+    counts = _counts_llavamed(answer)
+    missing = sum(count for word, count in _counts_llavamed(reference).items() if word not in counts)
     return hits / (hits + missing) if hits else 0.0
 
 
@@ -126,8 +126,8 @@ def exact_match_llavamed(answer: str, reference: str) -> float:
     >>> exact_match_llavamed("CT", "CT scan")
     1.0
     """
-    found = _counts_llavamed(answer)
-    return len(found.keys() & _counts_llavamed(reference).keys()) / found.total() if found else 0.0
+    counts = _counts_llavamed(answer)
+    return len(counts.keys() & _counts_llavamed(reference).keys()) / counts.total() if counts else 0.0
 
 
 def bleu_llavamed(answer: str, reference: str, n: Literal[1, 2, 3] | None = None) -> float:
@@ -171,11 +171,11 @@ def open_accuracy_llavamed(answer: str, reference: str, candidates: Sequence[str
     """
     if not candidates:
         raise InputError("open_accuracy_llavamed: no candidates. Pass the open answers of the training set.")
-    found = _counts_llavamed(answer).keys()
+    answer_words = _counts_llavamed(answer).keys()
 
     def share_found(candidate: str) -> float:
         wanted = _counts_llavamed(candidate).keys()
-        return len(wanted & found) / len(wanted) if wanted else 0.0
+        return len(wanted & answer_words) / len(wanted) if wanted else 0.0
 
     return float(normalize_llavamed(max(candidates, key=share_found)) == normalize_llavamed(reference))
 
@@ -232,10 +232,10 @@ def bleu(answer: Sequence[str], reference: Sequence[str], orders: tuple[int, ...
         return 0.0
     logarithms = []
     for n in orders:
-        found = Counter(zip(*(answer[i:] for i in range(n)), strict=False))
+        answer_ngrams = Counter(zip(*(answer[i:] for i in range(n)), strict=False))
         wanted = Counter(zip(*(reference[i:] for i in range(n)), strict=False))
         # the modified n-gram precision (Papineni et al., section 2.1): a match counts at most as often as wanted
-        matches = sum(min(count, wanted[gram]) for gram, count in found.items() if gram in wanted)
-        logarithms.append(math.log(matches / found.total() if matches else sys.float_info.min) / len(orders))
+        matches = sum(min(count, wanted[gram]) for gram, count in answer_ngrams.items() if gram in wanted)
+        logarithms.append(math.log(matches / answer_ngrams.total() if matches else sys.float_info.min) / len(orders))
     penalty = min(1.0, math.exp(1 - len(reference) / len(answer)))
     return penalty * math.exp(math.fsum(logarithms))

@@ -202,6 +202,7 @@ _OPEN = re.compile(
     r"information|ability|answer|conclusion|diagnosis|verdict)\b"
 )
 """Expressions that leave the matter open."""
+# The pieces of a text: marks of `spelled` such as <absent>, and words with their apostrophes.
 _WORD = re.compile(r"<\w+>|[^\W_][^\W_]*(?:'[^\W_]+)?")
 
 
@@ -262,6 +263,7 @@ def stem(word: str) -> str:
     return _DOUBLED.sub(r"\1", _ENDING.sub("", singular(word)))
 
 
+# Endings that a stem loses, if four letters or more are left. Our choice: a short list instead of Porter's rules.
 _ENDING = re.compile(
     r"(?<=\w{4})(?:ification|ified|ation|ating|ated|ement|ment|ening|ened|ion|ing|ied|ity|ed|ly|er|al|ic|a|e|y)$"
 )
@@ -349,6 +351,7 @@ def denies_in_its_claim(question: str) -> bool:
     return claim is not None and claim.denied
 
 
+# Words that deny something, in a question.
 _DENYING = re.compile(
     r"\bno|n't\b|\bwithout\b|\babsent\b|\bmissing\b|\bfree\b|\black|\bnever\b|\bexclude|\binvisible\b"
 )
@@ -396,11 +399,11 @@ def _of_family(words: Sequence[str], claim: _Claim) -> bool | None:
     """
     (head,) = claim.heads
     family = next(members for members in _FAMILIES if head in members.values())
-    found = [(index, family[word]) for index, word in enumerate(words) if word in family]
-    if not found:
+    members = [(index, family[word]) for index, word in enumerate(words) if word in family]
+    if not members:
         return None
-    own = [index for index, member in found if member == head]
-    index = own[0] if own else found[0][0]
+    own = [index for index, member in members if member == head]
+    index = own[0] if own else members[0][0]
     named = index < 2 or not _NAMING.isdisjoint(words[:index])
     plain = _plain_before(words, claim, index)
     if own and (named or plain) and (plain or claim.keys <= {stem(word) for word in words}):
@@ -456,6 +459,7 @@ def _about(words: Sequence[str], stems: Sequence[str], claim: _Claim, index: int
     return complete or _plain_before(words, claim, index)
 
 
+# How a definition goes on: it says what a finding is, and not that the image shows it.
 _DEFINED = re.compile(r"(?:is|are) (?:an?|the|defined|known|called|caused|when|usually|often|typically)\b")
 
 
@@ -503,25 +507,31 @@ def _polarity(words: Sequence[str], index: int) -> int:
     return -1 if denials % 2 else 1
 
 
+# The end of a question that names its image or patient and adds nothing: "in this image", "of the patient".
 _TAIL = re.compile(
     r"\b(?:in|on|of|from|by|at|within|for) (?:this|the|that|these|shown|given|above)(?: [\w-]+)? "
     r"(?:images?|pictures?|scans?|films?|study|xray|ct|mri|slice|view|photo|case|patient|body|modality)\b"
 )
+# Questions for existence, with what is asked for: "Is there ...?", "Evidence of ...?"
 _EXISTS = re.compile(r"(?:is|are|was|were) there (?P<what>.*)|evidence of (?P<noun>.*)")
+# Questions whether an image or patient shows something, or whether one can see it.
 _SHOWS = re.compile(
     r"(?:does|do|did|has|have) (?P<who>.+?) (?:show|have|contain|demonstrate|reveal|include|exhibit|depict|display|"
     r"indicate|suggest|represent|receive) (?P<what>.*)"
     r"|(?:do|can|could) (?:you|we|i|one) (?:see|identify|find|observe|detect) (?P<seen>.*)"
 )
+# Questions whether something is present, visible, seen and the like.
 _IS_SEEN = re.compile(
     r"(?:is|are|was|were|can|could|has|have) (?P<what>.+?) (?:be |been )?(?:clearly )?(?:present|visible|seen|"
     r"visuali[sz]ed|evident|identifiable|noted|detected|shown|found|observed|identified|apparent|<absent>)(?!\w)(?P<rest>.*)"
 )
+# Words before a finding that add nothing to it: "any evidence of", "clear signs of".
 _EVIDENCE = re.compile(
     r"^(?:any |an? |the |some |clear |visible )*(?:evidence|signs?|indications?|presence) (?:of|for) "
 )
 
 
+# A question with "not" behind its verb: "Isn't it enlarged?"
 _RHETORICAL = re.compile(r"(?:is|are|was|were|does|do|did|has|have|can|could|will|would|should) not\b")
 
 
@@ -536,13 +546,13 @@ def _claim(question: str) -> _Claim | None:
     text = _TAIL.sub(" ", " ".join(whole))
     denied_behind = 0
     exists = True
-    if found := _EXISTS.fullmatch(text) or _SHOWS.fullmatch(text):
-        core = next(group for name, group in found.groupdict().items() if group is not None and name != "who")
-        before = text[: found.start("who")] if "who" in found.groupdict() and found["who"] else ""
+    if match := _EXISTS.fullmatch(text) or _SHOWS.fullmatch(text):
+        core = next(group for name, group in match.groupdict().items() if group is not None and name != "who")
+        before = text[: match.start("who")] if "who" in match.groupdict() and match["who"] else ""
         denied_behind = before.count(" not ")
-    elif found := _IS_SEEN.fullmatch(text):
-        core = found["what"]
-        denied_behind = "<absent>" in text[found.end("what") :]
+    elif match := _IS_SEEN.fullmatch(text):
+        core = match["what"]
+        denied_behind = "<absent>" in text[match.end("what") :]
     else:
         core, exists = text, False
     core_words = _words(_EVIDENCE.sub("", core.strip()))

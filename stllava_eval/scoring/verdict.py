@@ -90,20 +90,26 @@ _DECLINED = (
 # ---------------------------------------------------------------------------------------------------------------------
 # Which parts of an answer are read
 
+# Tags, LaTeX commands and the marks of Markdown, which are removed before an answer is read.
 _MARKS = re.compile(r"<[^<>]*>|\\[a-z]+|[*_#\"“”{}$|>~]")
+# The name of a speaker that a model repeats from its chat template: "Assistant: yes".
 _ROLE = re.compile(r"^\s*(?:human|user|assistant|model|ai|response)\s*:\s*")
+# Both options side by side, as a prompt lists them: "(yes/no)", "yes or no". They choose nothing.
 _OPTIONS_AGAIN = re.compile(
     r"[\[(]\s*(?:yes|true)\s*(?:,|/|or)\s*(?:no|false)\s*[\])]|[\[(]\s*(?:no|false)\s*(?:,|/|or)\s*(?:yes|true)\s*[\])]"
     r"|\b(?:yes|true)\s*(?:/|\bor\b)\s*(?:no|false)\b|\b(?:no|false)\s*(?:/|\bor\b)\s*(?:yes|true)\b"
     r"|\b(?:yes and no|no and yes)\b"
 )
+# A sentence with the marks that end it. A dot inside a word or number ("1.5") does not end one.
 _SENTENCE = re.compile(r"[^.!?\n;]+(?:\.(?=\w)[^.!?\n;]+)*[.!?\n;]*")
+# Where a sentence is split into clauses. "so" after "think", "believe" and the like refers back and does not split.
 _CLAUSES = re.compile(
     r",|\s+-+\s+(?!(?:none|absent|negative|<absent>)\b)|[–—]|\(|\)"
     r"|\b(?:but|although|though|however|while|whereas|because|therefore"
     r"|(?<!think )(?<!believe )(?<!suppose )(?<!seems )(?<!appears )so)\b"
     r"|\band (?=(?:there|it|this|these|the|i|we|no|yes)\b)"
 )
+# A list that one word denies as a whole: "no mass, cyst or stone".
 _LISTED = re.compile(r"(?:\b(?:no|not)\b|<denied>|<lacking>)[^.;]*?(?:,[^.;]*)+\b(?:or|nor)\b")
 
 
@@ -129,8 +135,8 @@ def _sentences(answer: str) -> list[str]:
 def _clauses(sentence: str) -> list[str]:
     """Split a sentence into clauses, but keep a list that is denied as a whole ("no mass, cyst or stone") in one."""
     text = spelled(sentence)
-    while found := _LISTED.search(text):
-        listed = found.group()
+    while match := _LISTED.search(text):
+        listed = match.group()
         text = text.replace(listed, listed.replace(",", " or "), 1)
     return [clause.strip() for clause in _CLAUSES.split(text) if clause.strip()]
 
@@ -172,6 +178,7 @@ _ALONE = re.compile(
     rf"{_SEEN})"
     r"|(?P<sure>absolutely|definitely|certainly|of course|indeed|sure)"
 )
+# A short answer of pronoun and verb: "it is", "there are not any".
 _ELLIPSIS = re.compile(
     r"(?:it|there|this|that|they|these|those|he|she|i|you|we) (?:is|are|was|were|does|do|did|has|have|can|could)"
     r"(?P<denied> not)?(?: any| one)?"
@@ -197,6 +204,7 @@ def _said(clause: str) -> bool | None:
     return None if behind is None else behind[1] == "yes"
 
 
+# A clause of nothing but verdicts, two or more: "yes, yes", "yes and no".
 _BOTH = re.compile(r"\W*(?:(?:yes|no|true|false)\W+){2,}\W*|\W*(?:(?:yes|no|true|false)\W+)+(?:yes|no|true|false)\W*")
 # "It appears to be yes", "The image shows no": a clause's last word is its verdict, behind a word that announces one.
 _ENDING = re.compile(
@@ -204,6 +212,7 @@ _ENDING = re.compile(
     r"(?:is|be|a|an|say|answer|shows?|suggests?|indicates?|seems|appears)) "
     r"(?:(?:clearly|definitely|likely|probably|indeed|simply|just) )?(?P<said>yes|no)[\s:'\])]*"
 )
+# Words that deny or leave open what the verdict at the end of a clause says.
 _UNDECIDED = re.compile(r"\b(?:not|never|cannot|neither|nor|if|whether|either|could|may|might|unclear|wrong|\w+n't)\b")
 _BEHIND = re.compile(r":\s*(yes|no)$")  # "pleural effusion: no"
 
@@ -265,12 +274,12 @@ def _alone(clause: str, whole: bool, denied: bool) -> bool | None:
     before = ""
     while before != clause:
         before, clause = clause, _LEAD.sub("", clause, count=1).strip(" :'()[]")
-    if found := _ALONE.fullmatch(clause):
-        if found["sure"]:
+    if match := _ALONE.fullmatch(clause):
+        if match["sure"]:
             return True if whole else None
-        return found["yes"] is not None
-    if not denied and (found := _ELLIPSIS.fullmatch(clause)):
-        return found["denied"] is None
+        return match["yes"] is not None
+    if not denied and (match := _ELLIPSIS.fullmatch(clause)):
+        return match["denied"] is None
     return None
 
 
@@ -280,7 +289,9 @@ _QUICK = {f"{word}{mark}": word.lower() == "yes" for word in ("yes", "no", "Yes"
 # ---------------------------------------------------------------------------------------------------------------------
 # Choices
 
+# The last "or" of a question, with what is before it and the option behind it.
 _LAST_OR = re.compile(r"(.*)\bor\b([^,?]*)", re.DOTALL)
+# The question before a list of options: "Which is it, the heart or the lung?"
 _CLAUSE_BEFORE_LIST = re.compile(r"\s*(?:which|what|where)\b[^,]*,")
 _FILLERS = frozenset({"just", "only", "either", "in", "on", "at", "of", "from"})
 
@@ -359,6 +370,7 @@ _LARGER, _SMALLER = (
     frozenset({"bigger", "larger", "greater", "biggest", "largest"}),
     frozenset({"smaller", "smallest", "lesser"}),
 )
+# Words that deny the options behind them: "not the left", "rather than the heart".
 _DENYING = re.compile(
     r"\b(?:not|no|instead of|unlike|as opposed to|different from|differs? from)\b|\brather <than>|<denied>|<lacking>"
 )
@@ -409,9 +421,9 @@ def _label(sentence: str, pattern: re.Pattern[str], option_of: dict[str, str]) -
     """Return the option if it is all that a sentence says before it explains itself; else None."""
     clauses = _option_clauses(_EXPLAINED.split(sentence, maxsplit=1)[0])
     text = " ".join(_canonical(_TOKEN.findall(clauses[0]))) if clauses else ""
-    found = pattern.findall(text)
-    bare = len(found) == 1 and _LABELS.issuperset(pattern.sub(" ", text).split())
-    return option_of[found[0]] if bare else None
+    labels = pattern.findall(text)
+    bare = len(labels) == 1 and _LABELS.issuperset(pattern.sub(" ", text).split())
+    return option_of[labels[0]] if bare else None
 
 
 _LABELS = frozenset(
@@ -419,13 +431,16 @@ _LABELS = frozenset(
 )
 
 _PLAIN_VERDICT = re.compile(r"^(?:yes|no)\b *[,:-]")  # chooses no option and denies none: "No, the patient is male."
+# Where a sentence about options is split into clauses.
 _OPTION_CLAUSES = re.compile(
     r",(?= *(?:(?:not|but|while|whereas|rather|instead|it|this|that)|(?:the )?\w+(?: \w+)? (?:is|are))\b)"
     r"|\b(?:but|while|whereas|however|although)\b"
 )
 
 
+# An "and" that begins a clause with a verb of its own: "the left is larger and the right is smaller".
 _AND = re.compile(r"\band (?=(?:the )?\w+(?: \w+)? (?:is|are)\b)")
+# The verbs of such clauses.
 _VERB = re.compile(r"\b(?:is|are|shows?|has|have|looks?|appears?)\b")
 
 
@@ -440,10 +455,12 @@ def _option_clauses(sentence: str) -> list[str]:
     return [clause for clause in clauses if clause.strip()]
 
 
+# Words that leave a choice open.
 _OPEN_CHOICE = re.compile(
     r"\b(?:could be|may be|might be|cannot|can not|whether|possibly)\b"
     r"|(?<!answer )(?<!choice )\bwould (?:be|appear|look|have|show)\b"  # what another image would show
 )
+# Both sides in one phrase, which is the option "both": "left and right", "left lung and the right".
 _LEFT_AND_RIGHT = re.compile(r"\b(left|right)(?: \w+)? and (?:(?:on )?(?:the )?)?(?!\1)(?:left|right)\b")
 # What explains a choice begins here. It is read only where nothing is chosen before it.
 _EXPLAINED = re.compile(
@@ -459,26 +476,27 @@ def _named(
     clause = _MORE_THAN_ONE.sub("multiple", clause)
     marked = _canonical(_TOKEN.findall(_THAN.sub("<than>", clause)))
     text = " ".join(marked)
-    found = [(match.start(), match.end(), option_of[match.group()]) for match in pattern.finditer(text)]
-    if not found:
+    mentions = [(match.start(), match.end(), option_of[match.group()]) for match in pattern.finditer(text)]
+    if not mentions:
         return set(), set()
-    found = _without_lists(text, found)
+    mentions = _without_lists(text, mentions)
     if "<than>" in marked and not _DENYING.search(text):
-        found = _of_comparison(text, found, question)
+        mentions = _of_comparison(text, mentions, question)
     if _OPEN_CHOICE.search(clause) or _spares(text, question, option_of):
         return set(), set()
     kept: set[str] = set()
     denied: set[str] = set()
     turned = _turned(text, question, option_of)
     behind = False
-    for index, (start, end, option) in reversed(list(enumerate(found))):
-        after = text[end : found[index + 1][0] if index + 1 < len(found) else None]
-        if index + 1 == len(found) or not _JOINTS.issuperset(after.split()):
+    for index, (start, end, option) in reversed(list(enumerate(mentions))):
+        after = text[end : mentions[index + 1][0] if index + 1 < len(mentions) else None]
+        if index + 1 == len(mentions) or not _JOINTS.issuperset(after.split()):
             behind = _DENIED_BEHIND.match(after) is not None  # of "A and B are not seen" A is denied too
         (denied if (bool(_DENYING.search(text[:start])) != behind) != turned else kept).add(option)
     return kept, denied
 
 
+# A denial behind an option: "the left is not", "pneumonia no". Up to three words may be between them.
 _DENIED_BEHIND = re.compile(
     r"(?: (?!(?:and|as|which|that|who|since|when|with|<than>)\b)[\w<>]+){0,3}? "
     r"(?:(?:is|are|was|were|be|do|does|did|has|have|can|could) not\b|<absent>)"
@@ -486,20 +504,23 @@ _DENIED_BEHIND = re.compile(
 )
 
 
+# "more than one" is a number, and its "than" compares nothing.
 _MORE_THAN_ONE = re.compile(r"\bmore than (?:one|1)\b")
 _SIZES = dict.fromkeys(_LARGER, 1) | dict.fromkeys(_SMALLER, -1)
+# Words of a comparison: the option before them is the larger one, or the smaller one.
 _THAN = re.compile(r"\b(?:than|compared (?:to|with)|relative to|followed by)\b")
+# The pieces of a clause: marks of `spelled`, commas, and words.
 _TOKEN = re.compile(r"<\w+>|,|[^\W_]+")
 
 
 _JOINTS = frozenset({"or", "and", "versus", "vs", "the", "a", "an", ",", "image", "scan"})
 
 
-def _without_lists(text: str, found: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+def _without_lists(text: str, mentions: list[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
     """Leave out the options that are only listed: "A or B", "between A and B", "of A, B and C"."""
     runs: list[list[tuple[int, int, str]]] = []
     joints: list[str] = []
-    for match in found:
+    for match in mentions:
         start, _, option = match
         between = text[runs[-1][-1][1] : start].split() if runs else []  # the words between two named options
         again = bool(runs) and option in (earlier for _, _, earlier in runs[-1])
@@ -518,14 +539,14 @@ def _without_lists(text: str, found: list[tuple[int, int, str]]) -> list[tuple[i
     return kept
 
 
-def _of_comparison(text: str, found: list[tuple[int, int, str]], question: str) -> list[tuple[int, int, str]]:
+def _of_comparison(text: str, mentions: list[tuple[int, int, str]], question: str) -> list[tuple[int, int, str]]:
     """Of "A is bigger than B", keep A if the question asks for the bigger one, and B if it asks for the smaller one."""
     than = text.index("<than>")
     asked, said = set(folded_words(question)), set(text[:than].split())
     larger, smaller = bool(asked & _LARGER), bool(asked & _SMALLER)
     # where the question names both, they are its options, and what is asked for is neither
     turned = larger != smaller and bool(said & (_SMALLER if larger else _LARGER))
-    return [match for match in found if (match[0] > than) == turned]  # those behind "than", or those before it
+    return [match for match in mentions if (match[0] > than) == turned]  # those behind "than", or those before it
 
 
 def _spares(text: str, question: str, option_of: dict[str, str]) -> bool:

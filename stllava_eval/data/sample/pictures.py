@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 SETS = tuple(DATASETS)  # a set's number seeds its questions and shares out the slices
 SPLITS = ("train", "validation", "test")
-LONGEST = 128  # px of an image's longer side; the tiny model sees 112. Our choice
-QUALITY = 85  # of the WebP files (reference: embedded_data.md, 3.3 MB in all)
+LONGEST = 128  # longer side of an image in pixels (our choice: the tiny model sees 112)
+QUALITY = 85  # quality of the WebP files (embedded_data.md: 3.3 MB in all)
 
 # Region of a single image that a split may use: top, bottom, left, right as fractions. The gaps are never shown.
 REGIONS = {
@@ -41,14 +41,14 @@ REGIONS = {
 SLAB_PERIOD = 30
 SLABS = {"train": (0, 15), "validation": (18, 20), "test": (23, 27)}
 
-SEED = 20240628  # the day of the paper's preprint; any number would do
-CROSS_GAP = 6  # px on each side of the spot that a cross marks
+SEED = 20240628  # our choice: the day of the paper's preprint
+CROSS_GAP = 6  # pixels left free on each side of the spot that a cross marks (our choice: it must stay visible)
 IMAGES = {  # how many images; our choice, near the study's 1,250 training images (embedded_data.md)
     "train": 420,
     "validation": 70,
     "test": 120,
 }
-UNSEEN = 60  # test images of volumes never seen, per set
+UNSEEN = 60  # test images per set from volumes that training never sees (our choice)
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def _share(slices: list[Any], name: str) -> list[Any]:
 
 def slab(millimetres: float) -> str | None:
     """Return the split that owns a slice this far from its volume's middle; None in the gaps."""
-    place = millimetres % SLAB_PERIOD
-    return next((split for split, (start, end) in SLABS.items() if start <= place < end), None)
+    offset = millimetres % SLAB_PERIOD
+    return next((split for split, (start, end) in SLABS.items() if start <= offset < end), None)
 
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}

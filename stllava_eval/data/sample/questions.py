@@ -121,21 +121,21 @@ def _rows_and_facts(name: str, split: str) -> tuple[list[Row], dict[str, dict[st
         pictures = [edited(picture, rng) for picture in cuts]
         files = [encoded(picture.pixels) for picture in pictures]
         ids = [
-            f"{name}-sample-{split}-{origin.split()[0]}-{place:03d}-{picture.source}"
-            for place, picture in enumerate(pictures)
+            f"{name}-sample-{split}-{origin.split()[0]}-{index:03d}-{picture.source}"
+            for index, picture in enumerate(pictures)
         ]
         facts |= {image_id: picture.facts for image_id, picture in zip(ids, pictures, strict=True)}
-        for place, concept, value, asked in _questions(pictures, concepts, ASKED_SHARE[split], rng):
+        for index, concept, value, asked in _questions(pictures, concepts, ASKED_SHARE[split], rng):
             wording, is_new = _wording(concept.open if asked is None else concept.closed, split, rng)
             rows.append(
                 Row(
                     id=f"{name}-sample-{split}-{len(rows):04d}",
-                    image=files[place],
-                    image_id=ids[place],
+                    image=files[index],
+                    image_id=ids[index],
                     question=wording if asked is None else wording.format(concept.values[asked]),
                     reference=value if asked is None else ("yes" if value == asked else "no"),
                     kind="open" if asked is None and not concept.choice else "closed",
-                    categories=_categories(name, split, concept.name, pictures[place].facts, is_new)
+                    categories=_categories(name, split, concept.name, pictures[index].facts, is_new)
                     | {"origin": origin},
                 )
             )
@@ -174,16 +174,16 @@ def _questions(
         return taken
 
     for concept in concepts:
-        values = {place: p.facts[concept.name] for place, p in enumerate(pictures) if concept.name in p.facts}
+        values = {index: p.facts[concept.name] for index, p in enumerate(pictures) if concept.name in p.facts}
         for asked in concept.values:
-            yes = [place for place, value in values.items() if value == asked]
-            no = [place for place, value in values.items() if _excludes(concept, value, asked)]
+            yes = [index for index, value in values.items() if value == asked]
+            no = [index for index, value in values.items() if _excludes(concept, value, asked)]
             count = min(len(yes), len(no), round(share * len(pictures) / len(concept.values) / 2))
-            for place in take(yes, count) + take(no, count):
-                questions.append((place, concept, values[place], asked))
+            for index in take(yes, count) + take(no, count):
+                questions.append((index, concept, values[index], asked))
             if concept.open:
-                for place in take(yes, round(share * len(pictures) / len(concept.values))):
-                    questions.append((place, concept, values[place], None))
+                for index in take(yes, round(share * len(pictures) / len(concept.values))):
+                    questions.append((index, concept, values[index], None))
     return sorted(questions, key=lambda question: question[0])
 
 
