@@ -23,6 +23,7 @@ from typing import Any
 from stllava_eval.cli.options import TASKS
 from stllava_eval.data.splits import read_manifest
 from stllava_eval.errors import InputError, printable
+from stllava_eval.runs.folder import data_hashes
 from stllava_eval.storage import alone, file_sha256, read_json, refuse_file, write_json
 from stllava_eval.version import __version__
 from stllava_train.data.columns import columns_of
@@ -41,10 +42,10 @@ REPLACED = "replaced"  # folder in it, of what was made of something else
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of ours, what decides its result, and where that lies.
+    """One command, what decides its result, and where the result is.
 
     Attributes:
-        name: `sft`, `round-1/candidates` and so on; also of its place in the run's folder, which its files begin with.
+        name: `sft`, `round-1/candidates` and so on; also the path in the run's folder that its files begin with.
         command: Arguments of `stllava-train`, or of `stllava-eval` where the first is `run`.
         inputs: As JSON holds it: settings, and hashes of all that is read.
         made: The file that the next stages read; its hash is their input.
@@ -96,7 +97,7 @@ class Pipeline:
         if out.is_dir() and any(out.iterdir()) and not (out / STAGES).exists():
             raise InputError(f"--out {out}: there is something that is no such run. Choose another folder.")
         self.done: dict[str, Any] = _read(out / STAGES) or {}
-        sound = all(isinstance(of, dict) and isinstance(of.get("inputs"), dict) for of in self.done.values())
+        sound = all(isinstance(stage, dict) and isinstance(stage.get("inputs"), dict) for stage in self.done.values())
         if (out / STAGES).exists() and not (self.done and sound):
             raise InputError(f"{out / STAGES}: damaged: what is done is not known. Put it back, or take another --out.")
         self._hashes: dict[Path, str] = {}
@@ -104,8 +105,8 @@ class Pipeline:
     def _check(self) -> None:
         """Raise InputError for all that can be wrong with a later stage, before the first one begins."""
         recipe = self.recipe
-        for stage, use in (("sft", recipe.sft), ("candidates", recipe.candidates), ("dpo", recipe.dpo)):
-            keys = {change.partition("=")[0].strip() for change in use.changes}
+        for stage, override in (("sft", recipe.sft), ("candidates", recipe.candidates), ("dpo", recipe.dpo)):
+            keys = {change.partition("=")[0].strip() for change in override.changes}
             if wrong := sorted(keys & ({"seed"} if stage == "sft" else {"seed", "start"})):
                 where = (
                     "seed= is that of every stage" if wrong == ["seed"] else "a round starts from the newest checkpoint"
@@ -212,9 +213,8 @@ class Pipeline:
         bounds: dict[str, Any] = {"budget": recipe.budget}
         if recipe.budget is not None:
             how += ["--budget", str(recipe.budget)]
-        if (
-            recipe.judge_max_tokens is not None
-        ):  # else the key is absent, so that runs of earlier releases can be resumed
+        # without a value the key is absent, so that runs of earlier releases can be resumed
+        if recipe.judge_max_tokens is not None:
             how += ["--max-tokens", str(recipe.judge_max_tokens)]
             bounds["max_tokens"] = recipe.judge_max_tokens
         if recipe.judge_reasoning:
@@ -255,20 +255,19 @@ class Pipeline:
         )
 
     def _evaluation(self, name: str, checkpoint: Path) -> Stage:
-        from stllava_eval.runs.folder import data_hashes
-
+        """Return the evaluation of a checkpoint on the recipe's tasks."""
         tasks = ",".join(self.recipe.tasks)
-        place = self.out / name
+        folder = self.out / name
         return Stage(
             name,
-            ["run", "--tasks", tasks, "--checkpoint", str(checkpoint), "--out", str(place)],
+            ["run", "--tasks", tasks, "--checkpoint", str(checkpoint), "--out", str(folder)],
             {"checkpoint": self._checkpoint(str(checkpoint)), "tasks": tasks, "data": data_hashes()},
-            place / "run.json",
+            folder / "run.json",
         )
 
     def _make(self, stage: Stage) -> int:
         """Run the stage if it is not made of the same inputs already, and return the exit code."""
-        place = self.out / stage.name
+        path = self.out / stage.name
         before = self.done.get(stage.name)
         inputs = json.loads(json.dumps(stage.inputs | {"version": __version__}))  # as it is read back
         known = before["made"] if before and before["inputs"] == inputs and "made" in before else None
@@ -278,13 +277,13 @@ class Pipeline:
             return 0
         cut = before is not None and before["inputs"] == inputs and (more or not known)
         evaluation = stage.command[0] == "run"
-        begun = _read(place / "run.json") if cut else None
+        begun = _read(path / "run.json") if cut else None
         if evaluation:  # its run.json is the last file it writes
             finished = begun is not None and (begun.get("checkpoint") or {}).get("sha256") == inputs["checkpoint"]
         else:
             finished = begun is not None and bool(begun.get("finished")) and not more
         goes_on = finished or begun is not None if stage.resume else finished or not (evaluation and begun)
-        moved = {} if cut and goes_on else self._set_aside(stage.name, place)
+        moved = {} if cut and goes_on else self._set_aside(stage.name, path)
         self.done[stage.name] = {"inputs": inputs}
         self._remember()
         left = 0
@@ -296,7 +295,7 @@ class Pipeline:
             if code == 1 and stage.command[0] == "judge":
                 code, left = self._judged(command, stage)
             if code:
-                if code == 2 and moved and not self._files(place):  # refused before it wrote anything
+                if code == 2 and moved and not self._files(path):  # refused before it wrote anything
                     self._take_back(stage.name, moved, before)
                 elif code == 1:
                     print("not everything is done; the same call of `stllava-train all` continues", file=sys.stderr)
@@ -324,24 +323,30 @@ class Pipeline:
             before, (failed, not_asked) = failed, _left(stage.made)
         if not failed + not_asked:
             return 1, 0
-        whys = [f"{failed} failed twice"] * bool(failed) + [f"{not_asked} not asked, by the budget"] * bool(not_asked)
+        reasons = []
+        if failed:
+            reasons.append(f"{failed} failed twice")
+        if not_asked:
+            reasons.append(f"{not_asked} not asked, by the budget")
         if not any(row.get("outcome") == "scored" for row in read_rows(stage.made)):
-            raise InputError(f"{stage.name}: nothing is judged ({', '.join(whys)}). Raise budget=, or see the judge.")
-        print(printable(f"{stage.name}: left out of the pairs: {', '.join(whys)}"))
+            raise InputError(
+                f"{stage.name}: nothing is judged ({', '.join(reasons)}). Raise budget=, or see the judge."
+            )
+        print(printable(f"{stage.name}: left out of the pairs: {', '.join(reasons)}"))
         return 0, failed + not_asked
 
     @staticmethod
-    def _files(place: Path) -> list[Path]:
-        """Return the files and folders that a stage has written."""
-        files = [place] if place.exists() else []
-        files += [file for file in place.parent.glob(f"{place.name}.*") if file.is_file()]
-        if place.name == "pairs":
-            files += place.parent.glob("pairs-*")
+    def _files(path: Path) -> list[Path]:
+        """Return the files and folders that a stage has written: the path itself, and files whose name it begins."""
+        files = [path] if path.exists() else []
+        files += [file for file in path.parent.glob(f"{path.name}.*") if file.is_file()]
+        if path.name == "pairs":
+            files += path.parent.glob("pairs-*")
         return list(dict.fromkeys(files))
 
-    def _set_aside(self, name: str, place: Path) -> dict[Path, Path]:
+    def _set_aside(self, name: str, path: Path) -> dict[Path, Path]:
         """Move what a stage had made before to `replaced/`, and return where each file was and is."""
-        if not (files := self._files(place)):
+        if not (files := self._files(path)):
             return {}
         number = 1
         while (folder := self.out / REPLACED / f"{name.replace('/', '-')}-{number}").exists():
@@ -354,10 +359,11 @@ class Pipeline:
         return moved
 
     def _take_back(self, name: str, moved: Mapping[Path, Path], before: Any) -> None:
+        """Undo `_set_aside`: move the files back, and note again what they were made of."""
         for file, to in moved.items():
             shutil.move(str(to), str(file))
         next(iter(moved.values())).parent.rmdir()
-        with suppress(OSError):  # what was replaced before lies there
+        with suppress(OSError):  # it is not empty where something was replaced before
             (self.out / REPLACED).rmdir()
         if before is None:
             del self.done[name]
@@ -382,7 +388,11 @@ class Pipeline:
 
     def _images_of(self, data: Sequence[Path]) -> str:
         """Return a hash of the images that the conversations show."""
-        shown = dict.fromkeys(one.image for file in data for one in read_conversations(file)[0] if one.image)
+        shown: dict[Path, None] = {}  # in order, each once
+        for file in data:
+            for conversation in read_conversations(file)[0]:
+                if conversation.image:
+                    shown[conversation.image] = None
         return self._hash_of(shown)
 
     def _hash_of(self, files: Iterable[Path]) -> str:
@@ -415,7 +425,8 @@ def _check_judge(name: str) -> None:
 def _left(judged: Path) -> tuple[int, int]:
     """Return how many questions of all judges (failed, were not asked), by the manifest of the verdicts."""
     left = (_read(judged.with_suffix(".json")) or {}).get("left") or {}
-    return sum(of.get("failed", 0) for of in left.values()), sum(of.get("not_asked", 0) for of in left.values())
+    failed = sum(counts.get("failed", 0) for counts in left.values())
+    return failed, sum(counts.get("not_asked", 0) for counts in left.values())
 
 
 def _columns(file: Path) -> str | None:

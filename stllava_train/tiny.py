@@ -1,9 +1,9 @@
-"""Rows with images -> the tiny network that recipe `tiny` starts from: 1.8 million weights, its towers taught apart.
+"""Make the tiny network that recipe `tiny` starts from, of rows with images: 1.8 million weights, towers taught apart.
 
 The shape is STLLaVA-Med's (CLIP tower, prototype extractor, Llama) and so are the files. The real network starts from
 CLIP and Vicuna; here two steps do as much, the first of recipe F in the reference text embedded_data.md: the vision
-tower learns the facts that the rows state; the language model learns to answer from such facts, told in words, as
-Vicuna can. Neither meets the other.
+tower learns the facts that the rows state; the language model learns to answer from such facts in words, as Vicuna can.
+Neither is trained together with the other.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ VISION_RATE, TEXT_RATE = 2e-3, 2e-3
 POSITION_SCALE, WEIGHT_SCALE = 2.0, 0.08
 WEIGHT_DECAY = 0.05  # our choice
 IGNORE = -100
-FILES = {  # of its checkpoint folder
+FILES = {  # all that its checkpoint folder holds
     "additional_chat_templates",
     "chat_template.jinja",
     "config.json",
@@ -61,7 +61,7 @@ class Album:
 
     pixels: Tensor  # (images, 3, SIDE, SIDE), uint8
     texts: list[list[list[int]]]  # for each image: token ids of every question with its answer
-    facts: list[list[tuple[int, bool]]]  # for each image: places in `answers`, and whether they are true of it
+    facts: list[list[tuple[int, bool]]]  # for each image: indexes in `answers`, and whether they are true of it
     answers: list[tuple[str, str]]  # (concept, answer) that the training rows know
 
 
@@ -80,7 +80,7 @@ def write_start(
         progress: Whether to show a bar on stderr.
 
     Returns:
-        The losses of every step: "vision" in nats a question, "text" in nats a token.
+        The losses of every step: "vision" in nats per question, "text" in nats per token.
 
     Raises:
         InputError: There are no training rows, an image cannot be decoded, or `out` holds something else.
@@ -113,7 +113,7 @@ def write_start(
 
 
 def make_tokenizer(rows: Mapping[str, Sequence[Row]]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of PIECES pieces, learnt from the rows' questions and answers and the prompt's own words."""
+    """Return a byte-level BPE of PIECES pieces, learnt from the rows' questions and answers and the prompt's words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -145,7 +145,7 @@ def make_tokenizer(rows: Mapping[str, Sequence[Row]]) -> PreTrainedTokenizerFast
 
 
 def read_album(rows: Mapping[str, Sequence[Row]], tokenizer: PreTrainedTokenizerFast) -> Album:
-    """The rows grouped by image, tokenized and decoded.
+    """Return the rows grouped by image, tokenized and decoded.
 
     Raises:
         InputError: An image cannot be decoded.
@@ -163,25 +163,33 @@ def read_album(rows: Mapping[str, Sequence[Row]], tokenizer: PreTrainedTokenizer
         sized = processor(decode(group[0].image), do_rescale=False, do_normalize=False, return_tensors="pt")
         pixels.append(sized["pixel_values"][0].to(torch.uint8))
         texts.append([_tokens(tokenizer, row) for row in group])
-        facts.append([fact for row in group if (fact := read_fact(row, answers)) is not None])
+        stated = [read_fact(row, answers) for row in group]
+        facts.append([fact for fact in stated if fact is not None])
     return Album(torch.stack(pixels), texts, facts, answers)
 
 
 def known_answers(rows: Mapping[str, Sequence[Row]]) -> list[tuple[str, str]]:
-    """(concept, answer) of every answer that names something; yes and no only where nothing else answers it."""
-    found: dict[str, set[str]] = {}
-    for row in (row for name in sorted(rows) for row in rows[name]):
-        found.setdefault(concept(row), set()).add(row.reference)
-    return sorted((name, answer) for name, all_ in found.items() for answer in (all_ - {"yes", "no"} or all_))
+    """Return (concept, answer) of every answer that names something, sorted.
+
+    Yes and no are among them only for a concept that has no other answer.
+    """
+    by_concept: dict[str, set[str]] = {}
+    for name in sorted(rows):
+        for row in rows[name]:
+            by_concept.setdefault(concept(row), set()).add(row.reference)
+    known = []
+    for name, answers in by_concept.items():
+        known += [(name, answer) for answer in (answers - {"yes", "no"} or answers)]
+    return sorted(known)
 
 
 def concept(row: Row) -> str:
-    """What the row asks about, by its set's own category."""
+    """Return what the row asks about, by the category that its data set gives it."""
     return row.categories.get("question_type") or row.categories.get("content_type") or ""
 
 
 def read_fact(row: Row, answers: list[tuple[str, str]]) -> tuple[int, bool] | None:
-    """The place in `answers` of what the row says is true or false of its image; None where it names none of them.
+    """Return the index in `answers` of what the row states about its image, and whether it is true; None for neither.
 
     "Is the plane axial?" answered "no" says that (plane, axial) is false.
     """
@@ -194,6 +202,7 @@ def read_fact(row: Row, answers: list[tuple[str, str]]) -> tuple[int, bool] | No
 
 
 def _tokens(tokenizer: PreTrainedTokenizerFast, row: Row) -> list[int]:
+    """Return the token ids of a row's question and answer, as the prompt has them behind the image."""
     parts = (f"{row.question} ASSISTANT:", f" {row.reference}</s>")
     return [token for part in parts for token in tokenizer(part, add_special_tokens=False).input_ids]
 
@@ -202,7 +211,7 @@ def _tokens(tokenizer: PreTrainedTokenizerFast, row: Row) -> list[int]:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> StllavaMedForConditionalGeneration:
-    """The untrained network, its first weights from torch's global generator."""
+    """Return the untrained network, its first weights from torch's global generator."""
     import torch
     from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig
 
@@ -257,86 +266,100 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> StllavaMedForConditionalGe
 
 
 def _grid_waves() -> Tensor:
-    """(patches, HIDDEN): sines and cosines of a patch's row and column, waves from 4 times the grid to 2 patches."""
+    """Return (patches, HIDDEN): sines and cosines of a patch's row and column, waves of 4 times the grid to 2 patches.
+
+    It is the sinusoidal encoding of Vaswani et al. (arXiv:1706.03762, section 3.5) in two dimensions.
+    """
     import math
 
     import torch
 
     side = SIDE // PATCH
     waves = math.pi / side * torch.logspace(math.log10(0.5), math.log10(side / 2), HIDDEN // 4)
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles = [place.reshape(-1, 1) * waves for place in (row, column)]
-    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")  # (side, side) each
+    down, across = row.reshape(-1, 1) * waves, column.reshape(-1, 1) * waves  # (patches, HIDDEN / 4) each
+    return torch.cat([down.sin(), down.cos(), across.sin(), across.cos()], dim=1)
 
 
 # --- the two steps ----------------------------------------------------------------------------------------------------
 
 
 def _train_vision(model: Any, album: Album, steps: int, bar: Any) -> list[float]:
-    """The tower alone: a throw-away linear layer on CLS names, for each concept, the answer true of the image."""
+    """Train the tower alone, and return the losses of its steps.
+
+    A linear layer on CLS, which is thrown away afterwards, names for each concept the answer that is true of the image.
+    """
     import torch
 
     tower = model.model.vision_tower
     norm, name = torch.nn.LayerNorm(HIDDEN), torch.nn.Linear(HIDDEN, len(album.answers))
     optimizer, schedule = _optimizer([(torch.nn.ModuleList([tower, norm, name]), VISION_RATE)], steps)
     numbers = {concept: number for number, concept in enumerate(dict(album.answers))}
-    concepts = torch.tensor([numbers[concept] for concept, _ in album.answers])
+    concepts = torch.tensor([numbers[concept] for concept, _ in album.answers])  # (answers,)
     losses: list[float] = []
-    with_facts = [place for place, facts in enumerate(album.facts) if facts]
+    with_facts = [image for image, facts in enumerate(album.facts) if facts]
     for batch in _batches(len(with_facts), steps if with_facts else 0, VISION_IMAGES):
-        places = [with_facts[place] for place in batch]
-        facts = [(row, *fact) for row, place in enumerate(places) for fact in album.facts[place]]
-        rows, answers, true = (torch.tensor(column) for column in zip(*facts, strict=True))
-        states = tower(_augmented(album.pixels[places])).last_hidden_state
-        scores = name(norm(states[:, 0]))[rows]
-        rivals = concepts == concepts[answers][:, None]  # an answer competes with those of its own concept
-        chance = scores.masked_fill(~rivals, -1e9).log_softmax(1).gather(1, answers[:, None])[:, 0]
-        loss = -torch.where(true, chance, torch.log1p(-chance.exp().clamp(max=1 - 1e-4))).mean()
+        images = [with_facts[index] for index in batch]
+        facts: list[tuple[int, int, bool]] = []  # (row of the batch, answer, whether it is true)
+        for row, image in enumerate(images):
+            facts += [(row, *fact) for fact in album.facts[image]]
+        rows, answers, true = (torch.tensor(column) for column in zip(*facts, strict=True))  # (facts,) each
+        states = tower(_augmented(album.pixels[images])).last_hidden_state  # (batch, 1 + patches, HIDDEN)
+        scores = name(norm(states[:, 0]))[rows]  # (facts, answers), of CLS
+        rivals = concepts == concepts[answers][:, None]  # (facts, answers): an answer competes within its concept
+        # (facts,): log-probability of the answer that each fact is about
+        logp = scores.masked_fill(~rivals, -1e9).log_softmax(1).gather(1, answers[:, None])[:, 0]
+        # -log p of a true fact, -log(1 - p) of a false one; the clamp keeps log(0) out
+        loss = -torch.where(true, logp, torch.log1p(-logp.exp().clamp(max=1 - 1e-4))).mean()
         _step(loss, optimizer, schedule, bar, losses)
     return losses
 
 
 def _train_text(model: Any, album: Album, tokenizer: PreTrainedTokenizerFast, steps: int, bar: Any) -> list[float]:
-    """The language model alone: every token of questions and answers, behind the prompt, where the image is a vector.
+    """Train the language model alone, on every token of questions and answers; return the losses of its steps.
 
-    The vector, in the place of the image's first, is the sum of the embeddings of the words of all facts that are true
-    of the image. So "Is the plane axial?" is answered by whether "axial" is among them, which stage 1 from a blind
-    start found out late or never (docs/results.md). The image's other vectors are left out and their positions kept.
+    Behind the prompt one vector is the image, at the position of the image's first: the sum of the embeddings of the
+    words of all facts that are true of it. So "Is the plane axial?" is answered by whether "axial" is among them, which
+    stage 1 from a blind start learnt late or never (docs/results.md). The image's other vectors are left out, and their
+    positions are kept.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
     ids = tokenizer(f"{SYSTEM} USER: <image>\n").input_ids
-    place = ids.index(tokenizer.convert_tokens_to_ids("<image>"))
-    positions = [at if at <= place else at + IMAGE_TOKENS - 1 for at in range(len(ids))]
+    image_at = ids.index(tokenizer.convert_tokens_to_ids("<image>"))
+    positions = [at if at <= image_at else at + IMAGE_TOKENS - 1 for at in range(len(ids))]
     words = _fact_words(album, tokenizer)
     embed = model.model.language_model.embed_tokens
     optimizer, schedule = _optimizer([(model.model.language_model, TEXT_RATE)], steps)
     losses: list[float] = []
     for batch in _batches(len(album.texts), steps, TEXT_IMAGES):
-        asked = [(image, text) for image in batch for text in _some(album.texts[image])]
+        asked: list[tuple[int, list[int]]] = []  # (image, token ids of a question with its answer)
+        for image in batch:
+            asked += [(image, text) for text in _some(album.texts[image])]
         width = max(len(text) for _, text in asked)
+        # (texts, prompt + width)
         rows = torch.tensor([ids + text + [IGNORE] * (width - len(text)) for _, text in asked])
-        rows[:, place] = 0  # no word
+        rows[:, image_at] = 0  # the image's vector replaces what is embedded here
         at = torch.tensor(positions + [positions[-1] + 1 + number for number in range(width)])
-        vectors = embed(rows.clamp(min=0))
-        told = torch.stack([words[image] for image, _ in asked]) @ embed.weight
+        vectors = embed(rows.clamp(min=0))  # (texts, prompt + width, HIDDEN)
+        facts = torch.stack([words[image] for image, _ in asked]) @ embed.weight  # (texts, vocab) @ (vocab, HIDDEN)
         hidden = model.model.language_model(
-            inputs_embeds=torch.cat([vectors[:, :place], told[:, None], vectors[:, place + 1 :]], dim=1),
+            inputs_embeds=torch.cat([vectors[:, :image_at], facts[:, None], vectors[:, image_at + 1 :]], dim=1),
             attention_mask=(rows != IGNORE).long(),
             position_ids=at.expand(len(rows), -1),
             use_cache=False,
         ).last_hidden_state
-        learnt = rows[:, len(ids) :]
-        logits = model.lm_head(hidden[:, len(ids) - 1 : -1][learnt != IGNORE])
+        learnt = rows[:, len(ids) :]  # (texts, width); the vector before each of these tokens predicts it
+        logits = model.lm_head(hidden[:, len(ids) - 1 : -1][learnt != IGNORE])  # (tokens learnt, vocab)
         _step(cross_entropy(logits, learnt[learnt != IGNORE]), optimizer, schedule, bar, losses)
     return losses
 
 
 def _fact_words(album: Album, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """(images, vocab), 1 where a token is in the words of a fact that is true of the image, else 0.
+    """Return (images, vocab): 1 where a token is in the words of a fact that is true of the image, else 0.
 
-    A fact's words are its answer; of "yes" those of the concept, of "no" none.
+    A fact's words are its answer; those of "yes" are the concept, and "no" has none.
     """
     import torch
 
@@ -349,7 +372,10 @@ def _fact_words(album: Album, tokenizer: PreTrainedTokenizerFast) -> Tensor:
 
 
 def _optimizer(parts: Sequence[tuple[Any, float]], steps: int) -> tuple[Any, Any]:
-    """AdamW over the parts at their learning rates; a cosine to zero after a warm-up of a twentieth of the steps."""
+    """Return AdamW over the parts at their learning rates, and its schedule.
+
+    The schedule is a cosine to zero after a warm-up of a twentieth of the steps, which is our choice.
+    """
     import math
 
     import torch
@@ -365,11 +391,15 @@ def _optimizer(parts: Sequence[tuple[Any, float]], steps: int) -> tuple[Any, Any
 
 
 def _step(loss: Tensor, optimizer: Any, schedule: Any, bar: Any, losses: list[float]) -> None:
+    """Take one step of training, and append its loss to `losses`."""
     import torch
 
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)  # our choice
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)  # our choice
     optimizer.step()
     schedule.step()
     losses.append(loss.item())
@@ -377,7 +407,7 @@ def _step(loss: Tensor, optimizer: Any, schedule: Any, bar: Any, losses: list[fl
 
 
 def _batches(count: int, steps: int, size: int) -> Iterator[list[int]]:
-    """`steps` batches of `size` places in range(count), through shuffled epochs."""
+    """Yield `steps` batches of `size` indexes below `count`, through shuffled epochs."""
     import torch
 
     order: list[int] = []
@@ -389,14 +419,14 @@ def _batches(count: int, steps: int, size: int) -> Iterator[list[int]]:
 
 
 def _some(questions: list[Any]) -> list[Any]:
-    """At most QUESTIONS of them, at random."""
+    """Return at most QUESTIONS of the questions, at random."""
     import torch
 
-    return [questions[place] for place in torch.randperm(len(questions))[:QUESTIONS].tolist()]
+    return [questions[index] for index in torch.randperm(len(questions))[:QUESTIONS].tolist()]
 
 
 def _normalised(pixels: Tensor) -> Tensor:
-    """0..255 -> what CLIP's processor hands to the network."""
+    """Return pixels of 0 to 255, (images, 3, SIDE, SIDE), as CLIP's processor hands them to the network."""
     import torch
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -405,12 +435,12 @@ def _normalised(pixels: Tensor) -> Tensor:
 
 
 def _augmented(pixels: Tensor) -> Tensor:
-    """0..255 -> augmented and normalised."""
+    """Return pixels of 0 to 255, (images, 3, SIDE, SIDE), augmented and normalised."""
     return _normalised(255 * augmented(pixels / 255))
 
 
 def _make_folder(out: Path) -> None:
-    """Before any training.
+    """Make the folder of the checkpoint before any training.
 
     Raises:
         InputError: It cannot be made, or holds something other than a tiny start.
@@ -425,7 +455,7 @@ def _make_folder(out: Path) -> None:
 
 
 def _is_start(folder: Path) -> bool:
-    """Whether a tiny start lies in it and nothing else: a run or a merge of the tiny network has other files too."""
+    """Return whether a folder holds a tiny start alone; a run or a merge of the tiny network has other files too."""
     try:
         network = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -435,7 +465,7 @@ def _is_start(folder: Path) -> bool:
 
 
 def _write(model: Any, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """The checkpoint folder: what `from_pretrained` of model, processor and tokenizer read."""
+    """Write the checkpoint folder, which `from_pretrained` of model, processor and tokenizer read."""
     processor = make_processor(tokenizer, SIDE, PATCH, "full")
     model.eval().save_pretrained(out)
     processor.save_pretrained(out)

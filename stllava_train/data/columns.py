@@ -25,7 +25,7 @@ OTHERS = {
     **{name: name for name in ("history", "system", "tools", "images", "videos", "audios", "chosen", "rejected")},
     "kto_tag": "label",
 }
-COLUMNS = {name for of in FORMATS.values() for name in of} | OTHERS.keys()
+COLUMNS = {name for columns in FORMATS.values() for name in columns} | OTHERS.keys()
 KEYS = {"role_tag": "from", "content_tag": "value"}  # of a turn -> ours
 ROLES = {"user_tag": "human", "assistant_tag": "gpt", "system_tag": "system"}  # likewise
 TAGS = {*KEYS, *ROLES, "observation_tag", "function_tag"}
@@ -49,11 +49,11 @@ class Columns:
 
     @property
     def sha256(self) -> str:
-        """Of all this, in 16 hex digits: two files of the same bytes with other columns are other data."""
+        """Return a hash, in 16 hex digits: two files of the same bytes with other columns are other data."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     def renamed(self, record: Any) -> Any:
-        """The record as `record` and `layouts` read it, with its turns under `messages`.
+        """Return the record as `records` and `layouts` read it, with its turns under `messages`.
 
         A record without the columns that hold its turns is returned as it is; its reader then names the keys it has.
         """
@@ -69,10 +69,10 @@ class Columns:
         if not alpaca:
             return others | own | {"messages": self._turns(given.get("messages"))}
         rounds = history if isinstance(history, list) else []
-        if not all(isinstance(one, list) and len(one) == 2 for one in rounds) or (history and not rounds):
+        if not all(isinstance(turns, list) and len(turns) == 2 for turns in rounds) or (history and not rounds):
             # of another form: `record` refuses it by its name; a text there would be taken for a patient's history
             rounds, own["history"] = [], [history] if isinstance(history, str) else history
-        texts = [text for one in rounds for text in one]
+        texts = [text for turns in rounds for text in turns]
         asked = [text for name in ("prompt", "query") if (text := given.get(name)) not in (None, "")]
         texts.append("\n".join(asked) if all(isinstance(text, str) for text in asked) else asked)
         if not self.ranking:
@@ -80,14 +80,14 @@ class Columns:
         return others | own | {"messages": _said(texts)}
 
     def _turns(self, value: Any) -> Any:
-        """Turns, or a turn, with our names for keys and roles; anything else as it is."""
+        """Return turns, or a turn, with our names for keys and roles; anything else as it is."""
         if isinstance(value, list):
-            return [self._turns(one) for one in value]
+            return [self._turns(item) for item in value]
         if not isinstance(value, dict):
             return value
-        keys = {self.tags[tag]: ours for tag, ours in KEYS.items() if tag in self.tags}
-        roles = {self.tags[tag]: ours for tag, ours in ROLES.items() if tag in self.tags}
-        turn = {keys.get(key, key): one for key, one in value.items()}
+        keys = {self.tags[tag]: own for tag, own in KEYS.items() if tag in self.tags}
+        roles = {self.tags[tag]: own for tag, own in ROLES.items() if tag in self.tags}
+        turn = {keys.get(key, key): item for key, item in value.items()}
         for key in ("from", "role"):
             if isinstance(turn.get(key), str):
                 turn[key] = roles.get(turn[key], turn[key])
@@ -99,7 +99,7 @@ def _said(texts: list[Any]) -> list[dict[str, Any]]:
 
 
 def under_our_names(record: Any, columns: Columns | None) -> Any:
-    """`record` by the columns of its file; where none are known, one in the Alpaca format by that format's own.
+    """Return `record` by the columns of its file; where none are known, one in the Alpaca format by that format's own.
 
     >>> under_our_names({"instruction": "Where?", "input": "", "output": "Left."}, None)
     {'messages': [{'from': 'human', 'value': 'Where?'}, {'from': 'gpt', 'value': 'Left.'}]}

@@ -45,15 +45,15 @@ class HasImage(Protocol):
 
     @property
     def location(self) -> str:
-        """`FILE:LINE` of the record, for messages."""
+        """Return `FILE:LINE` of the record, for messages."""
 
     @property
     def id(self) -> str:
-        """The record's id, for messages."""
+        """Return the record's id, for messages."""
 
     @property
     def image(self) -> Path | None:
-        """The image's file; None where the record has none."""
+        """Return the image's file; None where the record has none."""
 
 
 @dataclass(frozen=True)

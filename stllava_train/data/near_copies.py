@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 COPY = 0.03
 
 # All that follow are our choice. They were measured together, as one set, by `benchmarks/likeness.py` on these 299 and
-# 657 images; docs/train/data.md, "What counts as a copy", has the
-# table; run that benchmark again after a change of any of them.
+# 657 images; docs/train/data.md, "What counts as a copy", has the table. Run that benchmark again after a change of any
+# of them.
 
 # The pictures that are compared
 LONGEST = 256  # px of the longer side of the grey pictures that everything is computed on
@@ -36,6 +36,8 @@ CROPS = (0.0, 0.03, 0.06, 0.1)  # of either side, of the thumbnails in the index
 NEAR, MOST = 0.25, 3  # 1 - correlation of a candidate's thumbnail, at most (a crop by 2 % has up to 0.17); how many
 # The alignment of a candidate
 SIDE = 64  # px a side; the closest slices of one CT volume differ in what 32 px no longer show
+# (SIDE,): centres of pixels along either axis, in halves of the frame's side, from its middle: -1 to 1
+CENTRES = np.linspace(-1 + 1 / SIDE, 1 - 1 / SIDE, SIDE, dtype=np.float32)
 STEPS = 12  # of Gauss-Newton, at most; it ends as soon as a step gains less than `LEAST_GAIN` of correlation
 LEAST_GAIN = 1e-5
 UNLIKE_STEP, UNLIKE = 2, 0.7  # after this step, correlation of details below which it is given up: copies had >= 0.94
@@ -183,20 +185,7 @@ def _aligned_distance(template: Grey, padded: PIL.Image.Image, shape: tuple[int,
         start: The frame in the picture from which the alignment starts.
     """
     height, width = shape
-    # coordinates of both axes are in halves of the frame's side, from its middle: -1 to 1
-    across = np.linspace(-1 + 1 / SIDE, 1 - 1 / SIDE, SIDE, dtype=np.float32)  # centres of pixels
-    down_slope, across_slope = np.gradient(template, 2 / SIDE)
-    slopes = np.stack(  # (SIDE, SIDE, 6), derivatives of the aligned template by
-        [
-            across_slope * across,  # 0: scale across
-            across_slope,  # 1: shift across
-            down_slope * across[:, None],  # 2: scale down
-            down_slope,  # 3: shift down
-            template,  # 4: contrast
-            np.ones_like(template),  # 5: brightness
-        ],
-        axis=-1,
-    )
+    slopes = _slopes(template)
     middle = np.array([(start[0] + start[2]) / 2, (start[1] + start[3]) / 2])
     half = first = np.array([(start[2] - start[0]) / 2, (start[3] - start[1]) / 2])
     best, gained = -1.0, 0.0
@@ -212,8 +201,8 @@ def _aligned_distance(template: Grey, padded: PIL.Image.Image, shape: tuple[int,
         if min(frame) < 0 or frame[2] > padded.width or frame[3] > padded.height:
             break
         # only what falls on the picture is compared, not what is padding
-        columns = np.abs(middle[0] + half[0] * across - width / 2) <= width / 2  # (SIDE,)
-        rows = np.abs(middle[1] + half[1] * across - height / 2) <= height / 2  # (SIDE,)
+        columns = np.abs(middle[0] + half[0] * CENTRES - width / 2) <= width / 2  # (SIDE,)
+        rows = np.abs(middle[1] + half[1] * CENTRES - height / 2) <= height / 2  # (SIDE,)
         if columns.mean() < VISIBLE or rows.mean() < VISIBLE:
             break
         visible = np.ix_(rows, columns)
@@ -225,19 +214,50 @@ def _aligned_distance(template: Grey, padded: PIL.Image.Image, shape: tuple[int,
             break
         if step > UNLIKE_STEP and (correlation < best or gained < LEAST_GAIN):
             break
-        # least squares: the six parameters by which the template comes closest to the picture
-        matrix = slopes[visible].reshape(-1, 6)  # (visible pixels, 6)
-        normal = matrix.T @ matrix
-        solved = np.linalg.solve(normal + RIDGE * np.trace(normal) * np.eye(6), matrix.T @ picture.ravel())
-        contrast = solved[4]
-        if abs(contrast) < LEAST_CONTRAST:
+        if (moved := _gauss_newton_step(slopes[visible], picture)) is None:
             break
-        scale, shift = solved[[0, 2]] / contrast, solved[[1, 3]] / contrast  # (2,), across and down
-        scale, shift = 1 + scale.clip(-SCALE_STEP, SCALE_STEP), shift.clip(-SHIFT_STEP, SHIFT_STEP)
+        scale, shift = moved
         middle, half = middle - half * shift / scale, half / scale
         if (half < SMALLEST * first).any() or (half > LARGEST * first).any():
             break
     return 2.0 if aligned is None else 1 - _correlation(*map(_details, aligned))
+
+
+def _slopes(template: Grey) -> Grey:
+    """Return (SIDE, SIDE, 6), the derivatives of an aligned template by the six parameters of its alignment."""
+    down_slope, across_slope = np.gradient(template, 2 / SIDE)
+    return np.stack(
+        [
+            across_slope * CENTRES,  # 0: scale across
+            across_slope,  # 1: shift across
+            down_slope * CENTRES[:, None],  # 2: scale down
+            down_slope,  # 3: shift down
+            template,  # 4: contrast
+            np.ones_like(template),  # 5: brightness
+        ],
+        axis=-1,
+    )
+
+
+def _gauss_newton_step(slopes: Grey, picture: Grey) -> tuple[Any, Any] | None:
+    """Return (scale, shift), (2,) each for across and down, that bring the template closest to the picture.
+
+    Args:
+        slopes: (rows, columns, 6), see `_slopes`, of what is visible.
+        picture: (rows, columns), of the picture in the frame.
+
+    Returns:
+        Both are bounded by `SCALE_STEP` and `SHIFT_STEP`; None where the picture has no contrast to align by.
+    """
+    matrix = slopes.reshape(-1, 6)  # (visible pixels, 6)
+    # least squares by the normal equations, (6, 6) @ (6,)
+    normal = matrix.T @ matrix
+    solved = np.linalg.solve(normal + RIDGE * np.trace(normal) * np.eye(6), matrix.T @ picture.ravel())
+    contrast = solved[4]
+    if abs(contrast) < LEAST_CONTRAST:
+        return None
+    scale, shift = solved[[0, 2]] / contrast, solved[[1, 3]] / contrast  # (2,), across and down
+    return 1 + scale.clip(-SCALE_STEP, SCALE_STEP), shift.clip(-SHIFT_STEP, SHIFT_STEP)
 
 
 def _details(grey: Grey) -> Any:

@@ -150,7 +150,7 @@ def fetch_file(url: str, path: Path) -> None:
 def _what_is_left(
     figures: Mapping[str, Figure], known: Mapping[str, tuple[str, str]], retry_missing: bool
 ) -> tuple[Fetched, dict[str | None, dict[str, Figure]]]:
-    """What the manifest and the disk say already; and by package, what is to be looked at."""
+    """Return what the manifest and the disk say already, and by package what is still due."""
     fetched = Fetched()
     packages: dict[str | None, dict[str, Figure]] = {}
     for id, figure in figures.items():
@@ -187,7 +187,7 @@ def _collect(packages: Iterator[Fetched], fetched: Fetched, lines: IO[str], prog
 
 
 def _read_manifest(path: Path) -> dict[str, tuple[str, str]]:
-    """Figure id -> (sha256, why), one of them empty. A last line cut by a kill is removed from the file."""
+    """Read figure id -> (sha256, why), one of them empty. A last line cut by a kill is removed from the file."""
     if not path.exists():
         return {}
     raw = read_bytes(path)
@@ -209,7 +209,7 @@ def _read_manifest(path: Path) -> dict[str, tuple[str, str]]:
 
 
 def _fetch_package(package: str | None, figures: Mapping[str, Figure], stop: threading.Event) -> Fetched:
-    """The figures of one article."""
+    """Fetch the figures of one article."""
     fetched = Fetched()
     packed: dict[str, Figure] = {}
     for id, figure in figures.items():
@@ -244,7 +244,7 @@ def _fetch_package(package: str | None, figures: Mapping[str, Figure], stop: thr
 
 
 def _on_disk(file: Path) -> str | None:
-    """The hash of an image that lies there already, downloaded by whatever means; None where it is broken."""
+    """Return the hash of an image that is there already, by whatever means; None where it is broken."""
     if not file.exists():
         return None
     try:
@@ -256,7 +256,7 @@ def _on_disk(file: Path) -> str | None:
 
 
 def _from_cloud(figure: Figure, stop: threading.Event) -> str | None:
-    """The hash of the figure as fetched from its own address; None where it is not there."""
+    """Return the hash of the figure as fetched from its own address; None where it is not there."""
     article, _, name = figure.member.partition("/")
     if not re.fullmatch(r"PMC\d+", article) or not name:
         return None
@@ -286,7 +286,7 @@ def _keep(image: bytes | str, file: Path) -> str:
 
 
 def _members(package: str | None, wanted: set[str], folder: Path, stop: threading.Event) -> dict[str, bytes | str]:
-    """Member -> its bytes, or why not. Nothing is unpacked: only the bytes of regular members are read.
+    """Yield member -> its bytes, or why not. Nothing is unpacked: only the bytes of regular members are read.
 
     The archive lies in a nameless file in `folder`, so that a kill leaves nothing behind.
     """
@@ -329,7 +329,7 @@ def _read_members(archive: IO[bytes], wanted: set[str]) -> dict[str, bytes | str
 
 
 def package_url(url: str) -> str:
-    """Where the package is today, over https.
+    """Return where the package is today, over https.
 
     NCBI moved `oa_package` below `deprecated` on 13 April 2026 and announced its end for August 2026
     (https://pmc.ncbi.nlm.nih.gov/tools/maintain-oa-subset): a package that is still there, is there.
@@ -370,7 +370,7 @@ def _download(url: str, into: IO[bytes], limit: int, stop: threading.Event) -> N
 
 
 def _chunks(url: str, limit: int) -> Iterator[bytes]:
-    """The reply's body, as it comes. What the network can do wrong becomes `_MissingError` or `_NotNowError`."""
+    """Yield the reply's body, as it comes. What the network can do wrong becomes `_MissingError` or `_NotNowError`."""
     if not url.startswith(("http://", "https://")):  # urllib would open file:///etc/passwd too
         raise _MissingError("no web address")
     try:
@@ -399,7 +399,7 @@ def _chunks(url: str, limit: int) -> Iterator[bytes]:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """The wait that a Retry-After header asks for, in seconds or until a date; None if it says neither."""
+    """Return the wait that a Retry-After header asks for, in seconds or until a date; None if it says neither."""
     if retry_after is None:
         return None
     if retry_after.strip().isdigit():

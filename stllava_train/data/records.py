@@ -64,7 +64,7 @@ _TAGS = re.compile(
 
 
 def tags(text: str) -> list[str]:
-    """The places for a picture in a text, as any family writes them, at most 40 characters of each.
+    """Return the tags for a picture in a text, as any family writes them, at most 40 characters of each.
 
     >>> tags("<|image_pad|>Where? [IMG]")
     ['<|image_pad|>', '[IMG]']
@@ -95,7 +95,7 @@ class Turn:
 
 
 def read_turns(record: dict[str, Any], wrong: list[str]) -> list[Turn]:
-    """The turns of a record, without a system turn, see `read_system`; what is wrong with them goes to `wrong`."""
+    """Return the turns of a record, without a system turn, see `read_system`; what is wrong goes to `wrong`."""
     keys = [key for key in TURNS if record.get(key) is not None]
     turns = record[keys[0]] if keys else None
     if len(keys) > 1:
@@ -122,7 +122,7 @@ def _no_turns(record: dict[str, Any], keys: Sequence[str]) -> str:
 
 
 def read_system(record: dict[str, Any], wrong: list[str]) -> str:
-    """The text of a record's system turn, or of its key `system`, stripped; empty where it has none.
+    """Return the text of a record's system turn, or of its key `system`, stripped; empty where it has none.
 
     What is wrong with it goes to `wrong`.
     """
@@ -150,7 +150,7 @@ def read_system(record: dict[str, Any], wrong: list[str]) -> str:
 
 
 def _refuse_pictures(turn: dict[str, Any], wrong: list[str]) -> None:
-    """Those that a system turn names."""
+    """Refuse the pictures that a system turn names."""
     for key, value in turn.items():
         if value not in (None, "", [], {}) and (_snake(key) in PICTURES or _ABOUT_PICTURES.search(_snake(key))):
             wrong.append(f"its system turn's {key} is {short(value)}. A picture belongs into the first turn.")
@@ -169,7 +169,7 @@ def _text(turn: dict[str, Any]) -> Any:
 
 
 def _turn(number: int, turn: Any, wrong: list[str]) -> Turn:
-    """`number` from 0."""
+    """Read a turn; `number` counts from 0."""
     name = f"turn {number + 1}"
     due = "answer" if number % 2 else "question"
     content = _text(turn) if isinstance(turn, dict) else None
@@ -203,7 +203,7 @@ def _turn(number: int, turn: Any, wrong: list[str]) -> Turn:
 
 
 def _is_learnt(turn: dict[str, Any], name: str, wrong: list[str]) -> bool:
-    """Whether an answer is learnt, by the keys `LEARNT`."""
+    """Return whether an answer is learnt, by the keys `LEARNT`."""
     said = {key: on for key, value in turn.items() if _snake(key) in LEARNT and (on := _switch(value)) is not None}
     if len({*said.values()}) > 1:
         wrong.append(f"{name} has {' and '.join(f'{key} {short(turn[key])}' for key in said)}. Keep one of them.")
@@ -211,7 +211,7 @@ def _is_learnt(turn: dict[str, Any], name: str, wrong: list[str]) -> bool:
 
 
 def _part(part: Any, name: str, wrong: list[str]) -> tuple[str, str, list[str]]:
-    """(text or image, its text, the files it names), of one part of a content in parts."""
+    """Return (text or image, its text, the files it names) of one part of a content in parts."""
     if isinstance(part, str):
         return "text", part, []
     fields = part if isinstance(part, dict) else {}
@@ -229,7 +229,7 @@ def _part(part: Any, name: str, wrong: list[str]) -> tuple[str, str, list[str]]:
 
 
 def read_picture(record: dict[str, Any], turns: list[Turn], wrong: list[str]) -> str | None:
-    """The one file that a record names as its picture; None where it has none.
+    """Return the one file that a record names as its picture; None where it has none.
 
     What is wrong goes to `wrong`: several pictures, a picture behind the first turn, a tag without a picture, and keys
     that name a picture which would not be shown.
@@ -237,9 +237,9 @@ def read_picture(record: dict[str, Any], turns: list[Turn], wrong: list[str]) ->
     before = len(wrong)
     named = {key: _files(value, "its", wrong, key) for key, value in record.items() if _snake(key) in PICTURES}
     sources = [*named.values(), *([file] for turn in turns for file in turn.pictures)]
-    local = [of for of in sources if not all(map(_is_address, of))]
+    local = [files for files in sources if not all(map(_is_address, files))]
     # beside a file, the address under another key is the one that it was downloaded from
-    distinct = list(dict.fromkeys(file for of in (local or sources) for file in of))
+    distinct = list(dict.fromkeys(file for files in (local or sources) for file in files))
     if len(distinct) > 1:
         wrong.append(
             f"it names {len(distinct)} pictures ({short(distinct[0])}, {short(distinct[1])}), and one is read. Make a "
@@ -271,7 +271,7 @@ def read_picture(record: dict[str, Any], turns: list[Turn], wrong: list[str]) ->
 
 
 def _refuse_strays(fields: dict[str, Any], whose: str, pictures: list[str], wrong: list[str]) -> None:
-    """Keys that name a picture and that nobody reads.
+    """Refuse keys that name a picture and that nobody reads.
 
     Beside a picture, what speaks of it is let pass (its size, its id, the name of the same file in another folder).
     """
@@ -281,7 +281,9 @@ def _refuse_strays(fields: dict[str, Any], whose: str, pictures: list[str], wron
             continue
         files = [text for text in _texts(value) if _PICTURE_FILE.fullmatch(text.strip())]
         about = _ABOUT_PICTURES.search(_snake(key)) or _names_inside(value)
-        others = [file for file in files if not _is_address(file) and not any(_same(file, one) for one in pictures)]
+        others = [
+            file for file in files if not _is_address(file) and not any(_same(file, picture) for picture in pictures)
+        ]
         if (about and others) if pictures else (about or files):
             wrong.append(
                 f"{whose} {key} is {short(value)}, which names a picture that is not read. Name its one file under "
@@ -290,7 +292,7 @@ def _refuse_strays(fields: dict[str, Any], whose: str, pictures: list[str], wron
 
 
 def _same(file: str, other: str) -> bool:
-    """Whether two names end alike, suffixes aside: of one file in two folders, or in two formats."""
+    """Return whether two names end alike, suffixes aside: of one file in two folders, or in two formats."""
     one, two = (re.split(r"[/\\]", re.sub(r"\.\w+$", "", name)) for name in (file, other))
     least = min(len(one), len(two))
     return one[-least:] == two[-least:]
@@ -333,7 +335,7 @@ def _as_done(due: str | None, key: str, value: Any) -> bool:
 
 
 def _switch(value: Any) -> bool | None:
-    """What 0, 1, false or true says, also as text; None of anything else.
+    """Return what 0, 1, false or true says, also as text; None of anything else.
 
     >>> _switch(0.0), _switch("true"), _switch(0.5)
     (False, True, None)
@@ -343,7 +345,7 @@ def _switch(value: Any) -> bool | None:
 
 
 def _is_amount(value: Any) -> bool:
-    """Whether it switches or weighs: a truth value, a number, also as text, or a list of these."""
+    """Return whether it switches or weighs: a truth value, a number, also as text, or a list of these."""
     if isinstance(value, list):
         return bool(value) and all(map(_is_amount, value))
     if isinstance(value, str):
@@ -352,20 +354,20 @@ def _is_amount(value: Any) -> bool:
 
 
 def _is_one(value: Any) -> bool:
-    """Whether it says what is done anyway."""
+    """Return whether it says what is done anyway."""
     if isinstance(value, list):
         return all(map(_is_one, value))
     return value == 1 or (isinstance(value, str) and value.strip().lower() in ("true", "1", "1.0"))
 
 
 def _files(value: Any, whose: str, wrong: list[str], key: str = "image") -> list[str]:
-    """The files that the value of a key for pictures names."""
+    """Return the files that the value of a key for pictures names."""
     if value in (None, "", [], {}):
         return []
     if isinstance(value, str) and "\0" not in value:
         return [unquote(urlsplit(value).path) if value.lower().startswith(("file:///", "file://localhost/")) else value]
     if isinstance(value, list):
-        return [file for one in value for file in _files(one, whose, wrong, key)]
+        return [file for item in value for file in _files(item, whose, wrong, key)]
     if isinstance(value, dict):
         held = [of for inner, of in value.items() if _snake(inner) in NAMED_IN]
         if found := [file for of in held for file in _files(of, whose, wrong, key)]:
@@ -387,7 +389,7 @@ def _names_inside(value: Any) -> bool:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a value, however deep."""
+    """Yield every text in a value, however deep."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if isinstance(value, str):
         yield value
@@ -396,7 +398,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _held(fields: dict[str, Any]) -> bool:
-    """Whether an object that stands for a picture holds it, or stands for one that is kept elsewhere."""
+    """Return whether an object that stands for a picture holds it, or stands for one that is kept elsewhere."""
     return any(value not in (None, "", [], {}) for key, value in fields.items() if _snake(key) in HELD)
 
 
@@ -410,11 +412,11 @@ def _is_address(file: str) -> bool:
 
 @lru_cache(4096)
 def _snake(key: str) -> str:
-    """imagePath, Image-Path -> image_path."""
+    """Return a key in lower case with underscores: imagePath, Image-Path -> image_path."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[-\s.]+", "_", key).lower()
 
 
 def short(value: Any) -> str:
-    """A value as JSON, for messages: at most 40 characters of it."""
+    """Return a value as JSON, for messages: at most 40 characters of it."""
     text = json.dumps(value, ensure_ascii=True, default=str)
     return text if len(text) <= 40 else f"{text[:40]}..."

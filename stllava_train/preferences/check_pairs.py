@@ -160,7 +160,7 @@ def _repeated_pairs(pairs: Iterable[tuple[str, Pair]]) -> list[Found]:
 
 
 def _without_weight(pairs: Sequence[tuple[str, Pair]]) -> list[Found]:
-    """Pairs without a weight beside others with one, and weights that are all 0: as `pairs.check_weights` refuses."""
+    """Return what `pairs.check_weights` refuses: pairs without a weight beside others with one, and weights of 0."""
     without = [(location, pair) for location, pair in pairs if pair.weight is None]
     weighted = len(pairs) - len(without)
     if weighted and not without and not any(pair.weight for _, pair in pairs):

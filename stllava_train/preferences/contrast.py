@@ -136,7 +136,7 @@ def _boxes(file: Path, size: tuple[int, int]) -> tuple[Box, ...]:
 
 def _box(file: Path, size: tuple[int, int], label: str, value: Any) -> Box:
     numbers = value if isinstance(value, list) else []
-    if len(numbers) != 4 or not all(type(one) in (int, float) and math.isfinite(one) for one in numbers):
+    if len(numbers) != 4 or not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
         raise InputError(f"{file}: {label}: {short(value)} is no box. It is [x, y, width, height], in pixels.")
     x, y, width, height = numbers
     if min(x, y) < 0 or min(width, height) <= 0 or x + width > size[0] or y + height > size[1]:
@@ -205,7 +205,7 @@ def noised(picture: Image, boxes: Sequence[Box], id: str) -> Image:
 
 
 def _written(picture: Image, pixels: str, id: str, images: Path) -> str:
-    """The name in `images` of the file that holds the picture now; `pixels` is its `pixel_hash`."""
+    """Write a picture to `images`, and return its file's name; `pixels` is its `pixel_hash`."""
     name = f"{FOLDER}/{safe_names([id])[id]}-{pixels[:12]}.png"
     content = io.BytesIO()
     picture.save(content, "PNG", compress_level=1)  # noise hardly shrinks, and the higher levels take most of the time
@@ -250,50 +250,52 @@ def contrast_pairs(
     if seen.broken:
         raise InputError(f"{seen.broken[0]} Put it back, or leave the record out.")
     tests = set() if allow_test_images else {problem.location for problem in seen.leaks}
-    by_pixels = {one.pixels: one for one in boxed}
+    by_pixels = {image.pixels: image for image in boxed}
     pairs: list[Pair] = []
     skipped: dict[str, list[str]] = defaultdict(list)
-    for one in sound:
-        pixels = None if one.image is None else seen.pixels[one.image]
+    for conversation in sound:
+        pixels = None if conversation.image is None else seen.pixels[conversation.image]
         known = by_pixels.get(pixels or "")
-        if known is None and one.image is not None:
-            _refuse_other_pixels(one, one.image, boxed)
+        if known is None and conversation.image is not None:
+            _refuse_other_pixels(conversation, conversation.image, boxed)
         if pixels is None:
-            skipped[NO_IMAGE].append(one.id)
-        elif one.location in tests:
-            skipped[TEST_IMAGE].append(one.id)
+            skipped[NO_IMAGE].append(conversation.id)
+        elif conversation.location in tests:
+            skipped[TEST_IMAGE].append(conversation.id)
         elif known is None or not known.boxes:
-            skipped[NO_BOX].append(one.id)
+            skipped[NO_BOX].append(conversation.id)
         elif regions == "lesions" and not any(box.label in LESIONS for box in known.boxes):
-            skipped[NO_LESION].append(one.id)
+            skipped[NO_LESION].append(conversation.id)
         else:
-            pairs += _pairs_of(one, known, pixels, images, regions, skipped)
+            pairs += _pairs_of(conversation, known, pixels, images, regions, skipped)
     return Contrasts(pairs, dict(skipped))
 
 
 def _pairs_of(
-    one: Conversation, known: Boxed, pixels: str, images: Path, regions: str, skipped: dict[str, list[str]]
+    conversation: Conversation, known: Boxed, pixels: str, images: Path, regions: str, skipped: dict[str, list[str]]
 ) -> list[Pair]:
     """Return the pairs of a conversation; what makes none goes to `skipped`."""
-    assert one.image is not None
+    assert conversation.image is not None
     pairs = []
-    picture = open_image(one.image)
-    for number, (question, answer) in enumerate(one.rounds):
-        id = f"{one.id}#{number}"
+    picture = open_image(conversation.image)
+    for number, (question, answer) in enumerate(conversation.rounds):
+        id = f"{conversation.id}#{number}"
         boxes = region(known.boxes, question, answer, regions)
-        why = LATER_ROUND if number and not one.unordered else pair_problem(question, answer, answer, two_images=True)
+        why = pair_problem(question, answer, answer, two_images=True)
+        if number and not conversation.unordered:  # it may need the rounds before it, which a pair does not have
+            why = LATER_ROUND
         if why := why or (None if boxes else NOT_NAMED):
             skipped[why].append(id)
             continue
         copy = noised(picture, boxes, id)
         sha256 = pixel_hash(copy)
-        image = one.image.relative_to(images).as_posix()
+        image = conversation.image.relative_to(images).as_posix()
         other = _written(copy, sha256, id, images)
         pairs.append(Pair(id, image, pixels, question, answer, answer, None, (), None, other, sha256))
     return pairs
 
 
-def _refuse_other_pixels(one: Conversation, image: Path, boxed: Sequence[Boxed]) -> None:
+def _refuse_other_pixels(conversation: Conversation, image: Path, boxed: Sequence[Boxed]) -> None:
     """Raise InputError where an image has the name of one whose boxes are known: they would be of another image.
 
     `stllava-train data slake` calls SLAKE's `xmlab1/source.jpg` `xmlab1_source.jpg`.
@@ -302,15 +304,16 @@ def _refuse_other_pixels(one: Conversation, image: Path, boxed: Sequence[Boxed])
         name = f"{other.image.parent.name}/{other.image.name}"
         if image.stem == safe_names([name])[name] or "/".join(image.parts[-2:]) == name:
             raise InputError(
-                f"{one.location}: {one.id}: its image {image} has other pixels than {other.image}, whose boxes are "
-                "known. Boxes of another image would be noised: write the conversations of that copy of the data set."
+                f"{conversation.location}: {conversation.id}: its image {image} has other pixels than {other.image}, "
+                "whose boxes are known. Boxes of another image would be noised: write the conversations of that copy "
+                "of the data set."
             )
 
 
 def source_of(file_sha256: str, boxed: Sequence[Boxed], regions: str) -> dict[str, Any]:
     """Return what decides the pairs, for their manifest."""
     boxes = sorted(
-        [one.pixels, *([box.label, box.x, box.y, box.width, box.height] for box in one.boxes)] for one in boxed
+        [image.pixels, *([box.label, box.x, box.y, box.width, box.height] for box in image.boxes)] for image in boxed
     )
     return {
         "conversations_sha256": file_sha256,

@@ -32,7 +32,7 @@ def write_pairs(
     `NAME.llama-factory/`, LLaMA-Factory's `dataset_dir`. All but the authors' hold whole paths of the images.
 
     Args:
-        made: See `selected`.
+        made: See `pair_selection.select_pairs`.
         out: `NAME.jsonl`.
         source: What the pairs were made of, for the manifest.
         formats: Of `FORMATS`.
@@ -65,7 +65,7 @@ def write_pairs(
 
 
 def _exports(parts: Mapping[Path, Sequence[Pair]], out: Path, format: str, images: Path | None) -> dict[Path, str]:
-    """The text of each file of a format; `parts` by their files of pairs."""
+    """Return the text of each file of a format; `parts` by their files of pairs."""
     texts: dict[Path, str] = {}
     listed: Row = {}
     for path, pairs in parts.items():
@@ -87,7 +87,7 @@ def _exports(parts: Mapping[Path, Sequence[Pair]], out: Path, format: str, image
 
 
 def refusal_of_two_images(format: str) -> str:
-    """The line that refuses to export image-contrast pairs in a format other than ms-swift's."""
+    """Return the line that refuses to export image-contrast pairs in a format other than ms-swift's."""
     return (
         f"--format {format}: its chosen and rejected answers are about two images, and {format} has one image for "
         "both. Write --format ms-swift, or none."
@@ -95,7 +95,7 @@ def refusal_of_two_images(format: str) -> str:
 
 
 def exported(pair: Pair, format: str, image: str, rejected_image: str = "") -> Row:
-    """The pair as another trainer reads it, one of `FORMATS`; `layouts` reads it back.
+    """Return the pair as another trainer reads it, one of `FORMATS`; `pair_records` reads it back.
 
     `id` and `weight` (where the pair has one) go with it. The other trainers pass over both keys.
 
@@ -139,7 +139,7 @@ def exported(pair: Pair, format: str, image: str, rejected_image: str = "") -> R
 
 
 def _image_paths(pair: Pair, format: str, images: Path | None) -> list[str]:
-    """Of its one image or of its two, the chosen answer's before the rejected one's."""
+    """Return the paths of its one image or of its two, the chosen answer's before the rejected one's."""
     if format == "authors":
         return list(pair.pictures)
     if images is None:

@@ -165,5 +165,5 @@ def _balanced(pairs: Sequence[Pair], sign: Callable[[Pair], int], seed: int) -> 
 
 
 def _margin(pair: Pair) -> float:
-    """For sorting: an unknown margin is smaller than any other."""
+    """Return a margin for sorting: an unknown one is smaller than any other."""
     return -1.0 if pair.margin is None else pair.margin

@@ -31,7 +31,7 @@ class Pair:
     Of an image-contrast pair the two answers are about two images, and are one text as a rule; see `contrast`.
 
     Attributes:
-        id: Of the candidate; with the places of the two answers where it has more than two, `a.png#0:0-2`.
+        id: Of the candidate; with the indexes of the two answers where it has more than two, `a.png#0:0-2`.
         image: The image's file, relative to the folder of images.
         image_sha256: `pixel_hash` of it.
         question, chosen, rejected: Stripped, without the image's tag.
@@ -58,12 +58,12 @@ class Pair:
 
     @property
     def images(self) -> tuple[str, str]:
-        """Of the chosen and of the rejected answer."""
+        """Return the image of the chosen and that of the rejected answer."""
         return self.image, self.rejected_image or self.image
 
     @property
     def pictures(self) -> dict[str, str]:
-        """The file of each different image -> its hash."""
+        """Return the file of each different image -> its hash."""
         other = {self.rejected_image: self.rejected_image_sha256 or ""} if self.rejected_image else {}
         return {self.image: self.image_sha256} | other
 
@@ -73,7 +73,7 @@ KEYS = tuple(field.name for field in fields(Pair) if field.name not in OPTIONAL)
 
 
 def row_of(pair: Pair) -> Row:
-    """The row that a file holds: its keys, and of the optional ones those that the pair has."""
+    """Return the row that a file holds: its keys, and of the optional ones those that the pair has."""
     return {key: value for key, value in asdict(pair).items() if key in KEYS or value is not None}
 
 

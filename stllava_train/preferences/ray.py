@@ -148,7 +148,7 @@ def _mapped(
     batch: int,
     gpus: float,
 ) -> Iterator[Mapping[str, Any]]:
-    """The rows that workers make of the items, as they come."""
+    """Yield the rows that workers make of the items, as they come."""
     ray = _import_ray()
     if not items:
         return
@@ -170,7 +170,7 @@ def _mapped(
 
 
 def _connect() -> None:
-    """To the cluster of `$RAY_ADDRESS`, else to one on this machine alone."""
+    """Connect to the cluster of `$RAY_ADDRESS`, else to one on this machine alone."""
     import logging
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to Ray's makers
@@ -184,7 +184,7 @@ def _connect() -> None:
 
 
 def workers_have_gpus() -> bool:
-    """Whether the cluster has GPUs; then each worker gets one.
+    """Return whether the cluster has GPUs; then each worker gets one.
 
     Raises:
         InputError: Ray is not installed.
@@ -204,7 +204,7 @@ def _import_ray() -> Any:
 
 
 def _first_cause(error: BaseException) -> str:
-    """The one line of an `InputError` in a worker, or what else went wrong there."""
+    """Return the one line of an `InputError` in a worker, or what else went wrong there."""
     text = str(error)
-    told = [line for line in text.splitlines() if "InputError: " in line]
-    return told[-1].split("InputError: ", 1)[1] if told else " ".join(text.splitlines()[-1:])
+    messages = [line for line in text.splitlines() if "InputError: " in line]
+    return messages[-1].split("InputError: ", 1)[1] if messages else " ".join(text.splitlines()[-1:])

@@ -41,8 +41,8 @@ def count(rows: Iterable[Mapping[str, Any]]) -> Counter[str]:
         counts["images"] += 1
         counts["images that cannot be decoded"] += "broken" in row
         counts["questions"] += len(row["questions"])
-        counts["candidates"] += sum(one["left_out"] is None for one in row["questions"])
-        counts.update(one["left_out"] for one in row["questions"] if one["left_out"])
+        counts["candidates"] += sum(question["left_out"] is None for question in row["questions"])
+        counts.update(question["left_out"] for question in row["questions"] if question["left_out"])
     return counts
 
 
@@ -56,14 +56,14 @@ def read_candidates(path: Path) -> list[Candidate]:
     known: set[str] = set()
     for number, row in enumerate(read_rows(path), 1):
         try:
-            for one in row["questions"]:
-                if one["left_out"] is None:
+            for question in row["questions"]:
+                if question["left_out"] is None:
                     candidate = Candidate(
-                        str(one["id"]),
+                        str(question["id"]),
                         str(row["image"]),
                         str(row["image_sha256"]),
-                        one["question"],
-                        tuple(one["answers"]),
+                        question["question"],
+                        tuple(question["answers"]),
                     )
                     texts = (row["image"], row["image_sha256"], candidate.question, *candidate.answers)
                     if len(candidate.answers) < 2 or not all(isinstance(text, str) for text in texts):

@@ -1,4 +1,4 @@
-"""A run folder -> its model card and the plot of its losses."""
+"""Write the model card of a run folder, and draw the plot of its losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stllava_eval.errors import InputError, printable
 from stllava_eval.storage import loads, read_json, read_text, whole_file
 
 CARD = "README.md"
-TRACED = {  # by stage, figures of a step that the card is made of
+TRACED = {  # for each stage the figures of a step that the card is made of
     "sft": ("answer_loss", "question_loss"),
     "dpo": ("loss", "margin", "accuracy", "chosen_logps", "rejected_logps", "kl"),
 }
@@ -33,9 +33,9 @@ def write_card(folder: Path, evaluations: Sequence[Path] = (), manifest: dict[st
 
     manifest = manifest or _manifest(folder)
     source = shlex.quote(f"pretrained={_plain(str(folder))}")
-    versions = ", ".join(f"{name} {found}" for name, found in manifest["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
     lines = _read(folder / "losses.jsonl", TRACED[manifest["stage"]])
-    stage, data, losses = (_of_dpo if manifest["stage"] == "dpo" else _of_sft)(manifest, lines)
+    stage, data, losses = (_dpo_sections if manifest["stage"] == "dpo" else _sft_sections)(manifest, lines)
     leak = manifest["test_images"]
     warning = f"\n**{leak} of them show images of test splits: scores on those sets mean nothing.**\n" if leak else ""
     text = f"""---
@@ -75,10 +75,13 @@ Versions: {_plain(versions)}; commit {_plain(str(manifest["commit"]))}.
 
 
 def left_out_by_peft(folder: Path) -> str:
-    """In words, what plain PEFT and transformers leave out when they load the run in `folder`; empty for nothing.
+    """Return in words what plain PEFT and transformers leave out when they load the run in `folder`.
 
     They load one adapter on one whole model: of an adapter whose base is an adapter too, they take the whole model
     below both, and say nothing.
+
+    Returns:
+        The text; empty where nothing is left out.
     """
     if not (folder / "adapter_config.json").is_file():
         return ""
@@ -93,7 +96,7 @@ def left_out_by_peft(folder: Path) -> str:
 
 
 def _other_tools(folder: Path) -> str:
-    """How tools that know one adapter on one whole model load the run; empty for a run that is a whole model."""
+    """Return how tools that know one adapter on one whole model load the run; empty for a run that is a whole model."""
     if not (folder / "adapter_config.json").is_file():
         return ""
     command = f"stllava-train merge {shlex.quote(_plain(str(folder)))} --out DIR"
@@ -105,13 +108,14 @@ transformers and servers, first write it as one whole checkpoint: `{command}`.{s
 """
 
 
-def _of_sft(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
-    """(stage, data, losses)."""
+def _sft_sections(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
+    """Return (name of the stage, text about the data, text about the losses) of stage 1."""
     counts = manifest["counts"]
-    data = "\n".join(
-        f"- `{_plain(one['file'])}`: {one['conversations']} conversations, sha256 `{one['sha256'][:16]}`"
-        for one in manifest["data"]
-    )
+    files = []
+    for file in manifest["data"]:
+        name, sha256 = _plain(file["file"]), file["sha256"][:16]
+        files.append(f"- `{name}`: {file['conversations']} conversations, sha256 `{sha256}`")
+    data = "\n".join(files)
     return (
         "Stage 1 (`stllava-train sft`)",
         f"{data}\n\n{counts['conversations']} conversations about {counts['images']} images, {counts['rounds']} "
@@ -127,8 +131,8 @@ def _of_sft(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[
     )
 
 
-def _of_dpo(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
-    """(stage, data, losses)."""
+def _dpo_sections(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
+    """Return (name of the stage, text about the data, text about the losses) of stage 2."""
     counts = manifest["counts"]
     contrasts = counts.get("contrasts", 0)  # a run of an earlier version has none
     (data,) = manifest["data"]
@@ -154,7 +158,7 @@ def _of_dpo(manifest: dict[str, Any], lines: Sequence[dict[str, Any]]) -> tuple[
 
 
 def _kept(manifest: dict[str, Any]) -> list[str]:
-    """Lines about the step whose weights were kept, of a run that was evaluated on the way."""
+    """Return lines about the step whose weights were kept; none for a run without validation."""
     kept = manifest.get("kept")
     if not kept:
         return []
@@ -171,11 +175,11 @@ def _kept(manifest: dict[str, Any]) -> list[str]:
 
 
 def kept_step(folder: Path) -> list[str]:
-    """Lines of text about the step whose weights the run in `folder` kept; none for a run without validation."""
+    """Return lines about the step whose weights the run in `folder` kept; none for a run without validation."""
     return [line.strip("\n*") for line in _kept(_manifest(folder))]
 
 
-PANELS = (  # of stage 2: (what is on the axis, {key of the trace: label})
+PANELS = (  # the panels of stage 2: (what is on the axis, {key of the trace: label})
     ("nats per answer", {"chosen_logps": "log-probability, chosen", "rejected_logps": "rejected"}),
     ("reward (beta times log-ratio)", {"chosen_reward": "chosen", "rejected_reward": "rejected"}),
     ("share of pairs", {"accuracy": "ranked correctly"}),
@@ -185,52 +189,53 @@ COLOURS = ("#1f5fa8", "#c2571a", "#3c7d3c", "#7a4a99")
 
 
 def draw_curves(trace: Path, image: Path) -> None:
-    """What `losses.jsonl` holds of every step, and its running mean, as a PNG; the scores of `evaluations.jsonl` too.
+    """Draw every step of `losses.jsonl` with its running mean, and the scores of `evaluations.jsonl`, as a PNG file.
 
-    The mean is over a fiftieth of the run in stage 1, and a tenth in stage 2, whose steps are few.
+    The mean is over a fiftieth of the run in stage 1, and over a tenth in stage 2, whose steps are few.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = _read(trace)
     paired = "margin" in lines[0]
-    examined = _read(trace.with_name("evaluations.jsonl")) if trace.with_name("evaluations.jsonl").exists() else []
-    figure = Figure(figsize=(11, 9) if paired or examined else (8, 4.5), dpi=120, layout="constrained")
+    evaluated = _read(trace.with_name("evaluations.jsonl")) if trace.with_name("evaluations.jsonl").exists() else []
+    figure = Figure(figsize=(11, 9) if paired or evaluated else (8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     if paired:
-        grid = figure.subplots(3 if examined else 2, 2).flatten()
-        for axes, (unit, named) in zip(grid, PANELS, strict=False):
-            _draw(axes, lines, named, unit, 10)
-        if examined:
-            _draw_examined(grid[4], grid[5], examined)
+        grid = figure.subplots(3 if evaluated else 2, 2).flatten()
+        for axes, (unit, labels) in zip(grid, PANELS, strict=False):
+            _draw(axes, lines, labels, unit, 10)
+        if evaluated:
+            _draw_evaluations(grid[4], grid[5], evaluated)
     else:
-        panels = figure.subplot_mosaic([["losses", "losses"], ["scores", "words"]] if examined else [["losses"]])
+        panels = figure.subplot_mosaic([["losses", "losses"], ["scores", "words"]] if evaluated else [["losses"]])
         axes = panels["losses"]
-        if examined:
-            _draw_examined(panels["scores"], panels["words"], examined)
+        if evaluated:
+            _draw_evaluations(panels["scores"], panels["words"], evaluated)
         _draw(axes, lines, {"answer_loss": "answers", "question_loss": "questions"}, "loss (nats per token)", 50)
         axes.set_ylim(bottom=0)
     with whole_file(image) as unfinished:
         figure.savefig(unfinished, format="png", metadata={"Software": None})
 
 
-def _draw(axes: Any, lines: Sequence[dict[str, Any]], named: dict[str, str], unit: str, parts: int) -> None:
-    for (name, label), colour in zip(named.items(), COLOURS, strict=False):
-        found = [(line["step"], line[name]) for line in lines if line[name] is not None]
-        if not found:
+def _draw(axes: Any, lines: Sequence[dict[str, Any]], labels: dict[str, str], unit: str, parts: int) -> None:
+    """Draw figures of the trace, each with its running mean over one of `parts` parts of the run."""
+    for (name, label), colour in zip(labels.items(), COLOURS, strict=False):
+        points = [(line["step"], line[name]) for line in lines if line[name] is not None]
+        if not points:
             continue
-        steps, values = zip(*found, strict=True)
+        steps, values = zip(*points, strict=True)
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
         axes.plot(steps, _smooth(values, parts), color=colour, linewidth=1.8, label=label)
     _finish(axes, unit)
 
 
-def _draw_examined(scores: Any, lengths: Any, lines: Sequence[dict[str, Any]]) -> None:
-    """Of validation questions: means over the splits."""
-    sets = [name for name, of in lines[0].items() if isinstance(of, dict)]
+def _draw_evaluations(scores: Any, lengths: Any, lines: Sequence[dict[str, Any]]) -> None:
+    """Draw the scores and the lengths of answers to validation questions, each a mean over the splits."""
+    splits = [name for name, means in lines[0].items() if isinstance(means, dict)]
 
     def mean(line: dict[str, Any], name: str) -> float:
-        return sum(line[one][name] for one in sets) / len(sets)
+        return sum(line[split][name] for split in splits) / len(splits)
 
     steps = [line["step"] for line in lines]
     shown = {"f1": "F1, open", "recall": "recall, open", "closed_accuracy": "accuracy, closed", "unparsed": "unparsed"}
@@ -239,7 +244,7 @@ def _draw_examined(scores: Any, lengths: Any, lines: Sequence[dict[str, Any]]) -
         values = [mean(line, name) for line in lines]
         scores.plot(steps, values, color=colour, linestyle=dashes, marker="o", markersize=3, label=label)
     scores.set_ylim(0, 1)
-    _finish(scores, f"validation: {', '.join(sets)}")
+    _finish(scores, f"validation: {', '.join(splits)}")
     words = [mean(line, "words") for line in lines]
     lengths.plot(steps, words, color=COLOURS[0], marker="o", markersize=3, label="words")
     lengths.set_ylim(0, 1.3 * max(words) or 1)  # a network that says nothing has 0 words at every step
@@ -247,6 +252,7 @@ def _draw_examined(scores: Any, lengths: Any, lines: Sequence[dict[str, Any]]) -
 
 
 def _finish(axes: Any, unit: str) -> None:
+    """Put labels, grid and legend on a panel."""
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
@@ -254,11 +260,17 @@ def _finish(axes: Any, unit: str) -> None:
 
 
 def _smooth(values: Sequence[float], parts: int) -> list[float]:
+    """Return the running mean of values over the newest of them, one of `parts` parts of their number at most."""
     width = max(1, len(values) // parts)
-    return [sum(values[max(0, end - width) : end]) / (end - max(0, end - width)) for end in range(1, len(values) + 1)]
+    means = []
+    for end in range(1, len(values) + 1):
+        window = values[max(0, end - width) : end]
+        means.append(sum(window) / len(window))
+    return means
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    """Read the `run.json` of a finished training run; raises InputError where there is none."""
     try:
         manifest = read_json(folder / "run.json")
         if manifest["stage"] not in TRACED:
@@ -275,7 +287,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def fault(error: Exception) -> str:
-    """In words, what reading a `run.json` ended with."""
+    """Return in words the error that reading a `run.json` ended with."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "it has no run.json"
     if isinstance(error, KeyError):
@@ -284,7 +296,7 @@ def fault(error: Exception) -> str:
 
 
 def _read(trace: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The lines of a trace, each with a step and these figures, which may be null."""
+    """Read the lines of a trace, each with a step and these figures, which may be null."""
     try:
         lines = [loads(line) for line in read_text(trace).splitlines()]
         for line in lines:
@@ -297,37 +309,42 @@ def _read(trace: Path, names: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def _ends(lines: Sequence[dict[str, Any]], name: str) -> str:
-    found = [line[name] for line in lines if line[name] is not None]
-    if not found:
+    """Return the means of a figure over the first and over the last tenth of the steps that have one, as text."""
+    values = [line[name] for line in lines if line[name] is not None]
+    if not values:
         return "none learnt"
-    width = max(1, len(found) // 10)
-    return f"{sum(found[:width]) / width:.3f} to {sum(found[-width:]) / width:.3f}"
+    width = max(1, len(values) // 10)
+    return f"{sum(values[:width]) / width:.3f} to {sum(values[-width:]) / width:.3f}"
 
 
 def _scores(folder: Path, evaluations: Sequence[Path]) -> str:
+    """Return the board of these evaluations; raises InputError where one is of other weights than the run's."""
     if not evaluations:
         return f"None yet. Evaluate it, then `stllava-train card {_plain(str(folder))} --eval RUN` writes them here."
-    from stllava_eval.network.checkpoint import open_checkpoint
+    from stllava_eval.network.checkpoint import open_checkpoint  # with torch; both below are needed with scores alone
     from stllava_eval.reports.board_formats import board_text
     from stllava_eval.reports.board_rows import board
 
     own = open_checkpoint(str(folder)).sha256
     for run in evaluations:
         try:
-            of = str(read_json(run / "run.json")["checkpoint"]["sha256"])
+            evaluated = str(read_json(run / "run.json")["checkpoint"]["sha256"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{run} is not a run folder ({fault(error)}). Pass one of an evaluation.") from error
-        if of != own:
-            raise InputError(f"{run}: it is of other weights ({of[:16]}, here {own[:16]}). Evaluate {folder} again.")
+        if evaluated != own:
+            raise InputError(
+                f"{run}: it is of other weights ({evaluated[:16]}, here {own[:16]}). Evaluate {folder} again."
+            )
     return f"```\n{board_text(board(list(evaluations)))}\n```"
 
 
 def _yaml(recipe: dict[str, Any]) -> str:
+    """Return a recipe as YAML, each line safe in Markdown."""
     import yaml
 
     return "".join(f"{_plain(line)}\n" for line in yaml.safe_dump(recipe, sort_keys=False).splitlines())
 
 
 def _plain(text: str) -> str:
-    """One line that Markdown shows as it is, in code."""
+    """Return a text as one line that Markdown shows as it is, in code."""
     return printable(text).replace("`", "'").replace("<", "(").replace(">", ")")

@@ -1,4 +1,4 @@
-"""A recipe and a network's sizes -> the memory and the time of a run, by arithmetic and not measured."""
+"""Estimate the memory and the time of a run from its recipe and the network's sizes, by arithmetic alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from stllava_train.training.recipe_yaml import Part
 from stllava_train.training.recipes import TrainingRecipe
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
-TRAINED = 16  # bytes of a trained weight: it, its gradient and AdamW's two moments, each in float32
-NF4 = 0.5625  # bytes: half a byte, and a float32 scale for every 64 weights
-A100 = 312e12  # operations a second in bfloat16 at most, by NVIDIA's data sheet
-TILE = (4096, 32768)  # positions and words whose logits trl 1.16 holds at once
-SHARE = 0.4  # of it that is reached: an assumption, and what most depends on hardware and data
+TRAINED = 16  # bytes per trained weight: the weight, its gradient and AdamW's two moments, each in float32
+NF4 = 0.5625  # bytes per weight: half a byte, and a float32 scale for every 64 weights (QLoRA, arXiv:2305.14314)
+A100 = 312e12  # operations per second in bfloat16 at most, by NVIDIA's data sheet
+TILE = (4096, 32768)  # positions and vocabulary entries whose logits trl 1.16 holds at once
+SHARE = 0.4  # of the peak that is reached: our assumption, and what depends most on hardware and data
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Stack:
 
     @property
     def matrix(self) -> int:
-        """Weights in the matrices of one layer."""
+        """Return the number of weights in the matrices of one layer."""
         return 2 * self.hidden * (self.hidden + self.key_value) + (2 + self.gated) * self.hidden * self.intermediate
 
     def activations(self, width: int, train: str) -> int:
-        """Bytes for each token that one layer keeps for its backward pass; a test counts what autograd keeps.
+        """Return the bytes per token that one layer keeps for its backward pass; a test counts what autograd keeps.
 
         Queries, keys, values, what leaves the attention, the MLP's insides, and what enters both norms, in float32;
         attention scores are kept by no fused kernel. A matrix that is trained keeps what enters it as well, and a LoRA
@@ -61,7 +61,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device that holds everything, by what they hold; without CUDA's own and what lies unused between."""
+    """Bytes on one device that holds everything, by what they hold; without CUDA's own and unused space between."""
 
     frozen: float
     trained: float
@@ -71,18 +71,18 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes."""
+        """Return the sum, in bytes."""
         return self.frozen + self.trained + self.copies + self.activations + self.head
 
 
 def read_layers(config: Any) -> int:
-    """Layers of the vision tower that the features pass through, from the first on; the others are for nothing."""
+    """Return how many layers of the vision tower, from the first on, the features pass through; no other is read."""
     read, count = config.vision_feature_layer, config.vision_config.num_hidden_layers
     return max(layer if layer >= 0 else count + 1 + layer for layer in (read if isinstance(read, list) else [read]))
 
 
 def stacks(config: Any) -> tuple[Stack, Stack]:
-    """Of a StllavaMedConfig: the language model, and as much of the vision tower as is read."""
+    """Return the stacks of a StllavaMedConfig: the language model, and as much of the vision tower as is read."""
     text, vision = config.text_config, config.vision_config
     key_value = text.hidden_size * text.num_key_value_heads // text.num_attention_heads
     return (
@@ -92,7 +92,7 @@ def stacks(config: Any) -> tuple[Stack, Stack]:
 
 
 def memory(recipe: TrainingRecipe, weights: Mapping[str, tuple[int, int]], config: Any, tokens: int) -> Memory:
-    """Bytes of a training step on one device that shares nothing with others (DDP, less its buckets).
+    """Return the memory of a training step on one device that shares nothing with others (DDP, without its buckets).
 
     Args:
         recipe: How each part is trained, in which precision, and how many conversations at once.
@@ -103,10 +103,10 @@ def memory(recipe: TrainingRecipe, weights: Mapping[str, tuple[int, int]], confi
     width = WIDTH[recipe.dtype]
     language, vision = stacks(config)
     rest = WIDTH["float32"] if recipe.four_bit else width  # peft's prepare_model_for_kbit_training widens the rest
-    frozen: float = sum(
-        rest * (held - trained if recipe.parts()[name].train == "full" else held)
-        for name, (held, trained) in weights.items()
-    )
+    frozen: float = 0
+    for name, (held, trained) in weights.items():
+        # weights that are trained themselves are counted below; those under a LoRA are frozen
+        frozen += rest * (held - trained if recipe.parts()[name].train == "full" else held)
     if recipe.four_bit:
         frozen -= (rest - NF4) * language.layers * language.matrix
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
@@ -136,13 +136,13 @@ def memory(recipe: TrainingRecipe, weights: Mapping[str, tuple[int, int]], confi
 
 
 def _head(positions: int, hidden: int, vocabulary: int, width: int) -> int:
-    """Bytes of trl's fused head, if all positions were learnt: a tile of the logits, never all, and a gradient."""
+    """Return the bytes of trl's fused head, if all positions were learnt: a tile of the logits, and a gradient."""
     tile = min(positions, TILE[0]) * min(vocabulary, TILE[1])
     return positions * hidden * (width + WIDTH["float32"]) + tile * width
 
 
 def operations(recipe: TrainingRecipe, weights: Mapping[str, tuple[int, int]], config: Any, tokens: float) -> float:
-    """Floating-point operations to learn from one conversation about an image.
+    """Return the floating-point operations that it takes to learn from one conversation about an image.
 
     Each weight of a matrix costs 2 for each vector in the forward pass, 2 for the gradient of its input, 2 for its own
     where it is trained, and 2 more where gradient checkpointing computes it again. So 6 in ordinary training (Kaplan et
@@ -169,7 +169,7 @@ def operations(recipe: TrainingRecipe, weights: Mapping[str, tuple[int, int]], c
 
 
 def _passes(part: Part, matrices: int, trained: int, below: bool, again: bool) -> float:
-    """Operations for one vector. `below`: something under this part is trained, or could be."""
+    """Return the operations for one vector; `below` says that something under this part is trained, or could be."""
     backward = below or part.train != "frozen"
     own = matrices if part.train == "full" else 0
     adapters = trained if part.train == "lora" else 0
@@ -177,5 +177,5 @@ def _passes(part: Part, matrices: int, trained: int, below: bool, again: bool) -
 
 
 def hours(operations: float, devices: int, peak: float = A100, share: float = SHARE) -> float:
-    """Of `operations` on devices that reach `share` of `peak` operations a second."""
+    """Return the hours that `operations` take on devices that reach `share` of `peak` operations per second."""
     return operations / (devices * peak * share) / 3600

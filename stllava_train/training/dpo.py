@@ -146,18 +146,18 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
         Raises:
             InputError: The loss is no number; the message names the pairs of the batch.
         """
-        places = inputs.pop("pairs").tolist()
+        indexes = inputs.pop("pairs").tolist()
         weights, offsets = inputs.pop("weights", None), inputs.pop("offsets", None)
         with trl_behind_transformers():
             if weights is None and offsets is None:
                 loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             else:
                 loss = self._pairwise_loss(model, inputs, weights, offsets)
-        self.refuse(loss, [f"pair {self.pairs[place].id}" for place in places])
+        self.refuse(loss, [f"pair {self.pairs[index].id}" for index in indexes])
         with torch.no_grad():
             chosen, rejected = inputs["completion_mask"].sum(1).chunk(2)  # (2B, width) -> (B,) tokens of each answer
-            tokens = [chosen.sum(), rejected.sum(), torch.tensor(len(places), device=chosen.device)]
-            self._sums += torch.stack([loss.detach() * len(places), *tokens]).to(self._sums)
+            tokens = [chosen.sum(), rejected.sum(), torch.tensor(len(indexes), device=chosen.device)]
+            self._sums += torch.stack([loss.detach() * len(indexes), *tokens]).to(self._sums)
         return loss
 
     def _pairwise_loss(
@@ -209,17 +209,17 @@ class DpoTrainer(PartsTrainer, DPOTrainer):
         """
         loss, chosen, rejected, pairs = self.accelerator.reduce(self._sums, "sum").tolist()
         self._sums.zero_()
-        of = {key: sum(values) / len(values) for key, values in self._metrics["train"].items()}
+        means = {key: sum(values) / len(values) for key, values in self._metrics["train"].items()}
         self._metrics["train"].clear()
-        rewards = of["rewards/chosen"], of["rewards/rejected"]
+        rewards = means["rewards/chosen"], means["rewards/rejected"]
         return {
             "loss": loss / pairs,
-            "chosen_logps": of["logps/chosen"],
-            "rejected_logps": of["logps/rejected"],
+            "chosen_logps": means["logps/chosen"],
+            "rejected_logps": means["logps/rejected"],
             "chosen_reward": rewards[0],
             "rejected_reward": rewards[1],
-            "margin": of["rewards/margins"],
-            "accuracy": of["rewards/accuracies"],
+            "margin": means["rewards/margins"],
+            "accuracy": means["rewards/accuracies"],
             "kl": -sum(rewards) / (2 * self.beta),  # a reward is beta * (log pi - log ref)
             "chosen_tokens": chosen / pairs,
             "rejected_tokens": rejected / pairs,
@@ -401,8 +401,8 @@ def count(collator: DpoCollator, recipe: DpoRecipe, locations: Sequence[str]) ->
         chosen_tokens, rejected_tokens = chosen_tokens + chosen, rejected_tokens + rejected
         longer += chosen > rejected
         longest_tree = max(longest_tree, sum(map(len, ids)) if pair.rejected_image else len(tree(ids).ids))
-        for image, of_one in zip(pair.images, ids, strict=True):
-            about.setdefault(image, []).append(of_one)
+        for image, sequence in zip(pair.images, ids, strict=True):
+            about.setdefault(image, []).append(sequence)
     return DpoCounts(
         pairs=len(collator.pairs),
         images=len({pair.image for pair in collator.pairs}),
@@ -465,7 +465,7 @@ def make_trainer(
             ref_model=reference,
             args=settings,
             data_collator=work.collator,
-            train_dataset=Dataset.from_dict({"place": [place for place, _ in order]}),
+            train_dataset=Dataset.from_dict({"place": [index for index, _ in order]}),
             processing_class=work.collator.encoder.tokenizer,
             callbacks=callbacks(out, "stage 2", shown, progress, step),
         )

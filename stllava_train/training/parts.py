@@ -13,11 +13,12 @@ import torch
 from stllava_train.training.cost import read_layers
 from stllava_train.training.recipes import TrainingRecipe
 
-PATHS = {  # of each part of a recipe in the network
+PATHS = {  # where each part of a recipe is in the network
     "language_model": "model.language_model",
     "projector": "model.multi_modal_projector",
     "vision_tower": "model.vision_tower",
 }
+# Every linear layer of a block gets a LoRA, as LLaVA's `find_all_linear_names` (train.py) chooses them
 LANGUAGE_LINEAR = r"self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj"
 VISION_LINEAR = r"self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12]"
 
@@ -26,36 +27,38 @@ VISION_LINEAR = r"self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12]"
 
 
 def steps_of(records: int, recipe: TrainingRecipe) -> int:
-    """Optimizer steps of a run: every record `epochs` times, the last step full."""
-    return math.ceil(records * recipe.epochs / recipe.batch - 1e-9)
+    """Return the optimizer steps of a run that sees every record `epochs` times; the last step is full."""
+    return math.ceil(records * recipe.epochs / recipe.batch - 1e-9)  # 1e-9, as 100 * 0.07 / 7 is a little above 1
 
 
 def plan(groups: Sequence[Sequence[int]], recipe: TrainingRecipe) -> list[tuple[int, int]]:
-    """(place of a record, epoch), in the order in which they are learnt from.
+    """Return (index of a record, epoch), in the order in which the records are learnt from.
 
     Each epoch is an order of the groups, drawn from (seed, epoch); the records of a group stay together. Steps are
     full: the last one takes the first records of the epoch that would follow. So every step weighs the same on any
     number of processes, and a run that resumes from a checkpoint sees exactly the records that are left.
 
     Args:
-        groups: Places of records, each once.
-        recipe: Of its `epochs`, `batch` and `seed`.
+        groups: Indexes of records, each once.
+        recipe: Its `epochs`, `batch` and `seed` count.
     """
-    due: list[tuple[int, int]] = []
+    order: list[tuple[int, int]] = []
     count = steps_of(sum(map(len, groups)), recipe) * recipe.batch
     epoch = 0
-    while len(due) < count:
-        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch))
-        due += [(place, epoch) for group in order.tolist() for place in groups[group]]
+    while len(order) < count:
+        # a prime larger than any number of epochs, so that no two (seed, epoch) draw the same order
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
+        for group in torch.randperm(len(groups), generator=generator).tolist():
+            order += [(index, epoch) for index in groups[group]]
         epoch += 1
-    return due[:count]
+    return order[:count]
 
 
 def set_trainable(model: Any, recipe: TrainingRecipe) -> Any:
-    """The network with what the recipe trains, and only that, asking for gradients; held in float32.
+    """Return the network in which what the recipe trains, and only that, asks for gradients.
 
     LoRA on language model and vision tower is one PEFT configuration of path patterns, in which the projector is saved
-    whole. The tower's layers behind the one that is read get none: no gradient would reach them.
+    whole. The tower's layers behind the last one that is read get none, because no gradient would reach them.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -95,7 +98,7 @@ def set_trainable(model: Any, recipe: TrainingRecipe) -> Any:
     with warnings.catch_warnings():  # peft 0.21 asks by a name that transformers 5.23 has renamed
         warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
         model = get_peft_model(model, configuration)
-    if "vision_tower" in loras:  # one configuration has one dropout
+    if "vision_tower" in loras:  # a PEFT configuration has one dropout, so the tower's own is put in here
         dropout = loras["vision_tower"].dropout
         for name, module in model.named_modules():
             if ".vision_tower." in name and name.endswith(".lora_dropout"):
@@ -104,6 +107,8 @@ def set_trainable(model: Any, recipe: TrainingRecipe) -> Any:
 
 
 def part_of(parameter: str) -> str:
-    """The part that a parameter belongs to, by its name; the head is the language model's."""
-    parts = (name for name, path in PATHS.items() if f"{path.rpartition('.')[2]}." in parameter)
-    return next(parts, "language_model")
+    """Return the part that a parameter belongs to, by its name; the head belongs to the language model."""
+    for name, path in PATHS.items():
+        if f"{path.rpartition('.')[2]}." in parameter:
+            return name
+    return "language_model"

@@ -8,26 +8,28 @@ from typing import Any
 
 import torch
 
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, one_line
 from stllava_train.training.recipes import TrainingRecipe
 
-PATIENCE = timedelta(hours=6)  # for the first process, which looks at every image while the others wait
+# Our choice: the first process looks at every image while the others wait, for hours where there are a million
+PATIENCE = timedelta(hours=6)
 
 
 def first_process() -> bool:
-    """Of several, the one that speaks and writes. RANK alone says nothing: a batch system may have set it."""
+    """Return whether this process is the one of several that prints and writes.
+
+    The variable RANK alone does not say so, because a batch system may have set it.
+    """
     return processes().is_main_process
 
 
 def processes() -> Any:
-    """accelerate's `PartialState`.
+    """Return accelerate's `PartialState`, which knows how many processes there are and which this is.
 
     Raises:
         InputError: The environment speaks of several processes, and no launcher started them.
     """
     from accelerate import PartialState
-
-    from stllava_eval.errors import one_line
 
     try:
         return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
@@ -40,13 +42,11 @@ def processes() -> Any:
 
 
 def check_wandb() -> None:
-    """Log in before any work.
+    """Log in to Weights & Biases before any work.
 
     Raises:
         InputError: wandb is not installed, or has no key.
     """
-    from stllava_eval.errors import one_line
-
     try:
         import wandb
 
@@ -58,7 +58,7 @@ def check_wandb() -> None:
 
 
 def rows_of(recipe: TrainingRecipe, processes: int) -> int:
-    """Conversations that one process computes at once.
+    """Return how many records one process computes at once.
 
     Raises:
         InputError: The batch cannot be dealt to the processes.

@@ -1,17 +1,20 @@
-"""Read a YAML file of settings into typed dataclasses, and explain what is wrong with it."""
+"""Turn the values of a YAML file into typed dataclasses, and explain what is wrong with them.
+
+A file's text -> `plain_yaml` -> these dataclasses -> `recipes`, which checks ranges.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stllava_eval.errors import InputError
 from stllava_eval.storage import read_text
+from stllava_train.plain_yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class PairSettings:
         return words
 
 
-USED = {
+USED = {  # the keys that each way of training a part reads; the others are ignored, and not written
     "frozen": ("train",),
     "full": ("train", "learning_rate"),
     "lora": ("train", "learning_rate", "rank", "alpha", "dropout"),
@@ -83,7 +86,7 @@ USED = {
 
 
 def changed(settings: Any, changes: Sequence[str]) -> Any:
-    """A frozen dataclass with some of its values changed.
+    """Return a frozen dataclass with some of its values changed.
 
     Args:
         settings: The dataclass, of plain values.
@@ -114,127 +117,100 @@ def recipe_text(file: Path) -> str:
         raise InputError(f"{file}: cannot be read ({why}). Pass a YAML file, such as one of ours.") from error
 
 
-def read_yaml(text: str, place: str) -> Any:
-    """Texts, numbers, true, false, null, lists, and dicts by text: the part of YAML 1.2 that recipes need.
-
-    PyYAML's own YAML 1.1 takes 2e-4 for a text, `no` for false, 010 for 8 and 1:30 for 90, and of a key that stands
-    twice the last one wins. Aliases, which can make a page of text fill the memory, and tags are refused.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # ours, below, and none of PyYAML's
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            event = self.peek_event()
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
-                raise yaml.MarkedYAMLError(problem="an alias or a tag", problem_mark=event.start_mark)
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
-            made: dict[str, Any] = {}
-            for key, value in node.value:
-                if not isinstance(key, yaml.ScalarNode) or key.value in made:
-                    what = f"{key.value} is there twice" if isinstance(key, yaml.ScalarNode) else "a key is no text"
-                    raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
-                made[key.value] = self.construct_object(value, deep=True)
-            return made
-
-    for tag, pattern, first in (
-        ("null", r"(?:null|~|)$", ["n", "~", ""]),
-        ("bool", r"(?:true|false)$", ["t", "f"]),
-        ("int", r"[-+]?(?:0|[1-9]\d{0,99})$", list("-+0123456789")),
-        ("float", r"[-+]?(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][-+]?\d+)?$", list("-+.0123456789")),
-    ):
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(pattern), first)
-    try:
-        return yaml.load(text, Loader)
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        what = getattr(error, "problem", None) or getattr(error, "reason", None) or "nested too deeply"
-        raise InputError(f"{place}{line}: no YAML that recipes are written in ({what}). Fix it.") from error
-
-
 def nested(path: Sequence[str], value: Any) -> dict[str, Any]:
     """Return a value inside one mapping for each key of the path."""
     head, *rest = path
     return {head: nested(rest, value) if rest else value}
 
 
-def merged(raw: Mapping[str, Any], change: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    """`raw` with `change` in it; parts are merged key by key."""
-    both = dict(raw)
+def merged(raw: Mapping[str, Any], change: Mapping[str, Any], location: str = "") -> dict[str, Any]:
+    """Return a copy of `raw` with `change` in it; mappings inside are merged key by key.
+
+    Args:
+        raw: The values before.
+        change: What replaces them, or is added.
+        location: The change as it was written, for messages; empty where a value may replace a whole mapping.
+
+    Raises:
+        InputError: The change replaces a mapping by another value.
+    """
+    result = dict(raw)
     for key, value in change.items():
-        before = both.get(key)
+        before = result.get(key)
         if isinstance(value, dict) and isinstance(before, dict):
-            both[key] = merged(before, value, place)
-        elif isinstance(before, dict) and place:
-            named = f"Change one of its keys, such as {key}.{next(iter(before))}=" if before else "Give a mapping"
-            raise InputError(f"{place!r}: {key} is a mapping. {named}...")
+            result[key] = merged(before, value, location)
+        elif isinstance(before, dict) and location:
+            remedy = f"Change one of its keys, such as {key}.{next(iter(before))}=" if before else "Give a mapping"
+            raise InputError(f"{location!r}: {key} is a mapping. {remedy}...")
         else:
-            both[key] = value
-    return both
+            result[key] = value
+    return result
 
 
 def _hints(kind: Any) -> dict[str, Any]:
-    """Type by field of a dataclass."""
+    """Return the type of each field of a dataclass."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
-def build(kind: Any, raw: Mapping[str, Any], place: str) -> Any:
-    """A dataclass of `raw`, whose keys and types are checked."""
+def build(kind: Any, raw: Mapping[str, Any], location: str) -> Any:
+    """Return a dataclass of the values in `raw`, whose keys and types are checked.
+
+    Raises:
+        InputError: A key is unknown or missing, or a value has another type.
+    """
     hints = _hints(kind)
-    values = _known(kind, raw, place)
+    values = _known(kind, raw, location)
     if kind is Part:
         if "train" not in values:
-            raise InputError(f"{place}: train is missing. Choose {', '.join(USED)}.")
+            raise InputError(f"{location}: train is missing. Choose {', '.join(USED)}.")
         needed, reader = USED[values["train"]], f"A part trained {values['train']} needs {{}}."
     else:
         needed, reader = tuple(hints), "A recipe gives every number."
         values = {field.name: field.default for field in fields(kind) if field.default is not MISSING} | values
     if missing := [key for key in needed if key not in values]:
-        raise InputError(f"{place}: {missing[0]} is missing. {reader.format(', '.join(needed))}")
+        raise InputError(f"{location}: {missing[0]} is missing. {reader.format(', '.join(needed))}")
     return kind(**{key: values[key] for key in needed})  # a frozen part forgets the rank of its LoRA
 
 
-def _known(kind: Any, raw: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The values of `raw`, all of them keys of the dataclass and of its types."""
+def _known(kind: Any, raw: Mapping[str, Any], location: str) -> dict[str, Any]:
+    """Return the values in `raw` as the dataclass types them; raises InputError for an unknown key or a wrong type."""
     hints = _hints(kind)
     for key in raw:
         if key not in hints:
-            initials = [hint for hint in hints if "".join(word[0] for word in hint.split("_")) == key]  # lr, wd
+            # `lr` and `wd` are initials of learning_rate and weight_decay, which no measure of similarity finds
+            initials = [hint for hint in hints if "".join(word[0] for word in hint.split("_")) == key]
             close = initials or difflib.get_close_matches(key, hints, 1, 0)
-            raise InputError(f"{place}: {key}: unknown. Did you mean {close[0]}?")
-    return {key: _typed(hints[key], value, f"{place}: {key}") for key, value in raw.items()}
+            raise InputError(f"{location}: {key}: unknown. Did you mean {close[0]}?")
+    return {key: _typed(hints[key], value, f"{location}: {key}") for key, value in raw.items()}
 
 
-NESTED = {
+NESTED = {  # the dataclasses that are values of a recipe's keys, and what each looks like, for messages
     Part: "train, learning_rate and so on",
     StageOverride: "recipe and changes",
     PairSettings: "options of `stllava-train pairs` by name, such as {balance_verdict: true}",
 }
 
 
-def _typed(kind: Any, value: Any, place: str) -> Any:
+def _typed(kind: Any, value: Any, location: str) -> Any:
+    """Return a value as the type `kind` has it: a list becomes a tuple, a whole number a float; raises InputError."""
     if type(None) in get_args(kind):
-        return None if value is None else _typed(get_args(kind)[0], value, place)
+        return None if value is None else _typed(get_args(kind)[0], value, location)
     if kind in NESTED:
         if not isinstance(value, dict):
-            raise InputError(f"{place}: {value!r} is no mapping. Give {NESTED[kind]}.")
-        return build(kind, value, place)
+            raise InputError(f"{location}: {value!r} is no mapping. Give {NESTED[kind]}.")
+        return build(kind, value, location)
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise InputError(f"{place}: {value!r}. Choose one of {', '.join(map(str, get_args(kind)))}.")
+            raise InputError(f"{location}: {value!r}. Choose one of {', '.join(map(str, get_args(kind)))}.")
         return value
     if get_origin(kind) is tuple:
-        of, *more = get_args(kind)
-        if more != [...] and (not isinstance(value, list) or len(value) != 2):
-            raise InputError(f"{place}: {value!r} are not two numbers, such as [0.9, 0.999].")
+        item_kind, *rest = get_args(kind)
+        if rest != [...] and (not isinstance(value, list) or len(value) != 2):  # tuple[float, float], not [str, ...]
+            raise InputError(f"{location}: {value!r} are not two numbers, such as [0.9, 0.999].")
         if not isinstance(value, list):
-            raise InputError(f"{place}: {value!r} is no list, such as [a, b].")
-        return tuple(_typed(of, one, place) for one in value)
+            raise InputError(f"{location}: {value!r} is no list, such as [a, b].")
+        return tuple(_typed(item_kind, item, location) for item in value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
@@ -244,4 +220,4 @@ def _typed(kind: Any, value: Any, place: str) -> Any:
     if kind is str and isinstance(value, str) and value:
         return value
     names = {float: "a number", int: "a whole number", bool: "true or false", str: "a text"}
-    raise InputError(f"{place}: {value!r} is not {names[kind]}.")
+    raise InputError(f"{location}: {value!r} is not {names[kind]}.")

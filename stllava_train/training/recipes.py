@@ -1,4 +1,7 @@
-"""A YAML file + `key=value` -> a recipe: every number of a training run."""
+"""Define the recipes of both stages and of the whole, and read them from YAML files and `key=value` changes.
+
+A recipe holds every number of a training run; `preflight` checks it against data and checkpoint, and `run` follows it.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from stllava_eval.data.catalog import DATASETS
 from stllava_eval.data.splits import is_prepared, read_manifest
 from stllava_eval.errors import InputError
+from stllava_train.plain_yaml import read_yaml
 from stllava_train.training.recipe_yaml import (
     USED,
     PairSettings,
@@ -21,7 +25,6 @@ from stllava_train.training.recipe_yaml import (
     merged,
     nested,
     parse_change,
-    read_yaml,
     recipe_text,
 )
 
@@ -31,7 +34,7 @@ R = TypeVar("R", bound="TrainingRecipe")
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """What the recipes of both stages give.
+    """The settings that the recipes of both stages have in common.
 
     Attributes:
         start: Checkpoint to start from, folder or hub id, in any layout that `open_checkpoint` reads.
@@ -54,7 +57,7 @@ class TrainingRecipe:
         stop_unparsed: Stop where the share of closed answers without a verdict, in [0, 1], has grown by more than this.
     """
 
-    command: ClassVar[str]  # which of `stllava-train` it is for, and the folder of ours
+    command: ClassVar[str]  # the command of `stllava-train` that it is for, and the folder of our own recipes
 
     start: str
     start_vision_tower: str | None
@@ -80,18 +83,18 @@ class TrainingRecipe:
     projector: Part
 
     def parts(self) -> dict[str, Part]:
-        """By name, the one whose learning rate is shown first in front."""
+        """Return the parts by name, in the order in which their learning rates are shown."""
         return {name: getattr(self, name) for name in ("language_model", "projector", "vision_tower")}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as a YAML file holds them; a part without what its way of training does not use."""
+        """Return plain values, as a YAML file holds them; a part leaves out what its way of training does not use."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         for name, part in self.parts().items():
             plain[name] = {key: getattr(part, key) for key in USED[part.train]}
         return plain
 
     def ranges(self) -> Iterator[tuple[str, float, float, float, str]]:
-        """(key, value, least, most, what it may be)."""
+        """Yield (key, value, least, most, the range in words) of each number that is checked."""
         yield "epochs", self.epochs, 1e-6, MOST, "more than 0"
         for key in ("batch", "micro_batch", "max_tokens", "save_every"):
             yield key, getattr(self, key), *COUNT
@@ -108,12 +111,13 @@ class TrainingRecipe:
             if part.train != "frozen":
                 yield f"{name}.learning_rate", part.learning_rate, *SIZE
             if part.train == "lora":
-                yield f"{name}.rank", part.rank, 1, 2**14, "from 1 to 16384"  # no matrix of ours is wider
+                # a LLaMA-13B MLP is 13,824 wide: a larger rank than this is wider than any matrix
+                yield f"{name}.rank", part.rank, 1, 2**14, "from 1 to 16384"
                 yield f"{name}.alpha", part.alpha, *COUNT
                 yield f"{name}.dropout", part.dropout, *BELOW_1
 
     def contradiction(self) -> str | None:
-        """What does not go together, if something does not."""
+        """Return what does not go together, as the end of a message; None where everything does."""
         if all(part.train == "frozen" for part in self.parts().values()):
             return f"every part is frozen. Train one of {', '.join(self.parts())}."
         if self.four_bit and self.language_model.train == "full":
@@ -133,7 +137,7 @@ class TrainingRecipe:
 
 @dataclass(frozen=True)
 class SftRecipe(TrainingRecipe):
-    """Stage 1, as numbers. A file under `recipes/sft` gives every one of them and names its source.
+    """The recipe of stage 1. A file under `recipes/sft` gives every number and names its source.
 
     Attributes:
         template: See `conversations.Encoder`.
@@ -152,21 +156,21 @@ class SftRecipe(TrainingRecipe):
     augment: bool
 
     def ranges(self) -> Iterator[tuple[str, float, float, float, str]]:
-        """See `Training`."""
+        """See `TrainingRecipe`."""
         yield "sq_r", self.sq_r, 0, 1, "from 0 to 1"
         yield "answer_weight", self.answer_weight, *SIZE
         yield "question_weight", self.question_weight, *SIZE
         yield from super().ranges()
 
     def contradiction(self) -> str | None:
-        """See `Training`."""
+        """See `TrainingRecipe`."""
         if self.answer_weight == 0 and self.question_weight * self.sq_r == 0:
             return "answer_weight: 0, and no question is learnt either. Set it to 1."
         return super().contradiction()
 
 
-OFFSET = "odpo"  # DPO with an offset from the judges' margin, see `dpo.DpoTrainer`; not trl's
-LOSSES = (  # of trl 1.16's DPOTrainer, and one of ours
+OFFSET = "odpo"  # DPO with an offset from the judges' margin, which trl does not have; see `dpo.DpoTrainer`
+LOSSES = (  # the losses of trl 1.16's DPOTrainer by their names there, and `OFFSET`
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
     *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
     OFFSET,
@@ -175,9 +179,9 @@ LOSSES = (  # of trl 1.16's DPOTrainer, and one of ours
 
 @dataclass(frozen=True)
 class DpoRecipe(TrainingRecipe):
-    """Stage 2, as numbers. A file under `recipes/dpo` gives every one of them and names its source.
+    """The recipe of stage 2. A file under `recipes/dpo` gives every number and names its source.
 
-    A record is a pair. All of a step's pairs count alike, unless their file gives each a weight.
+    A record is a pair. All pairs of a step count alike, unless their file gives each a weight.
 
     Attributes:
         template: Of the processor's chat templates; the question is put as in an evaluation.
@@ -206,7 +210,7 @@ class DpoRecipe(TrainingRecipe):
     reference: Literal["cached", "live"]
 
     def ranges(self) -> Iterator[tuple[str, float, float, float, str]]:
-        """See `Training`."""
+        """See `TrainingRecipe`."""
         for weight in self.loss_weights:
             yield "loss_weights", weight, *SIZE
         yield "beta", self.beta, 1e-9, MOST, "more than 0"
@@ -216,7 +220,7 @@ class DpoRecipe(TrainingRecipe):
         yield from super().ranges()
 
     def contradiction(self) -> str | None:
-        """See `Training`."""
+        """See `TrainingRecipe`."""
         if unknown := [name for name in self.loss if name not in LOSSES]:
             return f"loss: {unknown[0]}: unknown. Choose of {', '.join(LOSSES)}."
         if not self.loss or len(set(self.loss)) < len(self.loss) or len(self.loss) != len(self.loss_weights):
@@ -234,7 +238,7 @@ class DpoRecipe(TrainingRecipe):
 
 @dataclass(frozen=True)
 class PipelineRecipe:
-    """The whole self-training. A file under `recipes/all` gives all of it.
+    """The recipe of the whole self-training: both stages, and what is between them. `recipes/all` has our own.
 
     Attributes:
         sft: Recipe of stage 1.
@@ -270,7 +274,7 @@ class PipelineRecipe:
 
 
 def check_prepared(evaluate_on: Sequence[str], command: str) -> None:
-    """Raise where a data set's validation split is not prepared; the line says what can be evaluated on instead.
+    """Raise InputError where a data set's validation split is not prepared; the message says what can be used instead.
 
     Args:
         evaluate_on: Names of `DATASETS`.
@@ -279,29 +283,31 @@ def check_prepared(evaluate_on: Sequence[str], command: str) -> None:
     Raises:
         InputError: One is not prepared.
     """
-    there = [name for name in evaluate_on if is_prepared(name, "validation")]
+    prepared = [name for name in evaluate_on if is_prepared(name, "validation")]
     for name in evaluate_on:
-        if name in there:
+        if name in prepared:
             continue
         ways = []
         if DATASETS[name].splits["validation"]:
             ways.append(f"`stllava-eval prepare {name} --split validation --from DIR`")
-        of = [read_manifest(name, split) for split in ("train", "test") if is_prepared(name, split)]
-        if all(manifest.sample for manifest in of):  # a sample set is refused beside the real one
+        manifests = [read_manifest(name, split) for split in ("train", "test") if is_prepared(name, split)]
+        if all(manifest.sample for manifest in manifests):  # a sample set is refused beside the real one
             ways.append(f"`stllava-eval prepare {name} --sample`")
         run = f"Run {' or '.join(ways)}, or pass" if ways else f"{DATASETS[name].title} has none. Pass"
-        can = f"evaluate_on=[{','.join(there)}]"
-        raise InputError(f"evaluate_on: {name} validation is not prepared. {run} {can} (to `all`: {command}.{can}).")
+        change = f"evaluate_on=[{','.join(prepared)}]"
+        raise InputError(
+            f"evaluate_on: {name} validation is not prepared. {run} {change} (to `all`: {command}.{change})."
+        )
 
 
-MOST = float(2**31)
+MOST = float(2**31)  # our choice: far above any sensible number, and below what overflows
 COUNT = (1.0, MOST, "at least 1")
 SIZE = (0.0, MOST, "0 or more")
 BELOW_1 = (0.0, math.nextafter(1, 0), "0 or more and below 1")
 
 
 def read_recipe(name: str, changes: Sequence[str] = (), stage: str | None = None) -> SftRecipe:
-    """The recipe of a YAML file for stage 1, changed.
+    """Read a recipe of stage 1 from a YAML file, and apply changes to it.
 
     A file may hold `stages`, each of which overrides the keys beside it; then `stage` chooses one.
 
@@ -317,70 +323,77 @@ def read_recipe(name: str, changes: Sequence[str] = (), stage: str | None = None
 
 
 def read_dpo_recipe(name: str, changes: Sequence[str] = ()) -> DpoRecipe:
-    """As `read_recipe`, for stage 2."""
+    """Read a recipe of stage 2, as `read_recipe` does for stage 1."""
     return _read(DpoRecipe, name, changes, None)
 
 
 def read_pipeline(name: str, changes: Sequence[str] = ()) -> PipelineRecipe:
-    """As `read_recipe`, for the whole. Keys that begin with `sft.`, `candidates.` or `dpo.` change that stage's own."""
+    """Read a recipe of the whole, as `read_recipe` does for stage 1.
+
+    A change whose key begins with `sft.`, `candidates.` or `dpo.` is added to the changes of that stage's own recipe.
+    """
     file = _file(name, PipelineRecipe)
     raw = read_yaml(recipe_text(file), str(file))
     if not isinstance(raw, dict):
         raise InputError(f"{file}: it holds no keys. See stllava_train/recipes for examples.")
-    place = " with ".join([str(file), *([" ".join(changes)] if changes else [])])
+    location = f"{file} with {' '.join(changes)}" if changes else str(file)
     for change in changes:
         key, value = parse_change(change)
-        stage, dot, of = key.partition(".")
-        if dot and stage in ("sft", "candidates", "dpo") and of not in ("recipe", "changes"):
-            use = raw.get(stage)
-            given = [*(use.get("changes") or []), f"{of}={change.partition('=')[2]}"] if isinstance(use, dict) else []
-            raw = merged(raw, {stage: {"changes": given}}, change)
+        stage, dot, stage_key = key.partition(".")
+        if dot and stage in ("sft", "candidates", "dpo") and stage_key not in ("recipe", "changes"):
+            override = raw.get(stage)
+            stage_changes = []
+            if isinstance(override, dict):  # else `merged` or `build` refuses what is there
+                stage_changes = [*(override.get("changes") or []), f"{stage_key}={change.partition('=')[2]}"]
+            raw = merged(raw, {stage: {"changes": stage_changes}}, change)
         else:
             raw = merged(raw, nested(key.split("."), value), change)
-    whole: PipelineRecipe = build(PipelineRecipe, raw, place)
+    recipe: PipelineRecipe = build(PipelineRecipe, raw, location)
     for key in ("rounds", "images"):
-        if (count := getattr(whole, key)) is not None and count < 1:
-            raise InputError(f"{place}: {key}: {count}. It is at least 1.")
-    if not whole.judges or not whole.tasks:
-        raise InputError(f"{place}: judges and tasks: name at least one of each.")
-    return whole
+        if (count := getattr(recipe, key)) is not None and count < 1:
+            raise InputError(f"{location}: {key}: {count}. It is at least 1.")
+    if not recipe.judges or not recipe.tasks:
+        raise InputError(f"{location}: judges and tasks: name at least one of each.")
+    return recipe
 
 
 def _read(kind: type[R], name: str, changes: Sequence[str], stage: str | None) -> R:
+    """Read a recipe of stage 1 or 2: the file, the stage inside it, the changes, in this order of precedence."""
     file = _file(name, kind)
-    place = str(file)
-    raw = read_yaml(recipe_text(file), place)
+    location = str(file)
+    raw = read_yaml(recipe_text(file), location)
     if not isinstance(raw, dict):
-        raise InputError(f"{place}: it holds no keys. See stllava_train/recipes for examples.")
+        raise InputError(f"{location}: it holds no keys. See stllava_train/recipes for examples.")
     if "stages" in raw:
         stages = raw.pop("stages")
-        if not isinstance(stages, dict) or not stages or not all(isinstance(one, dict) for one in stages.values()):
-            raise InputError(f"{place}: stages: give each stage's name and the keys that it changes.")
+        if not isinstance(stages, dict) or not stages or not all(isinstance(keys, dict) for keys in stages.values()):
+            raise InputError(f"{location}: stages: give each stage's name and the keys that it changes.")
         if stage not in stages:
-            given = "no stage is named" if stage is None else f"stage {stage!r}: it has none of that name"
-            raise InputError(f"{place}: {given}. Choose one with --stage: {', '.join(stages)}.")
+            what = "no stage is named" if stage is None else f"stage {stage!r}: it has none of that name"
+            raise InputError(f"{location}: {what}. Choose one with --stage: {', '.join(stages)}.")
         raw = merged(raw, stages[stage])
-        place += f", stage {stage}"
+        location += f", stage {stage}"
     elif stage is not None:
-        raise InputError(f"stage {stage!r}: {place} has no stages. Leave it out.")
+        raise InputError(f"stage {stage!r}: {location} has no stages. Leave it out.")
     for change in changes:
         key, value = parse_change(change)
         raw = merged(raw, nested(key.split("."), value), change)
     if changes:
-        place += f" with {' '.join(changes)}"
+        location += f" with {' '.join(changes)}"
     if isinstance(projector := raw.get("projector"), dict) and projector.get("train") == "lora":
-        raise InputError(f"{place}: projector.train: lora. A projector is never a LoRA: choose full or frozen.")
-    recipe = build(kind, raw, place)
-    _check(recipe, place)
+        raise InputError(f"{location}: projector.train: lora. A projector is never a LoRA: choose full or frozen.")
+    recipe = build(kind, raw, location)
+    _check(recipe, location)
     return recipe
 
 
 def recipe_names(kind: Any = SftRecipe) -> list[str]:
-    """Of our files for this kind."""
+    """Return the names of our own recipes of this kind, sorted."""
     return sorted(file.stem for file in (RECIPES / kind.command).glob("*.yaml"))
 
 
 def _file(name: str, kind: Any) -> Path:
+    """Return the file of a recipe: the one of this name, else our own of this kind."""
     for file in (Path(name), RECIPES / kind.command / f"{name}.yaml"):
         try:
             if file.is_file():
@@ -392,10 +405,10 @@ def _file(name: str, kind: Any) -> Path:
     raise InputError(f"recipe {name}: no such file, and ours are {', '.join(recipe_names(kind))}. {hint}")
 
 
-def _check(recipe: TrainingRecipe, place: str) -> None:
-    """Ranges, and what does not go together."""
+def _check(recipe: TrainingRecipe, location: str) -> None:
+    """Raise InputError where a number is out of its range, or settings do not go together."""
     for key, value, low, high, words in recipe.ranges():
         if not low <= value <= high:
-            raise InputError(f"{place}: {key}: {value:g}. It is {words}.")
+            raise InputError(f"{location}: {key}: {value:g}. It is {words}.")
     if why := recipe.contradiction():
-        raise InputError(f"{place}: {why}")
+        raise InputError(f"{location}: {why}")

@@ -12,28 +12,26 @@ from stllava_eval.errors import InputError
 from stllava_eval.storage import local_path, read_json, refuse_file
 from stllava_train.training.card import fault
 
-# what may change when a run resumes: memory and safety, not what is learnt
+# The keys that may change when a run resumes: they decide memory and safety, not what is learnt
 FREE_TO_CHANGE = {"micro_batch", "gradient_checkpointing", "save_every"}
-PER_MICRO_BATCH = {"sft", "aot", "aot_unpaired", "bco_pair"}  # losses of trl that are no mean over pairs
+PER_MICRO_BATCH = {"sft", "aot", "aot_unpaired", "bco_pair"}  # losses of trl 1.16 that are no mean over pairs
 STARTS = {"start", "start_vision_tower"}
-
-
-WHOLE = "whole.json"  # the last file of a folder to resume from
+WHOLE = "whole.json"  # the last file written to a folder to resume from: where it is, all others are
 
 
 def last_whole(folder: Path) -> Path | None:
-    """The latest of the folders `checkpoint-N` in `folder` that was written to its end.
+    """Return the latest of the folders `checkpoint-N` in `folder` that was written to its end; None without one.
 
     Raises:
         InputError: A file in it is not as it was written: without its optimizer's state, training would go another way.
     """
     whole = [file.parent for file in folder.glob(f"checkpoint-*/{WHOLE}") if step_of_folder(file.parent) is not None]
-    last = max(whole, key=lambda one: step_of_folder(one) or 0, default=None)
+    last = max(whole, key=lambda checkpoint: step_of_folder(checkpoint) or 0, default=None)
     if last is not None:
         try:
             written = read_json(last / WHOLE)["files"]
-            found = sizes(last)
-            changed = sorted(name for name, size in written.items() if found.get(name) != size)
+            present = sizes(last)
+            changed = sorted(name for name, size in written.items() if present.get(name) != size)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             changed = [WHOLE]
         if changed:
@@ -45,23 +43,23 @@ def last_whole(folder: Path) -> Path | None:
 
 
 def step_of_folder(folder: Path) -> int | None:
-    """The N of a folder `checkpoint-N`."""
+    """Return the N of a folder `checkpoint-N`; None where its name is another."""
     number = folder.name.rpartition("-")[2]
     return int(number) if re.fullmatch(r"[0-9]{1,15}", number) else None
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file, but of the one that lists them."""
+    """Return the bytes of each file in a folder, without the file that lists them."""
     return {
         file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file() and file.name != WHOLE
     }
 
 
 def check_folder(out: Path, resume: bool) -> None:
-    """Look at a run's folder before any work.
+    """Check a run's folder before any work.
 
     Raises:
-        InputError: It holds something; with `resume`, no run.
+        InputError: The folder is not empty, or, with `resume`, holds no run.
     """
     if resume:
         _run_in(out)
@@ -76,16 +74,16 @@ def check_folder(out: Path, resume: bool) -> None:
 
 
 def _run_in(out: Path) -> dict[str, Any]:
-    """What decided the result of the run in `out`.
+    """Return what decided the result of the run in `out`.
 
     Raises:
-        InputError: There is none.
+        InputError: It holds no run.
     """
     try:
         before = read_json(out / "run.json")
         return {
             "recipe": dict(before["recipe"]),
-            "data": [_known_as(one) for one in before["data"]],
+            "data": [_known_as(file) for file in before["data"]],
             "images": before["images_sha256"],
             "start": before["start"]["sha256"],
             "finished": before.get("finished"),
@@ -97,15 +95,15 @@ def _run_in(out: Path) -> dict[str, Any]:
 
 
 def _known_as(data: Mapping[str, Any]) -> str:
-    """The hashes of a data file; see `columns.data_hash`."""
+    """Return the hashes of a data file as one text; see `columns.data_hash`."""
     return " ".join([data["sha256"], *([f"columns {data['columns']}"] if "columns" in data else [])])
 
 
 def check_same(out: Path, manifest: Mapping[str, Any]) -> None:
-    """Whether the run in `out` is this one.
+    """Check that the run in `out` is this one, and is not finished.
 
     Raises:
-        InputError: It is another, or finished.
+        InputError: It is another run, or finished.
     """
     before = _run_in(out)
     # a folder can be named in several ways: what counts is what is in it
@@ -115,7 +113,7 @@ def check_same(out: Path, manifest: Mapping[str, Any]) -> None:
     recipe = {key: value for key, value in manifest["recipe"].items() if key not in free}
     for name, now, then in (
         *((f"recipe: {key}", value, before["recipe"].get(key)) for key, value in recipe.items()),
-        ("data", [_known_as(one) for one in manifest["data"]], before["data"]),
+        ("data", [_known_as(file) for file in manifest["data"]], before["data"]),
         ("images", manifest["images_sha256"] or before["images"], before["images"]),  # the first process knows
         ("start", manifest["start"]["sha256"], before["start"]),
     ):
@@ -124,12 +122,12 @@ def check_same(out: Path, manifest: Mapping[str, Any]) -> None:
                 f"{out}: {name}: the run in it has {then}, this call {now}. Call it as before, or without --resume "
                 "and with another --out."
             )
-    if before["finished"]:  # no file tells it: PEFT writes a README.md of its own before any weight
+    if before["finished"]:  # no file could show it: PEFT writes a README.md of its own before any weight
         raise InputError(f"{out}: the run in it is finished. Nothing is left to do.")
 
 
 def kept_lines(trace: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of the trace up to `step`; those behind it will be computed again.
+    """Return the lines of the trace up to `step`; those behind it will be computed again.
 
     Raises:
         InputError: One is missing.
@@ -145,20 +143,20 @@ def kept_lines(trace: Path, step: int) -> list[dict[str, Any]]:
 
 
 def read_trace(trace: Path) -> list[dict[str, Any]]:
-    """The steps of `losses.jsonl`, up to a line that is none: a kill cuts the last one short."""
+    """Read the lines of `losses.jsonl`, up to the first that is damaged: a kill cuts the last one short."""
     lines = []
     try:
         for line in trace.read_bytes().splitlines():
-            made = json.loads(line)
-            if not isinstance(made, dict) or not isinstance(made.get("step"), int):
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
                 break
-            lines.append(made)
+            lines.append(record)
     except (OSError, ValueError, RecursionError):
         pass
     return lines
 
 
 def placed(source: str) -> str:
-    """A folder's full path, so that it is found from wherever; a hub id as it is."""
+    """Return a folder's full path, so that it is found from any working directory; a hub id stays as it is."""
     folder = local_path(source)
     return source if folder is None else str(folder.resolve())

@@ -1,4 +1,7 @@
-"""What both stages share: which weights are trained, in which order, and a run's folder that no kill harms."""
+"""Run the training of either stage, and write its folder so that no kill harms it.
+
+A prepared run (`preflight`) -> a trainer of the stage -> checkpoint, losses, curves, manifest, model card.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from stllava_eval.errors import InputError
+from stllava_eval.errors import InputError, one_line
+from stllava_eval.network.modeling import StllavaMedForConditionalGeneration
+from stllava_eval.runs.folder import commit, trained_on, version
 from stllava_eval.storage import alone, read_json, whole_file, write_json
 from stllava_eval.version import __version__
+from stllava_train.training.card import draw_curves, write_card
 from stllava_train.training.cost import memory
 from stllava_train.training.parts import part_of, set_trainable
 from stllava_train.training.preflight import PreparedRun
@@ -33,7 +39,7 @@ from stllava_train.training.resume import (
 )
 from stllava_train.training.trainer import PartsTrainer
 
-IGNORE = -100
+IGNORE = -100  # torch's `ignore_index` of cross_entropy: a label that is not learnt
 Maker = Callable[["Any", Path, Path, bool, bool, int], "PartsTrainer"]  # (work, out, trace, progress, wandb, step)
 
 
@@ -43,13 +49,13 @@ Maker = Callable[["Any", Path, Path, bool, bool, int], "PartsTrainer"]  # (work,
 def run(work: PreparedRun, make_trainer: Maker, out: Path, resume: bool, progress: bool, wandb: bool) -> None:
     """Train, and write the folder `out`: the checkpoint, `losses.jsonl`, `curves.png`, `run.json`, a model card.
 
-    The same work, seed, number of processes and threads give the same weights, whether or not the run was broken off.
+    The same work, seed, number of processes and threads give the same weights, whether or not the run was interrupted.
 
     Args:
-        work: What is to be done.
+        work: The prepared run.
         make_trainer: Makes the trainer of `work`, which keeps what it resumes from under `out`.
-        out: A new folder; with `resume`, that of a run which was broken off.
-        resume: Go on from the last whole checkpoint under `out`.
+        out: A new folder; with `resume`, that of a run which was interrupted.
+        resume: Continue from the last whole checkpoint under `out`.
         progress: Whether to show a bar on stderr.
         wandb: Report to Weights & Biases as well as to TensorBoard.
 
@@ -63,6 +69,7 @@ def run(work: PreparedRun, make_trainer: Maker, out: Path, resume: bool, progres
 
 
 def _run(work: PreparedRun, make_trainer: Maker, out: Path, resume: bool, progress: bool, wandb: bool) -> None:
+    """Do the work of `run`, once this process is the only one at the folder."""
     state = processes()
     manifest = _manifest(work)
     if resume:
@@ -74,7 +81,7 @@ def _run(work: PreparedRun, make_trainer: Maker, out: Path, resume: bool, progre
     check_gpus(state.num_processes)
     if wandb and state.is_main_process:
         check_wandb()
-    state.wait_for_everyone()  # all have looked before one writes
+    state.wait_for_everyone()  # all processes have checked the folder before the first one writes to it
     if state.is_main_process:
         write_json(out / "run.json", manifest)
         with whole_file(trace) as unfinished:
@@ -91,8 +98,6 @@ def _run(work: PreparedRun, make_trainer: Maker, out: Path, resume: bool, progre
         facts = trainer.finalize()
         _save(trainer, work, out)
     if state.is_main_process:
-        from stllava_train.training.card import draw_curves, write_card
-
         manifest |= facts
         draw_curves(trace, out / "curves.png")
         write_card(out, manifest=manifest)
@@ -102,13 +107,11 @@ def _run(work: PreparedRun, make_trainer: Maker, out: Path, resume: bool, progre
 
 @contextmanager
 def _report_disk_errors(out: Path) -> Iterator[None]:
-    """A full disk, or a file that cannot be read, as one line: transformers, torch and safetensors raise their own.
+    """Turn the errors of a full disk or an unreadable file, of which each library raises its own, into one line.
 
     Raises:
-        InputError: With the reason.
+        InputError: Such an error came; the message has its reason.
     """
-    from stllava_eval.errors import one_line
-
     try:
         yield
     except Exception as error:
@@ -122,40 +125,38 @@ def _report_disk_errors(out: Path) -> Iterator[None]:
 
 
 def trained_model(work: PreparedRun) -> Any:
-    """The network of `work` with what its recipe trains; the seed is set before."""
+    """Return the network of `work` with what its recipe trains; sets the seed first, which draws the LoRAs."""
     from transformers import set_seed
 
     recipe = work.recipe
     set_seed(recipe.seed)
     dtype = torch.bfloat16 if recipe.dtype == "bfloat16" else torch.float32
     model: Any = work.checkpoint.model(processes().device if recipe.four_bit else "cpu", dtype, recipe.four_bit)
-    # the mask of conversations that share an image is one of True and False, which "eager" would add to the scores
+    # the mask of conversations that share an image is one of True and False, as sdpa takes it; "eager" would add it to
+    # the scores as ones and zeros
     assert model.config.get_text_config()._attn_implementation == "sdpa"
     return set_trainable(model, recipe)
 
 
 def memory_report(work: PreparedRun, tokens: int) -> list[str]:
-    """Lines of a dry run: the weights of each part, the memory for records of at most `tokens` tokens, validation."""
+    """Return lines of a dry run: the weights of each part, the memory for records of `tokens` tokens, validation."""
     recipe = work.recipe
     shapes = parameters(work)
     sums = memory(recipe, shapes, work.checkpoint.config, tokens)
-    return [
-        *(
-            f"{name}: {recipe.parts()[name].train}, {trained:,} of {held:,} weights trained"
-            for name, (held, trained) in shapes.items()
-        ),
+    lines = []
+    for name, (held, trained) in shapes.items():
+        lines.append(f"{name}: {recipe.parts()[name].train}, {trained:,} of {held:,} weights trained")
+    lines.append(
         f"by arithmetic, on one device: {_gib(sums.total)} GiB: {_gib(sums.frozen)} frozen, "
         f"{_gib(sums.trained + sums.copies)} trained with gradients and moments, {_gib(sums.activations)} "
-        f"activations, {_gib(sums.head)} head",
-        *(
-            [
-                f"validation: at most {recipe.evaluate_questions} questions of {', '.join(recipe.evaluate_on)} each, "
-                f"before the first step, every {recipe.evaluate_every} steps and after the last"
-            ]
-            if recipe.evaluate_on
-            else []
-        ),
-    ]
+        f"activations, {_gib(sums.head)} head"
+    )
+    if recipe.evaluate_on:
+        lines.append(
+            f"validation: at most {recipe.evaluate_questions} questions of {', '.join(recipe.evaluate_on)} each, "
+            f"before the first step, every {recipe.evaluate_every} steps and after the last"
+        )
+    return lines
 
 
 def _gib(count: float) -> str:
@@ -163,10 +164,11 @@ def _gib(count: float) -> str:
 
 
 def parameters(work: PreparedRun) -> dict[str, tuple[int, int]]:
-    """For each part: its weights without adapters, and how many are trained, adapters' included. No weight is read."""
-    from accelerate import init_empty_weights
+    """Return for each part its weights without adapters, and how many are trained, those of adapters included.
 
-    from stllava_eval.network.modeling import StllavaMedForConditionalGeneration
+    No weight is read: the network is made without storage.
+    """
+    from accelerate import init_empty_weights
 
     with init_empty_weights():
         model: Any = StllavaMedForConditionalGeneration(work.checkpoint.config)
@@ -182,9 +184,7 @@ def parameters(work: PreparedRun) -> dict[str, tuple[int, int]]:
 
 
 def _manifest(work: PreparedRun) -> dict[str, Any]:
-    """What decides the result, for `run.json`."""
-    from stllava_eval.runs.folder import commit, trained_on, version
-
+    """Return what decides the result, for `run.json`."""
     tower = work.recipe.start_vision_tower
     packages = ("torch", "transformers", "trl", "peft", "accelerate")
     return {
@@ -214,7 +214,7 @@ def _manifest(work: PreparedRun) -> dict[str, Any]:
 
 
 def _save(trainer: PartsTrainer, work: PreparedRun, out: Path) -> None:
-    """The checkpoint, with everything that `stllava_med` needs to load it."""
+    """Write the checkpoint, with everything that `stllava_med` needs to load it."""
     if trainer.is_fsdp_enabled:  # where each GPU saves its share, transformers' `save_model` writes no weights at all
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(out))

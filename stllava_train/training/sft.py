@@ -1,4 +1,7 @@
-"""Conversations -> a checkpoint that answers and asks: stage 1, on trl's SFTTrainer."""
+"""Train stage 1 on trl's SFTTrainer: conversations -> a checkpoint that answers questions and asks them.
+
+The loss is L_qa of answers plus L_vq of questions (arXiv:2406.19973), each a sum of -log p over its tokens.
+"""
 
 from __future__ import annotations
 
@@ -141,18 +144,18 @@ def count(collator: SftCollator, progress: bool, check: str) -> SftCounts:
     rows: list[Encoded] = []
     hidden = None if progress else True  # None: where stderr is no terminal
     bar = tqdm(collator.conversations, "counting tokens", unit="conversation", disable=hidden, file=sys.stderr)
-    for place, conversation in enumerate(bar):
+    for index, conversation in enumerate(bar):
         most = len(collator.encoder(conversation, asked(conversation, 0, 0, math.ceil(recipe.sq_r)), 1.0).ids)
         if most > recipe.max_tokens:
             raise InputError(
                 f"{conversation.location}: {conversation.id}: {most} tokens, more than max_tokens {recipe.max_tokens}. "
                 f"Raise it, or leave the record out (`{check} --write FILE`)."
             )
-        rows.append(collator.encoded(place, 0))
+        rows.append(collator.encoded(index, 0))
     return SftCounts(
         conversations=len(rows),
-        images=len({one.image for one in collator.conversations if one.image is not None}),
-        rounds=sum(len(one.rounds) for one in collator.conversations),
+        images=len({conversation.image for conversation in collator.conversations} - {None}),
+        rounds=sum(len(conversation.rounds) for conversation in collator.conversations),
         tokens=sum(len(row.ids) for row in rows),
         longest=max(len(row.ids) for row in rows),
         answer_tokens=sum(row.kinds.count(ANSWER) for row in rows),
@@ -181,14 +184,15 @@ class SftTrainer(PartsTrainer, SFTTrainer):
         Raises:
             InputError: It is no number; the message names the conversations of the batch.
         """
-        kinds, places = inputs.pop("kinds")[:, 1:], inputs.pop("places")  # (rows, tokens - 1): of the predicted token
+        # (rows, tokens - 1): the kind of the token that is predicted; (rows,): indexes of the conversations
+        kinds, indexes = inputs.pop("kinds")[:, 1:], inputs.pop("places")
         outputs = model(**inputs, fused_lm_head=True)
         losses = -outputs.log_probs  # (rows, tokens - 1), zero where nothing is learnt
         at_question = kinds == QUESTION
         answers = losses.masked_fill(at_question, 0).sum()
         questions = losses.masked_fill(~at_question, 0).sum()
         total = self.recipe.answer_weight * answers + self.recipe.question_weight * questions
-        batch = [self.conversations[place] for place in places.tolist()]
+        batch = [self.conversations[index] for index in indexes.tolist()]
         self.refuse(total, [f"{conversation.id} ({conversation.location})" for conversation in batch])
         with torch.no_grad():
             self._sums += torch.stack([answers, questions, (kinds == ANSWER).sum(), at_question.sum()]).to(self._sums)
@@ -300,8 +304,8 @@ def prepare_run(
 
 def _check_call(files: Sequence[Path], images: Path | None) -> str:
     """Return the call that lists every problem of these files."""
-    given = [*map(str, files), *(["--images", str(images)] if images else [])]
-    return shlex.join(["stllava-train", "check", *given])
+    arguments = [*map(str, files), *(["--images", str(images)] if images else [])]
+    return shlex.join(["stllava-train", "check", *arguments])
 
 
 def train(work: PreparedSft, out: Path, resume: bool = False, progress: bool = True, wandb: bool = False) -> None:
@@ -320,7 +324,9 @@ def make_trainer(
         InputError: The batch cannot be dealt to the processes, or one process sees several GPUs.
     """
     settings = SFTConfig(**trainer_arguments(work, out, wandb), dataset_kwargs={"skip_prepare_dataset": True})
-    order = plan([[place] for place in range(len(work.conversations))], work.recipe)
+    order = plan([[index] for index in range(len(work.conversations))], work.recipe)
+    entries = {"place": [index for index, _ in order], "epoch": [epoch for _, epoch in order]}
+    shown = {"answer_loss": "answers", "question_loss": "questions"}
     return silence(
         SftTrainer(
             work,
@@ -329,11 +335,9 @@ def make_trainer(
             model=trained_model(work),
             args=settings,
             data_collator=work.collator,
-            train_dataset=Dataset.from_dict({"place": [one for one, _ in order], "epoch": [one for _, one in order]}),
+            train_dataset=Dataset.from_dict(entries),
             processing_class=work.collator.encoder.tokenizer,
-            callbacks=callbacks(
-                out, "stage 1", {"answer_loss": "answers", "question_loss": "questions"}, progress, step
-            ),
+            callbacks=callbacks(out, "stage 1", shown, progress, step),
         )
     )
 

@@ -1,4 +1,4 @@
-"""The base class of both trainers: optimiser groups, losses by step, progress, marks of whole checkpoints."""
+"""Define what both trainers add to trl's: optimiser groups, losses by step, progress, marks of whole checkpoints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PartsTrainer:
         others: Of trl's trainer.
 
     Raises:
-        InputError: There is an examination, and the network is split over devices.
+        InputError: The run has validation, and the network is split over devices.
     """
 
     model: Any  # trl's and transformers' types leave these open
@@ -66,34 +66,37 @@ class PartsTrainer:
             self.model.disable_input_require_grads()  # trl's hooks: gradients would go back through a frozen tower too
 
     def step_record(self, logs: Mapping[str, float]) -> dict[str, Any]:
-        """What the trace tells of a step besides its number, gradient and learning rates; `loss` is among it."""
+        """Return what the trace says of a step besides its number, gradient and learning rates; `loss` is among it."""
         raise NotImplementedError
 
     def was_stopped(self) -> bool:
-        """Whether the run had been stopped early when it was broken off."""
+        """Return whether the run had been stopped early by its validation before it was interrupted."""
         return self.validation is not None and self.validation.collapsed
 
     def finalize(self) -> dict[str, Any]:
-        """The best step's weights take the place of the last one's, where there was an examination.
+        """Load the weights of the best step, where the run has validation; return what `run.json` says of it.
 
-        Called before the weights are saved; what it returns goes into `run.json`.
+        It is called before the weights are saved.
         """
         return self.validation.keep_best(self.model) if self.validation else {}
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """AdamW with a group for each part that is trained, the language model's first."""
+        """Return AdamW with a parameter group for each part that is trained, the language model's first."""
         if self.optimizer is None:
             by_part: dict[str, list[Any]] = {name: [] for name in self.recipe.parts()}
             for name, parameter in (self.model if model is None else model).named_parameters():
                 if parameter.requires_grad:
                     by_part[part_of(name)].append(parameter)
             rates = {name: part.learning_rate for name, part in self.recipe.parts().items()}
-            groups = [{"params": found, "lr": rates[name], "name": name} for name, found in by_part.items() if found]
+            groups = []
+            for name, parameters in by_part.items():
+                if parameters:
+                    groups.append({"params": parameters, "lr": rates[name], "name": name})
             self.optimizer = torch.optim.AdamW(groups, betas=self.recipe.betas, weight_decay=self.recipe.weight_decay)
         return self.optimizer
 
     def refuse(self, loss: Tensor, records: Sequence[str]) -> None:
-        """Raises InputError where the loss is no number; `records`: those of the batch, with their places."""
+        """Raise InputError where the loss is no number; `records` names those of the batch, with their locations."""
         if not torch.isfinite(loss):
             raise InputError(
                 f"step {self.state.global_step + 1}: the loss is {loss.item()} for {', '.join(records)}. Look at these "
@@ -101,12 +104,12 @@ class PartsTrainer:
             )
 
     def training_step(self, *given: Any, **named: Any) -> Any:
-        """As transformers' own; the learning rates are noted before they move on."""
+        """Take a step as transformers does, and note the learning rates before the scheduler changes them."""
         self._rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         return super().training_step(*given, **named)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """A step's line, to the trace and to whatever else listens.
+        """Write a step's line to the trace, and pass it on to the callbacks.
 
         Raises:
             InputError: The gradient is no number. Its step has been taken, but is never saved.
@@ -128,11 +131,11 @@ class PartsTrainer:
         super().log(shown)  # type: ignore[misc]
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None in the folders to resume from; the run's own is written at its end."""
+        """Write no model card into the folders to resume from; `card.write_card` writes the run's at its end."""
 
 
 class _Bar(TrainerCallback):
-    """Steps done, time left, and of the last step what is `shown`: key of the trace -> its short name; on stderr."""
+    """Show steps done, time left and the last step's figures on stderr; `shown` has their keys and short names."""
 
     def __init__(self, title: str, shown: Mapping[str, str], progress: bool) -> None:
         self.title, self.shown, self.progress = title, shown, progress
@@ -156,7 +159,7 @@ class _Bar(TrainerCallback):
 
 
 class _Mark(TrainerCallback):
-    """`WHOLE` in every folder to resume from, once all processes have written theirs."""
+    """Write `WHOLE` into every folder to resume from, once all processes have written their files."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from accelerate import PartialState
@@ -168,7 +171,7 @@ class _Mark(TrainerCallback):
 
 
 def trainer_arguments(work: PreparedRun, out: Path, wandb: bool) -> dict[str, Any]:
-    """What both stages tell transformers' trainer.
+    """Return the arguments of transformers' trainer that both stages have in common.
 
     Raises:
         InputError: The batch cannot be dealt to the processes, or one process sees several GPUs.
@@ -190,13 +193,13 @@ def trainer_arguments(work: PreparedRun, out: Path, wandb: bool) -> dict[str, An
         "activation_checkpointing": recipe.gradient_checkpointing,
         "seed": recipe.seed,
         "use_cpu": not cuda,
-        "train_sampling_strategy": "sequential",
+        "train_sampling_strategy": "sequential",  # the plan is in the order of the steps already
         "dataloader_num_workers": 4 if cuda else 0,
         "dataloader_pin_memory": cuda,
         "remove_unused_columns": False,
         "max_length": None,
         "logging_steps": 1,
-        "logging_nan_inf_filter": False,
+        "logging_nan_inf_filter": False,  # `log` refuses such a step; the filter would hide it
         "save_steps": recipe.save_every,
         "save_total_limit": 2,  # one is whole while the other is written
         # some micro-batches show no image: without it the towers' gradients are waited for, for ever. And it keeps
@@ -208,7 +211,7 @@ def trainer_arguments(work: PreparedRun, out: Path, wandb: bool) -> dict[str, An
 
 
 def callbacks(out: Path, title: str, shown: Mapping[str, str], progress: bool, step: int) -> list[TrainerCallback]:
-    """The bar, the marks on folders to resume from, and TensorBoard of a run that has taken `step` steps before."""
+    """Return the callbacks of a run that has taken `step` steps: the bar, the marks of whole folders, TensorBoard."""
     callbacks: list[TrainerCallback] = [_Bar(title, shown, progress), _Mark()]
     if first_process():
         from torch.utils.tensorboard import SummaryWriter
@@ -221,7 +224,7 @@ def callbacks(out: Path, title: str, shown: Mapping[str, str], progress: bool, s
 
 
 def silence(trainer: Any) -> Any:
-    """The trainer, without its own printer of every line."""
+    """Return the trainer without the callback of transformers that prints every line."""
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)

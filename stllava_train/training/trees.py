@@ -135,21 +135,21 @@ class DpoCollator:
 
     def __call__(self, entries: Sequence[Mapping[str, int]]) -> dict[str, Any]:
         """Return the batch of these entries, each with the `place` of a pair."""
-        places = [entry["place"] for entry in entries]
-        chosen, rejected = zip(*[self.encoded(place) for place in places], strict=True)
-        chosen_images, rejected_images = zip(*[self.pairs[place].images for place in places], strict=True)
+        indexes = [entry["place"] for entry in entries]
+        chosen, rejected = zip(*[self.encoded(index) for index in indexes], strict=True)
+        chosen_images, rejected_images = zip(*[self.pairs[index].images for index in indexes], strict=True)
         answers = [*chosen, *rejected]  # trl takes the first half of a batch for the chosen answers
         images = [*chosen_images, *rejected_images]  # the two images of a pair differ only where it is a contrast
         batch = pack(answers, images, self.padding)
         batch["pixel_values"] = torch.stack([self.pixels(self.folder / image) for image in dict.fromkeys(images)])
-        batch["pairs"] = torch.tensor(places)
+        batch["pairs"] = torch.tensor(indexes)
         if self.reference:
-            known = torch.tensor([self.reference[place] for place in places])  # (B, 2)
+            known = torch.tensor([self.reference[index] for index in indexes])  # (B, 2)
             batch["ref_chosen_logps"], batch["ref_rejected_logps"] = known[:, 0], known[:, 1]
         if self.weights:
-            batch["weights"] = torch.tensor([self.weights[place] for place in places])
+            batch["weights"] = torch.tensor([self.weights[index] for index in indexes])
         if self.offsets:
-            batch["offsets"] = torch.tensor([self.offsets[place] for place in places])
+            batch["offsets"] = torch.tensor([self.offsets[index] for index in indexes])
         return batch
 
 

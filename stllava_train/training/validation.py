@@ -1,4 +1,4 @@
-"""A network in training -> its scores on validation questions, step by step; the best step's weights are kept."""
+"""Score a network in training on validation questions, step by step, and keep the best step's weights."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ from stllava_train.training.resume import read_trace
 
 log = logging.getLogger("stllava_train")
 
-MAX_NEW_TOKENS = 256  # our choice: a longer answer is cut, which costs time and no point
+MAX_NEW_TOKENS = 256  # our choice: references are short, so that more tokens would cost time for nothing
 SCORES = {"open": ("recall", "f1", "words"), "closed": ("closed_accuracy", "unparsed", "words")}
 VERSIONS = " ".join(metrics.SCORES[name].signature for name in ("recall", "f1", "closed_accuracy", "unparsed"))
 
 
 class ValidationCallback(TrainerCallback):
-    """Asks questions of prepared validation splits before the first step, every so many steps, and after the last.
+    """Ask questions of prepared validation splits before the first step, every so many steps, and after the last.
 
-    A line each goes to `evaluations.jsonl`: for every split its means of recall and F1 of open questions, accuracy and
-    unparsed rate of closed ones (strict parser), words an answer; `score` is the mean over splits of (F1 + closed
-    accuracy) / 2, `unparsed` the mean over splits. Kept are the weights of the step with the highest `score`, of equal
-    ones the earliest; the start, step 0, is shown beside them and not kept. Training stops where `unparsed` exceeds the
-    start's by more than the recipe's `stop_unparsed`: a model that has unlearnt to say yes or no.
+    Each evaluation writes a line to `evaluations.jsonl`: for every split the means of recall and F1 of open questions,
+    of accuracy and unparsed rate of closed ones (strict parser), and of words per answer; `score` is the mean over
+    splits of (F1 + closed accuracy) / 2, and `unparsed` the mean over splits. The weights of the step with the highest
+    `score` are kept, of equal ones the earliest; the start, step 0, is shown beside them and not kept. Training stops
+    where `unparsed` exceeds the start's by more than the recipe's `stop_unparsed`: such a model no longer says yes or
+    no.
 
     Args:
         recipe: The recipe of the run, of either stage.
@@ -86,67 +87,77 @@ class ValidationCallback(TrainerCallback):
                 unfinished.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
 
     def _is_whole(self, line: dict[str, Any]) -> bool:
-        figures = [line.get("score"), line.get("unparsed")]
-        sets = [line.get(name) for name in self.rows]
-        return all(isinstance(one, float | int) and math.isfinite(one) for one in figures) and all(
-            isinstance(of, dict) and {"f1", "closed_accuracy", "words"} <= of.keys() for of in sets
-        )
+        """Return whether a line of the trace has every figure that is read."""
+        for name in ("score", "unparsed"):
+            value = line.get(name)
+            if not isinstance(value, float | int) or not math.isfinite(value):
+                return False
+        for name in self.rows:
+            means = line.get(name)
+            if not isinstance(means, dict) or not {"f1", "closed_accuracy", "words"} <= means.keys():
+                return False
+        return True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The start's scores; in a resumed run, a look at the weights that were kept.
+        """Score the start; in a resumed run, check the weights that were kept.
 
         Raises:
             InputError: They are not as they were written.
         """
         if not self.lines:
-            self._examine(0, model)
+            self._evaluate(0, model)
         elif len(self.lines) > 1:
             self._best_weights({name for name, _ in _trained(model)})
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """See the class."""
+        """Score the network where an evaluation is due, and stop the training where it has collapsed."""
         step = state.global_step
         if step % self.recipe.evaluate_every and step != state.max_steps:
             return
-        self._examine(step, model)
+        self._evaluate(step, model)
         control.should_training_stop |= self.collapsed
 
     @property
     def collapsed(self) -> bool:
-        """Whether yes and no had been unlearnt at the last evaluation."""
+        """Return whether at the last evaluation too many closed answers had no verdict."""
         allowed = self.lines[0]["unparsed"] + self.recipe.stop_unparsed if self.lines else math.inf
         return len(self.lines) > 1 and self.lines[-1]["unparsed"] > allowed
 
-    def _examine(self, step: int, model: Any) -> None:
+    def _evaluate(self, step: int, model: Any) -> None:
+        """Score the network on the first process, share the line with the others, and keep the best weights."""
         from accelerate.utils import broadcast_object_list
 
         held: list[Any] = [None]
         if first_process():
             policy = _unwrapped(model)
-            with _resting(policy), torch.autocast(policy.device.type, torch.bfloat16, enabled=self.in_16_bits):
+            with _evaluating(policy), torch.autocast(policy.device.type, torch.bfloat16, enabled=self.in_16_bits):
                 held[0] = {"step": step, "versions": VERSIONS, "questions": self.asked} | self._scores(policy)
             with self.trace.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(held[0]) + "\n")
         broadcast_object_list(held)
         self.lines.append(held[0])
-        if step and step == self.best["step"] and first_process():  # a file each: a run may resume from before the last
+        if step and step == self.best["step"] and first_process():
+            # each best step has a file of its own, because a run may resume from a step before the newest best one
+            weights = {name: parameter.detach().cpu().contiguous() for name, parameter in _trained(model)}
             with whole_file(self._file(step)) as unfinished:
-                save_file({name: one.detach().cpu().contiguous() for name, one in _trained(model)}, unfinished)
+                save_file(weights, unfinished)
             self._drop_beaten()
 
     def _drop_beaten(self) -> None:
         """Delete the weights of earlier best steps that no run can resume from: a file may hold a whole network."""
         ends = [folder.name.rpartition("-")[2] for folder in self.folder.glob("checkpoint-*")]
-        before = [_best(self.lines, int(end)) for end in ends if end.isdecimal()]
-        needed = {self._file(line["step"]) for line in (self.best, *before) if line}
+        best_then = [_best(self.lines, int(end)) for end in ends if end.isdecimal()]
+        needed = {self._file(line["step"]) for line in (self.best, *best_then) if line}
         for file in self.folder.glob("best-*.safetensors"):
             if file not in needed:
                 file.unlink()
 
     def _file(self, step: int) -> Path:
+        """Return the file of the weights of a best step."""
         return self.folder / f"best-{step}.safetensors"
 
     def _best_weights(self, names: set[str]) -> dict[str, torch.Tensor]:
+        """Read the weights of the best step, which must have these names; raises InputError where they do not."""
         file = self._file(self.best["step"])
         try:
             weights = load_file(file)
@@ -162,13 +173,13 @@ class ValidationCallback(TrainerCallback):
 
     @property
     def best(self) -> dict[str, Any]:
-        """The line of the step that is kept."""
+        """Return the line of the step whose weights are kept."""
         best = _best(self.lines, self.lines[-1]["step"])
         assert best is not None
         return best
 
     def keep_best(self, model: Any) -> dict[str, Any]:
-        """Load the best step's weights; what it was, for `run.json`."""
+        """Load the best step's weights into the model; return which step it was and its scores, for `run.json`."""
         best = self._best_weights({name for name, _ in _trained(model)})
         with torch.no_grad():
             for name, parameter in _trained(model):
@@ -185,104 +196,108 @@ class ValidationCallback(TrainerCallback):
         }
 
     def _scores(self, policy: Any) -> dict[str, Any]:
+        """Return the means of each split, and over splits `score` and `unparsed`, all in [0, 1] but words."""
         answerer = Answerer(self.recipe.start, model=policy, vision_tower=self.recipe.start_vision_tower)
-        found: dict[str, Any] = {name: _means(answerer, rows) for name, rows in self.rows.items()}
-        halves = [(of["f1"] + of["closed_accuracy"]) / 2 for of in found.values()]
-        found["score"] = sum(halves) / len(halves)
-        found["unparsed"] = sum(of["unparsed"] for of in found.values() if isinstance(of, dict)) / len(halves)
-        return found
+        means = {name: _means(answerer, rows) for name, rows in self.rows.items()}
+        scores = [(split["f1"] + split["closed_accuracy"]) / 2 for split in means.values()]
+        unparsed = [split["unparsed"] for split in means.values()]
+        return {**means, "score": sum(scores) / len(scores), "unparsed": sum(unparsed) / len(unparsed)}
 
 
 def _best(lines: Sequence[dict[str, Any]], end: int) -> dict[str, Any] | None:
-    """Of the evaluations up to step `end`, the start's left out, the one with the highest score, and the earliest."""
-    of = (line for line in lines if 0 < line["step"] <= end)
-    return max(of, key=lambda line: (line["score"], -line["step"]), default=None)
+    """Return the evaluation with the highest score up to step `end`, without the start; of equal ones the earliest."""
+    until_then = [line for line in lines if 0 < line["step"] <= end]
+    return max(until_then, key=lambda line: (line["score"], -line["step"]), default=None)
 
 
 def _hash(rows: Mapping[str, Sequence[Row]]) -> str:
-    """Of everything that decides the scores of the same answers, in 16 hex digits."""
-    asked = [
-        [name, row.id, row.question, row.reference, row.kind, hashlib.sha256(row.image).hexdigest()]
-        for name, of in rows.items()
-        for row in of
-    ]
+    """Return a hash, in 16 hex digits, of everything that decides the scores of the same answers."""
+    asked = []
+    for name, split_rows in rows.items():
+        for row in split_rows:
+            image_sha256 = hashlib.sha256(row.image).hexdigest()
+            asked.append([name, row.id, row.question, row.reference, row.kind, image_sha256])
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
 def questions(recipe: TrainingRecipe) -> dict[str, list[Row]]:
-    """Of each validation split, at most so many: open and closed ones in the split's proportion, at least one of each.
+    """Return the questions of each validation split, open and closed in the split's proportion, at least one of each.
 
-    Always the same ones, in the split's order; none where the recipe evaluates on none.
+    They are always the same ones, in the split's order, and at most as many as the recipe says; there are none where
+    the recipe evaluates on no split.
 
     Raises:
         InputError: A split is not prepared, or lacks a kind.
     """
     check_prepared(recipe.evaluate_on, recipe.command)
-    return {name: _drawn(name, recipe.evaluate_questions) for name in recipe.evaluate_on}
+    return {name: _sampled(name, recipe.evaluate_questions) for name in recipe.evaluate_on}
 
 
 def warn_of_learnt(rows: Mapping[str, Sequence[Row]], learnt: Collection[str]) -> None:
-    """Warn where images that are asked about are trained on too, a line for each split.
+    """Warn where images of validation questions are trained on too, in a line for each split.
 
     Args:
         rows: As `questions` gives them.
         learnt: `pixel_hash` of each image that is trained on.
     """
-    for name, of in rows.items():
-        images = {row.image_id: row.image for row in of}
-        both = [image for image, file in images.items() if pixel_hash(decode(file)) in learnt]
-        if both:
+    for name, split_rows in rows.items():
+        images = {row.image_id: row.image for row in split_rows}
+        trained_on = [image_id for image_id, image in images.items() if pixel_hash(decode(image)) in learnt]
+        if trained_on:
             log.warning(
                 "evaluate_on: %s validation: %d of the %d images that are asked about are trained on, such as %s, so "
                 "its score shows in part what is remembered",
-                *(name, len(both), len(images), both[0]),
+                *(name, len(trained_on), len(images), trained_on[0]),
             )
 
 
-def _drawn(name: str, most: int) -> list[Row]:
+def _sampled(name: str, most: int) -> list[Row]:
+    """Return at most `most` questions of a validation split, in its order, stratified by kind."""
     rows = read_rows(name, "validation")
-    of = {kind: [number for number, row in enumerate(rows) if row.kind == kind] for kind in ("open", "closed")}
-    if not all(of.values()):
+    open_rows = [index for index, row in enumerate(rows) if row.kind == "open"]
+    closed_rows = [index for index, row in enumerate(rows) if row.kind == "closed"]
+    if not open_rows or not closed_rows:
         raise InputError(f"evaluate_on: {name}: its validation split lacks open or closed questions. Leave it out.")
     most = min(most, len(rows))
-    count = min(max(1, round(most * len(of["open"]) / len(rows))), most - 1)
-    draw = random.Random(0)
-    kept = {*draw.sample(of["open"], count), *draw.sample(of["closed"], min(most - count, len(of["closed"])))}
-    return [row for number, row in enumerate(rows) if number in kept]
+    open_count = min(max(1, round(most * len(open_rows) / len(rows))), most - 1)
+    closed_count = min(most - open_count, len(closed_rows))
+    generator = random.Random(0)  # fixed, so that every run is asked the same questions
+    kept = {*generator.sample(open_rows, open_count), *generator.sample(closed_rows, closed_count)}
+    return [row for index, row in enumerate(rows) if index in kept]
 
 
 def _means(answerer: Answerer, rows: Sequence[Row]) -> dict[str, float]:
-    """Means of `SCORES` over the rows of their kind, and how many of each kind there are."""
+    """Return the means of `SCORES` over the rows of their kind, and how many rows of each kind there are."""
     asked = [
         Question(row.question, lambda row=row: decode(row.image), MAX_NEW_TOKENS, image_key=row.image_id)  # type: ignore[misc]
         for row in rows
     ]
-    answers = {place: answer.text for place, answer in only_answers(answerer.answer(asked, progress=False))}
-    sums: dict[str, list[float]] = {}
-    for place, row in enumerate(rows):
-        values: Mapping[str, float] = metrics.score(answers[place], row.reference, row.kind, row.question)
+    answers = {index: answer.text for index, answer in only_answers(answerer.answer(asked, progress=False))}
+    scores: dict[str, list[float]] = {}
+    for index, row in enumerate(rows):
+        values: Mapping[str, float] = metrics.score(answers[index], row.reference, row.kind, row.question)
         for name in SCORES[row.kind]:
             if name in values:
-                sums.setdefault(name, []).append(values[name])
+                scores.setdefault(name, []).append(values[name])
     counts = {kind: sum(row.kind == kind for row in rows) for kind in SCORES}
-    return {name: sum(of) / len(of) for name, of in sums.items()} | counts
+    return {name: sum(values) / len(values) for name, values in scores.items()} | counts
 
 
 def _unwrapped(model: Any) -> Any:
-    """The network itself, in which adapters are at work."""
-    inner = getattr(model, "module", model)  # DDP's
+    """Return the network inside the wrappers of DDP and PEFT; adapters work in its layers."""
+    inner = getattr(model, "module", model)  # DDP keeps the network in `module`
     return inner.get_base_model() if hasattr(inner, "peft_config") else inner
 
 
 def _trained(model: Any) -> Iterator[tuple[str, Any]]:
-    """(name, parameter) of what is trained."""
+    """Yield (name, parameter) of each parameter that is trained."""
     inner = getattr(model, "module", model)
-    return ((name, one) for name, one in inner.named_parameters() if one.requires_grad)
+    return ((name, parameter) for name, parameter in inner.named_parameters() if parameter.requires_grad)
 
 
 @contextmanager
-def _resting(policy: Any) -> Iterator[None]:
-    """Without dropout for a while."""
+def _evaluating(policy: Any) -> Iterator[None]:
+    """Switch dropout off inside the block, and back on afterwards in the modules that had it."""
     training = [module for module in policy.modules() if module.training]
     policy.eval()
     try:

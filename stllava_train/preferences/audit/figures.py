@@ -127,16 +127,15 @@ def audit(
     """
     if not candidates:
         raise InputError("no candidates: there is nothing to audit. Pass a file that `stllava-train candidates` wrote.")
-    of = {candidate.id: candidate for candidate in candidates}
-    latest = {one.key: one for one in verdicts}
-    known = known_verdicts(latest.values(), of)
+    by_id = {candidate.id: candidate for candidate in candidates}
+    latest = {verdict.key: verdict for verdict in verdicts}
+    known = known_verdicts(latest.values(), by_id)
+    by_judge: dict[str, list[Verdict]] = defaultdict(list)
+    for verdict in known:
+        by_judge[verdict.judge].append(verdict)
+    names = sorted(by_judge)
     pairs = preferences(candidates, known, rule, judges)
     preferred = [pair for pair in pairs if pair.outcome == "preferred"]
-    names = sorted({one.judge for one in known})
-    cases = {name: cases_of([one for one in known if one.judge == name], of, rule) for name in names}
-    agreements = []
-    for first, second in combinations(names, 2):
-        agreements.append({"judges": [first, second], **agreement(cases[first], cases[second], seed)})
     figures: dict[str, Any] = {
         "format": 1,
         "note": note,
@@ -144,15 +143,32 @@ def audit(
         "rule": asdict(rule),
         "judges": [name for name in names if not judges or name in judges],
         "verdicts": {"on these candidates": len(known), "on others": len(latest) - len(known)},
-        "preferences": _preferences(pairs, of, seed),
-        "judging": {name: judging(cases[name], of, rule, references, seed) for name in names},
-        "agreement": agreements,
-        "data": _data(candidates, preferred, of, rows, seed),
+        "preferences": _preferences(pairs, by_id, seed),
+        **_judges({name: by_judge[name] for name in names}, by_id, rule, references, seed),
+        "data": _data(candidates, preferred, by_id, rows, seed),
         "leaks": _leaks(candidates, images, progress),
-        "blind": _blind(preferred, of, blind),
-        "cost": {name: _cost([one for one in known if one.judge == name]) for name in names},
+        "blind": _blind(preferred, by_id, blind),
+        "cost": {name: _cost(by_judge[name]) for name in names},
     }
     return figures | {"checks": checks(figures)}
+
+
+def _judges(
+    by_judge: Mapping[str, Sequence[Verdict]],
+    by_id: Mapping[str, Candidate],
+    rule: Rule,
+    references: Mapping[QuestionKey, str] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Return how each judge judges, and how every two of them agree."""
+    cases = {name: cases_of(verdicts, by_id, rule) for name, verdicts in by_judge.items()}
+    agreements = []
+    for first, second in combinations(by_judge, 2):
+        agreements.append({"judges": [first, second], **agreement(cases[first], cases[second], seed)})
+    return {
+        "judging": {name: judging(cases[name], by_id, rule, references, seed) for name in by_judge},
+        "agreement": agreements,
+    }
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -270,8 +286,8 @@ def _self_bleu(candidates: Sequence[Candidate], seed: int) -> dict[str, Any]:
     """
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-    sample = [one for one in _sampled(candidates, BLEU_QUESTIONS, seed) if folded_words(one.question)]
-    texts = [folded_words(one.question) for one in sample]
+    sample = [candidate for candidate in _sampled(candidates, BLEU_QUESTIONS, seed) if folded_words(candidate.question)]
+    texts = [folded_words(candidate.question) for candidate in sample]
     if len(texts) < 2:
         return none("fewer than two questions")
     smoothing = SmoothingFunction().method1
@@ -282,7 +298,8 @@ def _self_bleu(candidates: Sequence[Candidate], seed: int) -> dict[str, Any]:
         others.remove(text)
         return float(sentence_bleu(others, text, smoothing_function=smoothing))
 
-    return clustered_mean(((foretold(text), one) for text, one in zip(texts, sample, strict=True)), "no question")
+    scores = [(foretold(text), candidate) for text, candidate in zip(texts, sample, strict=True)]
+    return clustered_mean(scores, "no question")
 
 
 def _near_repeats(candidates: Sequence[Candidate], seed: int) -> dict[str, Any]:
@@ -291,7 +308,7 @@ def _near_repeats(candidates: Sequence[Candidate], seed: int) -> dict[str, Any]:
     from rapidfuzz.distance import Indel
 
     sample = _sampled(candidates, NEAR_QUESTIONS, seed)
-    texts = [folded_words(one.question) for one in sample]
+    texts = [folded_words(candidate.question) for candidate in sample]
     # (questions, questions): `rouge_l` of every two. Each question is 1 to itself, so that a near repeat makes two
     alike = process.cdist(texts, texts, scorer=Indel.normalized_similarity, dtype="float64")
     return clustered_mean(zip((alike >= NEAR).sum(1) > 1, sample, strict=True), "no question")
@@ -365,12 +382,12 @@ def _blind(
 
 def _cost(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """Return tokens and USD of one judge's verdicts; those without a count or a price are counted beside."""
-    tokens = [one.tokens for one in verdicts if one.tokens is not None]
-    prices = [one.cost for one in verdicts if one.cost is not None]
-    dates = sorted(one.date for one in verdicts if one.date is not None)
+    tokens = [verdict.tokens for verdict in verdicts if verdict.tokens is not None]
+    prices = [verdict.cost for verdict in verdicts if verdict.cost is not None]
+    dates = sorted(verdict.date for verdict in verdicts if verdict.date is not None)
     return {
         "verdicts": len(verdicts),
-        "models": sorted({one.model or "" for one in verdicts} - {""}),
+        "models": sorted({verdict.model or "" for verdict in verdicts} - {""}),
         "first": dates[0] if dates else None,
         "last": dates[-1] if dates else None,
         "prompt_tokens": sum(prompt for prompt, _ in tokens),

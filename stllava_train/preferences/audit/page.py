@@ -142,7 +142,7 @@ def _percent_or_dash(value: float | None) -> str:
 
 
 def _reach(estimates: Iterable[Mapping[str, Any]]) -> float:
-    """A round number that no estimate or end of an interval exceeds: half the width of an axis with 0 in its middle."""
+    """Return a round number that no estimate or end of an interval exceeds: half the width of an axis around 0."""
     ends = [abs(one[end]) for one in estimates for end in ("value", "low", "high") if one[end] is not None]
     most = max(ends, default=0.0) or 1.0
     step = 10.0 ** math.floor(math.log10(most))
@@ -150,7 +150,7 @@ def _reach(estimates: Iterable[Mapping[str, Any]]) -> float:
 
 
 def _columns(scores: Mapping[str, int]) -> list[tuple[int, int, float]]:
-    """(score, times, height in [0, 1]) for 1 to 10; halves go to the higher, what is beyond to the nearest."""
+    """Return (score, times, height in [0, 1]) for 1 to 10; halves go to the higher, what is beyond to the nearest."""
     times: Counter[int] = Counter()
     for score, number in scores.items():
         times[min(10, max(1, math.floor(float(score) + 0.5)))] += number

@@ -21,27 +21,27 @@ BLIND = 0.5  # share of chosen answers that come without the image from which th
 
 
 def checks(figures: Mapping[str, Any]) -> list[dict[str, str]]:
-    """What a reader should know first: `about`, `level` ("warning", "fine" or "not tested") and `text`, a sentence.
+    """Return what a reader should know first: `about`, `level` (warning, fine or not tested) and a sentence, `text`.
 
     A bias is warned of where its interval leaves out one half. With many judges, one in twenty is by chance.
     """
-    found = [(name, *check) for name, one in figures["judging"].items() for check in _of_judge(one)]
-    found += [(" and ".join(one["judges"]), *_of_two(one)) for one in figures["agreement"]]
-    found += [("leaks", *check) for check in _of_leaks(figures["leaks"])]
+    checks_made = [(name, *check) for name, figure in figures["judging"].items() for check in _of_judge(figure)]
+    checks_made += [(" and ".join(figure["judges"]), *_of_two(figure)) for figure in figures["agreement"]]
+    checks_made += [("leaks", *check) for check in _of_leaks(figures["leaks"])]
     repeats, blind = figures["data"]["repeats"], figures["blind"]
     text = f"{_percent(repeats)} of the candidates repeat a question about their image."
-    found.append(("data", "warning" if repeats["value"] else "fine", text))
+    checks_made.append(("data", "warning" if repeats["value"] else "fine", text))
     if blind["value"] is None:
         text = f"Whether questions can be answered without the image cannot be determined: {blind['why']}."
-        found.append(("data", "not tested", text))
+        checks_made.append(("data", "not tested", text))
     else:
         text = f"{_percent(blind)} of the chosen answers come without the image too."
-        found.append(("data", "fine" if blind["value"] < BLIND else "warning", text))
-    return [{"about": about, "level": level, "text": text} for about, level, text in found]
+        checks_made.append(("data", "fine" if blind["value"] < BLIND else "warning", text))
+    return [{"about": about, "level": level, "text": text} for about, level, text in checks_made]
 
 
 def _of_judge(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(level, text) of each check of one judge."""
+    """Yield (level, text) of each check of one judge."""
     if (silent := 1 - one["scored"]["value"]) >= UNSCORED:
         yield "warning", f"{100 * silent:.1f} % of its verdicts have no scores. What it scored may be unlike the rest."
     if not all(one["orders"].values()):
@@ -61,7 +61,7 @@ def _of_judge(one: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _of_half(share: Mapping[str, Any], bias: str, above: str, below: str) -> tuple[str, str]:
-    """(level, text) of a share that is one half where there is no bias."""
+    """Return (level, text) of a share that is one half where there is no bias."""
     if share["low"] is None:
         return (
             "not tested",
@@ -73,7 +73,7 @@ def _of_half(share: Mapping[str, Any], bias: str, above: str, below: str) -> tup
 
 
 def _of_two(one: Mapping[str, Any]) -> tuple[str, str]:
-    """(level, text) of two judges: by the higher of the lower ends, since kappa fails where one class dominates."""
+    """Return (level, text) of two judges, by the higher of the lower ends: kappa fails where one class dominates."""
     lows = [one[name]["low"] for name in ("kappa", "ac1") if one[name]["low"] is not None]
     shown = f"kappa {_interval(one['kappa'])}, AC1 {_interval(one['ac1'])}"
     if one["equal"]["value"] == 1:
@@ -87,7 +87,7 @@ def _of_two(one: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _of_leaks(leaks: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(level, text) of what is in test splits."""
+    """Yield (level, text) of what is in test splits."""
     if not leaks["prepared"]:
         yield "not tested", f"{leaks['images']['why'].capitalize()}."
         return
@@ -117,5 +117,5 @@ def _percent(share: Mapping[str, Any]) -> str:
 
 
 def number_text(value: float | None, digits: int = 0) -> str:
-    """`1,234`, or a dash for nothing."""
+    """Return a number as `1,234`, or a dash for nothing."""
     return "–" if value is None else f"{value:z,.{digits}f}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""Requests -> replies through OpenAI's Batch API, which takes a day and half the price."""
+"""Ask through OpenAI's Batch API, which answers within a day at half the price: requests -> replies."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ if TYPE_CHECKING:
     from stllava_eval.inference.replies import Reply
 
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 150_000_000  # OpenAI's limits are 50,000 and 200 MB
-ROW_BYTES, TOKEN_BYTES = 2048, 6  # of a reply in a batch's file, at most about, so that we can read it (our choice)
-GIVEN_UP = ("failed", "expired", "cancelled")  # states of a batch; what it has answered is in its files
-NAME = re.compile(r'"custom_id"\s*:\s*"([^"\\]+)"')  # in a line that may be cut; ours hold no escapes
+# Our choice: about the most bytes that a reply and each of its tokens take in a batch's file, which must be readable
+ROW_BYTES, TOKEN_BYTES = 2048, 6
+GIVEN_UP = ("failed", "expired", "cancelled")  # states of a batch that has ended early; its files have what it answered
+NAME = re.compile(r'"custom_id"\s*:\s*"([^"\\]+)"')  # also in a line that is cut; our own ids hold no escapes
 
 Room = tuple[int, int]
 """Tokens of a reply and of its thought, at most."""
 
 
 class Batches:
-    """The batches of a judge that are under way. Their ids are in a file, with those of other judges.
+    """The batches of a judge that are under way, whose ids are in a file beside those of other judges.
 
     The file of a batch's requests is written down before the batch is made of it. If a kill then comes before the id of
     the batch is known, the next call finds the batch by that file, so that nothing is paid twice.
@@ -35,7 +36,7 @@ class Batches:
     Args:
         endpoint: The server.
         file: `NAME.batches.json`.
-        judge: Whose batches.
+        judge: The judge whose batches these are.
 
     Raises:
         InputError: The file holds no list of batches.
@@ -49,48 +50,51 @@ class Batches:
 
     @property
     def under_way(self) -> list[str]:
-        """Those that have not ended, as far as `ended` has seen."""
-        return [one for one in self.ids if not self._ended(one)]
+        """Return the ids of the batches that have not ended, as far as `ended` has seen."""
+        return [batch for batch in self.ids if not self._ended(batch)]
 
     def state(self) -> str:
-        """What the server says of those under way."""
-        return ", ".join(f"batch {one} is {self._known.get(one, {}).get('status')}" for one in self.under_way)
+        """Return in words what the server says of the batches under way."""
+        states = []
+        for batch in self.under_way:
+            states.append(f"batch {batch} is {self._known.get(batch, {}).get('status')}")
+        return ", ".join(states)
 
     def ended(self) -> list[str]:
-        """Those that have ended, asked of the server.
+        """Ask the server for the state of every batch, and return the ids of those that have ended.
 
         Raises:
             InputError: The server does not answer, or does not know one of them.
         """
         self._find_begun()
-        for one in self.ids:
-            self._known[one] = self._json(partial(_retrieve, one), one)
-        return [one for one in self.ids if self._ended(one)]
+        for batch in self.ids:
+            self._known[batch] = self._json(partial(_retrieve, batch), batch)
+        return [batch for batch in self.ids if self._ended(batch)]
 
     def error(self, batch: str) -> str:
-        """What the server says of a batch that it did not begin: code and message; empty of any other."""
+        """Return what the server says of a batch that it did not begin, code and message; empty for any other batch."""
         known = self._known[batch]
         if known.get("status") != "failed":
             return ""
         errors = known.get("errors")
         errors = errors.get("data") if isinstance(errors, dict) else errors
-        said = [
-            ": ".join(str(one[key]) for key in ("code", "message") if one.get(key))
-            for one in (errors if isinstance(errors, list) else [])
-            if isinstance(one, dict)
-        ]
-        return self.endpoint.line("; ".join(dict.fromkeys(filter(None, said)))) or "it does not say why"
+        messages: dict[str, None] = {}  # in order, each once
+        for error in errors if isinstance(errors, list) else []:
+            if isinstance(error, dict):
+                message = ": ".join(str(error[key]) for key in ("code", "message") if error.get(key))
+                messages |= {message: None} if message else {}
+        return self.endpoint.line("; ".join(messages)) or "it does not say why"
 
     def room(self, batch: str, otherwise: Room) -> Room:
-        """What each of its replies was allowed; `otherwise` where it was not written down."""
+        """Return the tokens that each reply of a batch was allowed; `otherwise` where they were not written down."""
         return self._limits.get(batch, otherwise)
 
     def replies(self, batch: str, max_tokens: int) -> dict[str, Reply | Failure]:
-        """Custom id -> what came, of a batch that has ended. What is in neither of its files was not asked.
+        """Return custom id -> reply or failure, of a batch that has ended. An id in neither of its files was not asked.
 
-        Where there are several of one id, a reply is kept, as it is paid.
+        Where several lines have one id, a reply is kept rather than a failure, because it is paid.
         """
-        found: dict[str, Reply | Failure] = {}
+        replies: dict[str, Reply | Failure] = {}
         for kind in ("output_file_id", "error_file_id"):
             if not (file := self._known[batch].get(kind)):
                 continue
@@ -98,19 +102,20 @@ class Batches:
             for line in text.split("\n"):  # no other sign ends a line of JSON
                 if (name := NAME.search(line)) is None:
                     continue
-                came = self._read(line, max_tokens)
-                if name[1] not in found or not isinstance(came, Failure):
-                    found[name[1]] = came
-        return found
+                reply = self._read(line, max_tokens)
+                if name[1] not in replies or not isinstance(reply, Failure):
+                    replies[name[1]] = reply
+        return replies
 
     def _read(self, line: str, max_tokens: int) -> Reply | Failure:
+        """Read the reply or the failure in a line of a batch's file."""
         try:
             row = json.loads(line)
             response = row.get("response") or {}
             if str(response.get("status_code")) == "200":
                 return self.endpoint.read_reply(response["body"], max_tokens)
-            said = row.get("error") or response.get("body") or {}
-            return self.endpoint.read_error(response.get("status_code"), said)
+            error = row.get("error") or response.get("body") or {}
+            return self.endpoint.read_error(response.get("status_code"), error)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # half a line: it may have been paid
             return Failure("its line in the batch's file cannot be read", 1, again=True, before=Bill(unknown=1))
 
@@ -118,8 +123,8 @@ class Batches:
         """Make batches of these requests, each with its custom id.
 
         Args:
-            requests: They may be many.
-            room: What each reply is allowed.
+            requests: (custom id, request) each, read once; more than one batch holds make several.
+            room: Tokens that each reply is allowed.
 
         Raises:
             InputError: The server declines.
@@ -140,12 +145,13 @@ class Batches:
         self._hand_in(lines, room)
 
     def forget(self, batch: str) -> None:
-        """Note that it has been read."""
+        """Note that a batch has been read, so that later calls pass it over."""
         self.ids.remove(batch)
         self._limits.pop(batch, None)
         self._write()
 
     def _hand_in(self, lines: Sequence[bytes], room: Room) -> None:
+        """Upload these lines as one file, and make a batch of it."""
         body = b"".join(lines)
         file = self._json(
             lambda client: client.files.with_raw_response.create(file=("judge.jsonl", body), purpose="batch"),
@@ -153,38 +159,38 @@ class Batches:
         )
         self._begun[self.judge] = (str(file["id"]), room)
         self._write()
-        made = self._json(
+        batch = self._json(
             lambda client: client.batches.with_raw_response.create(
                 input_file_id=file["id"], endpoint="/v1/chat/completions", completion_window="24h"
             ),
             "new batch",
             once=True,  # a reply that is lost does not mean that none was made; the next call finds it by its file
         )
-        self._add(made)
+        self._add(batch)
 
     def _find_begun(self) -> None:
-        """The batch that an earlier call was about to make, if it was made."""
+        """Find the batch that an earlier call was about to make, and add it if it was made."""
         if self.judge not in self._begun:
             return
         after: dict[str, str] = {}
         while True:
             listed = self._json(partial(_list, after), "list of batches")
-            some = [one for one in listed.get("data") or () if isinstance(one, dict)]
-            for one in some:
-                if one.get("input_file_id") == self._begun[self.judge][0]:
-                    self._add(one)
+            batches = [batch for batch in listed.get("data") or () if isinstance(batch, dict)]
+            for batch in batches:
+                if batch.get("input_file_id") == self._begun[self.judge][0]:
+                    self._add(batch)
                     return
-            if not listed.get("has_more") or not some or after.get("after") == some[-1].get("id"):
+            if not listed.get("has_more") or not batches or after.get("after") == batches[-1].get("id"):
                 break
-            after = {"after": str(some[-1].get("id"))}
+            after = {"after": str(batches[-1].get("id"))}
         del self._begun[self.judge]
         self._write()
 
-    def _add(self, made: dict[str, Any]) -> None:
-        """Write down a batch that was made."""
+    def _add(self, batch: dict[str, Any]) -> None:
+        """Write down a batch that was made, as the server describes it."""
         _, room = self._begun.pop(self.judge)
-        name = str(made["id"])
-        self._known[name] = made
+        name = str(batch["id"])
+        self._known[name] = batch
         self.ids.append(name)
         self._limits[name] = room
         self._write()
@@ -218,33 +224,38 @@ class Batches:
 
 
 def batches_under_way(file: Path, judge: str) -> list[str]:
-    """The batches of a judge that were handed in and not read yet, and the file of one that may have been.
+    """Return the batches of a judge that were handed in and not read yet, and the file of one that may have been.
 
     Raises:
         InputError: The file holds no list of batches.
     """
     batches, _, begun = _listed(file)
-    return batches.get(judge, []) + [f"a batch of {of[0]}" for name, of in begun.items() if name == judge]
+    return batches.get(judge, []) + ([f"a batch of {begun[judge][0]}"] if judge in begun else [])
 
 
 def _listed(file: Path) -> tuple[dict[str, list[str]], dict[str, Room], dict[str, tuple[str, Room]]]:
-    """(of each judge the batches that are not read yet, what the replies of each were allowed, and of each judge the
-    file of requests of which a batch was about to be made, with what its replies were allowed)."""
+    """Read the file of batches.
+
+    Returns:
+        Judge -> its batches that are not read yet; batch -> the room of its replies; judge -> the file of requests of
+        which a batch was about to be made, and the room of its replies.
+    """
     if not file.exists():
         return {}, {}, {}
     try:
-        found = read_json(file)
+        listed = read_json(file)
         return (
-            {str(name): list(map(str, ids)) for name, ids in found["batches"].items()},
-            {str(name): _room(room) for name, room in found.get("room", {}).items()},
-            {str(name): (str(one), _room(room)) for name, (one, room) in found.get("begun", {}).items()},
+            {str(judge): list(map(str, ids)) for judge, ids in listed["batches"].items()},
+            {str(batch): _room(room) for batch, room in listed.get("room", {}).items()},
+            {str(judge): (str(requests), _room(room)) for judge, (requests, room) in listed.get("begun", {}).items()},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: no list of batches ({error!r}). Delete it if none is under way.") from error
 
 
-def _room(found: Any) -> Room:
-    tokens, thought = map(int, found)
+def _room(value: Any) -> Room:
+    """Return the room of replies, as the file has it, as two numbers."""
+    tokens, thought = map(int, value)
     return tokens, thought
 
 

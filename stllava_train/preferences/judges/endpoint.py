@@ -56,7 +56,7 @@ class RequestOptions:
     thought: int
 
     def adapted(self, refusal: Failure) -> RequestOptions | None:
-        """Without what a refusal names; None where it names nothing that can be left out."""
+        """Return the options without what a refusal names; None where it names nothing that can be left out."""
         reason = refusal.reason
         if refusal.status not in (400, 404, 415, 422, 501):
             return None
@@ -71,18 +71,18 @@ class RequestOptions:
         return None
 
     def too_much(self, refusal: Failure) -> bool:
-        """Whether a refusal names the limit of a reply, which is that of every question."""
+        """Return whether a refusal names the limit of a reply, which is that of every question."""
         return refusal.status in (400, 422) and bool(re.search(r"max_(?:completion_)?tokens", refusal.reason))
 
     def both(self, other: RequestOptions) -> RequestOptions:
-        """What neither has left out."""
+        """Return what neither has left out."""
         limit = max((self.limit, other.limit), key=len)
         form, temperature = self.form and other.form, self.temperature and other.temperature
         return RequestOptions(form, temperature, limit, max(self.thought, other.thought))
 
 
 def _not_taken(name: str, reason: str) -> bool:
-    """Whether a server does not know a parameter, or not for this model; that its value is too large is something else.
+    """Return whether a server does not know a parameter, or not for this model; too large a value is something else.
 
     OpenAI's words: "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'
     instead." vLLM's for a value: "'max_tokens' or 'max_completion_tokens' is too large: 9216."
@@ -122,7 +122,7 @@ class EndpointJudge:
 
     @property
     def limit(self) -> int:
-        """Tokens of a reply, its thought included, at most."""
+        """Return the tokens of a reply, its thought included, at most."""
         return self.preset.max_tokens + self.how.thought
 
     def request(self, asked: Comparison, how: RequestOptions | None = None) -> Request:
@@ -188,25 +188,25 @@ class EndpointJudge:
             return
         rows = dict(earlier or {})
         purse, due = Purse(budget), list(asked)
-        streak = _Streak(self.name, rows, {one.key(self.name) for one in due})
+        streak = _Streak(self.name, rows, {comparison.key(self.name) for comparison in due})
         if budget is not None:
-            self.most = max([self.most, *(estimated_tokens(one, self.images) for one in due)])
+            self.most = max([self.most, *(estimated_tokens(comparison, self.images) for comparison in due)])
         at_once = 1  # until it is known what the server takes
         while due:
             wave = _Wave(self, due[:at_once], purse, rows, mark)
             again: list[Comparison] = []
-            requests = [partial(wave.request, place) for place in range(len(wave.asked))]
+            requests = [partial(wave.request, index) for index in range(len(wave.asked))]
             with closing(self.endpoint.replies(requests, wave.may)) as replies:
-                for place, reply in replies:
-                    one, how = wave.asked[place], wave.how[place]
-                    wave.come.add(place)
-                    verdict = self._verdict(one, reply, (self.preset.max_tokens, how.thought), rows)
+                for index, reply in replies:
+                    comparison, how = wave.asked[index], wave.how[index]
+                    wave.come.add(index)
+                    verdict = self._verdict(comparison, reply, (self.preset.max_tokens, how.thought), rows)
                     if isinstance(reply, Failure) and (adapted := self._adapted(how, reply, streak.scored)) is not how:
-                        wave.settle(place, replace(verdict, outcome="failed"), mark)
+                        wave.settle(index, replace(verdict, outcome="failed"), mark)
                         self._takes(adapted, reply)
-                        again.append(one)
+                        again.append(comparison)
                         continue
-                    wave.settle(place, verdict)
+                    wave.settle(index, verdict)
                     self.most = max(self.most, reply.prompt_tokens)
                     streak.add(verdict)
                     wave.stopped |= streak.ends
@@ -214,7 +214,8 @@ class EndpointJudge:
             streak.check()
             if not wave.come:
                 return
-            due = again + [one for place, one in enumerate(wave.asked) if place not in wave.come] + due[at_once:]
+            unasked = [comparison for index, comparison in enumerate(wave.asked) if index not in wave.come]
+            due = again + unasked + due[at_once:]
             at_once = 1 if again else max(1, len(due) if streak.scored else streak.left)
 
     def _adapted(self, how: RequestOptions, refusal: Failure, scored: bool) -> RequestOptions | None:
@@ -275,7 +276,7 @@ class EndpointJudge:
         """
         self._check_budget(budget)
         batches = Batches(self.endpoint, file, self.name)
-        due = {_custom_id(one.key(self.name)): one for one in asked}
+        due = {_custom_id(comparison.key(self.name)): comparison for comparison in asked}
         before = spent(earlier.values())
 
         def left() -> float | None:
@@ -292,13 +293,13 @@ class EndpointJudge:
             self._check_batch(due.values(), left())
             if due:
                 model = self.endpoint.model
-                requests = ((name, {"model": model, **self.request(one)}) for name, one in due.items())
+                requests = ((id, {"model": model, **self.request(comparison)}) for id, comparison in due.items())
                 batches.hand_in(requests, (self.preset.max_tokens, self.how.thought))
         if batches.under_way:
             print(f"{self.name}: {batches.state()}. Call again later, within a day.", file=sys.stderr)
 
     def _ended(self, batches: Batches, due: Mapping[str, Comparison], earlier: Mapping[Key, Row]) -> Iterator[Verdict]:
-        """Verdicts out of the batches that have ended; each batch is read once.
+        """Yield the verdicts of the batches that have ended; each batch is read once.
 
         Raises:
             InputError: One has replies to other questions, or was not begun.
@@ -331,12 +332,12 @@ class EndpointJudge:
         earlier: Mapping[Key, Row],
         mark: Callable[[Verdict], None] | None,
     ) -> Iterator[Verdict]:
-        """Verdicts asked directly, until one is scored.
+        """Yield verdicts asked directly, until one is scored.
 
         Raises:
             InputError: A question was not answered, or `IN_A_ROW` have no scores.
         """
-        streak = _Streak(self.name, earlier, {one.key(self.name) for one in due})
+        streak = _Streak(self.name, earlier, {comparison.key(self.name) for comparison in due})
         for one in due:
             verdict = None
             with closing(self.verdicts([one], left(), earlier, mark)) as found:
@@ -398,13 +399,13 @@ class EndpointJudge:
         )
 
     def under_way(self, asked: Comparison, before: Bill, how: RequestOptions, earlier: Mapping[Key, Row]) -> Verdict:
-        """What is written before a request: it failed, unless something else takes its place."""
+        """Return what is written before a request: it failed, unless something else takes its place."""
         before = replace(before, unknown=before.unknown + 1)
         verdict = self._paid(self._blank(asked, earlier), asked, before, None, self.preset.max_tokens + how.thought)
         return replace(verdict, why="it was asked, and the call ended before a reply came")
 
     def _blank(self, asked: Comparison, earlier: Mapping[Key, Row]) -> Verdict:
-        """A verdict that failed, with what the question has cost so far."""
+        """Return a verdict that failed, with what the question has cost so far."""
         row = earlier.get(asked.key(self.name))
         before = verdict_of(row) if row else None
         verdict = replace(
@@ -466,7 +467,7 @@ class _Wave:
         return self.judge.request(self.asked[place], self.how[place])
 
     def may(self, place: int, before: Bill) -> bool:
-        """Whether an attempt may be made, by what is left. It is marked if it may."""
+        """Return whether an attempt may be made, by what is left. It is marked if it may."""
         if self.stopped:
             return False
         if self.judge.price is None:
@@ -486,7 +487,7 @@ class _Wave:
             mark(verdict)
 
     def _new(self, verdict: Verdict) -> float:
-        """What a verdict costs more than the one before it."""
+        """Return what a verdict costs more than the one before it."""
         row = self.earlier.get(verdict.key)
         before = cost_of(verdict_of(row), self.judge.price) if row else None
         return (verdict.cost or 0.0) - (before or 0.0)
@@ -512,7 +513,7 @@ class _Streak:
 
     @property
     def left(self) -> int:
-        """How many more there may be."""
+        """Return how many more there may be."""
         return IN_A_ROW - self._count
 
     @property
@@ -552,7 +553,7 @@ class _Streak:
 
 
 def _custom_id(key: Key) -> str:
-    """Of a question in a batch, by what it asks."""
+    """Return the id of a question in a batch, by what it asks."""
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
 
 
@@ -570,5 +571,5 @@ def _not_begun(judge: str, wrong: Mapping[str, str]) -> str:
 
 
 def now() -> str:
-    """The time, UTC, in seconds."""
+    """Return the time, UTC, in seconds."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

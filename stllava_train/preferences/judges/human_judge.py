@@ -72,11 +72,11 @@ class HumanJudging:
                 self._keep(number, verdict)
 
     def judged(self) -> list[int]:
-        """Numbers of the questions that have scores, the latest last."""
+        """Return the numbers of the questions that have scores, the latest last."""
         return [number for number, verdict in self.verdicts.items() if verdict.scores is not None]
 
     def state(self) -> Row:
-        """What the page shows: counts, and the question that is next, `number` None where all are judged or skipped.
+        """Return what the page shows: counts, and the next question, whose `number` is None where none is left.
 
         The latest undone is next, else the first that is due.
         """

@@ -41,13 +41,13 @@ def still_due(
     room = preset.room if preset else (0, 0)
     scored = any(row["judge"] == judge and row["outcome"] == "scored" for row in ledger.rows.values())
     due = []
-    for one in asked:
-        row = ledger.rows.get(one.key(judge))
+    for comparison in asked:
+        row = ledger.rows.get(comparison.key(judge))
         cut_at = row and row.get("cut_at")
         more = cut_at and any(now > then for now, then in zip(room, cut_at, strict=True))
         refused = row and row["outcome"] == "refused" and row["reply"] is None and row["tokens"] is None
         if row is None or row["outcome"] == "failed" or more or (refused and not scored):
-            due.append(one)
+            due.append(comparison)
     return due
 
 

@@ -1,4 +1,4 @@
-"""Tokens of questions and replies -> what a judge costs in USD, before and after it was asked."""
+"""Compute what a judge costs in USD from tokens of questions and replies, before and after it is asked."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING
 from stllava_eval.errors import InputError
 from stllava_eval.images import open_header
 from stllava_eval.storage import read_text
+from stllava_train.plain_yaml import read_yaml
 from stllava_train.preferences.judges.prompt import LONGEST_SIDE, Comparison, prompt, read_image
 from stllava_train.preferences.verdicts import Verdict, verdict_of
 from stllava_train.resumable import Row
-from stllava_train.training.recipe_yaml import read_yaml
 
 if TYPE_CHECKING:
     from stllava_eval.inference.replies import Bill, Reply
 
 
-SNAPSHOT = r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4,6}|latest|preview)"  # behind a model's name: a date, or the newest
+# What may follow a model's name: a date as OpenAI, Anthropic and Mistral write them, or the newest version
+SNAPSHOT = r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4,6}|latest|preview)"
 
 
 @dataclass(frozen=True)
 class Price:
-    """USD per million tokens of the prompt and of the reply; the factor on both in the Batch API.
+    """A price in USD per million tokens of the prompt and of the reply, and the factor on both in the Batch API.
 
-    Tokens of a prompt that a server has cached are counted as the others are, so that what they cost is never too low.
+    Tokens of a prompt that a server has cached count as the others do, so that the cost is never too low.
     """
 
     prompt: float
@@ -36,12 +37,12 @@ class Price:
     batch: float = 1.0
 
     def of(self, prompt_tokens: float, reply_tokens: float) -> float:
-        """USD."""
+        """Return the cost of so many tokens, in USD."""
         return (self.prompt * prompt_tokens + self.reply * reply_tokens) / 1e6
 
 
 def read_price(model: str, file: Path | None = None) -> Price | None:
-    """What `model` costs, by the entry of its name or of the model that it is a snapshot of; None without one.
+    """Return the price of a model, by the entry of its name or of the model that it is a snapshot of; None without one.
 
     Args:
         model: `gpt-4o-2024-11-20` finds `gpt-4o`. `gpt-5.4-pro` does not find `gpt-5.4`: it is another model.
@@ -53,12 +54,12 @@ def read_price(model: str, file: Path | None = None) -> Price | None:
     file = file or Path(__file__).parent / "prices.yaml"
     try:
         entries = read_yaml(read_text(file), str(file))
-        prices = {
-            str(name): Price(**{key: float(value) for key, value in entry.items()}) for name, entry in entries.items()
-        }
-        for name, one in prices.items():
-            if not all(0 <= number < 1e6 for number in (one.prompt, one.reply, one.batch)):
+        prices: dict[str, Price] = {}
+        for name, entry in entries.items():
+            price = Price(**{key: float(value) for key, value in entry.items()})
+            if not all(0 <= number < 1e6 for number in (price.prompt, price.reply, price.batch)):
                 raise ValueError(f"{name} has a price that is none, or below 0")
+            prices[str(name)] = price
     except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         what = " ".join(str(error).split())
         raise InputError(
@@ -68,12 +69,12 @@ def read_price(model: str, file: Path | None = None) -> Price | None:
     return prices[max(names, key=len)] if names else None
 
 
-REPLY_TOKENS = 150  # of a reply with its reasons, for estimates. Our choice; a model that reasons first writes more
-CHARACTERS = 4.0  # a token, for estimates: what OpenAI's guide gives for English
+REPLY_TOKENS = 150  # per reply with its reasons, for estimates. Our choice; a model that reasons first writes more
+CHARACTERS = 4.0  # per token, for estimates: what OpenAI's guide gives for English
 
 
 def image_tokens(width: int, height: int) -> int:
-    """What an image comes to in tokens, for estimates: GPT-4o's count; other models count otherwise, most of them less.
+    """Return an image's tokens as GPT-4o counts them, for estimates; most other models count fewer.
 
     Source: OpenAI's vision guide, detail "high": at most 2048 px wide and high, then its shorter side at most 768; 85
     tokens, and 170 for every tile of 512 px.
@@ -85,7 +86,7 @@ def image_tokens(width: int, height: int) -> int:
 
 
 def estimated_reply(reply: Reply, max_tokens: int) -> float:
-    """Tokens of a reply, by the server's count; where it has none, by what was written.
+    """Return the tokens of a reply, by the server's count; where it has none, by what was written.
 
     A reply without a count that its limit cut has as many tokens as were allowed: its thought may not have been sent.
     """
@@ -95,33 +96,34 @@ def estimated_reply(reply: Reply, max_tokens: int) -> float:
 
 
 def estimated_tokens(asked: Comparison, folder: Path) -> float:
-    """Of the prompt with its image, about.
+    """Estimate the tokens of a prompt with its image.
 
     Raises:
-        InputError: The image is not there, or is none.
+        InputError: The image is missing, or cannot be read.
     """
     content = read_image(folder, asked.candidate)
     try:
         with open_header(content) as header:
-            of_image = image_tokens(*header.size)
+            tokens_of_image = image_tokens(*header.size)
     except InputError as error:
         raise InputError(f"{folder / asked.candidate.image}: {error}") from error
-    return len(prompt(*asked.texts())) / CHARACTERS + of_image
+    return len(prompt(*asked.texts())) / CHARACTERS + tokens_of_image
 
 
 def forecast(model: str, asked: Sequence[Comparison], folder: Path, price: Price | None, max_tokens: int) -> str:
-    """What it would come to, before anything is asked.
+    """Return in words how many tokens the questions would take, and what they would cost; nothing is asked.
 
     Args:
-        model: Its name.
-        asked: All that would be.
-        folder: Of the images.
+        model: The model's name.
+        asked: All comparisons that would be asked.
+        folder: The folder of the images.
         price: None leaves the cost out.
-        max_tokens: Of a reply.
+        max_tokens: Tokens of a reply, at most.
     """
-    tokens = sum(estimated_tokens(one, folder) for one in asked)
+    tokens = sum(estimated_tokens(comparison, folder) for comparison in asked)
+    images = {comparison.candidate.image for comparison in asked}
     lines = [
-        f"{model}: {len(asked):,} questions about {len({one.candidate.image for one in asked}):,} images",
+        f"{model}: {len(asked):,} questions about {len(images):,} images",
         f"about {tokens:,.0f} tokens of prompts (images as GPT-4o counts them) and {REPLY_TOKENS * len(asked):,} of "
         f"replies, at {REPLY_TOKENS} each; at most {max_tokens * len(asked):,}",
     ]
@@ -143,13 +145,13 @@ def paid(
     limit: int,
     share: float = 1.0,
 ) -> Verdict:
-    """The verdict with what further requests for it have come to.
+    """Return the verdict with the cost of further requests added to it.
 
-    A request whose reply never came is counted at the most that it can have cost. Once a reply to the same question has
-    come, it is counted as much as that one.
+    A request whose reply never came counts as the most that it can have cost. Once a reply to the same question has
+    come, it counts as much as that reply.
 
     Args:
-        verdict: With what earlier requests have come to.
+        verdict: It has the cost of earlier requests.
         before: The bill of all attempts but for the reply that came.
         came: That reply, whether it answers or not.
         price: None where none is known; then the tokens alone are added.
@@ -180,20 +182,26 @@ def paid(
 
 
 def cost_of(verdict: Verdict, price: Price | None) -> float | None:
-    """What a verdict has cost, in USD; by the price where it comes from a call without one."""
+    """Return what a verdict has cost, in USD; `price` is used where the call that it comes from had none."""
     if verdict.cost is None and price is not None:
         return price.of(*(verdict.tokens or (0, 0)))
     return verdict.cost
 
 
 def spent(rows: Iterable[Row], judge: str = "", price: Price | None = None) -> float:
-    """What verdicts have cost, in USD; those of `judge` without a cost, of an earlier call without a price, by it."""
+    """Return what verdicts have cost, in USD.
+
+    Args:
+        rows: Rows of verdicts.
+        judge: The judge whose verdicts are counted by `price` where they have no cost, as of a call without a price.
+        price: Of that judge.
+    """
     verdicts = map(verdict_of, rows)
-    return sum(cost_of(one, price if one.judge == judge else None) or 0.0 for one in verdicts)
+    return sum(cost_of(verdict, price if verdict.judge == judge else None) or 0.0 for verdict in verdicts)
 
 
 class Purse:
-    """What a call may still spend, in USD, and what is held back of it for requests under way. None has no limit."""
+    """What a call may still spend, in USD, and what is held back of it for requests under way; None is no limit."""
 
     def __init__(self, left: float | None) -> None:
         self.left = left
@@ -201,7 +209,7 @@ class Purse:
         self._lock = Lock()  # requests are begun in threads
 
     def holds(self, name: Hashable, amount: float) -> bool:
-        """Hold back what a request could cost, in place of what was held for it; False where less is left."""
+        """Hold back what a request could cost, and replace what was held for it; return False where less is left."""
         with self._lock:
             others = sum(held for key, held in self._held.items() if key != name)
             if self.left is not None and others + amount > self.left:

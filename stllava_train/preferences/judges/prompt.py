@@ -85,7 +85,7 @@ class Preset:
 
     @property
     def room(self) -> tuple[int, int]:
-        """Tokens of the reply and of its thought."""
+        """Return the tokens of the reply and of its thought, at most."""
         return self.max_tokens, self.thought
 
 
@@ -151,7 +151,7 @@ class Comparison:
         return self.candidate.question, answers[self.shown[0]], answers[self.shown[1]]
 
     def key(self, judge: str) -> tuple[Any, ...]:
-        """As `Verdict.key`."""
+        """Return the key of the verdict that answers it, see `Verdict.key`."""
         return self.candidate.id, judge, self.shown, self.repetition
 
     def unscored(self, judge: str) -> Verdict:

@@ -57,12 +57,12 @@ PASSING = {401, 402, 403, 404, 405, 407, 408, 409, 425, 429}
 
 
 def _final(status: int | None) -> bool:
-    """Whether an error of this HTTP status comes again with the same question, as 400, 413 and 422 do."""
+    """Return whether an error of this HTTP status comes again with the same question, as 400, 413 and 422 do."""
     return status is not None and 400 <= status < 500 and status not in PASSING
 
 
 def read_scores(reply: str) -> Scores | None:
-    """The two scores in a judge's reply, each in 1 to 10; None where it does not say two.
+    """Return the two scores in a judge's reply, each in 1 to 10; None where it does not say two.
 
     What a thought holds is not read. A JSON object with a score for each answer, which may be cut behind them; or the
     first line with words or figures, where it holds two scores and nothing else but marks and labels ("8 6", "8, 6",
@@ -76,7 +76,7 @@ def read_scores(reply: str) -> Scores | None:
         return None
     form = _in_form(text)
     pair = form if form is not None else _in_lines(text)
-    return pair if pair is not None and all(1 <= one <= 10 for one in pair) else None
+    return pair if pair is not None and all(1 <= score <= 10 for score in pair) else None
 
 
 def read_scores_authors(reply: str) -> Scores | None:
@@ -90,7 +90,7 @@ def read_scores_authors(reply: str) -> Scores | None:
 
 
 def enumerates(reply: str) -> bool:
-    """Whether the first line has the number of an answer and its score ("1. 8"), which look like two scores."""
+    """Return whether the first line has an answer's number and its score ("1. 8"), which look like two scores."""
     first, second, *_ = [*_lines(reply), "", ""]
     numbers = [match and next(filter(None, match.groups())) for match in map(NUMBERED.match, (first, second))]
     pairs = [_plain(line) for line in (first, second)]
@@ -124,7 +124,7 @@ BEGUN = re.compile(
 
 
 def _in_form(text: str) -> Scores | None:
-    """The scores in the only JSON object that has some. Out of range where it has them twice, or cannot be read."""
+    """Return the scores in the only JSON object that has some; out of range where it has two or cannot be read."""
     if (start := text.find("{")) < 0:
         return None
     try:
@@ -143,7 +143,7 @@ def _in_form(text: str) -> Scores | None:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which every name is there once.
+    """Return an object in which every name is there once.
 
     Raises:
         ValueError: One is there twice, and it is not known which is meant.
@@ -154,7 +154,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _of_answers(made: Any, inside: bool = False) -> Scores | None:
-    """The scores in an object; in a list, if it has two values and is inside of an object."""
+    """Return the scores in an object; in a list, if it has two values and is inside of an object."""
     if isinstance(made, list):
         return _numbers(made) if inside and len(made) == 2 and _in_order(made) else None
     if not isinstance(made, dict):
@@ -167,7 +167,7 @@ def _of_answers(made: Any, inside: bool = False) -> Scores | None:
 
 
 def _in_order(scores: Sequence[Any]) -> bool:
-    """Whether none in a list of scores says that it is of another answer than its place has."""
+    """Return whether none in a list of scores says that it is of another answer than its place has."""
     for place, one in enumerate(scores, 1):
         said = [value for name, value in one.items() if name not in SCORE] if isinstance(one, dict) else []
         whose = [match for value in said if (match := WHOSE.fullmatch(str(value).strip()))]
@@ -177,7 +177,7 @@ def _in_order(scores: Sequence[Any]) -> bool:
 
 
 def _numbers(values: Sequence[Any]) -> Scores:
-    """Both as numbers; NaN for what is none."""
+    """Return both as numbers; NaN for what is none."""
     found = []
     for value in values:
         if isinstance(value, dict):
@@ -224,7 +224,7 @@ Item = tuple[int | None, float]
 
 
 def _lines(text: str) -> list[str]:
-    """The lines that say something, without Markdown and with figures for the words of numbers."""
+    """Return the lines that say something, without Markdown and with figures for the words of numbers."""
     found = []
     for raw in text.splitlines():
         line = re.sub(r"[-=]+>|→", "- ", raw)
@@ -257,13 +257,13 @@ def _in_lines(text: str) -> Scores | None:
 
 
 def _plain(line: str) -> Scores | None:
-    """Two scores without a label."""
+    """Return two scores without a label."""
     items = _items(line)
     return (items[0][1], items[1][1]) if items is not None and [one[0] for one in items] == [None, None] else None
 
 
 def _labels(line: str) -> list[tuple[int, str]]:
-    """The labels of a line that has nothing else."""
+    """Return the labels of a line that has nothing else."""
     found, rest = [], line
     for part in re.split(r"[|,;/]|\band\b", rest):
         if not part.strip():
@@ -276,7 +276,7 @@ def _labels(line: str) -> list[tuple[int, str]]:
 
 
 def _items(line: str, numbered: bool = False) -> list[Item] | None:
-    """The scores in a line that has nothing else, each with its label; None where it has something else.
+    """Return the scores in a line that has nothing else, each with its label; None where it has something else.
 
     Where the lines are `numbered`, "1." is a label.
 

@@ -646,7 +646,7 @@ def test_a_run_killed_after_its_last_step_is_not_taken_for_finished(unbroken, da
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("stllava_train.training.card.draw_curves", stop)
+        patch.setattr("stllava_train.training.run.draw_curves", stop)
         with pytest.raises(KeyboardInterrupt):
             train(work, tmp_path / "run", progress=False)
     train(work, tmp_path / "run", resume=True, progress=False)
