@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stllava_eval.errors import InputError
 from stllava_eval.inference.base import EngineAnswerer, refused_image, set_in, user
 from stllava_eval.inference.devices import torch_device, torch_dtype
+from stllava_eval.inference.packing import pack_linears
 from stllava_eval.inference.types import Answer, Prompt, Question
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class Answerer(EngineAnswerer):
         self.model: Any = checkpoint.model(self.device, self.dtype, four_bit) if model is None else model
         self.sha256 = checkpoint.sha256
         self._set_decoding({**checkpoint.generation_settings(), **set_in(self.model.generation_config)})
+        if model is None:  # one that is being trained keeps its weights
+            pack_linears(self.model)
 
     def _check_image(self, rendered: str) -> None:
         """Check that the prompt contains the image."""

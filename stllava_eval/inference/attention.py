@@ -14,64 +14,24 @@ Source: the online softmax of Milakov and Gimelshein (arXiv:1805.02867), as Flas
 
 A step packs all new tokens of all rows into one sequence. First come the running rows, with one token each; they see
 all of their own keys. Behind them come the fresh rows, with several tokens each; they see their own keys causally.
+
+A layer may have a sliding window: a token at index i of its prompt then sees the keys at indices j with i - window < j.
+Indices count tokens; the positions that rotate queries and keys are the model's own, and may count otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from stllava_eval.inference.keys import KeyValues, Part, Prefixes, attend
 from stllava_eval.inference.rows import Prefix, Row
 
 ATTENTION = "stllava_shared_prefix"
-
-
-class KeyValues:
-    """For each layer the keys and values of several sequences: two (slots, heads, length, width) tensors."""
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def reserve(self, slots: int, length: int, like: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Make room for `slots` sequences of `length` tokens; `like` shows each layer's heads, width and dtype."""
-        self.layers += [
-            (key.new_empty(0, key.shape[1], 0, key.shape[3]), value.new_empty(0, value.shape[1], 0, value.shape[3]))
-            for key, value in like[len(self.layers) :]
-        ]
-        for number, (keys, values) in enumerate(self.layers):  # layer by layer, so that only one is held twice
-            room = keys.shape[0] * keys.shape[2]
-            if keys.shape[0] < slots or keys.shape[2] < length or room > 2 * with_spare_slots(slots) * length:
-                all_slots = with_spare_slots(slots) if keys.shape[0] else slots
-                self.layers[number] = (_moved(keys, all_slots, length), _moved(values, all_slots, length))
-
-    def write(self, slot: int, layers: Sequence[tuple[Tensor, Tensor]], tokens: int) -> None:
-        """Write the first `tokens` of (1, heads, length, width) keys and values into a slot, for each layer."""
-        for (keys, values), (key, value) in zip(self.layers, layers, strict=True):
-            keys[slot, :, :tokens] = key[0, :, :tokens]
-            values[slot, :, :tokens] = value[0, :, :tokens]
-
-    def read(self, slot: int, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Return views of a slot, (1, heads, tokens, width) keys and values for each layer."""
-        return [
-            (keys[slot : slot + 1, :, :tokens], values[slot : slot + 1, :, :tokens]) for keys, values in self.layers
-        ]
-
-
-def with_spare_slots(slots: int) -> int:
-    """Return `slots` and a quarter more, so that not every further sequence moves all (our choice)."""
-    return slots + slots // 4
-
-
-def _moved(old: Tensor, slots: int, length: int) -> Tensor:
-    """Return the first slots and tokens of `old` in a tensor of exactly (slots, heads, length, width)."""
-    new = old.new_zeros(slots, old.shape[1], length, old.shape[3])  # a hidden key weighs 0, and 0 times NaN is NaN
-    slots, length = min(slots, old.shape[0]), min(length, old.shape[2])
-    new[:slots, :, :length] = old[:slots, :, :length]
-    return new
 
 
 @dataclass(frozen=True)
@@ -94,8 +54,11 @@ class Plan:
     """
 
     own: KeyValues
-    shared: KeyValues
+    prefixes: Prefixes
+    prefix_rows: list[int]  # running rows of each prefix
+    prefix_tokens: list[int]  # of each prefix
     most_tokens: int  # of a prompt with its answer so far
+    indices: Tensor  # (tokens,) index of each packed token in its prompt, prefix included
     slots: Tensor  # (tokens,) slot of each packed token's row
     own_positions: Tensor  # (tokens,) position of each packed token in its row, behind the prefix
     running: int
@@ -103,14 +66,58 @@ class Plan:
     running_hidden: Tensor  # (running, 1, 1, 1, running_length)
     grid: Tensor  # (prefixes, most rows of one prefix) packed tokens of the running rows, by prefix
     grid_back: Tensor  # (running,)
-    shared_length: int  # tokens of the longest prefix
-    shared_hidden: Tensor | None  # (prefixes, 1, 1, 1, shared_length); None where all prefixes are equally long
     fresh: list[Fresh]
     fresh_rows: int
     fresh_length: int  # tokens of the longest fresh row
     fresh_grid: Tensor  # (fresh rows, most new tokens of one)
     fresh_back: Tensor  # (new tokens,)
     fresh_hidden: Tensor  # (fresh rows, 1, most new tokens, 1, fresh_length)
+    windowed: dict[int, _Masks] = field(default_factory=dict)  # by window, made where a layer first asks for one
+
+    def masks(self, window: int | None) -> _Masks:
+        """Return what a layer with this window does not see; None sees everything before a token."""
+        if window is None or window >= self.most_tokens:
+            return _Masks(self.running_hidden, None, self.fresh_hidden, [None] * len(self.fresh))
+        if window not in self.windowed:
+            self.windowed[window] = self._within(window)
+        return self.windowed[window]
+
+    def _within(self, window: int) -> _Masks:
+        """Return the masks that also hide the keys `window` or more tokens before each token."""
+        device = self.indices.device
+        prefix_keys = torch.arange(max(self.prefix_tokens), device=device)
+        running, far, fresh = self.running_hidden, None, self.fresh_hidden
+        far_of_fresh: list[Tensor | None] = []
+        if self.running:
+            own_keys = torch.arange(self.running_length, device=device)
+            running = running | (own_keys <= self.own_positions[: self.running, None, None, None, None] - window)
+            # (prefixes, most rows of one) -> (prefixes, 1, most rows, 1, most tokens)
+            far = prefix_keys <= self.indices[self.grid][:, None, :, None, None] - window
+        if self.fresh:
+            own_keys = torch.arange(self.fresh_length, device=device)
+            # (fresh rows, most new tokens) -> (fresh rows, 1, most new tokens, 1, fresh_length)
+            fresh = fresh | (own_keys <= self.own_positions[self.fresh_grid][:, None, :, None, None] - window)
+        for run in self.fresh:  # (1, 1, tokens of the run, 1, prefix_tokens)
+            queries = self.indices[None, None, run.start : run.end, None, None]
+            far_of_fresh.append(prefix_keys[: run.prefix_tokens] <= queries - window)
+        return _Masks(running, far, fresh, far_of_fresh)
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """What a layer does not see in a step.
+
+    Attributes:
+        running: Of the running rows' own keys, as in `Plan`.
+        far: Of their prefixes' keys, those outside a window, (prefixes, 1, most rows, 1, most tokens); None: none.
+        fresh: Of the fresh rows' own keys, as in `Plan`.
+        far_of_fresh: For each run of fresh rows, (1, 1, tokens of the run, 1, prefix_tokens) or None.
+    """
+
+    running: Tensor
+    far: Tensor | None
+    fresh: Tensor
+    far_of_fresh: Sequence[Tensor | None]
 
 
 def plan_step(
@@ -118,7 +125,7 @@ def plan_step(
     running: int,
     prefixes: Sequence[Prefix],
     own: KeyValues,
-    shared: KeyValues,
+    keys: Prefixes,
     device: torch.device,
 ) -> tuple[Plan, Tensor, Tensor, Tensor]:
     """Plan a step over the new tokens of `rows`, of which the first `running` have one each.
@@ -128,7 +135,7 @@ def plan_step(
         running: How many of them have all but their last, generated token cached.
         prefixes: In the order of their slots.
         own: Keys and values of the rows.
-        shared: Keys and values of the prefixes.
+        keys: Keys and values of the prefixes.
         device: The model's.
 
     Returns:
@@ -138,6 +145,7 @@ def plan_step(
     slots: list[int] = []
     own_positions: list[int] = []
     positions: list[int] = []
+    indices: list[int] = []
     last: list[int] = []
     fresh: list[Fresh] = []
     for slot, row in enumerate(rows):
@@ -146,7 +154,8 @@ def plan_step(
         ids += row.ids[row.cached :]
         slots += [slot] * (len(row.ids) - row.cached)
         own_positions += range(row.cached, len(row.ids))
-        positions += range(prefix.tokens + row.cached, prefix.tokens + len(row.ids))
+        positions += range(prefix.next_position + row.cached, prefix.next_position + len(row.ids))
+        indices += range(prefix.tokens + row.cached, prefix.tokens + len(row.ids))
         last.append(len(ids) - 1)
         if slot >= running:
             if fresh and fresh[-1].slot == prefix.slot:  # one run for neighbours with one prefix
@@ -156,13 +165,8 @@ def plan_step(
     def tensor(values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
-    grid, grid_back = _running_grid(rows[:running], len(prefixes))
+    grid, grid_back, prefix_rows = _running_grid(rows[:running], len(prefixes))
     fresh_grid, fresh_back = _fresh_grid(rows[running:], running)
-    lengths = [prefix.tokens for prefix in prefixes]
-    shared_length = max(lengths)
-    shared_hidden = None
-    if min(lengths) < shared_length:  # (shared_length,) against (prefixes, 1, 1, 1, 1)
-        shared_hidden = torch.arange(shared_length, device=device) >= tensor(lengths)[:, None, None, None, None]
     running_length = max((len(row.ids) for row in rows[:running]), default=0)
     held = tensor([len(row.ids) for row in rows[:running]])  # (running,)
     most_new = max((len(row.ids) - row.cached for row in rows[running:]), default=0)
@@ -171,8 +175,11 @@ def plan_step(
     seen = tensor([row.cached for row in rows[running:]])[:, None] + torch.arange(most_new, device=device)
     plan = Plan(
         own=own,
-        shared=shared,
-        most_tokens=int(max(positions)) + 1,
+        prefixes=keys,
+        prefix_rows=prefix_rows,
+        prefix_tokens=[prefix.tokens for prefix in prefixes],
+        most_tokens=max(indices) + 1,
+        indices=tensor(indices),
         slots=tensor(slots),
         own_positions=tensor(own_positions),
         running=running,
@@ -180,8 +187,6 @@ def plan_step(
         running_hidden=torch.arange(running_length, device=device) >= held[:, None, None, None, None],
         grid=tensor(grid),
         grid_back=tensor(grid_back),
-        shared_length=shared_length,
-        shared_hidden=shared_hidden,
         fresh=fresh,
         fresh_rows=len(rows) - running,
         fresh_length=fresh_length,
@@ -192,8 +197,13 @@ def plan_step(
     return plan, tensor(ids), tensor(positions), tensor(last)
 
 
-def _running_grid(rows: Sequence[Row], prefixes: int) -> tuple[list[list[int]], list[int]]:
-    """Return a (prefixes, most rows of one) grid of running rows, and for each row its index in the flattened grid."""
+def _running_grid(rows: Sequence[Row], prefixes: int) -> tuple[list[list[int]], list[int], list[int]]:
+    """Lay out the running rows by prefix.
+
+    Returns:
+        A (prefixes, most rows of one) grid of rows, for each row its index in the flattened grid, and the number of
+        rows of each prefix.
+    """
     by_prefix: list[list[int]] = [[] for _ in range(prefixes)]
     for slot, row in enumerate(rows):  # a running row has one packed token, whose index is the row's slot
         by_prefix[row.prefix.slot].append(slot)  # type: ignore[union-attr]
@@ -202,7 +212,7 @@ def _running_grid(rows: Sequence[Row], prefixes: int) -> tuple[list[list[int]], 
     for prefix_slot, slots in enumerate(by_prefix):
         for column, slot in enumerate(slots):
             back[slot] = prefix_slot * widest + column
-    return [slots + [0] * (widest - len(slots)) for slots in by_prefix], back
+    return [slots + [0] * (widest - len(slots)) for slots in by_prefix], back, list(map(len, by_prefix))
 
 
 def _fresh_grid(rows: Sequence[Row], first: int) -> tuple[list[list[int]], list[int]]:
@@ -218,45 +228,7 @@ def _fresh_grid(rows: Sequence[Row], first: int) -> tuple[list[list[int]], list[
     return grid, back
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A softmax over a part of the keys, before its division; the module's docstring has the formulas."""
-
-    summed: Tensor  # (batch, queries, key heads, share, width): o
-    highest: Tensor  # (batch, queries, key heads, share, 1): m
-    total: Tensor  # (batch, queries, key heads, share, 1): z
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> _Part:
-        return _Part(change(self.summed), change(self.highest), change(self.total))
-
-
-def _part(query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> _Part:
-    """Return the part of a softmax that is over `keys`, in float32.
-
-    Args:
-        query: (batch, queries, key heads, share, width), scaled; `share` query heads share a key head.
-        keys: (batch, key heads, keys, width).
-        values: The same.
-        hidden: Broadcasts to (batch, key heads, queries, share, keys); True where a key is not seen.
-    """
-    batch, count, heads, share, width = query.shape
-    # (batch, queries, key heads, ...) -> (batch, key heads, queries * share, width): one product per key head
-    flat = query.transpose(1, 2).reshape(batch, heads, count * share, width)
-    # (batch, key heads, queries * share, keys) either way; a CPU's library takes up to three times as long for a few
-    # rows on the left as for a few columns on the right
-    scores = (keys @ flat.mT).mT.contiguous() if count * share <= 8 else flat @ keys.mT
-    scores = scores.float()
-    if hidden is not None:
-        scores.view(batch, heads, count, share, -1).masked_fill_(hidden, float("-inf"))
-    highest = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(highest).exp_()
-    total = weights.sum(-1, keepdim=True)
-    summed = (weights.to(values.dtype) @ values).float()
-    # (batch, key heads, queries * share, n) -> (batch, queries, key heads, share, n)
-    return _Part(summed, highest, total).map(lambda x: x.view(batch, heads, count, share, -1).transpose(1, 2))
-
-
-def _merged(one: _Part, other: _Part) -> Tensor:
+def _merged(one: Part, other: Part) -> Tensor:
     """Return the softmax over the keys of both parts, in the parts' (tokens, key heads, share, width)."""
     highest = torch.maximum(one.highest, other.highest)
     first, second = (one.highest - highest).exp_(), (other.highest - highest).exp_()
@@ -264,7 +236,7 @@ def _merged(one: _Part, other: _Part) -> Tensor:
     return (one.summed * first).add_(other.summed * second).div_(total)
 
 
-def _ungrid(part: _Part, back: Tensor) -> _Part:
+def _ungrid(part: Part, back: Tensor) -> Part:
     """Return (tokens, ...) of a part whose queries are a (batch, queries) grid."""
     return part.map(lambda x: x.flatten(0, 1)[back])
 
@@ -290,7 +262,7 @@ def shared_prefix_attention(
         attention_mask: None.
         scaling: Factor of the scores.
         plan: The plan of the step.
-        sliding_window: Of a layer that has one: not supported where it is shorter than a prompt with its answer.
+        sliding_window: Of a layer that has one: a token sees itself and `sliding_window - 1` tokens before it.
         others: Further arguments of a layer: not supported.
 
     Returns:
@@ -299,7 +271,7 @@ def shared_prefix_attention(
     Raises:
         NotImplementedError: The layer wants something else than plain causal attention.
     """
-    _check_plain(plan, sliding_window, others)
+    _check_plain(others)
     own_keys, own_values = plan.own.layers[module.layer_idx]  # (slots, key heads, length, width)
     # the two index tensors select (tokens, key heads, width), since a slice stands between them
     own_keys[plan.slots, :, plan.own_positions] = key[0].transpose(0, 1)
@@ -307,55 +279,47 @@ def shared_prefix_attention(
     heads = key.shape[1]
     # (heads, tokens, width) -> (tokens, heads, width) -> (tokens, key heads, share, width)
     packed = (query[0] * scaling).transpose(0, 1).unflatten(1, (heads, -1))
+    masks = plan.masks(sliding_window)
     parts = []
     if plan.running:
-        parts.append(_attend_running(packed, plan, module.layer_idx))
+        parts.append(_attend_running(packed, plan, module.layer_idx, masks))
     if plan.fresh:
-        parts.append(_attend_fresh(packed, plan, module.layer_idx))
+        parts.append(_attend_fresh(packed, plan, module.layer_idx, masks))
     # (tokens, key heads, share, width) -> (1, tokens, heads, width)
     return torch.cat(parts).flatten(1, 2).to(query.dtype)[None], None
 
 
-def _attend_running(packed: Tensor, plan: Plan, layer: int) -> Tensor:
+def _attend_running(packed: Tensor, plan: Plan, layer: int, masks: _Masks) -> Tensor:
     """Return (running, key heads, share, width) of the running rows, each of which has one query."""
-    own_keys, own_values = plan.own.layers[layer]
-    keys, values = plan.shared.layers[layer]
-    length, prefixes = plan.running_length, len(plan.grid)
-    own = _part(
+    keys, values = plan.own.layers[layer]
+    own = attend(
         packed[: plan.running, None],  # (running, 1 query, key heads, share, width)
-        own_keys[: plan.running, :, :length],
-        own_values[: plan.running, :, :length],
-        plan.running_hidden,
+        keys[: plan.running, :, : plan.running_length],
+        values[: plan.running, :, : plan.running_length],
+        masks.running,
     )
-    shared = _part(
-        packed[
-            plan.grid
-        ],  # (prefixes, most rows of one, key heads, share, width): the rows of a prefix are its queries
-        keys[:prefixes, :, : plan.shared_length],
-        values[:prefixes, :, : plan.shared_length],
-        plan.shared_hidden,
-    )
+    # (prefixes, most rows of one, key heads, share, width): the rows of a prefix are its queries
+    by_prefix = packed[plan.grid]
+    shared = plan.prefixes.of_rows(layer, by_prefix, plan.prefix_rows, plan.prefix_tokens, masks.far)
     return _merged(own.map(lambda x: x[:, 0]), _ungrid(shared, plan.grid_back))
 
 
-def _attend_fresh(packed: Tensor, plan: Plan, layer: int) -> Tensor:
+def _attend_fresh(packed: Tensor, plan: Plan, layer: int, masks: _Masks) -> Tensor:
     """Return (new tokens, key heads, share, width) of the fresh rows."""
-    own_keys, own_values = plan.own.layers[layer]
-    keys, values = plan.shared.layers[layer]
+    keys, values = plan.own.layers[layer]
     rows, length = slice(plan.running, plan.running + plan.fresh_rows), plan.fresh_length
-    own = _part(
+    own = attend(
         packed[plan.fresh_grid],  # (fresh rows, most new tokens, key heads, share, width)
-        own_keys[rows, :, :length],
-        own_values[rows, :, :length],
-        plan.fresh_hidden,
+        keys[rows, :, :length],
+        values[rows, :, :length],
+        masks.fresh,
     )
     by_prefix = []
-    for run in plan.fresh:
-        slot, tokens = run.slot, run.prefix_tokens
+    for run, far in zip(plan.fresh, masks.far_of_fresh, strict=True):
         queries = packed[None, run.start : run.end]  # (1, tokens of the run, key heads, share, width)
-        part = _part(queries, keys[slot, None, :, :tokens], values[slot, None, :, :tokens], None)
+        part = plan.prefixes.of_tokens(layer, run.slot, queries, run.prefix_tokens, far)
         by_prefix.append(part.map(lambda x: x[0]))
-    shared = _Part(
+    shared = Part(
         torch.cat([part.summed for part in by_prefix]),
         torch.cat([part.highest for part in by_prefix]),
         torch.cat([part.total for part in by_prefix]),
@@ -363,11 +327,9 @@ def _attend_fresh(packed: Tensor, plan: Plan, layer: int) -> Tensor:
     return _merged(_ungrid(own, plan.fresh_back), shared)
 
 
-def _check_plain(plan: Plan, sliding_window: int | None, others: Mapping[str, Any]) -> None:
+def _check_plain(others: Mapping[str, Any]) -> None:
     """Raise NotImplementedError where a layer wants something else than plain causal attention."""
     wishes = sorted(name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None)
-    if sliding_window is not None and plan.most_tokens > sliding_window:  # a longer window hides nothing
-        wishes.append(f"a sliding window of {sliding_window} tokens")
     if others.get("dropout"):
         wishes.append("dropout")
     if wishes:

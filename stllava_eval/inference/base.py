@@ -97,7 +97,7 @@ class EngineAnswerer(ABC):
                 f"{self.name}: its chat template cannot be rendered ({one_line(error)}). Put the model's own "
                 "chat_template.jinja into the folder."
             ) from error
-        if PROBE not in rendered or _written_out(rendered) or rendered == self._tried([user(PROBE, image=False)]):
+        if PROBE not in rendered or written_out(rendered) or rendered == self._tried([user(PROBE, image=False)]):
             left_out = "question" if PROBE not in rendered else "image"
             raise InputError(
                 f"{self.name}: its chat template leaves the {left_out} out. Put the chat_template.jinja of a model "
@@ -129,7 +129,7 @@ class EngineAnswerer(ABC):
             rendered = self._tried([{"role": "system", "content": content}, user(PROBE)])
             as_users = self._tried([{"role": "user", "content": content}, user(PROBE)])
             without = self._tried([user(PROBE)])
-            if rendered and system.strip() in rendered and not _written_out(rendered):
+            if rendered and system.strip() in rendered and not written_out(rendered):
                 if rendered in (as_users, without):
                     break
                 self._system = {"role": "system", "content": content}
@@ -159,7 +159,7 @@ class EngineAnswerer(ABC):
         for content in ([{"type": "text", "text": REPLY}], REPLY):
             messages = [user(PROBE), {"role": "assistant", "content": content}]
             rendered = self._tried(messages, add_generation_prompt=False)
-            if REPLY in rendered and not _written_out(rendered):
+            if REPLY in rendered and not written_out(rendered):
                 behind = rendered.rpartition(REPLY)[2].lstrip()
                 ends = [number for number, token in special.items() if token and behind.startswith(token)]
                 ends = [number for number in ends if number != self.tokenizer.bos_token_id]
@@ -319,7 +319,7 @@ def user(text: str, image: bool = True) -> dict[str, Any]:
     return {"role": "user", "content": [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]}
 
 
-def _written_out(rendered: str) -> bool:
+def written_out(rendered: str) -> bool:
     """Return whether a template that wants text has written out a list of parts as Python or JSON does."""
     return "'type'" in rendered or '"type"' in rendered
 

@@ -31,14 +31,8 @@ from transformers import DynamicCache, LlamaModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from stllava_eval.errors import InputError
-from stllava_eval.inference.attention import (
-    ATTENTION,
-    KeyValues,
-    Plan,
-    plan_step,
-    shared_prefix_attention,
-    with_spare_slots,
-)
+from stllava_eval.inference.attention import ATTENTION, Plan, plan_step, shared_prefix_attention
+from stllava_eval.inference.keys import KeyValues, prefixes_for, with_spare_slots
 from stllava_eval.inference.rows import Prefix, Row
 from stllava_eval.inference.sampling import choose_tokens, pixels_sha256, sampling_seed
 from stllava_eval.inference.types import Prompt
@@ -100,7 +94,7 @@ class Engine:
 
     Args:
         model: A transformers image-text model: `model.model` takes ids and pixels and fills a cache, and
-            `model.model.language_model` is a decoder with causal attention and one position a token.
+            `model.get_decoder()` is its text model, whose layers attend causally, some perhaps within a window.
         ends: Token ids that end an answer.
         suppressed: Token ids that are never generated.
         rows: Prompts at work at a time, at most.
@@ -131,7 +125,7 @@ class Engine:
         self._forget_all()
 
     def _forget_all(self) -> None:
-        self._own, self._shared = KeyValues(), KeyValues()
+        self._own, self._shared = KeyValues(), prefixes_for(self.model.device, self.model.dtype)
         self._rows: list[Row] = []
         self._ended: list[Row] = []
         self._prefixes: list[Prefix] = []
@@ -291,15 +285,23 @@ class Engine:
         device, dtype = self.model.device, self.model.dtype
         moved = {name: x.to(device, dtype) if x.is_floating_point() else x.to(device) for name, x in inputs.items()}
         ids = torch.tensor([prompt.prefix], device=device)
-        with suppress(_Filled):
-            self.model.model(input_ids=ids, use_cache=True, **{CACHE: cache}, **moved)
+        positions: list[Tensor | None] = []  # that the model gives to the prefix: with images, they may be no counter
+        hook = self.model.get_decoder().register_forward_pre_hook(
+            lambda _, __, named: positions.append(named.get("position_ids")), with_kwargs=True
+        )
+        try:
+            with suppress(_Filled):
+                self.model.model(input_ids=ids, use_cache=True, **{CACHE: cache}, **moved)
+        finally:
+            hook.remove()
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         if self.batch_tokens is None:
             self.batch_tokens = _free_tokens(layers, device)
-        prefix = Prefix(prompt.group, len(self._prefixes), len(prompt.prefix), pixels_sha256(inputs))
+        tokens = len(prompt.prefix)
+        behind = _position_behind(positions[0], tokens)
+        prefix = Prefix(prompt.group, len(self._prefixes), tokens, behind, pixels_sha256(inputs))
         longest = max([prefix.tokens, *(held.tokens for held in self._prefixes)])
-        self._shared.reserve(prefix.slot + 1, longest, layers)
-        self._shared.write(prefix.slot, layers, prefix.tokens)
+        self._shared.put(prefix.slot, layers, longest)
         self._prefixes.append(prefix)
         self.work.done += prefix.tokens
         return prefix
@@ -352,7 +354,7 @@ class Engine:
         rows[running:] = [rows[number] for number in order]
         copies = {moved[number]: moved[first] for number, first in follows.items()}
         fed = rows[: len(rows) - len(copies)]
-        self._own.reserve(len(rows), _room(max(len(row.ids) for row in rows)), like=self._shared.layers)
+        self._own.reserve(len(rows), _room(max(len(row.ids) for row in rows)), like=self._shared.like)
         for slot, row in enumerate(fed):
             if row.inherited is not None:
                 self._own.write(slot, row.inherited, row.cached)
@@ -379,7 +381,7 @@ class Engine:
 
     def _forward(self, ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
         """Return the (tokens, width) last hidden states of a packed step."""
-        decoder = self.model.model.language_model
+        decoder = self.model.get_decoder()
         before = decoder.config._attn_implementation
         decoder.config._attn_implementation = ATTENTION
         try:
@@ -410,20 +412,23 @@ class Engine:
         idle = [prefix for prefix in self._prefixes if not prefix.users]
         for prefix in [prefix for prefix in idle if idle_too or prefix.group not in self._waiting]:
             tail_prefix = self._prefixes.pop()
+            self._shared.move(tail_prefix.slot, prefix.slot, tail_prefix.tokens)
             if tail_prefix is not prefix:
-                self._shared.write(
-                    prefix.slot, self._shared.read(tail_prefix.slot, tail_prefix.tokens), tail_prefix.tokens
-                )
                 tail_prefix.slot = prefix.slot
                 self._prefixes[prefix.slot] = tail_prefix
 
 
 def engine_mismatch_of_class(model: Any) -> str:
-    """Return why the engine cannot reproduce a model's own answers, as far as its class shows; else an empty text."""
+    """Return why the engine cannot reproduce a model's own answers, as far as its configuration shows; else ""."""
+    text = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         return "it has an encoder"
-    if hasattr(getattr(model, "model", None), "get_rope_index"):
-        return "its image tokens have positions in three dimensions"
+    if getattr(text, "cross_attention_layers", None):
+        return "its text model reads images by cross-attention, not as tokens of the prompt"
+    if getattr(text, "num_kv_shared_layers", 0):
+        return "some of its layers use the keys and values of others"
+    if other := sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}):
+        return f"some of its layers keep no keys and values of each token ({', '.join(other)})"
     return ""
 
 
@@ -462,6 +467,19 @@ def engine_mismatch(model: Any, prompt: Prompt, inputs: dict[str, Tensor]) -> st
             raise
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return ""
+
+
+def _position_behind(positions: Tensor | None, tokens: int) -> int:
+    """Return the position of the token behind a prefix.
+
+    It is the next whole number behind the highest so far in every family that gives image tokens positions in three
+    dimensions (Qwen2-VL, arXiv:2409.12191, section 2.1): a text token has the same number in all three.
+
+    Args:
+        positions: (1, tokens), or (dimensions, 1, tokens), as the text model was given them; None counts tokens.
+        tokens: Of the prefix.
+    """
+    return tokens if positions is None else int(positions.max()) + 1
 
 
 def _lengthened(values: Tensor, tokens: int) -> Tensor:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from loguru import logger
 
 from stllava_eval.errors import InputError, one_line
-from stllava_eval.hub import local_folder, read_json
-from stllava_eval.inference.base import EngineAnswerer, refused_image, set_in, user
+from stllava_eval.inference.base import PROBE, REPLY, EngineAnswerer, refused_image, set_in, user, written_out
+from stllava_eval.inference.decoding import special_ids
 from stllava_eval.inference.devices import progress_bar, torch_device, torch_dtype
+from stllava_eval.inference.packing import pack_linears
 from stllava_eval.inference.types import Answer, Question, image_key
-from stllava_eval.network.files import first_few, refused
-from stllava_eval.storage import file_sha256
+from stllava_eval.network.files import refused
+from stllava_eval.network.pretrained import open_pretrained
 
 if TYPE_CHECKING:
     import torch
@@ -26,62 +25,32 @@ if TYPE_CHECKING:
     from stllava_eval.inference.replies import Failure
     from stllava_eval.inference.types import Prompt
 
-OURS = ("llava", "stllava_med")  # what network.checkpoint reads, every tensor accounted for
 ROWS = 8  # questions of a plain batch (our choice)
+
+
+ASKING = "v1_sq"  # the template in which a model of our own asks
+ASK = (  # our choice: what asks for a question where no template does
+    "Now ask one question about this image that can be answered by looking at it. Reply with the question alone."
+)
+
+
+@dataclass(frozen=True)
+class _ImagePrefix:
+    """How the prompts about one image begin.
+
+    Attributes:
+        ids: Up to the last special token, the image's or one behind it.
+        tail: Text that the processor writes behind that, as Gemma 3's writes two line breaks; often nothing.
+        replaced: The tokens of a prompt with its image not written out, in whose place these are.
+    """
+
+    ids: list[int]
+    tail: list[int]
+    replaced: list[int]
 
 
 class _Unshared(Exception):  # noqa: N818  the questions are answered in plain batches then
     """The engine cannot share the images of some prompts; the message says why."""
-
-
-def is_generic(name: str) -> bool:
-    """Return whether `name` is an image-text model of transformers that `network.checkpoint` cannot read.
-
-    Raises:
-        InputError: There is neither a folder nor a hub copy, or the model needs code of its own.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as KNOWN
-
-    file = local_folder(name) / "config.json"
-    config = read_json(file) if file.is_file() else {}
-    kind = config.get("model_type")
-    if isinstance(kind, str) and kind in KNOWN:
-        return kind not in OURS
-    if kind in OURS or not isinstance(kind, str):
-        return False
-    # LLaVA's original layout has a type that transformers does not know either; `network.checkpoint` reads it
-    flat = isinstance(config.get("hidden_size"), int)
-    if flat and re.search("llama|mistral", str(config.get("architectures")), re.IGNORECASE):
-        return False
-    if config.get("auto_map"):
-        raise _own_code(name, f"model_type {kind} is code in the folder (auto_map in config.json)")
-    if kind not in CONFIG_MAPPING_NAMES:
-        raise _own_code(name, f"transformers does not know model_type {kind}")
-    return False
-
-
-def _own_code(name: str, why: str) -> InputError:
-    return InputError(
-        f"{name}: {why}, and code that comes with a model is not run here. Serve it (vllm serve {name} "
-        "--trust-remote-code) and pass --model_args backend=openai_server,base_url=http://127.0.0.1:8000/v1."
-    )
-
-
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Turn what transformers raises about a model into one line.
-
-    Raises:
-        InputError: The files are broken, or need a package that is not there, or code of their own.
-    """
-    with refused(name, "transformers cannot load it"):
-        try:
-            yield
-        except ValueError as error:
-            if "trust_remote_code" in str(error) or "does not recognize this architecture" in str(error):
-                raise _own_code(name, "its files name code of their own") from error
-            raise
 
 
 class TransformersAnswerer(EngineAnswerer):
@@ -92,7 +61,7 @@ class TransformersAnswerer(EngineAnswerer):
     first answer: only the processor knows how many tokens it becomes.
 
     Args:
-        name: Folder or hub id.
+        name: Folder or hub id of a model, or of a LoRA on one.
         device: See `Answerer`.
         dtype: See `Answerer`.
         rows: See `Answerer`; of a plain batch, 8 if None.
@@ -101,6 +70,7 @@ class TransformersAnswerer(EngineAnswerer):
         enable_thinking: See `Answerer`.
         min_pixels: Of a scaled image, where the processor takes that, as Qwen's do; None keeps the processor's own.
         max_pixels: The same.
+        base: What an adapter is on; None takes what its adapter_config.json names.
 
     Raises:
         InputError: The model cannot be loaded whole, or an argument or its chat template cannot be used.
@@ -117,16 +87,14 @@ class TransformersAnswerer(EngineAnswerer):
         enable_thinking: bool | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        base: str | None = None,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
         self.name, self.rows, self.batch_tokens = name, rows, batch_tokens
         self.device = torch_device(device)
         self.dtype = torch_dtype(dtype, self.device)
-        folder = local_folder(name)
-        with _loading(name):  # asked about code of their own, transformers would wait for a word from the keyboard
-            self._config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            self.processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        pretrained = open_pretrained(name, base)
+        self._config: Any = pretrained.config()
+        self.processor: Any = pretrained.processor()
         if not getattr(self.processor, "chat_template", None):
             raise InputError(f"{name}: its processor has no chat template. Add chat_template.jinja to the folder.")
         self.tokenizer = self.processor.tokenizer
@@ -136,24 +104,15 @@ class TransformersAnswerer(EngineAnswerer):
         pixels = self._set_pixels(min_pixels, max_pixels)
         self._set_template(system, enable_thinking)  # before the minutes that large weights take
         self._given |= pixels
-        with _loading(name):
-            load: Any = AutoModelForImageTextToText.from_pretrained
-            model, loading = load(folder, dtype=self.dtype, output_loading_info=True, trust_remote_code=False)
-        if missing := sorted(loading["missing_keys"]):
-            raise InputError(
-                f"{name}: {len(missing)} of its weights are missing ({first_few(missing)}). Copy it again."
-            )
-        if unused := sorted(loading["unexpected_keys"]):
-            logger.warning(
-                "{}: {} of its tensors are not this model's and are not used ({})", name, len(unused), first_few(unused)
-            )
-        self.model = model.to(self.device).eval()
-        self.sha256 = _hash(folder)
-        self._prefixes: dict[Any, tuple[list[int], list[int]] | Refused] = {}
+        self.model = pretrained.model(self.device, self.dtype)
+        self.sha256 = pretrained.sha256
+        self._prefixes: dict[Any, _ImagePrefix | Refused] = {}
+        self._reply_form: Callable[[str], Any] | None = None
         self._pixels: dict[Any, bytes] = {}
         self._mismatch, self._warned = "", False
-        self._set_decoding(set_in(model.generation_config))
-        self.model.generation_config = self._bare(model.generation_config)
+        self._set_decoding(set_in(self.model.generation_config))
+        self.model.generation_config = self._bare(self.model.generation_config)
+        pack_linears(self.model)
 
     def _set_pixels(self, min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
         """Give the image processor its bounds; return those that were given, as they apply.
@@ -211,10 +170,35 @@ class TransformersAnswerer(EngineAnswerer):
         }
 
     def prompt(self, question: str | None, history: Sequence[tuple[str, str]] = (), template: str | None = None) -> str:
-        """Return the prompt of the model's own chat template."""
-        if question is None or history or template:
-            raise InputError(f"{self.name}: only a model of our own network asks, or continues a conversation.")
-        return self._render(self._messages([user(question)]))
+        """Return the prompt of the model's own chat template. See `Question`.
+
+        Where the model asks, an instruction (`ASK`) stands in the place of the question: only a model of our own stage
+        1 has learnt to ask by a template. `v1_sq`, in which such a model is asked, is the model's own template here.
+
+        Raises:
+            InputError: The processor has no such template, or leaves earlier answers out.
+        """
+        templates = self.processor.chat_template
+        named = template if isinstance(templates, dict) and template in templates else None
+        if template not in (None, ASKING, named):
+            raise InputError(f"{self.name}: its processor has no chat template {template}. Leave the template out.")
+        messages: list[dict[str, Any]] = []
+        for number, (asked, answer) in enumerate(history):
+            messages += [user(asked, image=not number), self._reply(answer)]
+        messages.append(user(ASK if question is None else question, image=not history))
+        return self._render(self._messages(messages), **({"chat_template": named} if named else {}))
+
+    def _reply(self, text: str) -> dict[str, Any]:
+        """Return the model's message in a conversation, in the form that its template takes."""
+        if self._reply_form is None:
+            for form in (lambda text: [{"type": "text", "text": text}], str):
+                rendered = self._tried([user(PROBE), {"role": "assistant", "content": form(REPLY)}, user("", False)])
+                if REPLY in rendered and not written_out(rendered):
+                    self._reply_form = form
+                    break
+            else:
+                raise InputError(f"{self.name}: its chat template leaves earlier answers out. Ask without a history.")
+        return {"role": "assistant", "content": self._reply_form(text)}
 
     def _check_image(self, rendered: str) -> None:
         """Check that the processor joins a prompt and an image, before there are questions."""
@@ -369,7 +353,7 @@ class TransformersAnswerer(EngineAnswerer):
         return prompt, self._pixels[key]
 
     def _text(self, question: Question) -> str:
-        self._refuse_special_tokens([question.text or ""])
+        self._refuse_special_tokens([question.text or "", *chain.from_iterable(question.history)])
         return self.prompt(question.text, question.history, question.template)
 
     def _begins_by_itself(self, text: str) -> bool:
@@ -405,7 +389,9 @@ class TransformersAnswerer(EngineAnswerer):
         }
 
     def _prompt(self, index: int, question: Question) -> Prompt:
-        """Return the prompt. The processor expands an image's tokens once per image; the rest is tokenized alone.
+        """Return the prompt. The processor writes an image's tokens out once per image; the rest is tokenized alone.
+
+        Where that may give other tokens than the processor's, the processor makes this prompt too.
 
         Raises:
             Refused: The processor refuses the image.
@@ -421,15 +407,24 @@ class TransformersAnswerer(EngineAnswerer):
         known = self._prefixes[key]
         if isinstance(known, Refused):
             raise known
-        prefix, start = known
-        if plain[: len(start)] != start:
-            raise _Unshared("its prompts do not begin alike")
-        return self._prompt_of(
-            index, question, prefix, plain[len(start) :], lambda: self._inputs(question, slice(len(prefix)))
-        )
+        rest = plain[len(known.replaced) :]
+        if plain[: len(known.replaced)] == known.replaced and self._joins(known.tail, rest):
+            prefix, suffix = known.ids, [*known.tail, *rest]
+        else:
+            whole = self._processed(question)["input_ids"][0].tolist()
+            end = 1 + max(number for number, token in enumerate(whole) if token in self._image_ids)
+            prefix, suffix = whole[:end], whole[end:]
+        return self._prompt_of(index, question, prefix, suffix, lambda: self._inputs(question, slice(len(prefix))))
 
-    def _prefix(self, question: Question, plain: list[int]) -> tuple[list[int], list[int]] | Refused:
-        """Return the written-out tokens of a prompt up to its image's last, and those of `plain` that they replace."""
+    def _joins(self, tail: list[int], rest: list[int]) -> bool:
+        """Return whether a text tokenized after `tail` has the tokens that it has alone: no token spans both."""
+        if not tail:
+            return True  # a special token ends the prefix, and text behind it is tokenized alone
+        text = self.tokenizer.decode([*tail, *rest], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return bool(self.tokenizer(text, add_special_tokens=False).input_ids == [*tail, *rest])
+
+    def _prefix(self, question: Question, plain: list[int]) -> _ImagePrefix | Refused:
+        """Return how a prompt begins, up to the end of its image, and the tokens of `plain` that this replaces."""
         from stllava_eval.inference.engine import Refused
 
         try:
@@ -446,7 +441,10 @@ class TransformersAnswerer(EngineAnswerer):
         )
         if not common:
             raise _Unshared("its processor writes the image behind the question, or no tokens of it at all")
-        return whole[: len(whole) - common], plain[: len(plain) - common]
+        end = len(whole) - common
+        special = special_ids(self.tokenizer).keys() | self._image_ids
+        last = max((number for number in range(end) if whole[number] in special), default=end - 1)
+        return _ImagePrefix(whole[: last + 1], whole[last + 1 : end], plain[: len(plain) - common])
 
     @property
     def _image_ids(self) -> set[int]:
@@ -454,12 +452,3 @@ class TransformersAnswerer(EngineAnswerer):
         config = self._config
         names = ("image_token_id", "image_token_index", "vision_end_token_id", "vision_start_token_id")
         return {number for name in names if (number := getattr(config, name, None)) is not None}
-
-
-def _hash(folder: Path) -> str:
-    """Return the hash of every file that decides the answers."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt"):
-            digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
-    return digest.hexdigest()

@@ -48,21 +48,32 @@ def open_answerer(name: str, **arguments: Any) -> EngineAnswerer:
     Args:
         name: Folder or hub id.
         arguments: Of `Answerer`; another model takes device, dtype, rows, batch_tokens, system, enable_thinking,
-            min_pixels and max_pixels of them.
+            min_pixels, max_pixels and base of them.
 
     Raises:
         InputError: As `Answerer`, or the model is another one and gets arguments that only ours has.
     """
     # with torch and transformers, which a call without a checkpoint must not wait for
     from stllava_eval.inference.answerer import Answerer
-    from stllava_eval.inference.generic import TransformersAnswerer, is_generic
+    from stllava_eval.inference.generic import TransformersAnswerer
+    from stllava_eval.network.pretrained import is_generic
 
-    if not is_generic(name):
+    if not is_generic(name, arguments.get("base")):
         return Answerer(name, **arguments)
     given = {argument: value for argument, value in arguments.items() if value is not None}
     if given.get("four_bit") is False:
         del given["four_bit"]
-    of_any = {"device", "dtype", "rows", "batch_tokens", "system", "enable_thinking", "min_pixels", "max_pixels"}
+    of_any = {
+        "device",
+        "dtype",
+        "rows",
+        "batch_tokens",
+        "system",
+        "enable_thinking",
+        "min_pixels",
+        "max_pixels",
+        "base",
+    }
     if wrong := sorted(set(given) - of_any):
         raise InputError(f"{name}: {', '.join(wrong)} is for models of our own network and LLaVA's. Leave it out.")
     return TransformersAnswerer(name, **given)

@@ -20,6 +20,7 @@ class Prefix:
     group: Hashable
     slot: int
     tokens: int
+    next_position: int  # of the token behind it, as the model counts
     pixels_sha256: bytes  # hash of the processor's output for the image; the seeds of sampled answers depend on it
     users: int = 0  # number of running prompts that share it
 

@@ -44,8 +44,8 @@ def evaluate(
     checkpoint = checkpoint or default_checkpoint()
     refuse_no_checkpoint(local_folder(checkpoint), checkpoint)  # before the seconds that torch and transformers take
 
-    from stllava_eval.inference.generic import is_generic  # with torch
     from stllava_eval.network.checkpoint import open_checkpoint  # with torch
+    from stllava_eval.network.pretrained import is_generic  # with torch
 
     if not is_generic(checkpoint):
         open_checkpoint(checkpoint).processor()

@@ -43,12 +43,22 @@ class Delta:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA: its folder, its file, how its keys are named, and what it is of (`language`, `vision` or `both`)."""
+    """A LoRA: its folder, its file, how its keys are named, and what it is of.
+
+    Attributes:
+        folder: Holds adapter_config.json.
+        file: Holds the tensors.
+        rename: Brings a key of the file, without `PREFIX` or with it, to a weight's name in the network.
+        part: `language`, `vision` or `both` of a network of LLaVA's; `any` of a model of another family.
+        naming: Brings a module's name in the network to the one that the configuration's patterns are about; None for
+            LLaVA's networks, whose releases are known here.
+    """
 
     folder: Path
     file: Path
     rename: Callable[[str], str | None]
     part: str
+    naming: Callable[[str], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,11 +69,13 @@ class Network:
         shapes: Of every weight that a LoRA may change, by name; as the base's file has them, padded rows and all.
         modules: Every module by name.
         tied: Whether embedding and head are one weight.
+        embedding: Name of the embedding's weight.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     modules: Mapping[str, nn.Module]
     tied: bool
+    embedding: str = "model.language_model.embed_tokens.weight"
 
 
 @dataclass
@@ -132,7 +144,7 @@ def read_updates(adapter: Adapter, network: Network, strays_are_copies: bool) ->
             raise InputError(f"{adapter.file}: an adapter without tensors. Copy it again.")
         pairs, updates.left_over = _pairs(adapter, weights.entries)
         if network.tied:
-            _check_tied(adapter, pairs, weights.entries)
+            _check_tied(adapter, network, pairs, weights.entries)
         naming = _naming(adapter, network, settings.given, pairs, weights.entries)
         _check_whole_tensors(adapter, network, naming, settings.given, weights.entries)
         targeted = _targeted(adapter, network, naming, settings.given)
@@ -161,9 +173,9 @@ def read_updates(adapter: Adapter, network: Network, strays_are_copies: bool) ->
     return updates
 
 
-def _check_tied(adapter: Adapter, pairs: Sequence[_Pair], keys: Iterable[str]) -> None:
+def _check_tied(adapter: Adapter, network: Network, pairs: Sequence[_Pair], keys: Iterable[str]) -> None:
     """Refuse what is of one of two weights that are one in the base: PEFT changes the one, a merged weight is both."""
-    vocabulary = {"model.language_model.embed_tokens.weight", f"{HEAD}.weight"}
+    vocabulary = {network.embedding, f"{HEAD}.weight"}
     changed = vocabulary & {pair.name for pair in pairs}
     whole = vocabulary & {adapter.rename(key) for key in keys if ".lora_" not in key}
     if changed or len(whole) == 1:
@@ -220,7 +232,7 @@ def _naming(
     adapter: Adapter, network: Network, given: Mapping[str, Any], pairs: Sequence[_Pair], keys: Iterable[str]
 ) -> Naming:
     """Return the names that the configuration's patterns are of: those of the file, unless only the network's fit."""
-    written = _written_names(adapter, given, [key.removeprefix(PREFIX) for key in keys])
+    written = adapter.naming or _written_names(adapter, given, [key.removeprefix(PREFIX) for key in keys])
     held = {pair.name.removesuffix(".weight") for pair in pairs if pair.name in network.shapes}
     fits = held <= _targeted(adapter, network, written, given).keys()
     return str if not fits and held <= _targeted(adapter, network, str, given).keys() else written
@@ -265,7 +277,7 @@ def _targeted(adapter: Adapter, network: Network, naming: Naming, given: Mapping
     """
     from peft.tuners.tuners_utils import check_target_module_exists  # heavy, and of use to adapters only
 
-    parts = {"language": r"model\.language_model\.|lm_head$", "vision": r"model\.vision_tower\.", "both": ""}
+    parts = {"language": r"model\.language_model\.|lm_head$", "vision": r"model\.vision_tower\.", "both": "", "any": ""}
     layers = {
         name: module
         for name, module in network.modules.items()
