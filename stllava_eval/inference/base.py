@@ -43,8 +43,10 @@ class EngineAnswerer(ABC):
         model: The network.
         rows: Questions at work at a time, at most; None leaves it to the engine.
         batch_tokens: Tokens whose keys and values are held at a time; None finds it from the free memory.
+        asks_with: The instruction by which it is made to ask a question; empty where a chat template does that.
     """
 
+    asks_with = ""
     name: str
     sha256: str
     device: torch.device

@@ -76,6 +76,8 @@ class TransformersAnswerer(EngineAnswerer):
         InputError: The model cannot be loaded whole, or an argument or its chat template cannot be used.
     """
 
+    asks_with = ASK
+
     def __init__(
         self,
         name: str,

@@ -28,7 +28,7 @@ from stllava_train.preferences.rows import Candidate, count, rouge_l
 from stllava_train.resumable import ResumableJsonl, Row
 
 if TYPE_CHECKING:
-    from stllava_eval.inference.answerer import Answerer
+    from stllava_eval.inference.base import EngineAnswerer
     from stllava_eval.inference.types import Sampling
 
 
@@ -241,7 +241,7 @@ def _add_rows(ledger: ResumableJsonl, images: Images, draw: Callable[[Images], I
                 bar.update()
 
 
-def blind_answers(answerer: Answerer, candidates: Sequence[Candidate], tokens: int = 1024) -> dict[str, str]:
+def blind_answers(answerer: EngineAnswerer, candidates: Sequence[Candidate], tokens: int = 1024) -> dict[str, str]:
     """Return the model's greedy answer to each question with a black image in view, by candidate id.
 
     It shows what the text alone gives away.
@@ -350,7 +350,7 @@ class _ImageWork:
         )
 
 
-def rows_of(answerer: Answerer, images: Images, settings: CandidateSettings) -> Iterator[Row]:
+def rows_of(answerer: EngineAnswerer, images: Images, settings: CandidateSettings) -> Iterator[Row]:
     """Yield a row for each image as soon as it is done, in no order; see `write_candidates`.
 
     The next questions about an image are asked as soon as they are known, so that the model works on many images side

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from stllava_eval.errors import InputError
-from stllava_eval.inference.answerer import Answerer
 from stllava_eval.inference.devices import torch_dtype
-from stllava_eval.network.checkpoint import open_checkpoint
+from stllava_eval.inference.generic import ASK
+from stllava_eval.inference.open import open_answerer
+from stllava_eval.network.checkpoint import Checkpoint, open_checkpoint
+from stllava_eval.network.pretrained import Pretrained, is_generic, open_pretrained
 from stllava_eval.storage import local_path
 from stllava_train.preferences.candidates import (
     PRESETS,
@@ -87,8 +89,10 @@ def _on_this_machine(
     checkpoint: str, device: str | None, dtype: str | None, settings: CandidateSettings
 ) -> tuple[RowsOfImages, dict[str, str]]:
     """Return what makes rows on one device of this machine, and name, hash and dtype of the checkpoint."""
-    answerer = Answerer(checkpoint, device=device, dtype=dtype)
+    answerer = open_answerer(checkpoint, device=device, dtype=dtype)
     identity = {"name": answerer.name, "sha256": answerer.sha256, "dtype": str(answerer.dtype)}
+    if answerer.asks_with:  # questions depend on it, and it may change from release to release
+        identity["asks_with"] = answerer.asks_with
     return partial(rows_of, answerer, settings=settings), identity
 
 
@@ -102,7 +106,11 @@ def _by_ray(
     folder = local_path(checkpoint)
     name = checkpoint if folder is None else str(folder.resolve())  # workers have other working directories
     used_dtype = str(torch_dtype(dtype, worker_device))
-    identity = {"name": checkpoint, "sha256": open_checkpoint(name).sha256, "dtype": used_dtype}
+    generic = is_generic(name)
+    opened: Pretrained | Checkpoint = open_pretrained(name) if generic else open_checkpoint(name)
+    identity = {"name": checkpoint, "sha256": opened.sha256, "dtype": used_dtype}
+    if generic:
+        identity["asks_with"] = ASK
     make_rows = partial(
         candidates_by_ray, settings=settings, workers=workers, name=name, dtype=used_dtype.removeprefix("torch.")
     )

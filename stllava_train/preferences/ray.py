@@ -90,11 +90,11 @@ class _Candidates:
     def __init__(self, settings: CandidateSettings, answerer: Mapping[str, Any]) -> None:
         import torch
 
-        from stllava_eval.inference.answerer import Answerer
+        from stllava_eval.inference.open import open_answerer
 
         if not torch.cuda.is_available():
             torch.set_num_threads(1)  # Ray counts a core for each worker
-        self.settings, self.answerer = settings, Answerer(**answerer)
+        self.settings, self.answerer = settings, open_answerer(**answerer)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
         images = zip(*(map(str, batch[key]) for key in ("name", "file", "sha256")), strict=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stllava_eval.errors import InputError
+from stllava_eval.inference.open import open_answerer
 from stllava_train.preferences.audit.figures import audit, read_references
 from stllava_train.preferences.audit.page import EXAMPLES, examples, write_page
 from stllava_train.preferences.judged import read_judged
@@ -44,10 +45,9 @@ def write_audit(
     answers = read_references(references, read) if references else None
     image_blind = None
     if checkpoint:
-        from stllava_eval.inference.answerer import Answerer  # with torch
-        from stllava_train.preferences.candidates import blind_answers
+        from stllava_train.preferences.candidates import blind_answers  # with torch
 
-        image_blind = blind_answers(Answerer(checkpoint), read)
+        image_blind = blind_answers(open_answerer(checkpoint), read)
     rows = read_rows(candidates)
     if unknown := sorted({*judges} - {verdict.judge for verdict in verdicts}):
         raise InputError(f"--judge {unknown[0]}: no verdict is its. Name one whose verdicts {judged} holds.")

@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import png
+from families import write_family
 from PIL import Image
 
 from stllava_eval.errors import InputError
 from stllava_eval.inference.answerer import Answerer
+from stllava_eval.inference.generic import ASK
 from stllava_eval.inference.types import Answer, Question, Sampling
 from stllava_train.preferences import candidates as module
 from stllava_train.preferences.candidates import (
@@ -27,6 +29,7 @@ from stllava_train.preferences.candidates import (
     sampled,
     skip_reason,
 )
+from stllava_train.preferences.make_candidates import make_candidates
 from stllava_train.preferences.rows import Candidate, read_candidates, rouge_l
 from stllava_train.resumable import read_manifest, read_rows
 
@@ -363,3 +366,22 @@ def test_a_run_killed_at_twenty_random_moments_ends_as_an_unbroken_one(
     assert broken.read_bytes() == whole.read_bytes()
     manifests = [json.loads(file.with_suffix(".json").read_text()) for file in (whole, broken)]
     assert manifests[0] == manifests[1]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_a_model_of_another_family_asks_by_an_instruction_and_resumes(family, folder, tmp_path):
+    checkpoint = str(write_family(family, tmp_path / family))
+    settings = replace(PRESETS["authors"], questions=2, **FEW)
+    whole, again = tmp_path / "whole.jsonl", tmp_path / "again.jsonl"
+    counts = make_candidates(checkpoint, folder, whole, settings, sample=4, progress=False)
+    assert (counts["images"], counts["questions"]) == (4, 8)
+    assert counts["candidates"] > 0
+    assert read_manifest(whole)["checkpoint"]["asks_with"] == ASK
+    rows = whole.read_text().splitlines(keepends=True)
+    assert len({question["question"] for row in map(json.loads, rows) for question in row["questions"]}) > 4
+    # as after a kill: two rows are there, and the manifest says that the job goes on
+    again.write_text("".join(rows[:2]))
+    manifest = read_manifest(whole) | {"finished": False}
+    again.with_suffix(".json").write_text(json.dumps(manifest))
+    make_candidates(checkpoint, folder, again, settings, sample=4, progress=False)
+    assert sorted(again.read_text().splitlines()) == sorted(whole.read_text().splitlines())
