@@ -11,7 +11,9 @@ model's `generate_until`: preparing images and prompts, answering, and what the 
 `_whole_command` is the same of the whole process: imports, loading of the weights and scores, alike for all, come on
 top. `over_bound_...` is our seconds / those of the work that no engine can leave out, each image and its prefix
 once and each further token once, at the rate at which this process forwards one prefix. `identical` is the share of
-answers equal to A's, which are those of `generate` one at a time. Images are 336 px, so that nobody resizes them: A
+answers equal to A's, which are those of `generate` one at a time. `--family qwen` compares with lmms-eval's
+`qwen2_5_vl` (A), on the network of toy_qwen.py; A sends each image as JPEG once more, so its answers are others.
+Images are 336 px, so that nobody resizes them: A
 resizes with torchvision, whose pixels differ from PIL's by up to two grey levels, and a random network goes on from
 there to other answers (3 of 10 at 512 px).
 """
@@ -32,7 +34,8 @@ from pathlib import Path
 from typing import Any
 
 from figures import write
-from toy_llava import MOST_TOKENS, SHAPES, jpeg, write_checkpoint, write_questions
+from toy_llava import MOST_TOKENS, OFFICIAL, SHAPES, jpeg, write_checkpoint, write_questions
+from toy_qwen import PIXELS, write_qwen
 
 HERE = Path(__file__).resolve().parent
 # model, its arguments beside `pretrained`, and what is typed on the command line
@@ -47,6 +50,16 @@ SYSTEMS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "one_by_one_bf16": ("plain", "dtype=bfloat16", ("--batch_size", "1")),
 }
 TIMED = ("ours", "llava_hf", "batched")
+OF_QWEN: dict[str, tuple[str, str, tuple[str, ...]]] = {  # as SYSTEMS; A is named as LLaVA's is
+    "ours": ("stllava_med", "", ()),
+    "llava_hf": (
+        "qwen2_5_vl",
+        f"device=cpu,device_map=cpu,min_pixels={PIXELS},max_pixels={PIXELS}",
+        ("--batch_size", "1"),  # its default; it takes batches too, which are B
+    ),
+    "batched": ("plain", "", ("--batch_size", "8")),
+    "other_images": ("stllava_med", "images=other", ()),
+}
 ALONE = {  # one thread, no hub, and nothing of the caller's runs
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -62,16 +75,17 @@ Report = dict[str, Any]  # what timed_lmms_eval.py writes
 class Bench:
     """A folder with the two networks, in which data are written and systems are run."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, family: str = "llava") -> None:
+        self.folder, self.family = folder, family
+        self.systems = OF_QWEN if family == "qwen" else SYSTEMS
         (folder / "stubs").mkdir()
         (folder / "stubs" / "decord.py").write_text(DECORD)
         for length in MOST_TOKENS:
-            write_checkpoint(folder / length, length)
+            (write_qwen if family == "qwen" else write_checkpoint)(folder / length, length)
 
     def run(self, system: str, home: Path, task: str, length: str) -> Report:
         """What `system` says of itself when lmms-eval runs it on the data under `home`."""
-        model, others, typed = SYSTEMS[system]
+        model, others, typed = self.systems[system]
         report = home / f"{system}.json"
         command = [sys.executable, str(HERE / "timed_lmms_eval.py"), str(report)]
         command += ["--model", model, "--tasks", task, "--gen_kwargs", f"max_new_tokens={MOST_TOKENS[length]}"]
@@ -202,6 +216,8 @@ def checked(bench: Bench) -> Report:
 
     reports = bench.round("slake_short", (2, 2, 2, 2), 999, [*TIMED, "other_images"])
     changed = equal(reports, "ours", "other_images").count(False)
+    if bench.family == "qwen":  # A sends images as JPEG, so its pixels are others
+        return {"changed_by_other_images": changed / len(reports["ours"]["answers"])}
     folder = str(bench.folder / "short")
     processors = [open_checkpoint(folder).processor(), AutoProcessor.from_pretrained(folder)]
     image = Image.open(io.BytesIO(jpeg(np.random.default_rng(0))))
@@ -240,17 +256,26 @@ def main() -> None:
         "--shapes", default=",".join(SHAPES), help="some of, with commas between (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="every fourth image only")
+    parser.add_argument("--official", action="store_true", help="sets of 100 questions with the official tests' counts")
+    parser.add_argument("--family", choices=("llava", "qwen"), default="llava", help="(default: llava)")
     parser.add_argument("--memory", action="store_true", help="also compare peak memory at equal tokens held")
     parser.add_argument("--bf16", action="store_true", help="also count the answers that batching changes in bfloat16")
     given = parser.parse_args()
     shapes = given.shapes.split(",")
     if unknown := sorted(set(shapes) - set(SHAPES)):
         parser.error(f"--shapes {', '.join(unknown)}: unknown. Pass some of {', '.join(SHAPES)}.")
-    counts = {key: SHAPES[key][:: 4 if given.quick else 1] for key in shapes}
+    all_counts = {key: OFFICIAL[key.split("_")[0]] if given.official else SHAPES[key] for key in shapes}
+    counts = {key: all_counts[key][:: 4 if given.quick else 1] for key in shapes}
     measured: dict[str, list[dict[str, Report]]] = {}
     with tempfile.TemporaryDirectory(prefix="stllava-answering-") as folder:
-        bench = Bench(Path(folder))
-        result: Report = {"format": 1, "quick": given.quick, **checked(bench)}
+        bench = Bench(Path(folder), given.family)
+        result: Report = {
+            "format": 1,
+            "quick": given.quick,
+            "family": given.family,
+            "official": given.official,
+            **checked(bench),
+        }
         for number in range(given.rounds):
             for key in shapes:
                 order = [*TIMED[number % 3 :], *TIMED[: number % 3]]

@@ -36,14 +36,20 @@ class Plain(lmms):
     is_simple = False
 
     def __init__(self, pretrained: str, batch_size: int | str = 1, dtype: str = "float32", **_: Any) -> None:
-        from transformers import LlavaForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, AutoProcessor
 
         from stllava_eval.network.checkpoint import open_checkpoint
+        from stllava_eval.network.pretrained import is_generic
 
         super().__init__()
         self.batch_size, self.dtype = int(batch_size), getattr(torch, dtype)
-        self.processor = open_checkpoint(pretrained).processor()
-        self.model = LlavaForConditionalGeneration.from_pretrained(pretrained, dtype=self.dtype).eval()
+        # of LLaVA our own, whose pixels are PIL's
+        own = (
+            AutoProcessor.from_pretrained if is_generic(pretrained) else lambda name: open_checkpoint(name).processor()
+        )
+        self.processor: Any = own(pretrained)
+        self.processor.tokenizer.padding_side = "left"
+        self.model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=self.dtype).eval()
         self.prompts: list[list[int]] = []
 
     @property
@@ -108,16 +114,47 @@ def cpu_seconds(work: Callable[[], Any]) -> list[float]:
 
 
 def necessary(network: Any) -> dict[str, list[float]]:
-    """CPU seconds of the two pieces of work that no engine can leave out, once an image and once a token."""
+    """CPU seconds of the two pieces of work that no engine can leave out, once an image and once a token.
+
+    They are measured on this process's own network, with its weights laid out as they are for answering.
+    """
     text, vision = network.config.text_config, network.config.vision_config
-    dtype = network.lm_head.weight.dtype
-    pixels = torch.randn(1, 3, vision.image_size, vision.image_size, dtype=dtype)
+    dtype = network.dtype
+    if hasattr(vision, "image_size"):
+        image = {"pixel_values": torch.randn(1, 3, vision.image_size, vision.image_size, dtype=dtype)}
+    else:  # Qwen's patches of two frames, (patches, 3 * 2 * side * side), in the grid that 672 px have
+        from toy_qwen import SIDE
+
+        side = SIDE // vision.patch_size
+        patches = torch.randn(side * side, 3 * vision.temporal_patch_size * vision.patch_size**2, dtype=dtype)
+        image = {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, side, side]])}
     prefix = torch.randn(1, PREFIX, text.hidden_size, dtype=dtype)
-    language = network.model.language_model
+    language = network.get_decoder()
     return {
-        "image": cpu_seconds(lambda: network.model.get_image_features(pixel_values=pixels)),
+        "image": cpu_seconds(lambda: network.model.get_image_features(**image)),
         "token": [one / PREFIX for one in cpu_seconds(lambda: language(inputs_embeds=prefix, use_cache=False))],
     }
+
+
+def prompts_of(answerer: Any, requests: Sequence[Instance], asked: Sequence[Any]) -> list[list[int]]:
+    """Return the token ids of the prompts that our engine was given."""
+    if hasattr(answerer, "token_ids"):
+        return [answerer.token_ids(request.args[0]) for request in requests]
+    prompts = [answerer._prompt(index, question) for index, question in enumerate(asked)]
+    return [[*prompt.prefix, *prompt.suffix] for prompt in prompts]
+
+
+def watched_questions(answerer: Any) -> list[Any]:
+    """The list in which the questions will stand that `answerer` is given."""
+    seen: list[Any] = []
+    answer = answerer.answer
+
+    def watched(questions: Sequence[Any], *others: Any, **named: Any) -> Any:
+        seen.extend(questions)
+        return answer(questions, *others, **named)
+
+    answerer.answer = watched
+    return seen
 
 
 def watched_prompts(lm: Any) -> list[list[int]]:
@@ -135,29 +172,44 @@ def watched_prompts(lm: Any) -> list[list[int]]:
     return seen
 
 
+def said(result: Any) -> str:
+    """Return an answer's text: some of lmms-eval's adapters return nothing else."""
+    return result if isinstance(result, str) else result.text
+
+
+def counted(lm: Any, result: Any) -> int:
+    """Return the tokens of an answer, its end not counted."""
+    if isinstance(result, str):
+        return len(lm.tokenizer(result, add_special_tokens=False).input_ids)
+    return result.token_counts.output_tokens
+
+
 def time_answering(lm: Any, report: dict[str, Any]) -> None:
     """Make `lm.generate_until` fill `report`: seconds are CPU seconds of this process."""
     generate_until, ours = lm.generate_until, hasattr(lm, "answerer")
     network = lm.answerer.model if ours else lm.model
+    if network.dtype != torch.float32 and hasattr(lm, "reasoning_prompt"):  # lmms-eval's Qwen reads bfloat16 alone
+        network.float()
 
     def timed(requests: Sequence[Instance]) -> list[Any]:
         began = time.process_time()
         prompts = [] if ours else watched_prompts(lm)
+        asked = watched_questions(lm.answerer) if ours else []
         before = necessary(network)
         start, wall = time.process_time(), time.perf_counter()
         results = generate_until(requests)
         answering, wall = time.process_time() - start, time.perf_counter() - wall
         after = necessary(network)
         if ours:  # its engine need not call `generate`
-            prompts = [lm.answerer.token_ids(request.args[0]) for request in requests]
+            prompts = prompts_of(lm.answerer, requests, asked)
         questions = [str(request.args[-3]) for request in requests]  # row of the data set
         prefix = next(place for place, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
         report.update(
             answering=answering,
             answering_wall=wall,
             **{name: statistics.median(before[name] + after[name]) for name in before},
-            answers={name: result.text.strip() for name, result in zip(questions, results, strict=True)},
-            tokens={name: result.token_counts.output_tokens for name, result in zip(questions, results, strict=True)},
+            answers={name: said(result).strip() for name, result in zip(questions, results, strict=True)},
+            tokens={name: counted(lm, result) for name, result in zip(questions, results, strict=True)},
             prompts=sorted(sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in prompts),
             prefix_tokens=prefix,  # the same in every prompt
             suffix_tokens=sum(len(ids) - prefix for ids in prompts),

@@ -22,7 +22,7 @@ from stllava_eval.storage import has_lone_surrogate
 if TYPE_CHECKING:
     import torch
 
-    from stllava_eval.inference.engine import Refused
+    from stllava_eval.inference.engine import Engine, Refused
 
 PROBE, REPLY = "Is stllavaprobe seen?", "stllavareply"  # words that are in no template
 
@@ -185,17 +185,24 @@ class EngineAnswerer(ABC):
         """Return the messages with the system message in front, if there is one."""
         return [*([self._system] if self._system else []), *messages]
 
+    def _engine(self) -> Engine:
+        from stllava_eval.inference.engine import Engine
+
+        rows: dict[str, int] = {} if self.rows is None else {"rows": self.rows}
+        return Engine(self.model, self.ends, self.decoding.never, batch_tokens=self.batch_tokens, **rows)
+
     def _by_engine(
         self,
         questions: Sequence[Question],
         prompts: Sequence[Prompt | Refused],
         progress: bool,
         on_answer: Callable[[int, Answer], Sequence[Question]] | None,
+        engine: Engine | None = None,
     ) -> Iterator[tuple[int, Answer | Failure]]:
-        from stllava_eval.inference.engine import Engine, Refused
+        """Answer by `engine`, in which prompts may wait already; None makes one."""
+        from stllava_eval.inference.engine import Refused
 
-        rows: dict[str, int] = {} if self.rows is None else {"rows": self.rows}
-        engine = Engine(self.model, self.ends, self.decoding.never, batch_tokens=self.batch_tokens, **rows)
+        engine = engine or self._engine()
         asked = list(questions)
         refused: deque[tuple[int, Refused]] = deque()
 

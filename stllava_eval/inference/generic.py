@@ -21,7 +21,7 @@ from stllava_eval.network.pretrained import open_pretrained
 if TYPE_CHECKING:
     import torch
 
-    from stllava_eval.inference.engine import Refused
+    from stllava_eval.inference.engine import Engine, Refused
     from stllava_eval.inference.replies import Failure
     from stllava_eval.inference.types import Prompt
 
@@ -56,9 +56,9 @@ class _Unshared(Exception):  # noqa: N818  the questions are answered in plain b
 class TransformersAnswerer(EngineAnswerer):
     """A model as `AutoModelForImageTextToText` loads it, with its own processor and chat template.
 
-    The first prompt of a call is answered twice: if the engine's logits are not the model's own, questions are answered
-    in plain padded batches, and a line in the log says why. If they are, each image is also opened once before the
-    first answer: only the processor knows how many tokens it becomes.
+    At the first call, two tokens of one answer are computed by the model's own forward too: if the engine's logits are
+    not the model's own, questions are answered in plain padded batches, and a line in the log says why. If they are,
+    each image is opened once before the first answer: only the processor knows how many tokens it becomes.
 
     Args:
         name: Folder or hub id of a model, or of a LoRA on one.
@@ -111,7 +111,7 @@ class TransformersAnswerer(EngineAnswerer):
         self._prefixes: dict[Any, _ImagePrefix | Refused] = {}
         self._reply_form: Callable[[str], Any] | None = None
         self._pixels: dict[Any, bytes] = {}
-        self._mismatch, self._warned = "", False
+        self._mismatch, self._is_tried, self._warned = "", False, False
         self._set_decoding(set_in(self.model.generation_config))
         self.model.generation_config = self._bare(self.model.generation_config)
         pack_linears(self.model)
@@ -237,7 +237,7 @@ class TransformersAnswerer(EngineAnswerer):
     ) -> Iterator[tuple[int, Answer | Failure]]:
         """See `Answerer.answer`."""
         self._prefixes, self._pixels = {}, {}  # of this call's images
-        self._mismatch = self._mismatch or self._find_mismatch(questions)
+        engine = self._tried_engine(questions)
         prompts: list[Prompt | Refused] = []
         if not self._mismatch:
             try:
@@ -245,7 +245,7 @@ class TransformersAnswerer(EngineAnswerer):
             except _Unshared as unshared:
                 self._mismatch = str(unshared)
         if not self._mismatch:
-            yield from self._by_engine(questions, prompts, progress, on_answer)
+            yield from self._by_engine(questions, prompts, progress, on_answer, engine)
             return
         if not self._warned:
             logger.warning("{}: answered in plain batches, images are not shared ({})", self.name, self._mismatch)
@@ -254,22 +254,26 @@ class TransformersAnswerer(EngineAnswerer):
             raise InputError(f"{self.name}: further rounds need a model that the engine can share images of.")
         yield from self._in_batches(questions, progress)
 
-    def _find_mismatch(self, questions: Sequence[Question]) -> str:
-        """Return why the engine cannot answer these questions; an empty text if it can, as far as one of them shows."""
+    def _tried_engine(self, questions: Sequence[Question]) -> Engine | None:
+        """Return an engine for these questions; at the first call, set `_mismatch` to why none can answer them."""
         from stllava_eval.inference.engine import Refused, engine_mismatch, engine_mismatch_of_class
 
-        if why := engine_mismatch_of_class(self.model):
-            return why
-        for index, question in enumerate(questions):
+        self._mismatch = self._mismatch or engine_mismatch_of_class(self.model)
+        if self._mismatch:
+            return None
+        engine = self._engine()
+        for index, question in enumerate(questions if not self._is_tried else ()):
             try:
                 prompt = self._prompt(index, question)
                 whole = {name: self._moved(value) for name, value in self._inputs(question, slice(None)).items()}
             except Refused:
                 continue
             except _Unshared as unshared:
-                return str(unshared)
-            return engine_mismatch(self.model, prompt, whole)
-        return ""
+                self._mismatch = str(unshared)
+            else:
+                self._mismatch, self._is_tried = engine_mismatch(engine, prompt, whole), True
+            break
+        return engine
 
     def _in_batches(self, questions: Sequence[Question], progress: bool) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer in padded batches by `generate`, with the engine's choice of each token."""
