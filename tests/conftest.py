@@ -2,11 +2,13 @@
 
 import faulthandler
 import io
+import multiprocessing
 import os
 import random
 import signal
 import socket
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 from threading import Timer
 
@@ -95,6 +97,19 @@ def chance() -> random.Random:
     seed = os.environ.get("STLLAVA_TEST_SEED") or str(random.SystemRandom().randrange(2**32))
     print(f"STLLAVA_TEST_SEED={seed}")
     return random.Random(int(seed))
+
+
+@pytest.fixture
+def warm_processes(request):
+    """A context of multiprocessing whose processes start at once: forked from one that has imported the test's module.
+
+    Python keeps one such server a process. The server of another module has imported other things, so it ends first.
+    """
+    forkserver._forkserver._stop()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([request.module.__name__, *getattr(request.module, "PRELOAD", ())])
+    yield context
+    forkserver._forkserver._stop()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_small_sets
 
 from stllava_eval.cli import main as eval_cli
 from stllava_train.cli import main as train_cli
@@ -81,10 +81,21 @@ def lmms_eval(*arguments: str, environment: dict[str, str] | None = None, launch
 BARE = ("--model", "stllava_med", "--tasks", "vqarad,slake,pathvqa")
 
 
-def test_the_bare_command_works_offline_on_what_is_prepared(prepared, checkpoint, tmp_path):
-    out = tmp_path / "run"
-    done = lmms_eval(*BARE, environment={"STLLAVA_CHECKPOINT": str(checkpoint), "STLLAVA_RUN": str(out)})
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory, checkpoint):
+    """The bare command on the small sets: what it printed, and the folder of its run."""
+    folder = tmp_path_factory.mktemp("bare")
+    environment = {"STLLAVA_CHECKPOINT": str(checkpoint), "OMP_NUM_THREADS": "1", "STLLAVA_HOME": str(folder / "home")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STLLAVA_HOME", environment["STLLAVA_HOME"])
+        write_small_sets()
+    done = lmms_eval(*BARE, environment={**environment, "STLLAVA_RUN": str(folder / "run")})
     assert done.returncode == 0, done.stderr[-2000:]
+    return done, folder / "run"
+
+
+def test_the_bare_command_works_offline_on_what_is_prepared(bare):
+    done, out = bare
     assert re.search(r"\|vqarad\s*\|.*closed_accuracy", done.stdout)
     assert set(json.loads((out / "run.json").read_text())["tasks"]) == {"vqarad", "slake", "pathvqa"}
     assert done.stderr.count("SAMPLE DATA") == 3
@@ -100,12 +111,11 @@ def test_the_bare_command_works_offline_on_what_is_prepared(prepared, checkpoint
         ),
     ],
 )
-def test_every_launcher_gives_the_answers_of_one_process(prepared, checkpoint, tmp_path, launcher):
-    one, other = tmp_path / "one", tmp_path / "other"
-    environment = {"STLLAVA_CHECKPOINT": str(checkpoint), "OMP_NUM_THREADS": "1"}
-    for out, start in ((one, ()), (other, launcher)):
-        done = lmms_eval(*BARE, environment={**environment, "STLLAVA_RUN": str(out)}, launcher=start)
-        assert done.returncode == 0, done.stderr[-2000:]
+def test_every_launcher_gives_the_answers_of_one_process(bare, prepared, checkpoint, tmp_path, launcher):
+    one, other = bare[1], tmp_path / "other"
+    environment = {"STLLAVA_CHECKPOINT": str(checkpoint), "OMP_NUM_THREADS": "1", "STLLAVA_RUN": str(other)}
+    done = lmms_eval(*BARE, environment=environment, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert (one / "answers.jsonl").read_bytes() == (other / "answers.jsonl").read_bytes()
     processes = json.loads((other / "run.json").read_text())["processes"]
     assert processes == (2 if "--nproc_per_node" in launcher else 1)

@@ -2,8 +2,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -67,45 +65,49 @@ def test_another_checkpoint_prompt_or_image_starts_afresh(prepared, checkpoint, 
     assert len(list((prepared / "unfinished").iterdir())) == 1  # the stopped run's
 
 
-DRIVER = """
-import sys
-from harness import evaluate
-from stllava_eval.inference.answerer import Answerer
-from stllava_eval.lmms.model import StllavaMed
-import time
-original, answered = Answerer.answer, []
-def slow(self, questions, **options):
-    for answer in original(self, questions, **options):
-        time.sleep(0.3)
-        answered.append(1)
-        yield answer
-Answerer.answer = slow
-evaluate(StllavaMed(sys.argv[1]))
-print("answered", sum(answered))
-"""
+PRELOAD = ("lmms_eval.evaluator",)
 
 
-def test_kill_9_loses_at_most_the_batch_in_hand(prepared, checkpoint):
+def answer_slowly(checkpoint: str, counts) -> None:
+    """Evaluate with a pause after each answer, and send how many answers the engine gave."""
+    original, answered = Answerer.answer, []
+
+    def slow(self, questions, **options):
+        for answer in original(self, questions, **options):
+            time.sleep(0.3)
+            answered.append(1)
+            yield answer
+
+    Answerer.answer = slow
+    evaluate(StllavaMed(checkpoint))
+    counts.send(len(answered))
+
+
+def test_kill_9_loses_at_most_the_batch_in_hand(prepared, checkpoint, warm_processes):
     """Killed at five random moments; then it ends with the answers of an unbroken run."""
     evaluate(StllavaMed(str(checkpoint)))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", DRIVER, str(checkpoint)]
+    counted, counts = warm_processes.Pipe(duplex=False)
     known = 0
     for wanted in sorted(random.Random(4).sample(range(1, 20), 5)):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = warm_processes.Process(target=answer_slowly, args=(str(checkpoint), counts))
+        process.start()
         end = time.monotonic() + 120
-        while known < wanted and time.monotonic() < end and process.poll() is None:
+        while known < wanted and time.monotonic() < end and process.is_alive():
             time.sleep(0.01)
             files = list((prepared / "unfinished").glob("*.jsonl"))
             now = sum(file.read_bytes().count(b"\n") for file in files)
             assert now >= known  # what was on the disk stays there
             known = now
         assert known >= wanted
-        assert process.poll() is None, "it ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert int(done.stdout.split("answered")[-1]) == 24 - known
+        assert process.is_alive(), "it ended before it could be killed"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    process = warm_processes.Process(target=answer_slowly, args=(str(checkpoint), counts))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert counted.recv() == 24 - known
     unbroken, gone_on = run_folders(prepared)
     assert (unbroken / "answers.jsonl").read_bytes() == (gone_on / "answers.jsonl").read_bytes()
 

@@ -1,7 +1,6 @@
 """What judges are asked, what is read in their replies, what verdicts come to, and that nothing is paid twice."""
 
 import json
-import multiprocessing
 import re
 from collections import Counter
 from dataclasses import replace
@@ -492,7 +491,7 @@ def run_at(url: str, images, written, out) -> None:
 
 
 def test_a_judge_killed_at_twenty_random_moments_among_faults_loses_and_repeats_nothing(
-    images, written, tmp_path, chance
+    images, written, tmp_path, chance, warm_processes
 ):
     """Twelve faults, each met once by one question and twice by another; the server goes on through all kills."""
     asked = asked_of(candidates(30))
@@ -504,13 +503,11 @@ def test_a_judge_killed_at_twenty_random_moments_among_faults_loses_and_repeats_
     with FaultServer(faults, reply=fair) as there:
         run(there.url, candidates(30), images, written, whole, concurrency=4, timeout=0.5)
         unbroken = set(there.asked())
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__])
     kept: dict[tuple, dict] = {}
     asked_before: Counter = Counter()
     with FaultServer(faults, reply=fair, pause=0.03) as there:
         for kill in range(21):
-            process = processes.Process(target=run_at, args=(there.url, images, written, broken))
+            process = warm_processes.Process(target=run_at, args=(there.url, images, written, broken))
             process.start()
             if kill < 20:
                 process.join(0.15 + 0.3 * chance.random())

@@ -1,7 +1,6 @@
 """That the cost in a file of verdicts is the bill of the server, whatever comes back, and over kills."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -562,12 +561,9 @@ def run_at(url: str, images, written, out, concurrency: int) -> None:
 
 
 @pytest.fixture
-def process(images, written, out):
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__])
-
+def process(images, written, out, warm_processes):
     def start(url: str, concurrency: int):
-        one = processes.Process(target=run_at, args=(url, images, written, out, concurrency))
+        one = warm_processes.Process(target=run_at, args=(url, images, written, out, concurrency))
         one.start()
         return one
 
