@@ -165,6 +165,7 @@ class StllavaMed(lmms):
                     **parts,
                 )
             self._answers: dict[tuple[str, int], list[Answer | Failure]] = {}
+            self._rows_by_split: dict[tuple[str, str], tuple[Any, list[dict[str, Any]] | None]] = {}
             self._rows_of_images: dict[tuple[str, str], dict[str, int]] = {}
             self._cached = False
             self._answering = {"questions": 0, "seconds": 0.0}
@@ -196,8 +197,8 @@ class StllavaMed(lmms):
         ]
         told = texts[0]
         doc_id, task, split = request.args[-3:]
-        if self._is_ours(task, split):
-            question = self.task_dict[task][split]["question"][doc_id]
+        if rows := self._rows_of(task, split):
+            question = rows[doc_id]["question"]
             if unpack_final_answers(told, question) != final_answers(texts, request.args[0], self.rule):
                 told = pack_replies(texts, request.args[0], self.rule)
         tokens = [one.tokens for one in replies if isinstance(one, Answer)]
@@ -289,9 +290,18 @@ class StllavaMed(lmms):
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def _is_ours(self, task: str, split: str) -> bool:
-        """Return whether a task asks about one of our prepared splits; nothing is saved or recorded of other tasks."""
-        return dataset_of(task) in DATASETS and set(FIXED_FIELDS) <= set(self.task_dict[task][split].column_names)
+    def _rows_of(self, task: str, split: str) -> list[dict[str, Any]] | None:
+        """Return the rows of one of our prepared splits without their images; None of another task.
+
+        They are read once: datasets takes a millisecond for a row, and copies all features for a list of columns.
+        """
+        data = self.task_dict[task][split]
+        known = self._rows_by_split.get((task, split))
+        if known is None or known[0] is not data:
+            ours = dataset_of(task) in DATASETS and set(FIXED_FIELDS) <= set(data.column_names)
+            known = data, list(data.remove_columns("image")) if ours else None
+            self._rows_by_split[task, split] = known
+        return known[1]
 
     def _ask(self, request: Instance) -> list[_AskedQuestion]:
         """Return the questions of a request: one for each reply that is sampled."""
@@ -303,14 +313,15 @@ class StllavaMed(lmms):
                 "--model_args temperature=...,draws=..."
             )
         limit, until = self._limits(request)
-        ours = self._is_ours(task, split)  # another task's data is in no fingerprint, so its answers are not kept
+        rows = self._rows_of(task, split)
+        ours = rows is not None  # another task's data is in no fingerprint, so its answers are not kept
         if not ours and self.draws > 1:
             raise InputError(f"{task}: draws={self.draws} is for the tasks of stllava-med. Leave it out.")
         if ours and (request.repeats or 1) > 1:
             raise InputError(
                 f"{task}: repeats are not read. Pass --model_args temperature=...,draws={request.repeats}."
             )
-        text, image_id = (request.args[0], self.task_dict[task][split]["image_id"][doc_id]) if ours else ("", "")
+        text, image_id = ("", "") if rows is None else (request.args[0], rows[doc_id]["image_id"])
         key = question_key(task, split, doc_id, text, limit, until)
         return [
             _AskedQuestion(
@@ -399,9 +410,10 @@ class StllavaMed(lmms):
         limits: dict[str, set[tuple[int, tuple[str, ...]]]] = {}
         for request, response in zip(requests, responses, strict=True):
             doc_id, task, split = request.args[-3:]
-            if not self._is_ours(task, split):
+            docs = self._rows_of(task, split)
+            if docs is None:
                 continue
-            doc = self.task_dict[task][split].remove_columns("image")[doc_id]
+            doc = docs[doc_id]
             text = unwrap_generation_output(response)[0]
             known = dict(enumerate(self._answers.get(_question_index(request), ())))
             limits.setdefault(task, set()).add(self._limits(request))
