@@ -28,9 +28,19 @@ from stllava_eval.errors import InputError, printable
 from stllava_eval.images import decode, read_image, rgb
 from stllava_eval.inference.open import default_checkpoint, open_answerer
 from stllava_eval.inference.replies import Failure
-from stllava_eval.inference.server import ServerAnswerer
 from stllava_eval.inference.types import Answer, Question, QuestionAnswerer
-from stllava_eval.lmms.model_args import ANSWERING, ASKING, take_prompt_arguments, take_sampling, take_whole_number
+from stllava_eval.lmms.model_args import (
+    ANSWERING,
+    ASKING,
+    check_arguments,
+    check_values,
+    open_server,
+    refuse_fewshot,
+    rows_at_work,
+    take_prompt_arguments,
+    take_sampling,
+    take_whole_number,
+)
 from stllava_eval.lmms.plugin import MODEL
 from stllava_eval.lmms.resume import SavedAnswers, question_key
 from stllava_eval.runs.folder import answer_row, data_hashes, refuse_old_folder, trained_on, write_run
@@ -50,15 +60,6 @@ from stllava_eval.scoring.final_answer import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-IMAGES = ("own", "other", "black")
-BACKENDS = ("transformers", "openai_server")
-SERVER = ("base_url", "model", "concurrency", "retries", "timeout", "reasoning")
-CHECKPOINT = (
-    *("pretrained", "device", "dtype", "four_bit", "batch_tokens"),
-    *("base", "vision_tower", "projector", "vision_lora", "prototypes", "iterations"),
-)
 
 
 @dataclass(frozen=True)
@@ -138,22 +139,22 @@ class StllavaMed(lmms):
             refuse_fewshot(sys.argv)
             named: dict[str, object] = {"pretrained": pretrained, "device": device, "dtype": dtype}
             named |= {"four_bit": four_bit or None, "batch_tokens": batch_tokens}
-            _check_arguments(backend, {*parts, *(name for name in named if named[name] is not None)})
-            _check_values(images, four_bit, batch_tokens)
+            check_arguments(backend, {*parts, *(name for name in named if named[name] is not None)})
+            check_values(images, four_bit, batch_tokens)
             asking = {name: parts.pop(name) for name in ASKING if name in parts}
             self.rule = check_rule(asking.pop("extract", FINAL), "--model_args extract")
             self.limit: int | None = take_whole_number(asking, "max_new_tokens", 1)
             self.sampling, self.draws = take_sampling(asking)
             parts |= take_prompt_arguments(asking)
             self.images = images
-            self.rows = _rows(batch_size)
+            self.rows = rows_at_work(batch_size)
             self._rank = int(os.environ.get("RANK", 0))
             self._world_size = int(os.environ.get("WORLD_SIZE", 1))
             if self._rank == 0:
                 refuse_old_folder()
             self.answerer: QuestionAnswerer
             if backend == "openai_server":
-                self.answerer = _server(parts, self.rows, batch_size)
+                self.answerer = open_server(parts, self.rows, batch_size)
             else:
                 self.answerer = open_answerer(
                     str(pretrained or default_checkpoint()),
@@ -190,19 +191,19 @@ class StllavaMed(lmms):
     def _result(self, request: Instance, replies: Sequence[Answer | Failure]) -> GenerationResult:
         """Return the replies to a request as the one text that lmms-eval passes on; sealed only if needed."""
         texts = [
-            f"[LMMS_EVAL_REQUEST_FAILED after {one.attempts} attempts] {one.reason}"
-            if isinstance(one, Failure)
-            else one.text
-            for one in replies
+            f"[LMMS_EVAL_REQUEST_FAILED after {reply.attempts} attempts] {reply.reason}"
+            if isinstance(reply, Failure)
+            else reply.text
+            for reply in replies
         ]
-        told = texts[0]
+        passed_on = texts[0]
         doc_id, task, split = request.args[-3:]
         if rows := self._rows_of(task, split):
             question = rows[doc_id]["question"]
-            if unpack_final_answers(told, question) != final_answers(texts, request.args[0], self.rule):
-                told = pack_replies(texts, request.args[0], self.rule)
-        tokens = [one.tokens for one in replies if isinstance(one, Answer)]
-        return GenerationResult(told, TokenCounts(output_tokens=sum(tokens)) if tokens else None)
+            if unpack_final_answers(passed_on, question) != final_answers(texts, request.args[0], self.rule):
+                passed_on = pack_replies(texts, request.args[0], self.rule)
+        tokens = [reply.tokens for reply in replies if isinstance(reply, Answer)]
+        return GenerationResult(passed_on, TokenCounts(output_tokens=sum(tokens)) if tokens else None)
 
     def _answered(self, requests: Sequence[Instance]) -> list[list[Answer | Failure]]:
         """Return the replies to each request, including those that an unfinished run of this fingerprint has saved.
@@ -211,54 +212,52 @@ class StllavaMed(lmms):
         image. So the processes exchange what they were asked, and we reassign whole images (`_keys_by_process`).
         """
         self._saved = SavedAnswers(self.fingerprint(), self._rank)
-        draws = [self._ask(request) for request in requests]
-        asked = [one for of_request in draws for one in of_request]
-        everyones = self._gathered(({one.key: one for one in asked if one.ours}, self._saved.answers))
-        answers = {key: answer for _, known in everyones for key, answer in known.items()}
-        ours = {key: one for theirs, _ in everyones for key, one in theirs.items()}
-        if done := len(ours.keys() & answers.keys()):
-            logger.info("{} of {} questions were answered by a run that did not end", done, len(ours))
-        open_ = [one for key, one in sorted(ours.items()) if key not in answers]
-        mine = {key: self._question(ours[key]) for key in _keys_by_process(open_, self._world_size)[self._rank]}
-        mine |= {
-            one.key: self._foreign_question(one, request)
-            for of_request, request in zip(draws, requests, strict=True)
-            for one in of_request
-            if not one.ours
-        }
-        fresh = self._answer(mine, {key for key in mine if key in ours})
+        asked_by_request = [self._ask(request) for request in requests]
+        asked_here = {question.key: question for of_request in asked_by_request for question in of_request}
+        kept_here = {key: question for key, question in asked_here.items() if question.ours}
+        exchanged = self._gathered((kept_here, self._saved.answers))
+        answers = {key: answer for _, saved in exchanged for key, answer in saved.items()}
+        kept = {key: question for questions, _ in exchanged for key, question in questions.items()}
+        if done := len(kept.keys() & answers.keys()):
+            logger.info("{} of {} questions were answered by a run that did not end", done, len(kept))
+        unanswered = [question for key, question in sorted(kept.items()) if key not in answers]
+        mine = {key: self._question(kept[key]) for key in _keys_by_process(unanswered, self._world_size)[self._rank]}
+        for questions, request in zip(asked_by_request, requests, strict=True):
+            mine |= {
+                question.key: self._foreign_question(question, request) for question in questions if not question.ours
+            }
+        fresh = self._answer(mine, {key for key in mine if key in kept})
         outcomes: dict[str, Answer | Failure] = dict(answers)
         for of_process in self._gathered(fresh):
             outcomes |= of_process
         failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failure)]
         if failed and len(failed) == len(outcomes):
-            place = self.answerer.preprocessing.get("base_url", self.answerer.name)
+            asked = self.answerer.preprocessing.get("base_url", self.answerer.name)
             raise InputError(
-                f"{place}: none of {len(failed)} questions was answered: {failed[0].reason.rstrip('.')}. "
+                f"{asked}: none of {len(failed)} questions was answered: {failed[0].reason.rstrip('.')}. "
                 "When that is put right, the same command asks again."
             )
         if failed and self._rank == 0:
             logger.warning("{} of {} questions have no answer: {}", len(failed), len(outcomes), failed[0].reason)
-        outcomes |= self._with_opened_thoughts({key: outcomes[key] for key in sorted(ours.keys() & outcomes.keys())})
-        return [[outcomes[one.key] for one in of_request] for of_request in draws]
+        outcomes |= self._with_opened_thoughts({key: outcomes[key] for key in sorted(kept.keys() & outcomes.keys())})
+        return [[outcomes[question.key] for question in questions] for questions in asked_by_request]
 
     def _with_opened_thoughts(self, outcomes: dict[str, Answer | Failure]) -> dict[str, Answer | Failure]:
         """Return the replies, preceded by the thought mark if the chat template wrote one.
 
         A local model's prompt shows it; behind a server, the replies do.
         """
-        replies = {key: one for key, one in outcomes.items() if isinstance(one, Answer)}
+        replies = {key: reply for key, reply in outcomes.items() if isinstance(reply, Answer)}
         if mark := opens_thought(self.answerer.preprocessing["prompt"]):
-            return {key: replace(one, text=f"{mark}{one.text}") for key, one in replies.items()}
+            return {key: replace(reply, text=f"{mark}{reply.text}") for key, reply in replies.items()}
         assert self._saved is not None
-        said = [one.text for one in replies.values()]
+        written = [reply.text for reply in replies.values()]
         # under --use_cache, the few replies that are missing may all be cut, and show nothing by themselves
-        texts = with_opened_thoughts(said, [one.ended for one in replies.values()], self._saved.opening)
-        if self._rank == 0 and (
-            opening := next((text[: -len(of)] for text, of in zip(texts, said, strict=True) if text != of), "")
-        ):
-            self._saved.remember_opening(opening.rstrip())
-        return {key: replace(one, text=text) for (key, one), text in zip(replies.items(), texts, strict=True)}
+        texts = with_opened_thoughts(written, [reply.ended for reply in replies.values()], self._saved.opening)
+        changed = [text[: -len(before)] for text, before in zip(texts, written, strict=True) if text != before]
+        if self._rank == 0 and changed:
+            self._saved.remember_opening(changed[0].rstrip())
+        return {key: replace(reply, text=text) for (key, reply), text in zip(replies.items(), texts, strict=True)}
 
     def _answer(self, questions: dict[str, Question], kept: set[str]) -> dict[str, Answer | Failure]:
         """Return the outcomes by key; answers to the keys in `kept` are saved about every second."""
@@ -426,7 +425,7 @@ class StllavaMed(lmms):
         asked_with = {
             task: {
                 "max_new_tokens": max(limit for limit, _ in of),
-                "until": sorted({one for _, us in of for one in us}),
+                "until": sorted({stop for _, stops in of for stop in stops}),
             }
             for _, of_process in everyones
             for task, of in of_process.items()
@@ -507,41 +506,6 @@ class StllavaMedSimple(StllavaMed):
         return request.args[0], request.args[2](doc)
 
 
-def _check_arguments(backend: str, names: set[str]) -> None:
-    """Raise InputError if the backend is unknown, or does not take an argument with one of the names."""
-    if backend not in BACKENDS:
-        raise InputError(f"--model_args backend={backend}: unknown. Pass one of {', '.join(BACKENDS)}.")
-    takes = SERVER if backend == "openai_server" else CHECKPOINT
-    if unknown := sorted(names - {*takes, *ASKING}):
-        raise InputError(
-            f"--model_args {', '.join(unknown)}: unknown with backend={backend}. "
-            f"It takes images, {', '.join((*takes, *ASKING))}."
-        )
-
-
-def _check_values(images: str, four_bit: bool, batch_tokens: int | None) -> None:
-    """Raise InputError if one of these arguments has a value that it cannot have."""
-    if images not in IMAGES:
-        raise InputError(f"--model_args images={images}: unknown. Pass one of {', '.join(IMAGES)}.")
-    if not isinstance(four_bit, bool):
-        raise InputError(f"--model_args four_bit={four_bit}: pass True or False.")
-    if batch_tokens is not None and (type(batch_tokens) is not int or batch_tokens < 1):
-        raise InputError(f"--model_args batch_tokens={batch_tokens}: pass a whole number of tokens from 1 on.")
-
-
-def _server(parts: dict[str, Any], rows: int | None, batch_size: int | str) -> ServerAnswerer:
-    """Return an answerer that asks a server.
-
-    Raises:
-        InputError: No server is named, or a batch size is given.
-    """
-    if "base_url" not in parts:
-        raise InputError("--model_args backend=openai_server: needs base_url=http://HOST:PORT/v1 too.")
-    if rows:
-        raise InputError(f"--batch_size {batch_size}: a server makes its own batches. Pass concurrency=N.")
-    return ServerAnswerer(**parts)
-
-
 def _question_index(request: Instance) -> tuple[str, int]:
     return request.args[-2], request.args[-3]
 
@@ -553,8 +517,8 @@ def _keys_by_process(asked: Sequence[_AskedQuestion], processes: int) -> list[li
     (576 of the image and those of the system prompt), and a question with its answer 32 (our choice).
     """
     by_image: dict[tuple[str, str, str], list[str]] = {}
-    for one in asked:
-        by_image.setdefault((dataset_of(one.task), one.split, one.image_id), []).append(one.key)
+    for question in asked:
+        by_image.setdefault((dataset_of(question.task), question.split, question.image_id), []).append(question.key)
     dealt: list[list[str]] = [[] for _ in range(processes)]
     costs = [0] * processes
     for keys in sorted(by_image.values(), key=lambda keys: (-len(keys), keys[0])):
@@ -562,19 +526,6 @@ def _keys_by_process(asked: Sequence[_AskedQuestion], processes: int) -> list[li
         dealt[process] += keys
         costs[process] += 640 + 32 * len(keys)
     return dealt
-
-
-def _rows(given: int | str | None) -> int | None:
-    """Return the largest number of questions at a time; None leaves it to the memory and the engine.
-
-    lmms-eval passes the number 1 if nothing was typed, and a text otherwise.
-    """
-    if given is None or given == "auto" or (type(given) is int and given == 1):
-        return None
-    rows = int(given) if str(given).isdecimal() else 0
-    if rows < 1:
-        raise InputError(f"--batch_size {given}: not a batch size. Pass a whole number from 1 on, or auto.")
-    return rows
 
 
 def _upright(image: Any) -> Image:
@@ -587,19 +538,6 @@ def _upright(image: Any) -> Image:
         except OSError as error:
             raise InputError(f"{image}: cannot be read ({error.strerror}). Pass an image file.") from error
     return rgb(image)
-
-
-def refuse_fewshot(arguments: Sequence[str]) -> None:
-    """Refuse a call of lmms-eval with few-shot examples, because they never reach a chat model.
-
-    Raises:
-        InputError: `--num_fewshot` is there, perhaps shortened as argparse allows, with another number than 0.
-    """
-    for index, word in enumerate(arguments):
-        name, _, value = word.partition("=")
-        value = value or "".join(arguments[index + 1 : index + 2])
-        if name.startswith("--nu") and "--num_fewshot".startswith(name) and value != "0":
-            raise InputError(f"--num_fewshot {value}: stllava_med is asked without examples. Leave it out.")
 
 
 def _black() -> Image:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from stllava_eval.errors import InputError
+from stllava_eval.inference.server import ServerAnswerer
 from stllava_eval.inference.types import Sampling
 from stllava_eval.storage import expanded, read_text
 
+IMAGES = ("own", "other", "black")
+BACKENDS = ("transformers", "openai_server")
+SERVER = ("base_url", "model", "concurrency", "retries", "timeout", "reasoning")
+CHECKPOINT = (
+    *("pretrained", "device", "dtype", "four_bit", "batch_tokens"),
+    *("base", "vision_tower", "projector", "vision_lora", "prototypes", "iterations"),
+)
 SAMPLING = ("temperature", "top_p", "top_k", "seed", "draws")
 ASKING = ("extract", "max_new_tokens", "system", "enable_thinking", "min_pixels", "max_pixels", *SAMPLING)
 ANSWERING = 2  # raised if equal settings give other answers than before; 2 leaves out a model's own penalties
@@ -90,3 +99,75 @@ def system_prompt(given: str) -> str:
     if not given.strip():
         raise InputError(f"--model_args {source}: it is empty. Write a system prompt, or leave it out.")
     return given
+
+
+def check_arguments(backend: str, names: set[str]) -> None:
+    """Check that the backend is known and takes arguments of these names.
+
+    Raises:
+        InputError: It is not, or does not.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"--model_args backend={backend}: unknown. Pass one of {', '.join(BACKENDS)}.")
+    takes = SERVER if backend == "openai_server" else CHECKPOINT
+    if unknown := sorted(names - {*takes, *ASKING}):
+        raise InputError(
+            f"--model_args {', '.join(unknown)}: unknown with backend={backend}. "
+            f"It takes images, {', '.join((*takes, *ASKING))}."
+        )
+
+
+def check_values(images: str, four_bit: bool, batch_tokens: int | None) -> None:
+    """Check that these arguments have values that they can have.
+
+    Raises:
+        InputError: One has another.
+    """
+    if images not in IMAGES:
+        raise InputError(f"--model_args images={images}: unknown. Pass one of {', '.join(IMAGES)}.")
+    if not isinstance(four_bit, bool):
+        raise InputError(f"--model_args four_bit={four_bit}: pass True or False.")
+    if batch_tokens is not None and (type(batch_tokens) is not int or batch_tokens < 1):
+        raise InputError(f"--model_args batch_tokens={batch_tokens}: pass a whole number of tokens from 1 on.")
+
+
+def open_server(parts: dict[str, Any], rows: int | None, batch_size: int | str) -> ServerAnswerer:
+    """Return an answerer that asks a server.
+
+    Raises:
+        InputError: No server is named, or a batch size is given.
+    """
+    if "base_url" not in parts:
+        raise InputError("--model_args backend=openai_server: needs base_url=http://HOST:PORT/v1 too.")
+    if rows:
+        raise InputError(f"--batch_size {batch_size}: a server makes its own batches. Pass concurrency=N.")
+    return ServerAnswerer(**parts)
+
+
+def rows_at_work(given: int | str | None) -> int | None:
+    """Return the largest number of questions at a time; None leaves it to the memory and the engine.
+
+    lmms-eval passes the number 1 if nothing was typed, and a text otherwise.
+
+    Raises:
+        InputError: It is no number of questions.
+    """
+    if given is None or given == "auto" or (type(given) is int and given == 1):
+        return None
+    rows = int(given) if str(given).isdecimal() else 0
+    if rows < 1:
+        raise InputError(f"--batch_size {given}: not a batch size. Pass a whole number from 1 on, or auto.")
+    return rows
+
+
+def refuse_fewshot(arguments: Sequence[str]) -> None:
+    """Refuse a call of lmms-eval with few-shot examples, because they never reach a chat model.
+
+    Raises:
+        InputError: `--num_fewshot` is there, perhaps shortened as argparse allows, with another number than 0.
+    """
+    for index, word in enumerate(arguments):
+        name, _, value = word.partition("=")
+        value = value or "".join(arguments[index + 1 : index + 2])
+        if name.startswith("--nu") and "--num_fewshot".startswith(name) and value != "0":
+            raise InputError(f"--num_fewshot {value}: stllava_med is asked without examples. Leave it out.")
