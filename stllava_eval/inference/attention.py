@@ -141,26 +141,7 @@ def plan_step(
     Returns:
         The plan, (tokens,) packed ids and positions, and (rows,) the index of each row's last packed token.
     """
-    ids: list[int] = []
-    slots: list[int] = []
-    own_positions: list[int] = []
-    positions: list[int] = []
-    indices: list[int] = []
-    last: list[int] = []
-    fresh: list[Fresh] = []
-    for slot, row in enumerate(rows):
-        prefix: Any = row.prefix
-        start = len(ids)
-        ids += row.ids[row.cached :]
-        slots += [slot] * (len(row.ids) - row.cached)
-        own_positions += range(row.cached, len(row.ids))
-        positions += range(prefix.next_position + row.cached, prefix.next_position + len(row.ids))
-        indices += range(prefix.tokens + row.cached, prefix.tokens + len(row.ids))
-        last.append(len(ids) - 1)
-        if slot >= running:
-            if fresh and fresh[-1].slot == prefix.slot:  # one run for neighbours with one prefix
-                start = fresh.pop().start
-            fresh.append(Fresh(prefix.slot, prefix.tokens, start, len(ids)))
+    new, fresh = _pack(rows, running)
 
     def tensor(values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
@@ -178,10 +159,10 @@ def plan_step(
         prefixes=keys,
         prefix_rows=prefix_rows,
         prefix_tokens=[prefix.tokens for prefix in prefixes],
-        most_tokens=max(indices) + 1,
-        indices=tensor(indices),
-        slots=tensor(slots),
-        own_positions=tensor(own_positions),
+        most_tokens=max(new.indices) + 1,
+        indices=tensor(new.indices),
+        slots=tensor(new.slots),
+        own_positions=tensor(new.own_positions),
         running=running,
         running_length=running_length,
         running_hidden=torch.arange(running_length, device=device) >= held[:, None, None, None, None],
@@ -194,7 +175,38 @@ def plan_step(
         fresh_back=tensor(fresh_back),
         fresh_hidden=torch.arange(fresh_length, device=device) > seen[:, None, :, None, None],
     )
-    return plan, tensor(ids), tensor(positions), tensor(last)
+    return plan, tensor(new.ids), tensor(new.positions), tensor(new.last)
+
+
+@dataclass
+class _NewTokens:
+    """What is known of each packed token of a step, and for each row the index of its last one."""
+
+    ids: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)  # of its row
+    own_positions: list[int] = field(default_factory=list)  # index in its row, behind the prefix
+    indices: list[int] = field(default_factory=list)  # in its prompt, prefix included
+    positions: list[int] = field(default_factory=list)  # as the model counts
+    last: list[int] = field(default_factory=list)
+
+
+def _pack(rows: Sequence[Row], running: int) -> tuple[_NewTokens, list[Fresh]]:
+    """Return the new tokens of all rows, one behind the other, and the runs of fresh rows that share a prefix."""
+    new, fresh = _NewTokens(), list[Fresh]()
+    for slot, row in enumerate(rows):
+        prefix: Any = row.prefix
+        start = len(new.ids)
+        new.ids += row.ids[row.cached :]
+        new.slots += [slot] * (len(row.ids) - row.cached)
+        new.own_positions += range(row.cached, len(row.ids))
+        new.indices += range(prefix.tokens + row.cached, prefix.tokens + len(row.ids))
+        new.positions += range(prefix.next_position + row.cached, prefix.next_position + len(row.ids))
+        new.last.append(len(new.ids) - 1)
+        if slot >= running:
+            if fresh and fresh[-1].slot == prefix.slot:  # one run for neighbours with one prefix
+                start = fresh.pop().start
+            fresh.append(Fresh(prefix.slot, prefix.tokens, start, len(new.ids)))
+    return new, fresh
 
 
 def _running_grid(rows: Sequence[Row], prefixes: int) -> tuple[list[list[int]], list[int], list[int]]:
