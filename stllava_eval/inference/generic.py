@@ -11,7 +11,6 @@ from loguru import logger
 
 from stllava_eval.errors import InputError, one_line
 from stllava_eval.inference.base import PROBE, REPLY, EngineAnswerer, refused_image, set_in, user, written_out
-from stllava_eval.inference.decoding import special_ids
 from stllava_eval.inference.devices import progress_bar, torch_device, torch_dtype
 from stllava_eval.inference.packing import pack_linears
 from stllava_eval.inference.types import Answer, Question, image_key
@@ -448,7 +447,7 @@ class TransformersAnswerer(EngineAnswerer):
         if not common:
             raise _Unshared("its processor writes the image behind the question, or no tokens of it at all")
         end = len(whole) - common
-        special = special_ids(self.tokenizer).keys() | self._image_ids
+        special = self._special.keys() | self._image_ids
         last = max((number for number in range(end) if whole[number] in special), default=end - 1)
         return _ImagePrefix(whole[: last + 1], whole[last + 1 : end], plain[: len(plain) - common])
 

@@ -82,6 +82,8 @@ class Pretrained:
         with _loading(self.name):
             owner = next(folder for folder in self.folders if _has_processor(folder) or folder == self.base)
             processor = AutoProcessor.from_pretrained(owner, trust_remote_code=False)
+            # a fine-tuned model's template is sometimes in tokenizer_config.json alone
+            processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
             trained = next((folder for folder in self.adapters[::-1] if _has_tokenizer(folder)), None)
             if trained is None or _has_processor(trained):
                 return processor

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from stllava_eval.errors import InputError
 from stllava_eval.images import open_image
 from stllava_eval.inference.answerer import only_answers
+from stllava_eval.inference.decoding import special_ids
 from stllava_eval.inference.types import Answer, Question
 from stllava_eval.scoring.words import folded_words
 from stllava_eval.storage import read_text
@@ -358,7 +359,7 @@ def rows_of(answerer: EngineAnswerer, images: Images, settings: CandidateSetting
     """
     works = [_ImageWork(*image, settings) for image in images]
     steps = [("describe", work, 0, 0) for work in works]  # of every question put to the model: what it is for
-    special = answerer.tokenizer.all_special_tokens
+    special = list(special_ids(answerer.tokenizer).values())
     done: list[_ImageWork] = []
 
     def on_answer(index: int, answer: Answer) -> list[Question]:

@@ -1,6 +1,7 @@
 """Every family of models that the engine answers: the answers are those of the model's own `generate`."""
 
 import random
+import re
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from families import SHARED, UNSHARED, write_family
 from loguru import logger
 from PIL import Image
 
+from stllava_eval.errors import InputError
 from stllava_eval.inference.generic import ASK, TransformersAnswerer
 from stllava_eval.inference.types import Answer, Question, Sampling, cut_at_stop
 
@@ -177,3 +179,24 @@ def test_a_model_asks_by_an_instruction_and_further_rounds_share_what_was_said(f
     came = dict(answerer.answer([first], progress=False, on_answer=on_answer))
     assert [came[0].text, came[1].text] == [generated(answerer, question).text for question in (first, *further)]
     assert ASK in answerer.prompt(None, further[0].history)
+
+
+@pytest.mark.parametrize("folder", ["qwen2_vl", "idefics3"], indirect=True)
+def test_a_question_with_any_special_token_is_refused(folder):
+    """Most tokenizers name few of them as attributes: Llama 3.2's <|image|> and <|eot_id|> are marked special alone."""
+    answerer = TransformersAnswerer(str(folder))
+    for token in ("<image>", "<|im_end|>", "<video>" if "qwen" in folder.name else "<row_1_col_2>"):
+        with pytest.raises(InputError, match=f"holds the special token {re.escape(token)}"):
+            answers(answerer, [Question(f"Is {token} it?", partial(picture, 0), 4)])
+
+
+@pytest.mark.parametrize("folder", ["gemma3"], indirect=True)
+def test_the_special_tokens_of_a_large_vocabulary_are_read_once(folder, monkeypatch):
+    """Gemma's tokenizer has 6,400 added tokens, which take 20 ms to list."""
+    answerer = TransformersAnswerer(str(folder))
+    asked = [Question(text, partial(picture, 0), 2, image_key=0) for text in ASKED]
+    before = answers(answerer, asked)
+    monkeypatch.setattr(
+        type(answerer.tokenizer), "added_tokens_decoder", property(lambda _: pytest.fail("the tokens are listed again"))
+    )
+    assert answers(answerer, asked) == before

@@ -229,3 +229,14 @@ def test_an_adapter_on_itself_is_one_line(base, adapter):
     change(adapter, base_model_name_or_path=str(adapter))
     with pytest.raises(InputError, match="builds on itself"):
         open_pretrained(str(adapter))
+
+
+def test_a_template_in_the_tokenizers_file_alone_is_taken(base, tmp_path):
+    """Merged fine-tunes hold it there where only their tokenizer was saved again."""
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    assert open_pretrained(str(folder)).processor().chat_template == template

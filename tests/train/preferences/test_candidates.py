@@ -58,7 +58,7 @@ class Script:
     """An answerer whose words are made by a function, and which answers in an order of its own."""
 
     name, sha256, dtype = "script", "0" * 64, torch.float32
-    tokenizer = SimpleNamespace(all_special_tokens=["<s>", "</s>"])
+    tokenizer = SimpleNamespace(all_special_tokens=["<s>", "</s>"], all_special_ids=[1, 2])
 
     def __init__(self, say, seed: int = 0) -> None:
         self.say, self.draw = say, random.Random(seed)
