@@ -29,7 +29,7 @@ from stllava_eval.version import __version__
 from stllava_train.data.columns import columns_of
 from stllava_train.data.conversations import read_conversations
 from stllava_train.preferences.candidates import PRESETS, check_settings, images_in
-from stllava_train.preferences.judges.oracle import EXACT
+from stllava_train.preferences.judges.oracle import LOCAL_JUDGES
 from stllava_train.preferences.pair_selection import PairOptions, check_options, rule_of
 from stllava_train.preferences.verdicts import HUMAN_PREFIX
 from stllava_train.resumable import read_rows
@@ -126,7 +126,7 @@ class Pipeline:
         rule_of(recipe.pairs.rule, recipe.pairs.min_margin)
         check_options(PairOptions(per_image=recipe.pairs.per_image, held_out=recipe.pairs.held_out))
         for name in recipe.judges:
-            if name != EXACT:
+            if name not in LOCAL_JUDGES:
                 _check_judge(name)
         for file in self.data:
             if not file.is_file():

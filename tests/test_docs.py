@@ -39,3 +39,9 @@ def test_prose_is_wrapped_at_120_columns(page):
 def test_the_readme_reaches_its_first_command_within_150_words():
     before, _, _ = (ROOT / "README.md").read_text(encoding="utf-8").partition("```sh\n")
     assert len(before.split()) <= 150
+
+
+def test_the_tests_that_contributing_names_are_there():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    assert len(named) > 15
+    assert named <= {file.stem for file in (ROOT / "tests").rglob("test_*.py")}

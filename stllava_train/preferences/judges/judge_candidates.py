@@ -20,7 +20,7 @@ from stllava_train.preferences.judged import manifest_of_candidates
 from stllava_train.preferences.judges import human_judge, judging, prices
 from stllava_train.preferences.judges.batches import batches_under_way
 from stllava_train.preferences.judges.endpoint import EndpointJudge
-from stllava_train.preferences.judges.oracle import EXACT, exact_verdicts, sample_truths
+from stllava_train.preferences.judges.oracle import LOCAL_JUDGES
 from stllava_train.preferences.judges.prices import Price
 from stllava_train.preferences.judges.prompt import PRESETS, Comparison, Preset, questions, speaks_to_the_judge
 from stllava_train.preferences.rows import Candidate, read_candidates
@@ -170,7 +170,7 @@ def forecast_judging(job: JudgingJob, judge: str, options: JudgeOptions = JudgeO
     asked = questions(job.candidates, preset.both_orders, options.repeat)
     price = prices.read_price(model, options.prices)
     text = prices.forecast(model, asked, job.images, price, sum(preset.room))
-    if not options.reasoning and model != EXACT:
+    if not options.reasoning and model not in LOCAL_JUDGES:
         text += "\na model that thinks is billed for its thoughts too: --reasoning adds them to what it costs at most"
     return text
 
@@ -195,11 +195,11 @@ def judge_candidates(job: JudgingJob, judge: str, out: Path, options: JudgeOptio
     model, address, preset = _judge_of(judge, job, options)
     asked = questions(job.candidates, preset.both_orders, options.repeat)
     price = prices.read_price(model, options.prices)
-    truths = sample_truths() if model == EXACT else {}
+    local = LOCAL_JUDGES[model]() if model in LOCAL_JUDGES else None
     with judging.open_verdicts(out, job.file, job.preset) as ledger:
         due = judging.still_due(asked, model, ledger, preset)
-        if model == EXACT:
-            verdicts: Iterable[Verdict] = exact_verdicts(due, truths)
+        if local:
+            verdicts: Iterable[Verdict] = local(due)
         else:
             server = _Server(model, address or OPENAI, preset, price, job.images, options)
             verdicts = server.verdicts(due, ledger)
@@ -250,10 +250,10 @@ def judge_by_human(job: JudgingJob, name: str, out: Path, port: int = 0) -> int:
 def _judge_of(judge: str, job: JudgingJob, options: JudgeOptions) -> tuple[str, str, Preset]:
     """Return the name of a judge's model, the address of its server (empty for the default), and how it is asked."""
     model, _, address = judge.partition("@")
-    if model.startswith(HUMAN_PREFIX) or (model == EXACT and address):
+    if model.startswith(HUMAN_PREFIX) or (model in LOCAL_JUDGES and address):
         raise InputError(
-            f"--judge {judge}: exact has no server, and a name that begins with {HUMAN_PREFIX} is a person's: "
-            "--human NAME."
+            f"--judge {judge}: {', '.join(LOCAL_JUDGES)} has no server, and a name that begins with {HUMAN_PREFIX} is "
+            "a person's: --human NAME."
         )
     preset = PRESETS[job.preset]
     if options.max_tokens is not None:

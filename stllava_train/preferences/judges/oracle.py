@@ -5,8 +5,9 @@ The verdicts go where those of every judge go: into `judged.jsonl`, from which p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 from stllava_eval.errors import InputError
 from stllava_eval.images import decode, pixel_hash
@@ -50,6 +51,19 @@ def exact_verdicts(
             model="exact knowledge of the sample sets",
             cost=0.0,
         )
+
+
+def open_exact_judge() -> Callable[[Iterable[Comparison]], Iterator[Verdict]]:
+    """Return the judge that knows what the prepared sample images show.
+
+    Raises:
+        InputError: No sample set is prepared.
+    """
+    return partial(exact_verdicts, truths=sample_truths())
+
+
+LOCAL_JUDGES: dict[str, Callable[[], Callable[[Iterable[Comparison]], Iterator[Verdict]]]] = {EXACT: open_exact_judge}
+"""Judges that are no model behind a server, by the name that `--judge` takes: each is opened, then given questions."""
 
 
 def sample_truths() -> dict[str, dict[tuple[str, ...], str]]:
