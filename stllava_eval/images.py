@@ -119,7 +119,7 @@ def _refuse_frames(image: Image) -> None:
         try:
             for page in range(1, PAGES):
                 image.seek(page)
-                # tag 254, NewSubfileType: bit 0 is a smaller copy, bit 2 a mask (TIFF 6.0, section 8)
+                # tag 254, NewSubfileType: bit 0 is a smaller copy, bit 2 a mask (TIFF 6.0)
                 if not image.tag_v2.get(254, 0) & 0b101:  # type: ignore[attr-defined]
                     break
         except EOFError:
@@ -280,7 +280,7 @@ def _refuse_nearly_black(picture: Image) -> None:
 
 
 def _is_signed(stored: dict[int, Any]) -> bool:
-    """Return whether a TIFF with these tags holds signed numbers, by its SampleFormat (TIFF 6.0, section 19)."""
+    """Return whether a TIFF with these tags holds signed numbers, by its SampleFormat (TIFF 6.0)."""
     kinds = stored.get(339)  # one value for each channel; 2 is two's complement
     return (kinds[0] if isinstance(kinds, tuple) else kinds) == 2
 

@@ -94,7 +94,7 @@ def score_table(
 
     Failed requests of API adapters and missing ids are unanswered: they are counted and listed, and are in no mean. If
     a question has several sampled replies, its score is their mean; the interval over images then covers both sources
-    of variance, that of the questions and that of sampling (Miller, arXiv:2411.00640, section 3.1). The means of the
+    of variance, that of the questions and that of sampling (Miller, arXiv:2411.00640). The means of the
     N-th reply to each question have the category `draw=N`.
 
     Args:

@@ -225,7 +225,7 @@ def harmonic_mean(precision: float, recall: float) -> float:
 def bleu(answer: Sequence[str], reference: Sequence[str], orders: tuple[int, ...]) -> float:
     """Return the geometric mean of the answer's n-gram precisions of these orders, times BLEU's brevity penalty.
 
-    Source: Papineni et al. (ACL 2002), section 2.3, in the form of nltk: an order without a match counts as the
+    Source: Papineni et al. (ACL 2002), in the form of nltk: an order without a match counts as the
     smallest normal float instead of 0, whose logarithm does not exist.
     """
     if not set(answer) & set(reference):
@@ -234,7 +234,7 @@ def bleu(answer: Sequence[str], reference: Sequence[str], orders: tuple[int, ...
     for n in orders:
         answer_ngrams = Counter(zip(*(answer[i:] for i in range(n)), strict=False))
         wanted = Counter(zip(*(reference[i:] for i in range(n)), strict=False))
-        # the modified n-gram precision (Papineni et al., section 2.1): a match counts at most as often as wanted
+        # the modified n-gram precision (Papineni et al.): a match counts at most as often as wanted
         matches = sum(min(count, wanted[gram]) for gram, count in answer_ngrams.items() if gram in wanted)
         logarithms.append(math.log(matches / answer_ngrams.total() if matches else sys.float_info.min) / len(orders))
     penalty = min(1.0, math.exp(1 - len(reference) / len(answer)))

@@ -85,7 +85,7 @@ def precision(answer: str, reference: str, words: Words = singular_words) -> flo
 def f1(answer: str, reference: str, words: Words = singular_words) -> float:
     """Return the harmonic mean of `precision` and `recall`, in [0, 1]; 0 where both are 0.
 
-    Source: the F1 of SQuAD (arXiv:1606.05250, section 6.1), with the words of `singular_words`.
+    Source: the F1 of SQuAD (arXiv:1606.05250), with the words of `singular_words`.
 
     Raises:
         InputError: The reference has no words.
@@ -108,7 +108,7 @@ def bleu1(answer: str, reference: str, words: Words = singular_words) -> float:
     The penalty is exp(1 - reference words / answer words). References have two or three words, too few for the longer
     n-grams of the usual BLEU-4.
 
-    Source: Papineni et al. (ACL 2002), section 2.3, with N = 1.
+    Source: Papineni et al. (ACL 2002), with N = 1.
 
     Raises:
         InputError: The reference has no words.

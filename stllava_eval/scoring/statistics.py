@@ -77,7 +77,7 @@ def mean_clustered(scores: Sequence[float], clusters: Sequence[str], level: floa
     if error <= ROUNDING * max(1.0, abs(value)):
         low, high = _clopper_pearson(value, g, level) if are_shares else (None, None)
         return Estimate(value, n, g, low, high, 0.0)
-    # Student's t with G - 1 degrees of freedom: Cameron and Miller (2015), section VI, few clusters
+    # Student's t with G - 1 degrees of freedom: Cameron and Miller (2015), on few clusters
     reach = float(stdtrit(g - 1, (1 + level) / 2)) * error
     low, high = value - reach, value + reach
     if are_shares:
@@ -123,7 +123,7 @@ def bootstrap_clustered(
     error = float(means.std(ddof=1))
     if error <= ROUNDING * max(1.0, abs(value)):
         return Estimate(value, n, g, None, None, 0.0)
-    low, high = np.quantile(means, [0.025, 0.975])  # the percentile interval: Efron and Tibshirani, section 13.3
+    low, high = np.quantile(means, [0.025, 0.975])  # the percentile interval: Efron and Tibshirani
     return Estimate(value, n, g, float(low), float(high), error)
 
 
@@ -239,7 +239,8 @@ def detectable(standard_error: float, clusters: int, alpha: float = 0.05, power:
     It is the standard error times the sum of Student's t quantiles at 1 - alpha / 2 and at `power`, with clusters - 1
     degrees of freedom.
 
-    Source: Bloom, "Minimum detectable effects" (Evaluation Review 19:547, 1995).
+    Source: Bloom, "Minimum detectable effects" (Evaluation Review 19:547, 1995); clusters in the place of subjects are
+    our choice.
     """
     from scipy.special import stdtrit
 
@@ -283,7 +284,7 @@ def _error(sums: np.ndarray, counts: np.ndarray) -> float:
     n, g = counts.sum(), len(counts)
     deviations = sums - counts * (sums.sum() / n)  # (images,) sums of each image's deviations from the mean
     # Miller, equation 4, whose double sum over the questions of one image is the square of this sum; G / (G - 1) is the
-    # correction for few clusters of Cameron and Miller (2015), section II
+    # correction for few clusters of Cameron and Miller (2015)
     return math.sqrt(g / (g - 1) * float(np.square(deviations).sum())) / float(n)
 
 

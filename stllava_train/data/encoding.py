@@ -65,9 +65,9 @@ class Encoder:
     """Conversations -> token ids, through a checkpoint's processor.
 
     Learnt are, by character offsets in the rendered text, every answer with the space before it and its `</s>`, and
-    likewise the questions in `asks`: section 2.3 of the authors' rule, which their code reached by counting tokens.
-    An answer that the conversation says is not learnt is read as the others are and has no loss. A conversation's own
-    system text takes the place of the template's.
+    likewise the questions in `asks`. It is the authors' masking rule (`preprocess_v1_sq2` in their train.py), which
+    their code reaches by counting tokens. An answer that the conversation says is not learnt is read as the others are
+    and has no loss. A conversation's own system text takes the place of the template's.
 
     Args:
         processor: Of the checkpoint.
