@@ -108,8 +108,10 @@ def warm_processes(request):
     forkserver._forkserver._stop()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([request.module.__name__, *getattr(request.module, "PRELOAD", ())])
-    yield context
-    forkserver._forkserver._stop()
+    first = context.Process(target=int)  # starts the server, so that no kill comes before it is there
+    first.start()
+    first.join()
+    return context
 
 
 @pytest.fixture

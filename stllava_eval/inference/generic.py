@@ -249,9 +249,7 @@ class TransformersAnswerer(EngineAnswerer):
         if not self._warned:
             logger.warning("{}: answered in plain batches, images are not shared ({})", self.name, self._mismatch)
             self._warned = True
-        if on_answer:
-            raise InputError(f"{self.name}: further rounds need a model that the engine can share images of.")
-        yield from self._in_batches(questions, progress)
+        yield from self._in_batches(questions, progress, on_answer)
 
     def _tried_engine(self, questions: Sequence[Question]) -> Engine | None:
         """Return an engine for these questions; at the first call, set `_mismatch` to why none can answer them."""
@@ -274,20 +272,30 @@ class TransformersAnswerer(EngineAnswerer):
             break
         return engine
 
-    def _in_batches(self, questions: Sequence[Question], progress: bool) -> Iterator[tuple[int, Answer | Failure]]:
+    def _in_batches(
+        self,
+        questions: Sequence[Question],
+        progress: bool,
+        on_answer: Callable[[int, Answer], Sequence[Question]] | None,
+    ) -> Iterator[tuple[int, Answer | Failure]]:
         """Answer in padded batches by `generate`, with the engine's choice of each token."""
-        asked, size = list(enumerate(questions)), self.rows or ROWS
-        with progress_bar(len(questions), progress) as bar:
-            for start in range(0, len(asked), size):
-                batch = asked[start : start + size]
+        asked, size, start = list(questions), self.rows or ROWS, 0
+        with progress_bar(len(asked), progress) as bar:
+            while start < len(asked):
+                batch = list(enumerate(asked[start : start + size], start))
+                start += len(batch)
                 inputs, refused = self._taken(batch)
                 for index, why in refused.items():
                     bar.update()
-                    yield index, self._failure(questions[index], why)
+                    yield index, self._failure(asked[index], why)
                 batch = [(index, question) for index, question in batch if index not in refused]
                 for (index, question), ids in zip(batch, self._generated(batch, inputs) if batch else (), strict=True):
+                    answer = self._read(ids, question)
+                    further = on_answer(index, answer) if on_answer else ()
+                    asked.extend(further)
+                    bar.total += len(further)
                     bar.update()
-                    yield index, self._read(ids, question)
+                    yield index, answer
 
     def _taken(self, batch: Sequence[tuple[int, Question]]) -> tuple[Any, dict[int, Refused]]:
         """Return what the model takes for a batch without refused images, and by index why an image is refused."""

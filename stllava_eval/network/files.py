@@ -175,7 +175,7 @@ def refused(location: object, what: str) -> Iterator[None]:
         raise
     except ImportError as error:
         named = error.name if isinstance(error, ModuleNotFoundError) else None
-        hint = re.search(r"pip install ([\w.\[\]-]+)", str(error)) or re.search(r"`([\w.-]+)`", str(error))
+        hint = re.search(r"pip install (?:-\S+ )*([\w.\[\]-]+)", str(error)) or re.search(r"`([\w.-]+)`", str(error))
         package = named.partition(".")[0] if named else hint[1] if hint else ""
         run = f"Run `pip install {package}`" if package else "Install what it names"
         raise InputError(f"{location}: a package that it needs is not installed ({one_line(error)}). {run}.") from error

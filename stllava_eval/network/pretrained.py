@@ -104,12 +104,19 @@ class Pretrained:
         """
         from transformers import AutoModelForImageTextToText
 
+        if self.adapters and read_json(self.base / "config.json").get("quantization_config"):
+            raise InputError(
+                f"{self.name}: its base {self.base} is a quantised copy, into which no adapter can be merged. Pass "
+                "base with the 16-bit model that the copy was made from."
+            )
         with _loading(self.name):
             load: Any = AutoModelForImageTextToText.from_pretrained
             model, loading = load(self.base, dtype=dtype, output_loading_info=True, trust_remote_code=False)
         if missing := sorted(loading["missing_keys"]):
+            tie = ", or set tie_word_embeddings to true in its config.json if its head is the embedding"
             raise InputError(
-                f"{self.name}: {len(missing)} of its weights are missing ({first_few(missing)}). Copy it again."
+                f"{self.name}: {len(missing)} of its weights are missing ({first_few(missing)}). Copy it again"
+                f"{tie if missing == ['lm_head.weight'] else ''}."
             )
         if unused := sorted(loading["unexpected_keys"]):
             logger.warning(

@@ -163,7 +163,7 @@ def test_sampled_answers_depend_on_seed_image_question_and_index_alone(folder):
     assert len({answer.text for answer in together}) > len(asked) // 2
 
 
-@pytest.mark.parametrize("folder", ["qwen2_5_vl", "gemma3"], indirect=True)
+@pytest.mark.parametrize("folder", ["qwen2_5_vl", "gemma3", "qwen3_5", "mllama"], indirect=True)
 def test_a_model_asks_by_an_instruction_and_further_rounds_share_what_was_said(folder):
     answerer = TransformersAnswerer(str(folder))
     first = Question(ASKED[0], partial(picture, 0), 8, image_key=0, template="v1_sq")

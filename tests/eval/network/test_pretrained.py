@@ -240,3 +240,24 @@ def test_a_template_in_the_tokenizers_file_alone_is_taken(base, tmp_path):
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
     assert open_pretrained(str(folder)).processor().chat_template == template
+
+
+def test_an_adapter_on_a_quantised_copy_is_one_line_that_names_base(base, adapter, tmp_path):
+    """As unsloth leaves it."""
+    copy = tmp_path / "base-bnb-4bit"
+    shutil.copytree(base, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (copy / "config.json").write_text(json.dumps(config))
+    change(adapter, base_model_name_or_path=str(copy))
+    with pytest.raises(InputError, match=r"quantised copy.*Pass base with the 16-bit model"):
+        open_pretrained(str(adapter)).model(CPU, torch.float32)
+    open_pretrained(str(adapter), base=str(base)).model(CPU, torch.float32)
+
+
+def test_a_head_that_is_not_there_is_one_line_that_names_the_tie(tmp_path):
+    folder = write_family("idefics3", tmp_path / "model")
+    file = folder / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"}, file)
+    with pytest.raises(InputError, match=r"lm_head\.weight.*tie_word_embeddings to true"):
+        open_pretrained(str(folder)).model(CPU, torch.float32)
