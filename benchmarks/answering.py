@@ -12,7 +12,7 @@ model's `generate_until`: preparing images and prompts, answering, and what the 
 top. `over_bound_...` is our seconds / those of the work that no engine can leave out, each image and its prefix
 once and each further token once, at the rate at which this process forwards one prefix. `identical` is the share of
 answers equal to A's, which are those of `generate` one at a time. `--family qwen` compares with lmms-eval's
-`qwen2_5_vl` (A), on the network of toy_qwen.py; A sends each image as JPEG once more, so its answers are others.
+`qwen2_5_vl` (A), on the network of toy_qwen.py; A sends each image as JPEG once more, so its answers may be others.
 Images are 336 px, so that nobody resizes them: A
 resizes with torchvision, whose pixels differ from PIL's by up to two grey levels, and a random network goes on from
 there to other answers (3 of 10 at 512 px).
