@@ -19,6 +19,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from stllava_eval.data.catalog import DATASETS
 from stllava_eval.data.splits import read_split
 from stllava_eval.images import decode
 from stllava_eval.reports.board_formats import EXPLAINED, board_files
@@ -91,7 +92,7 @@ def write_board(
         stale=[
             old
             for old in (out / "images").glob("*.jpg")
-            if re.fullmatch(r"(?:vqarad|slake|pathvqa)-[0-9a-f]{16}\.jpg", old.name)
+            if re.fullmatch(rf"(?:{'|'.join(DATASETS)})-[0-9a-f]{{16}}\.jpg", old.name)
         ],
     )
 
