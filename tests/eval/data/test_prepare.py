@@ -249,9 +249,7 @@ def test_official_images_under_the_wrong_questions_are_refused(shared, tmp_path)
     records = pq.read_table(path).to_pylist()
     records[0]["image"], records[400]["image"] = records[400]["image"], records[0]["image"]
     parquet(path, records)
-    with pytest.raises(
-        InputError, match=r"2 rows are not in the official test with this image: .* row 0; .* row 400\."
-    ):
+    with pytest.raises(InputError, match=r"2 rows.*official.* row 0;.* row 400\b.*unchanged"):
         prepare("vqarad", "test", folder)
 
 
@@ -273,9 +271,7 @@ def test_a_changed_reference_is_refused_by_its_row(shared, tmp_path):
     rows = records_of(shared / "data/vqarad/testset.json")
     rows[7]["answer"] = "something else"
     source = vqarad_folder(shared, tmp_path, rows)
-    with pytest.raises(
-        InputError, match=rf"1 rows are not in the official test with this image: qid {rows[7]['qid']}\."
-    ):
+    with pytest.raises(InputError, match=rf"1 rows.*official.*qid {rows[7]['qid']}\b.*unchanged"):
         prepare("vqarad", "test", source)
 
 
@@ -421,7 +417,7 @@ def english_copy(rows: list[dict]) -> list[dict]:
 def test_a_slake_copy_without_answer_type_is_refused_with_the_reason(tmp_path, small_slake):
     parquet(tmp_path / "data/validation-00000-of-00001.parquet", english_copy(slake_rows()))
     with pytest.raises(
-        InputError, match=r"has no answer_type, and a closed answer of SLAKE need not be yes or no\. Put"
+        InputError, match=r"validation-00000-of-00001\.parquet.*answer_type.*closed.*validate\.json.*BoKelvin/SLAKE"
     ):
         prepare("slake", "validation", tmp_path)
 
@@ -474,14 +470,14 @@ def test_right_counts_with_other_words_are_not_official(tmp_path, monkeypatch):
 def test_an_answer_type_that_is_neither_open_nor_closed_is_refused(tmp_path, small_slake):
     rows = slake_rows()
     rows[1]["answer_type"] = "HALF"
-    with pytest.raises(InputError, match=r"1 broken rows. qid 101: answer_type 'HALF' is neither OPEN nor CLOSED"):
+    with pytest.raises(InputError, match=r"1 broken.*qid 101\b.*answer_type 'HALF'.*OPEN.*CLOSED.*unchanged"):
         prepare("slake", "validation", slake_folder(tmp_path, rows=rows))
 
 
 def test_rows_of_one_id_are_refused(tmp_path, small_slake):
     rows = slake_rows()
     rows[1]["qid"] = 100
-    with pytest.raises(InputError, match=r"validate.json has several rows of one id: 100"):
+    with pytest.raises(InputError, match=r"validate\.json.*several.*\b100\b.*unique"):
         prepare("slake", "validation", slake_folder(tmp_path, rows=rows))
 
 
@@ -576,17 +572,17 @@ def test_pathvqa_hub_copies_name_images_by_their_pixels(tmp_path, small_pathvqa)
         pytest.param({"img_id": None}, "no image", id="no image"),
         pytest.param({"label": {"liver": 1.0, "lung": 1.0}}, "no answer", id="two answers of one weight"),
         pytest.param({"label": {"lung": float("nan"), "liver": 1.0}}, "no answer", id="nan for a weight"),
-        pytest.param({"label": {7: 1.0}}, "answer 7 is a number, and not a text", id="a number for an answer"),
+        pytest.param({"label": {7: 1.0}}, r"answer 7\b.*number.*text", id="a number for an answer"),
         pytest.param(
             {"img_id": ["test_0001"]},
-            r"image_name \['test_0001'\] is a list of 1, and not a text",
+            r"image_name.*'test_0001'.*list.*text",
             id="a list for an image",
         ),
     ],
 )
 def test_a_row_that_lacks_something_is_refused_by_its_number(tmp_path, small_pathvqa, change, what):
     record = {"img_id": "test_0001", "sent": "What?", "label": {"liver": 1}, "question_id": 1, **change}
-    with pytest.raises(InputError, match=rf"1 broken rows\. qas/test_vqa\.pkl row 0: {what}"):
+    with pytest.raises(InputError, match=rf"1 broken.*test_vqa\.pkl row 0\b.*{what}.*unchanged"):
         prepare("pathvqa", "test", pathvqa_folder(tmp_path, [record], "test_vqa.pkl"))
 
 
@@ -612,7 +608,7 @@ class Hostile:
 
 def test_a_pickle_that_would_run_a_program_is_refused_and_does_not_run(tmp_path, small_pathvqa):
     folder = pathvqa_folder(tmp_path, [Hostile()])
-    with pytest.raises(InputError, match=r"qas/test_qa.pkl is refused: it holds \S+, and only lists, dicts"):
+    with pytest.raises(InputError, match=r"test_qa\.pkl.*refused.*holds \S+,.*lists.*Download"):
         prepare("pathvqa", "test", folder)
     assert not (tmp_path / "owned").exists()
     with (folder / "qas/test_qa.pkl").open("rb") as file:
@@ -622,7 +618,7 @@ def test_a_pickle_that_would_run_a_program_is_refused_and_does_not_run(tmp_path,
 
 @pytest.mark.parametrize("records", [{"a": 1}, ["text"], 7])
 def test_a_pickle_of_something_else_is_refused(tmp_path, small_pathvqa, records):
-    with pytest.raises(InputError, match=r"test_qa.pkl is not a list of records"):
+    with pytest.raises(InputError, match=r"test_qa\.pkl.*not a list.*Download"):
         prepare("pathvqa", "test", pathvqa_folder(tmp_path, records))
 
 
@@ -798,7 +794,7 @@ def test_a_damaged_reference_is_refused_in_vqarad_too(shared, tmp_path, damage):
     rows = records_of(shared / "data/vqarad/testset.json")
     rows[7]["answer"] = damage
     with pytest.raises(
-        InputError, match=rf"1 broken rows\. qid {rows[7]['qid']}: (no answer|answer .*not a text or a number)"
+        InputError, match=rf"1 broken.*qid {rows[7]['qid']}\b.*(no answer|answer .*text.*number).*unchanged"
     ):
         prepare("vqarad", "test", vqarad_folder(shared, tmp_path, rows))
 
@@ -976,7 +972,7 @@ def test_an_archive_with_one_name_in_two_spellings_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("imgs/a.jpg", picture(1))
         archive.writestr("imgs\\a.jpg", picture(2))
-    with pytest.raises(InputError, match=r"it holds imgs/a\.jpg twice, with / and with \\ in the name"):
+    with pytest.raises(InputError, match=r"imgs/a\.jpg.*twice.*/.*\\.*Download"):
         prepare("slake", "test", tmp_path / "a.zip")
 
 
@@ -1045,7 +1041,7 @@ def test_every_prepared_edition_can_be_read_by_its_name(both_pathvqa):
         "test@official-test. Name one of them, or run `stllava-eval prepare pathvqa --from DIR`, or "
         "`stllava-eval prepare pathvqa --sample`."
     )
-    with pytest.raises(InputError, match="pathvqa has no split test@official"):
+    with pytest.raises(InputError, match=r"pathvqa.*no split test@official.*train, validation, test"):
         prepare("pathvqa", "test@official")
 
 
@@ -1078,7 +1074,7 @@ def test_a_copy_that_an_earlier_version_prepared_with_the_official_ids_is_refuse
     prepare("pathvqa", "test", both_pathvqa[1])
     editions_of_pathvqa(monkeypatch)
     for read in (read_split, read_rows):
-        with pytest.raises(InputError, match=r"whose ids of the deduplicated test were also those of the official one"):
+        with pytest.raises(InputError, match=r"pathvqa/test\.parquet.*ids.*deduplicated.*official.*prepare pathvqa"):
             read("pathvqa", "test")
     prepare("pathvqa", "test", both_pathvqa[1])
     assert [row.id for row in read_rows("pathvqa", "test")] == ["dedup-0", "dedup-1"]
@@ -1100,7 +1096,7 @@ def test_a_kill_between_two_renames_loses_no_edition(home, both_pathvqa, monkeyp
     official, hub = both_pathvqa
     first = prepare("pathvqa", "test", official)
     (home / "data/pathvqa/test.parquet").rename(home / "data/pathvqa/test@official-test.parquet")  # and killed
-    with pytest.raises(InputError, match="is not the file that was prepared"):
+    with pytest.raises(InputError, match=r"pathvqa/test\.parquet.*not the file.*sha256.*prepare pathvqa"):
         read_rows("pathvqa", "test")
     prepare("pathvqa", "test", hub)
     monkeypatch.setattr(prepare_module, "open_files", None)
@@ -1113,7 +1109,7 @@ def test_a_sample_is_not_kept_and_does_not_replace_an_edition(home, both_pathvqa
     prepare("pathvqa", "test", both_pathvqa[1])
     assert not list((home / "data/pathvqa").glob("*@*"))
     prepare("pathvqa", "test", both_pathvqa[0])
-    with pytest.raises(InputError, match="a sample does not replace it"):
+    with pytest.raises(InputError, match=r"pathvqa/test\.parquet.*sample.*replace.*STLLAVA_HOME"):
         write_sample(sample(3), name="pathvqa")
     assert len(splits.prepared_editions("pathvqa", "test")) == 2
 
@@ -1167,9 +1163,7 @@ def test_a_run_during_which_another_edition_was_prepared_is_not_written(both_pat
     split = read_split("pathvqa", "test", images=False).to_list()
     rows = [answer_row("pathvqa", row, row["question"], final_answer("yes")) for row in split]
     prepare("pathvqa", "test", both_pathvqa[1])
-    with pytest.raises(
-        InputError, match=r"3 questions that were asked are not in the deduplicated test, .*\(0, 1, 2\)"
-    ):
+    with pytest.raises(InputError, match=r"pathvqa.*3 questions.*deduplicated.*\(0, 1, 2\).*Prepare"):
         write_run(rows, {"checkpoint": {"name": "a", "sha256": "0"}}, folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -1235,7 +1229,7 @@ def test_the_notes_are_logged_where_a_split_is_prepared_on_first_use(both_pathvq
 def test_a_zip_that_leads_out_of_its_folder_is_refused_by_name(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(name, "evil")
-    with pytest.raises(InputError, match=r"evil.txt' is a link or leads out of the archive's folder"):
+    with pytest.raises(InputError, match=r"evil\.txt'.*leads out.*[Dd]o not use"):
         prepare("slake", "test", tmp_path / "a.zip")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "home"]
 
@@ -1245,7 +1239,7 @@ def test_a_link_in_a_zip_is_refused(tmp_path):
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(link, "/etc/passwd")
-    with pytest.raises(InputError, match=r"'imgs/link.jpg' is a link"):
+    with pytest.raises(InputError, match=r"'imgs/link\.jpg'.*link.*[Dd]o not use"):
         prepare("slake", "test", tmp_path / "a.zip")
 
 
@@ -1265,7 +1259,7 @@ def test_a_tar_that_leads_out_of_its_folder_is_refused_by_name(tmp_path, name, k
     member.type, member.linkname = kind, target
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         archive.addfile(member)
-    with pytest.raises(InputError, match=r"evil.txt' is a link or leads out of the archive's folder"):
+    with pytest.raises(InputError, match=r"evil\.txt'.*leads out.*[Dd]o not use"):
         prepare("slake", "test", tmp_path / "a.tar.gz")
 
 
@@ -1284,7 +1278,7 @@ def test_a_damaged_member_is_refused_by_name(tmp_path, small_slake):
     content = bytearray(path.read_bytes())
     content[header + 300] ^= 255  # well inside the image
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"xmlab1/source.jpg cannot be read .*CRC"):
+    with pytest.raises(InputError, match=r"xmlab1/source\.jpg.*read.*CRC.*Download"):
         prepare("slake", "validation", path)
 
 
@@ -1336,10 +1330,15 @@ def test_a_zip_of_three_gigabytes_of_blanks_is_refused_by_the_size_that_it_names
 @pytest.mark.parametrize(
     ("member", "megabytes", "told"),
     [
-        pytest.param("validate.json", 1, "validate.json has 1,048,576 bytes, and at most 65,536", id="JSON"),
-        pytest.param("validation.jsonl", 1, "has 1,048,576 bytes, and at most 65,536", id="JSONL"),
-        pytest.param("imgs.zip", 2, "imgs.zip has 2,097,152 bytes, and at most 1,048,576", id="nested"),
-        pytest.param("data/validation-0.parquet", 3, "has 3,145,728 bytes, and at most 2,097,152", id="parquet"),
+        pytest.param("validate.json", 1, r"validate\.json.*1,048,576 bytes.*most 65,536\b.*Download", id="JSON"),
+        pytest.param("validation.jsonl", 1, r"validation\.jsonl.*1,048,576 bytes.*most 65,536\b.*Download", id="JSONL"),
+        pytest.param("imgs.zip", 2, r"imgs\.zip.*2,097,152 bytes.*most 1,048,576\b.*Download", id="nested"),
+        pytest.param(
+            "data/validation-0.parquet",
+            3,
+            r"validation-0\.parquet.*3,145,728 bytes.*most 2,097,152\b.*Download",
+            id="parquet",
+        ),
     ],
 )
 @pytest.mark.parametrize("ending", [".zip", ".tar.gz"])
@@ -1364,7 +1363,7 @@ def test_zips_in_a_zip_have_one_limit_together(tmp_path, small_limits):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("one.zip", inner)
         archive.writestr("two.zip", inner)
-    with pytest.raises(InputError, match=r"two\.zip has 60\d,\d+ bytes, and at most 44\d,\d+ are read"):
+    with pytest.raises(InputError, match=r"two\.zip.*60\d,\d+ bytes.*most 44\d,\d+.*Download"):
         prepare("slake", "validation", tmp_path / "a.zip")
 
 
@@ -1372,10 +1371,10 @@ def test_an_image_that_is_too_large_is_refused_and_so_are_too_many(tmp_path, sma
     folder = slake_folder(tmp_path)
     (folder / "imgs/xmlab1/source.jpg").write_bytes(picture(1, "JPEG") + bytes(2**18))
     path = packed(folder, ".zip")
-    with pytest.raises(InputError, match=r"xmlab1/source\.jpg has 26\d,\d+ bytes, and at most 262,144 are read"):
+    with pytest.raises(InputError, match=r"xmlab1/source\.jpg.*26\d,\d+ bytes.*most 262,144\b.*Download"):
         prepare("slake", "validation", path)
     set_limit(monkeypatch, "IMAGES_BYTES", 1000)
-    with pytest.raises(InputError, match=r"images of 26\d,\d+ bytes, and at most 1,000 are read"):
+    with pytest.raises(InputError, match=r"images.*26\d,\d+ bytes.*most 1,000\b.*Download"):
         prepare("slake", "validation", path)
 
 
@@ -1394,7 +1393,7 @@ def test_a_zip_whose_sizes_are_not_true_is_refused(tmp_path, kind):
 def test_a_zip_in_a_compression_that_cannot_be_unpacked_piece_by_piece_is_refused(tmp_path, kind):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", kind) as archive:
         archive.writestr("validate.json", BLANK)
-    with pytest.raises(InputError, match=rf"'validate.json' is compressed in a way \(number {kind}\)"):
+    with pytest.raises(InputError, match=rf"'validate\.json'.*compressed.*\b{kind}\b.*zip.*unpack"):
         prepare("slake", "validation", tmp_path / "a.zip")
 
 
@@ -1409,7 +1408,7 @@ def test_tar_archives_are_read_in_every_compression_and_up_to_a_size(tmp_path, s
             member = tarfile.TarInfo(f"{number}.bin")
             member.size = 2**21
             archive.addfile(member, io.BytesIO(BLANK * 2))
-    with pytest.raises(InputError, match=r"2,097,152 bytes, .* 8,388,608 in all|unpacks to more than 8,388,608"):
+    with pytest.raises(InputError, match=r"(2,097,152 bytes|unpacks).*8,388,608\b.*Download"):
         prepare("slake", "validation", tmp_path / "b.tar")
 
 
@@ -1422,7 +1421,7 @@ def test_a_tar_that_says_too_much_of_its_members_is_refused(tmp_path, small_limi
         for number in range(300):
             archive.addfile(tarfile.TarInfo(f"{number}.txt"))
     for name in ("long", "many"):
-        with pytest.raises(InputError, match="more is in it than the files of a data set take"):
+        with pytest.raises(InputError, match=rf"{name}\.tar\.gz.*more.*data set.*Download"):
             prepare("slake", "validation", tmp_path / f"{name}.tar.gz")
 
 
@@ -1430,7 +1429,7 @@ def test_a_tar_that_promises_a_terabyte_is_refused_at_once(tmp_path):
     member = tarfile.TarInfo("validate.json")
     member.size = 2**40
     (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT))
-    with pytest.raises(InputError, match=r"validate\.json has 1,099,511,627,776 bytes, and at most 2,147,483,648"):
+    with pytest.raises(InputError, match=r"validate\.json.*1,099,511,627,776 bytes.*most 2,147,483,648\b.*Download"):
         prepare("slake", "validation", tmp_path / "a.tar")
 
 
@@ -1447,7 +1446,7 @@ def test_a_folder_with_something_else_under_a_files_name_is_refused(tmp_path, sm
     else:
         file.symlink_to("/dev/zero" if kind == "device" else "nowhere")
     told = {"nowhere": "cannot be read", "sparse": r"1,099,511,62\d,\d+ bytes|not a whole zip"}
-    with pytest.raises(InputError, match=told.get(kind, rf"{name} is no regular file")) as refused:
+    with pytest.raises(InputError, match=told.get(kind, rf"{name}.*regular.*[Pp]ass a folder")) as refused:
         prepare("slake", "validation", tmp_path / "slake")
     assert "\n" not in str(refused.value)
 
@@ -1457,28 +1456,30 @@ def test_a_source_that_need_not_end_is_refused(tmp_path, kind):
     source = Path("/dev/zero") if kind == "device" else tmp_path / "pipe"
     if kind == "pipe":
         os.mkfifo(source)
-    with pytest.raises(InputError, match=rf"^{source} is neither a folder nor a regular file"):
+    with pytest.raises(InputError, match=rf"^{source}\b.*neither.*regular.*Pass"):
         prepare("slake", "validation", source)
 
 
 @pytest.mark.parametrize("source", ["x" * 256, "a/" * 3000, "~no-such-user/slake"])
 def test_a_name_that_nothing_can_have_is_refused(source):
-    with pytest.raises(InputError, match="no such folder or archive"):
+    with pytest.raises(InputError, match=r"no such folder.*[Pp]ass.*slake"):
         prepare("slake", "validation", source)
 
 
 def test_parquet_files_that_unpack_to_much_are_refused(tmp_path, small_slake, small_limits, monkeypatch):
     rows = [{**row, "qid": None} for row in english_copy(slake_rows())]
     parquet(tmp_path / "a/data/validation-0.parquet", [{**row, "question": " " * 10**5} for row in rows])
-    with pytest.raises(InputError, match=r"validation-0\.parquet holds more than 262,144 bytes beside its images"):
+    with pytest.raises(InputError, match=r"validation-0\.parquet.*262,144 bytes.*beside.*Download"):
         prepare("slake", "validation", tmp_path / "a")
     parquet(tmp_path / "b/data/validation-0.parquet", [{**row, "more": "x" * 2**22} for row in rows])
     set_limit(monkeypatch, "UNPACKED_BYTES", 2**21)
-    with pytest.raises(InputError, match=r"validation-0\.parquet unpacks to 4,\d+,\d+ bytes, and at most 2,097,152"):
+    with pytest.raises(
+        InputError, match=r"validation-0\.parquet.*unpacks.*4,\d+,\d+ bytes.*most 2,097,152\b.*Download"
+    ):
         prepare("slake", "validation", tmp_path / "b")
     set_limit(monkeypatch, "IMAGES_BYTES", 100)
     parquet(tmp_path / "c/data/validation-0.parquet", rows)
-    with pytest.raises(InputError, match=r"validation images of more than 100 bytes"):
+    with pytest.raises(InputError, match=r"validation.*images.*more.*\b100 bytes.*Download"):
         prepare("slake", "validation", tmp_path / "c")
 
 
@@ -1486,11 +1487,11 @@ def test_a_key_that_appears_twice_is_refused_with_its_line(tmp_path, small_slake
     folder = slake_folder(tmp_path)
     text = json.dumps(slake_rows(), indent=0)
     (folder / "validate.json").write_text(text.replace('"answer": "Yes"', '"answer": "Yes",\n"answer": "No"', 1))
-    with pytest.raises(InputError, match=r"validate\.json is no JSON \(key 'answer' appears twice: line 2 column 1"):
+    with pytest.raises(InputError, match=r"validate\.json.*JSON.*'answer'.*twice.*line 2\b.*Download"):
         prepare("slake", "validation", folder)
     (folder / "validate.json").unlink()
     (folder / "validation.jsonl").write_text('{"qid": 1}\n{"qid": 2, "qid": 3}\n')
-    with pytest.raises(InputError, match=r"validation\.jsonl is no JSON \(line 2: key 'qid' appears twice"):
+    with pytest.raises(InputError, match=r"validation\.jsonl.*JSON.*line 2\b.*'qid'.*twice.*Download"):
         prepare("slake", "validation", folder)
 
 
@@ -1524,9 +1525,7 @@ def test_two_images_of_one_name_are_refused(tmp_path, small_slake):
     other.write_bytes((folder / "imgs/xmlab0/source.jpg").read_bytes())
     prepare("slake", "validation", folder)  # equal ones do no harm
     other.write_bytes(picture(9))
-    with pytest.raises(
-        InputError, match=r"is \S+/imgs/xmlab0/source.jpg and \S+/other/xmlab0/source.jpg, which differ"
-    ):
+    with pytest.raises(InputError, match=r"\S+/imgs/xmlab0/source\.jpg.*\S+/other/xmlab0/source\.jpg.*differ.*Keep"):
         prepare("slake", "validation", packed(folder, ".zip"))
 
 
@@ -1546,7 +1545,7 @@ def test_missing_and_broken_images_are_listed_together_the_first_twenty_by_row(t
     for n in range(2, 30):
         (folder / f"imgs/xmlab{n}").mkdir()
         (folder / f"imgs/xmlab{n}/source.jpg").write_bytes(picture(n, "JPEG"))
-    with pytest.raises(InputError, match=r"1 missing or unreadable images. qid 1 \(1 rows\): .*truncated"):
+    with pytest.raises(InputError, match=r"1 missing.*qid 1 \(1 rows\).*truncated.*Download"):
         prepare("slake", "validation", folder)
 
 
@@ -1554,32 +1553,30 @@ def test_truncated_images_are_refused_where_another_package_lets_pillow_fill_the
     monkeypatch.setattr(PIL.ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as lmms-eval does for the whole process
     noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8))
     cut = encoded(noise, "JPEG")[:-1000]
-    with pytest.raises(InputError, match=r"1 missing or unreadable images\. 0 .*truncated"):
+    with pytest.raises(InputError, match=r"1 missing.* 0 \(1 rows\).*truncated.*Download"):
         write_sample([replace(sample(1)[0], image=cut)])
     assert PIL.ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_a_source_without_the_split_says_what_it_looked_for(tmp_path):
-    with pytest.raises(
-        InputError, match=r"holds no test split: neither SLAKE's own test.json .*, nor a hub copy's test-"
-    ):
+    with pytest.raises(InputError, match=r"no test split.*test\.json.*test-\*\.parquet.*[Pp]ass"):
         prepare("slake", "test", tmp_path)
 
 
 def test_a_source_that_is_no_folder_and_no_archive_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(InputError, match="is neither a folder nor a zip or tar archive"):
+    with pytest.raises(InputError, match=r"a\.json.*neither.*zip.*tar.*Pass"):
         prepare("slake", "test", tmp_path / "a.json")
-    with pytest.raises(InputError, match="no such folder or archive"):
+    with pytest.raises(InputError, match=r"no such folder.*[Pp]ass.*slake"):
         prepare("slake", "test", tmp_path / "nowhere")
 
 
 def test_names_we_do_not_know_are_refused():
-    with pytest.raises(InputError, match=r"omnimed: no such data set. There are vqarad, slake, pathvqa\."):
+    with pytest.raises(InputError, match=r"omnimed.*no such data set.*vqarad, slake, pathvqa"):
         prepare("omnimed", "test")
-    with pytest.raises(InputError, match=r"pathvqa has no split dev. It has train, validation, test"):
+    with pytest.raises(InputError, match=r"pathvqa.*no split dev\b.*train, validation, test"):
         prepare("pathvqa", "dev")
-    with pytest.raises(InputError, match=r"VQA-RAD has no validation split of its own; .* --sample` makes one"):
+    with pytest.raises(InputError, match=r"VQA-RAD.*no validation.*prepare --sample"):
         prepare("vqarad", "validation")
 
 
@@ -1774,11 +1771,11 @@ def test_the_manifest_counts_and_names_its_format(home):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: [], "vqarad test has no rows"),
-        (lambda rows: [*rows, rows[0]], "several rows of one id: 0"),
-        (lambda rows: [replace(rows[0], kind="OPEN")], "a kind is open or closed, not 0: 'OPEN'"),
-        (lambda rows: [replace(rows[0], image=b"no image")], "1 missing or unreadable images. 0 "),
-        (lambda rows: [rows[0], replace(rows[1], image_id="0.png")], "one image_id, several images: 0.png"),
+        (lambda rows: [], r"vqarad test.*no rows.*[Pp]ass"),
+        (lambda rows: [*rows, rows[0]], r"several.*id.*\b0\b.*unique"),
+        (lambda rows: [replace(rows[0], kind="OPEN")], r"kind.*open or closed.*\b0: 'OPEN'"),
+        (lambda rows: [replace(rows[0], image=b"no image")], r"1 missing.* 0 \(1 rows\).*8 bytes.*Download"),
+        (lambda rows: [rows[0], replace(rows[1], image_id="0.png")], r"image_id.*several.*0\.png.*one name"),
     ],
     ids=["none", "an id twice", "a kind", "an image", "an image's name"],
 )
@@ -1792,7 +1789,7 @@ def test_a_sample_never_replaces_a_real_split_and_a_real_one_replaces_a_sample(t
     write_sample(sample(3), name="slake", split="validation")
     assert read_manifest("slake", "validation").sample
     official = prepare("slake", "validation", slake_folder(tmp_path))
-    with pytest.raises(InputError, match=r"a sample does not replace it. Set STLLAVA_HOME to another folder"):
+    with pytest.raises(InputError, match=r"slake/validation\.parquet.*sample.*replace.*STLLAVA_HOME"):
         write_sample(sample(3), name="slake", split="validation")
     assert read_manifest("slake", "validation") == official
     assert len(read_rows("slake", "validation")) == 3
@@ -1817,16 +1814,14 @@ def test_a_changed_file_is_refused(home):
     content[content.index(b"IHDR")] ^= 1
     path.write_bytes(content)
     for read in (read_split, read_rows):
-        with pytest.raises(InputError, match="is not the file that was prepared: its sha256 is not the manifest's"):
+        with pytest.raises(InputError, match=r"vqarad/test\.parquet.*not the file.*sha256.*prepare vqarad"):
             read("vqarad", "test")
 
 
 def test_nothing_prepared_names_the_command():
-    with pytest.raises(
-        InputError, match=r"Run `stllava-eval prepare vqarad --from DIR`, or `stllava-eval prepare vqarad --sample`"
-    ):
+    with pytest.raises(InputError, match=r"vqarad test.*prepare vqarad --from DIR`.*prepare vqarad --sample`"):
         read_split("vqarad", "test")
-    with pytest.raises(InputError, match="Run `stllava-eval prepare vqarad --split train --from DIR`"):
+    with pytest.raises(InputError, match=r"vqarad train.*prepare vqarad --split train --from DIR`"):
         read_split("vqarad", "train")
 
 
@@ -1834,7 +1829,7 @@ def test_nothing_prepared_names_the_command():
 def test_a_manifest_that_is_not_ours_is_refused(home, text):
     write_sample(sample(3))
     (home / "data/vqarad/test.json").write_text(text)
-    with pytest.raises(InputError, match="Remove it and prepare vqarad again"):
+    with pytest.raises(InputError, match=r"vqarad/test\.json.*Remove.*prepare vqarad"):
         read_manifest("vqarad", "test")
 
 

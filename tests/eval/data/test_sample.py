@@ -401,18 +401,18 @@ def test_nothing_is_downloaded(monkeypatch):
 
 
 def test_an_unknown_set_or_split_is_named():
-    with pytest.raises(InputError, match=r"'rad' is unknown. A sample set is one of vqarad, slake, pathvqa"):
+    with pytest.raises(InputError, match=r"set 'rad'.*unknown.*vqarad, slake, pathvqa"):
         sample_rows("rad", "test")
-    with pytest.raises(InputError, match=r"'dev' is unknown. A split is one of train, validation, test"):
+    with pytest.raises(InputError, match=r"split 'dev'.*unknown.*train, validation, test"):
         sample_rows("slake", "dev")
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(image_files, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match="scikit-image is not installed"):
+    with pytest.raises(InputError, match=r"scikit-image.*not installed.*pip install.*\[sample\]"):
         image_files.package_file("skimage", "data/ihc.png")
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"no-such\.png: not in the installed scikit-image"):
+    with pytest.raises(InputError, match=r"no-such\.png.*scikit-image.*constraints\.txt"):
         image_files.package_file("skimage", "data/no-such.png")

@@ -453,17 +453,21 @@ def shard_beside_the_whole(folder: Path) -> None:
 
 
 BROKEN = [
-    pytest.param(shard_beside_the_whole, r"holds pytorch_model\.bin and pytorch_model\.bin\.index\.json", id="both"),
-    pytest.param(drop_a_shard, r"1 of 3 shards are missing \(pytorch_model-00002-of-00003\.bin\)", id="missing shard"),
-    pytest.param(add_a_tensor, r"1 left over \(pytorch_model\.bin: model\.image_newline\)", id="extra tensor"),
-    pytest.param(reshape_a_tensor, r"model\.norm\.weight is \[47\], the network's .* is \[48\]", id="wrong shape"),
-    pytest.param(remove_the_tower, r"names '\./vit' as its vision tower: .*pass --vision-tower", id="no tower"),
-    pytest.param(cut, r"pytorch_model\.bin: cannot be read .*cut short", id="truncated"),
-    pytest.param(quantise, r"model\.norm\.weight is torch\.int8, not floating point", id="wrong type"),
-    pytest.param(lose_a_tensor, r"1 missing \(lm_head\.weight\)", id="missing tensor"),
+    pytest.param(shard_beside_the_whole, r"pytorch_model\.bin\b.*pytorch_model\.bin\.index\.json.*Move", id="both"),
     pytest.param(
-        lie_about_rows, r"lm_head\.weight is \[64, 48\], the network's lm_head\.weight is \[60, 48\]", id="rows"
+        drop_a_shard, r"1 of 3 shards.*missing.*pytorch_model-00002-of-00003\.bin\b.*Copy", id="missing shard"
     ),
+    pytest.param(
+        add_a_tensor, r"1 left over.*pytorch_model\.bin\b.*model\.image_newline\b.*complete", id="extra tensor"
+    ),
+    pytest.param(
+        reshape_a_tensor, r"1 of the wrong shape.*model\.norm\.weight is \[47\].*\[48\].*complete", id="wrong shape"
+    ),
+    pytest.param(remove_the_tower, r"'\./vit'.*vision tower.*no such folder.*--vision-tower", id="no tower"),
+    pytest.param(cut, r"pytorch_model\.bin.*read.*cut short.*copy", id="truncated"),
+    pytest.param(quantise, r"model\.norm\.weight.*torch\.int8\b.*floating point.*complete", id="wrong type"),
+    pytest.param(lose_a_tensor, r"1 missing.*lm_head\.weight\b.*complete", id="missing tensor"),
+    pytest.param(lie_about_rows, r"lm_head\.weight is \[64, 48\].*network.*\[60, 48\].*complete", id="rows"),
 ]
 
 
@@ -481,7 +485,7 @@ def test_a_cut_safetensors_file_is_refused(full):
     file = folder / "model.safetensors"
     save_file({name: one.contiguous() for name, one in original_names(model).items()}, file)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"model\.safetensors: cannot be read .*cut short"):
+    with pytest.raises(InputError, match=r"model\.safetensors.*read.*cut short.*copy"):
         open_checkpoint(str(folder), prototypes=3)
 
 
@@ -499,7 +503,7 @@ def test_code_in_a_pickle_never_runs(full, tmp_path, monkeypatch, kind):
         (folder / "pytorch_model.bin").write_bytes(pickle.dumps(tensors))
     else:
         torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "torch")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin: its pickle holds .* and was not loaded"):
+    with pytest.raises(InputError, match=r"pytorch_model\.bin.*pickle.*not loaded.*safetensors"):
         open_checkpoint(str(folder), prototypes=3)
     assert not (tmp_path / "home-was-run").exists()
 
@@ -514,13 +518,15 @@ def test_a_shard_outside_the_folder_is_refused(full):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param({"mm_projector_type": "linear"}, "mm_projector_type 'linear' is not supported", id="projector"),
+        pytest.param(
+            {"mm_projector_type": "linear"}, r"mm_projector_type 'linear'.*cluster.*mlp2x_gelu", id="projector"
+        ),
         pytest.param({"mm_use_im_start_end": True}, "mm_use_im_start_end", id="markers"),
         pytest.param({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres'", id="LLaVA-1.6"),
         pytest.param({"mm_vision_select_feature": "best"}, "not a configuration", id="feature"),
         pytest.param({"hidden_size": "48"}, "cannot be loaded", id="a word for a number"),
-        pytest.param({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel cannot be loaded", id="another kind"),
-        pytest.param({"architectures": 5}, "architectures is 5, not a list", id="no list"),
+        pytest.param({"architectures": ["GPT2LMHeadModel"]}, r"GPT2LMHeadModel.*checkpoints\.md", id="another kind"),
+        pytest.param({"architectures": 5}, r"config\.json.*architectures.*\b5\b.*list.*Copy", id="no list"),
     ],
 )
 def test_a_configuration_that_cannot_be_loaded_is_one_line(full, options, message):
@@ -550,7 +556,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, config, message):
 def test_numbers_that_a_checkpoint_knows_itself_are_not_overruled(tmp_path):
     make().save_pretrained(tmp_path / "ours")
     assert open_checkpoint(str(tmp_path / "ours"), prototypes=3).config.num_prototypes == 3
-    with pytest.raises(InputError, match=r"num_prototypes is 3 in its config\.json, not 5"):
+    with pytest.raises(InputError, match=r"num_prototypes.*\b3\b.*config\.json.*\b5\b.*option"):
         open_checkpoint(str(tmp_path / "ours"), prototypes=5)
 
 
@@ -571,7 +577,7 @@ def test_words_added_to_llamas_tokenizer_are_refused(full):
 def test_a_tokenizer_with_more_pieces_than_the_network_has_rows_is_refused(full):
     folder, _ = full
     write_llama_tokenizer(folder)
-    with pytest.raises(InputError, match="32000 pieces, its network 60 rows"):
+    with pytest.raises(InputError, match=r"tokenizer.*32000 pieces.*60 rows"):
         open_checkpoint(str(folder), prototypes=3)
 
 
@@ -649,7 +655,7 @@ def test_four_bits_of_two_folders_are_refused(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "whole")
     model.model.vision_tower.save_pretrained(tmp_path / "tower")
     checkpoint = open_checkpoint(str(tmp_path / "whole"), vision_tower=str(tmp_path / "tower"))
-    with pytest.raises(InputError, match="needs one folder of our own layout, vision tower and all"):
+    with pytest.raises(InputError, match=r"four_bit.*own layout.*vision tower.*stllava-eval convert"):
         checkpoint.model(four_bit=True)
 
 
@@ -786,7 +792,7 @@ def test_the_harness_answers_with_a_checkpoint_of_the_authors(prepared, tmp_path
 
 @pytest.mark.parametrize(("name", "value"), [("prototypes", "x"), ("prototypes", 2.5), ("iterations", 0)])
 def test_numbers_of_model_args_are_checked(full, name, value):
-    with pytest.raises(InputError, match=f"{name} is {value!r}, not a whole number"):
+    with pytest.raises(InputError, match=rf"{name}.*{value!r}.*whole.*from 1\b"):
         open_checkpoint(str(full[0]), **{name: value})
 
 
@@ -871,7 +877,7 @@ def test_the_authors_lora_of_head_and_embedding(stage, embedding):
 def test_a_stage_without_its_projector_is_refused(stage):
     folder, _ = stage
     (folder / "non_lora_trainables.bin").unlink()
-    with pytest.raises(InputError, match=r"no non_lora_trainables\.bin, the projector"):
+    with pytest.raises(InputError, match=r"non_lora_trainables\.bin\b.*projector.*Copy"):
         open_checkpoint(str(folder), prototypes=3)
 
 
@@ -905,9 +911,7 @@ def test_a_folder_of_several_adapters_names_one(tmp_path):
     for name in ("first", "second"):
         (tmp_path / "named" / name).mkdir(parents=True)
         (tmp_path / "named" / name / "adapter_config.json").write_text("{}")
-    with pytest.raises(
-        InputError, match=rf"adapters in folders of their own: pass one of them, such as {tmp_path}.*/first"
-    ):
+    with pytest.raises(InputError, match=rf"adapters.*pass.*{tmp_path}.*/first"):
         open_checkpoint(str(tmp_path / "named"))
 
 
@@ -937,14 +941,16 @@ def test_a_language_lora_is_no_lora_of_the_tower(full, stage):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'", id="changes the base"),
+        pytest.param(
+            {"init_lora_weights": "pissa"}, r"init_lora_weights.*'pissa'.*merge_and_unload", id="changes the base"
+        ),
         pytest.param({"alora_invocation_tokens": [5]}, "alora_invocation_tokens", id="a kind that peft has"),
         pytest.param({"a_kind_to_come": True}, "a_kind_to_come is True", id="a kind that nobody has"),
         pytest.param({"use_rslora": "false"}, "use_rslora is 'false'", id="a word for a truth"),
         pytest.param({"r": None}, "r is None", id="no rank"),
         pytest.param({"lora_alpha": float("nan")}, "lora_alpha is nan", id="no alpha"),
         pytest.param({"lora_alpha": 0}, "lora_alpha is 0", id="alpha 0"),
-        pytest.param({"rank_pattern": ["q"]}, "rank_pattern is not usable", id="a list of patterns"),
+        pytest.param({"rank_pattern": ["q"]}, r"rank_pattern.*not usable.*'q'.*Copy", id="a list of patterns"),
         pytest.param({"modules_to_save": ["multi_modal_projector"]}, "modules_to_save names", id="not saved"),
     ],
 )
@@ -963,14 +969,14 @@ def test_lora_and_weights_are_numbers_of_sixteen_bits_or_more(full, stage, dtype
     with pytest.raises(CheckpointError, match="wrong shape or type"):
         open_checkpoint(str(folder), prototypes=3)
     change(full[0], lambda weights: weights.update({"model.norm.weight": torch.ones(48).to(dtype)}))
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is torch\."):
+    with pytest.raises(CheckpointError, match=r"wrong shape or type.*model\.norm\.weight.*torch\..*complete"):
         open_checkpoint(str(full[0]), prototypes=3)
 
 
 def test_an_adapter_without_tensors_is_refused(stage):
     folder, _ = stage
     torch.save({}, folder / "adapter_model.bin")
-    with pytest.raises(InputError, match="an adapter without tensors"):
+    with pytest.raises(InputError, match=r"adapter_model\.bin.*without tensors.*Copy"):
         open_checkpoint(str(folder), prototypes=3)
 
 
@@ -984,7 +990,7 @@ def test_an_adapter_that_builds_on_itself_is_refused(stage, base):
 
 def test_an_adapter_beside_a_whole_model_is_refused(full, stage):
     shutil.copy(full[0] / "pytorch_model.bin", stage[0])
-    with pytest.raises(InputError, match="an adapter and a whole model"):
+    with pytest.raises(InputError, match=r"adapter.*whole model.*Move"):
         open_checkpoint(str(stage[0]), prototypes=3)
 
 
@@ -1007,7 +1013,7 @@ def test_a_cut_tokenizer_takes_no_rows_away(tmp_path, pieces):
     part.CopyFrom(whole)
     del part.pieces[max(pieces, 259) :]
     (folder / "tokenizer.model").write_bytes(part.SerializeToString())
-    with pytest.raises(InputError, match="pieces, its network 32000 rows"):
+    with pytest.raises(InputError, match=rf"tokenizer.*\b{max(pieces, 259)} pieces.*32000 rows.*Copy"):
         open_checkpoint(str(folder))
 
 
@@ -1048,13 +1054,20 @@ def test_to_llava_hf_keeps_the_projectors_shape(tmp_path):
     ("file", "options", "message"),
     [
         pytest.param("config.json", {"num_hidden_layers": 10**9}, "its weights have 2", id="layers without end"),
-        pytest.param("config.json", {"mm_vision_select_layer": 99}, "vision_feature_layer is 99", id="no such layer"),
+        pytest.param(
+            "config.json",
+            {"mm_vision_select_layer": 99},
+            r"vision_feature_layer.*\b99\b.*3 layers.*Copy",
+            id="no such layer",
+        ),
         pytest.param("config.json", {"eos_token_id": 10**12}, "eos_token_id is 10", id="an end that never comes"),
         pytest.param("config.json", {"hidden_act": "nosuch"}, "nosuch", id="no such function"),
         pytest.param("config.json", {"rope_theta": "x"}, "not a configuration", id="no angle"),
         pytest.param("config.json", {"quantization_config": {"bits": 4}}, "quantised", id="quantised"),
-        pytest.param("vit/config.json", {"num_attention_heads": -2}, "num_attention_heads is -2", id="heads"),
-        pytest.param("vit/config.json", {"image_size": 29}, "no multiple of patch_size", id="image size"),
+        pytest.param("vit/config.json", {"num_attention_heads": -2}, r"num_attention_heads.* -2\b.*Copy", id="heads"),
+        pytest.param(
+            "vit/config.json", {"image_size": 29}, r"image_size 29\b.*multiple.*patch_size 14\b.*Copy", id="image size"
+        ),
         pytest.param("vit/config.json", {"layer_norm_eps": "x"}, "not a configuration", id="a word"),
         pytest.param("vit/config.json", {"patch_size": 0}, "patch_size", id="no patch"),
     ],
@@ -1098,7 +1111,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(full):
     folder, _ = full
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
-    with pytest.raises(CheckpointError, match="differs from the embedding"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight.*differs.*embedding.*complete"):
         open_checkpoint(str(folder), prototypes=3)
     change(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
     checkpoint = open_checkpoint(str(folder), prototypes=3)
@@ -1123,7 +1136,7 @@ def test_a_shard_holds_what_the_index_says(tmp_path):
     stale = folder / "model-00003-of-00003.safetensors"
     first = load_file(folder / "model-00001-of-00003.safetensors")
     save_file(load_file(stale) | dict([next(iter(first.items()))]), stale)
-    with pytest.raises(InputError, match="does not hold what it says"):
+    with pytest.raises(InputError, match=r"model-00003-of-00003\.safetensors.*hold.*lm_head\.weight\b.*Copy"):
         open_checkpoint(str(folder), prototypes=3)
 
 
@@ -1137,5 +1150,5 @@ def test_out_needs_a_name_of_its_own(full, tmp_path, monkeypatch, capsys, out):
 @pytest.mark.parametrize("tensors", [{5: torch.ones(1)}, {"x": torch.ones(1).to_sparse()}, {"x": 1}, [1]])
 def test_a_table_of_named_tensors_or_nothing(full, tensors):
     torch.save(tensors, full[0] / "pytorch_model.bin")
-    with pytest.raises(InputError, match="not a table of named tensors"):
+    with pytest.raises(InputError, match=r"pytorch_model\.bin.*named tensors.*Copy"):
         open_checkpoint(str(full[0]))

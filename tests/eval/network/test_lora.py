@@ -194,7 +194,7 @@ def test_a_projector_beside_the_adapter_is_read(checkpoint, tmp_path, name, of):
     torch.save(apart, tmp_path / "lora" / name)
     assert_same(logits(open_checkpoint(str(tmp_path / "lora")).model()), wanted)
     torch.save(dict(list(apart.items())[1:]), tmp_path / "lora" / name)
-    with pytest.raises(CheckpointError, match=rf"1 missing \({name}: model\.multi_modal_projector"):
+    with pytest.raises(CheckpointError, match=rf"1 missing.*{name}.*multi_modal_projector\.linear_1\.bias\b.*complete"):
         open_checkpoint(str(tmp_path / "lora"))
 
 
@@ -254,7 +254,7 @@ def test_the_adapter_that_a_run_resumes_from_is_on_what_the_run_started_from(che
     (tmp_path / "run" / "run.json").write_text(json.dumps({"start": start}))
     assert_same(logits(open_checkpoint(str(folder)).model()), wanted)
     (tmp_path / "run" / "run.json").write_text(json.dumps({"start": start | {"weights_sha256": "b"}}))
-    with pytest.raises(InputError, match=r"it was trained on .* with other weights"):
+    with pytest.raises(InputError, match=r"trained on.*other weights.*back"):
         open_checkpoint(str(folder))
 
 
@@ -308,7 +308,10 @@ def test_a_layer_that_is_targeted_and_not_in_the_file_is_missed(checkpoint, tmp_
     left = {key: value for key, value in tensors_of(tmp_path / "lora").items() if not re.search(pattern, key)}
     assert len(left) < len(tensors_of(tmp_path / "lora"))
     write_tensors(tmp_path / "lora", left)
-    with pytest.raises(CheckpointError, match="without lora_A and lora_B in its file") as error:
+    with pytest.raises(
+        CheckpointError,
+        match=r"adapter_config\.json.*without lora_A and lora_B.*layers\.\d\..*complete",
+    ) as error:
         open_checkpoint(str(tmp_path / "lora"))
     assert "\n" not in str(error.value)
     layer = "encoder.layers.0.mlp.fc1" if lost == "tower" else "layers.1.self_attn.q_proj"
@@ -320,7 +323,7 @@ def test_a_lost_pair_of_the_embedding_is_missed_though_its_own_weight_is_there(c
     left = {key: value for key, value in tensors_of(tmp_path / "lora").items() if "lora_embedding" not in key}
     assert any("embed_tokens.base_layer" in key for key in left)
     write_tensors(tmp_path / "lora", left)
-    with pytest.raises(CheckpointError, match=r"without lora_A and lora_B .*embed_tokens"):
+    with pytest.raises(CheckpointError, match=r"without lora_A and lora_B.*embed_tokens\b.*complete"):
         open_checkpoint(str(tmp_path / "lora"))
 
 
@@ -330,7 +333,7 @@ def test_a_whole_weight_that_peft_would_pass_over_is_left_over(checkpoint, tmp_p
     write_adapter(checkpoint, tmp_path / "lora", target_modules=["q_proj"])
     key = f"base_model.model.model.language_model.layers.0.self_attn.{name}"
     write_tensors(tmp_path / "lora", tensors_of(tmp_path / "lora") | {key: torch.ones(64, 64)})
-    with pytest.raises(CheckpointError, match=rf"1 left over .*{re.escape(name)}"):
+    with pytest.raises(CheckpointError, match=rf"1 left over.*{re.escape(name)}\b.*complete"):
         open_checkpoint(str(tmp_path / "lora"))
 
 
@@ -348,7 +351,7 @@ def test_a_tensor_of_a_module_saved_whole_is_missed(checkpoint, tmp_path, of):
     rewrite(tmp_path / "lora", of)
     left = {key: value for key, value in tensors_of(tmp_path / "lora").items() if "linear_2.bias" not in key}
     write_tensors(tmp_path / "lora", left)
-    with pytest.raises(InputError, match=r"lacks model\.multi_modal_projector\.linear_2\.bias"):
+    with pytest.raises(InputError, match=r"modules_to_save.*lacks.*multi_modal_projector\.linear_2\.bias\b.*Copy"):
         open_checkpoint(str(tmp_path / "lora"))
 
 
@@ -404,7 +407,9 @@ def test_one_of_two_tied_weights_is_not_changed_alone(checkpoint, tmp_path, sett
     base = tied(checkpoint, tmp_path / "tied")
     assert open_checkpoint(str(base)).config.tie_word_embeddings
     write_adapter(base, tmp_path / "lora", **settings)
-    with pytest.raises(InputError, match=r"(lm_head|embed_tokens)\.weight, and the base's config\.json ties"):
+    with pytest.raises(
+        InputError, match=r"(lm_head|embed_tokens)\.weight\b.*config\.json ties.*tie_word_embeddings.*untied"
+    ):
         open_checkpoint(str(tmp_path / "lora"))
 
 

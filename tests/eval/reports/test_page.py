@@ -522,7 +522,7 @@ def test_a_full_disk_leaves_the_whole_old_board(runs, tmp_path, monkeypatch, wha
 
 def test_a_board_goes_to_a_folder_and_its_name_can_be_too_long(runs, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--out .*file is a file\. Choose another folder"):
+    with pytest.raises(InputError, match=r"--out .*file\b.*is a file.*Choose another"):
         write_board(tmp_path / "file", board(runs))
     with pytest.raises(InputError, match=r"no folder can be made there \(File name too long\)"):
         write_board(tmp_path / ("x" * 256), board(runs))

@@ -24,7 +24,7 @@ def write(file, rows):
 @pytest.mark.parametrize("names", [("answer", "model_answer"), ("answer", "response"), ("text", "prediction")])
 def test_a_line_with_two_fields_that_may_be_the_answer_is_refused_with_both_names(prepared, tmp_path, names):
     row = {"id": "test-0-0", **dict.fromkeys(names, "yes")}
-    with pytest.raises(InputError, match=rf"a.jsonl:1: {names[0]} and {names[1]} could each be the model's answer"):
+    with pytest.raises(InputError, match=rf"a\.jsonl:1\b.*{names[0]} and {names[1]}\b.*answer.*--answer-field"):
         read_answers(write(tmp_path / "a.jsonl", [row]), "vqarad")
 
 
@@ -63,7 +63,7 @@ def test_answers_that_all_equal_their_references_are_warned_about(prepared, tmp_
 )
 def test_a_line_about_another_question_than_its_id_is_refused(prepared, tmp_path, carried, field):
     rows = [{"id": "test-1-0", "answer": "yes"}, {"id": "test-0-0", "answer": "yes", **carried}]
-    with pytest.raises(InputError, match=rf"a.jsonl:2: {field} of id test-0-0 is .* but the prepared test split has"):
+    with pytest.raises(InputError, match=rf"a\.jsonl:2: {field}\b.*test-0-0\b.*prepared.*leave"):
         read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
 
 
@@ -94,7 +94,7 @@ def test_the_folders_of_an_image_name_count_where_both_have_them(home, tmp_path)
     write_split("slake", "test", rows, edition="t", official=False, sample=True, source="", licence="")
     for image in ("xmlab102/source.jpg", "imgs/xmlab102/source.jpg", "source.jpg"):
         assert read_answers(write(tmp_path / "a.jsonl", [{"id": "1", "answer": "no", "image": image}]), "slake")
-    with pytest.raises(InputError, match=r"image of id 1 is 'xmlab103/source\.jpg'"):
+    with pytest.raises(InputError, match=r"image.*id 1\b.*'xmlab103/source\.jpg'.*'xmlab102/source\.jpg'.*leave"):
         read_answers(
             write(tmp_path / "a.jsonl", [{"id": "1", "answer": "no", "image": "xmlab103/source.jpg"}]), "slake"
         )
@@ -137,16 +137,16 @@ def test_unknown_ids_are_refused_with_a_hint_or_left_out_if_asked(prepared, tmp_
     assert main(["score", "--task", "vqarad", "--answers", file, "--ignore-unknown"]) == 0
     assert "1 rows whose questions the split does not have are left out" in capsys.readouterr().err
     numbered = write(tmp_path / "b.jsonl", [{"id": number, "answer": "no"} for number in range(3)])
-    with pytest.raises(InputError, match="They look like row numbers, 0 to n-1"):
+    with pytest.raises(InputError, match=r"3 unknown.*row numbers.*test-0-0\b.*--ignore-unknown"):
         score_table("vqarad", read_answers(numbered, "vqarad").replies)
 
 
 def test_no_field_that_is_known_names_those_that_are_and_those_that_were_seen(prepared, tmp_path):
-    with pytest.raises(
-        InputError, match=r"no answer. .* one of the fields answer, .*; this row has the fields id, verdict"
-    ):
+    with pytest.raises(InputError, match=r"a\.jsonl:1\b.*no answer.*fields answer,.*id, verdict\b.*--answer-field"):
         read_answers(write(tmp_path / "a.jsonl", [{"id": "test-0-0", "verdict": "no"}]), "vqarad")
-    with pytest.raises(InputError, match=r"no id. .* one of the fields id, question_id, qid; .*number"):
+    with pytest.raises(
+        InputError, match=r"a\.jsonl:1\b.*no id\b.*id, question_id, qid\b.*number, answer\b.*--id-field"
+    ):
         read_answers(write(tmp_path / "a.jsonl", [{"number": "test-0-0", "answer": "no"}]), "vqarad")
 
 
@@ -229,14 +229,14 @@ def test_rows_without_ids_in_another_order_than_the_splits_are_refused_where_man
     prepare("slake", "test", str(shared / "data" / "slake"))
     rows = [{**row, "response": "x"} for row in official(shared, "slake") if row["lang"] == "en"]
     (tmp_path / "results.json").write_text(json.dumps(rows[::-1]))
-    with pytest.raises(InputError, match="no ids, and 751 of 1061 rows have the same question and reference"):
+    with pytest.raises(InputError, match=r"no ids.*\b751 of 1061\b.*same question.*--id-field"):
         read_answers(tmp_path / "results.json", "slake")
 
 
 def test_rows_without_ids_are_refused_where_the_split_has_no_such_question(prepared, tmp_path):
     rows = [{"question": "What organ is shown?", "answer": "the lung", "response": "x"}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    with pytest.raises(InputError, match="item 0: no id, and it asks 'what organ is shown\\?', which the prepared spl"):
+    with pytest.raises(InputError, match=r"item 0\b.*no id\b.*'what organ is shown\?'.*reference.*--ignore-unknown"):
         read_answers(tmp_path / "a.json", "vqarad")
 
 
@@ -254,19 +254,19 @@ def test_llama_factorys_predictions_are_read_in_the_splits_order(prepared, tmp_p
 def test_lmms_evals_samples_of_another_task_are_held_to_our_questions(prepared, tmp_path):
     """Without our score records the number of the row counts, and another task's rows are other questions."""
     rows = [{"doc_id": 0, "target": "no", "input": "Is there a mass?", "filtered_resps": ["yes"], "resps": ["yes"]}]
-    with pytest.raises(InputError, match="target of id test-0-0 is 'no'"):
+    with pytest.raises(InputError, match=r":1\b.*\btarget\b.*test-0-0\b.*'no'.*'yes'.*leave"):
         read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
     rows[0] |= {"target": "yes", "input": "Is there a fracture?"}
-    with pytest.raises(InputError, match="input of id test-0-0 is 'Is there a fracture"):
+    with pytest.raises(InputError, match=r":1\b.*\binput\b.*test-0-0\b.*'Is there a fracture\?'.*leave"):
         read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
 
 
 def test_a_sample_that_says_nothing_of_its_question_is_refused(prepared, tmp_path):
     """Its number is a row's of the data set that was asked, which may be another copy in another order."""
-    with pytest.raises(InputError, match="doc_id 0 is a row number, and neither input nor target says of which"):
+    with pytest.raises(InputError, match=r"doc_id 0\b.*row number.*input.*target.*lmms-eval"):
         read_answers(write(tmp_path / "a.jsonl", [{"doc_id": 0, "filtered_resps": ["yes"]}]), "vqarad")
     row = {"doc_id": 0, "doc": {"question": "Is there a fracture?", "answer": "yes"}, "filtered_resps": ["yes"]}
-    with pytest.raises(InputError, match="question of id test-0-0 is 'Is there a fracture"):
+    with pytest.raises(InputError, match=r":1\b.*\bquestion\b.*test-0-0\b.*'Is there a fracture\?'.*leave"):
         read_answers(write(tmp_path / "b.jsonl", [row]), "vqarad")
 
 
@@ -279,7 +279,7 @@ def test_ms_swifts_predictions_are_read_with_ids_and_without(prepared, tmp_path)
     read = read_answers(write(tmp_path / "a.jsonl", rows), "vqarad")
     assert list(read.answers.values()) == [f"said {place}" for place in range(8)]
     assert read.prompt == "bare"
-    with pytest.raises(InputError, match="prompt of id test-1-0 is '<image>What organ is shown"):
+    with pytest.raises(InputError, match=r":1\b.*\bprompt\b.*test-1-0\b.*'<image>What organ is shown\?'.*leave"):
         read_answers(write(tmp_path / "b.jsonl", [row("What organ is shown?", "lung", id="test-1-0")]), "vqarad")
 
 
@@ -296,7 +296,7 @@ def test_questions_without_references_are_told_apart_by_order_alone(home, tmp_pa
     write_split("vqarad", "test", rows, edition="x", official=False, sample=True, source="x", licence="CC0-1.0")
     given = [{"question": asked[id], "prediction": said} for id, said in references.items()]
     assert read_answers(write(tmp_path / "a.jsonl", given), "vqarad").answers == references
-    with pytest.raises(InputError, match="no id and no reference, and it asks 'what is this\\?', which several images"):
+    with pytest.raises(InputError, match=r"no id.*no reference.*'what is this\?'.*several images.*Add"):
         read_answers(write(tmp_path / "b.jsonl", given[::-1]), "vqarad")
 
 
@@ -309,7 +309,7 @@ def test_answers_that_programs_write_for_none_are_warned_about(prepared, tmp_pat
 
 @pytest.mark.parametrize("said", [None, float("nan"), 2, True, ["yes"], {"text": "yes"}])
 def test_an_answer_that_is_no_text_is_refused_with_its_value(prepared, tmp_path, said):
-    with pytest.raises(InputError, match=r"a.jsonl:1: answer is .*, and an answer is a text.*leave the row out"):
+    with pytest.raises(InputError, match=r"a\.jsonl:1\b.*answer is .*text.*leave the row out"):
         read_answers(write(tmp_path / "a.jsonl", [{"id": "test-0-0", "answer": said}]), "vqarad")
 
 
@@ -375,16 +375,16 @@ def test_what_is_no_excel_file_is_refused_in_one_line(prepared, tmp_path, conten
             archive.writestr("xl/worksheets/sheet1.xml", b"<a>" * 10)
         content = packed.getvalue()
     (tmp_path / "a.xlsx").write_bytes(content)
-    with pytest.raises(InputError, match=r"a.xlsx: not an Excel file \("):
+    with pytest.raises(InputError, match=r"a\.xlsx\b.*not an Excel file.*[Ee]xport"):
         read_answers(tmp_path / "a.xlsx", "vqarad")
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("id,answer,answer\n1,yes,no\n", "two columns are named 'answer'"),
-        ("id,answer\n1,yes, it is\n", "3 cells, but the first line names 2 columns"),
-        ("id,answer\n1\n", "1 cells, but the first line names 2 columns"),
+        ("id,answer,answer\n1,yes,no\n", r"a\.csv.*two columns.*'answer'.*Keep"),
+        ("id,answer\n1,yes, it is\n", r"a\.csv:2\b.*\b3 cells.*\b2 columns.*quotes"),
+        ("id,answer\n1\n", r"a\.csv:2\b.*\b1 cells.*\b2 columns.*quotes"),
     ],
 )
 def test_a_table_whose_cells_do_not_fit_its_columns_is_refused(prepared, tmp_path, text, why):
@@ -411,7 +411,7 @@ def test_what_nobody_says_about_prompt_and_images_is_not_recorded(prepared, tmp_
     assert json.loads((tmp_path / "plain" / "answers.jsonl").read_text().split("\n")[0])["text"] is None
     again = scored(capsys, "--task", "vqarad", "--answers", tmp_path / "black" / "answers.jsonl")
     assert again == said
-    with pytest.raises(InputError, match="--images own, but its run was shown black images"):
+    with pytest.raises(InputError, match=r"answers\.jsonl\b.*--images own\b.*black images.*option"):
         read_answers(tmp_path / "black" / "answers.jsonl", "vqarad", Reading(images="own"))
     kinds = {row.system: row.kind for row in board([tmp_path / "black", tmp_path / "plain"])}
     assert kinds["black (black images)"] == "blind"
@@ -434,7 +434,7 @@ def test_the_prompt_is_what_the_rows_say(prepared, tmp_path):
     ]
     file = write(tmp_path / "a.jsonl", rows)
     assert read_answers(file, "vqarad").prompt == "short"
-    with pytest.raises(InputError, match="--prompt bare, but its rows show that the prompt was short"):
+    with pytest.raises(InputError, match=r"a\.jsonl\b.*--prompt bare\b.*\bshort\b.*Name"):
         read_answers(file, "vqarad", Reading(prompt="bare"))
     other = [{**row, "prompt": f"You are a doctor. {row['prompt']}"} for row in rows]
     read = read_answers(write(tmp_path / "b.jsonl", other), "vqarad")

@@ -72,7 +72,7 @@ def test_a_question_without_an_answer_is_listed_and_in_no_mean(prepared):
 
 
 def test_ids_that_the_split_does_not_have_are_refused_by_name(prepared):
-    with pytest.raises(InputError, match=r"vqarad: 1 unknown ids \(q7\).*for example test-0-0"):
+    with pytest.raises(InputError, match=r"vqarad.*1 unknown.*\bq7\b.*test-0-0\b.*--ignore-unknown"):
         score_table("vqarad", {"q7": "yes"})
 
 
@@ -125,9 +125,7 @@ def test_an_edited_run_is_no_run(prepared, tmp_path):
         write(
             tmp_path / "answers.jsonl", [{"task": "vqarad", "id": "1", "answer": "yes"}, {"task": "vqarad", **second}]
         )
-        with pytest.raises(
-            InputError, match=r"an id of answers.jsonl comes twice, or an id, answer or reply is not text"
-        ):
+        with pytest.raises(InputError, match=r"run folder.*answers\.jsonl.*twice.*stllava-eval run"):
             board([tmp_path])
 
 
@@ -141,14 +139,16 @@ def test_lines_of_other_tasks_are_left_out(prepared, tmp_path):
     [
         pytest.param("", "no answers to vqarad", id="empty"),
         pytest.param('{"id": "1", "answer": "x"}\n{"id"', r"a.jsonl:2: not JSON", id="cut off"),
-        pytest.param("[1]", r"a.jsonl item 0: not an object", id="a list"),
+        pytest.param("[1]", r"a\.jsonl item 0\b.*not an object.*id and answer", id="a list"),
         pytest.param('{"answer": "x"}', r"a.jsonl:1: no id", id="no id"),
         pytest.param('{"id": "1"}', r"a.jsonl:1: no answer", id="no answer"),
-        pytest.param('{"id": "1", "answer": 3}', r"a.jsonl:1: answer is 3, and an answer is a text", id="not text"),
-        pytest.param('{"id": "1", "answer": "x"}\n' * 2, r"1 ids appear twice \(1\)", id="twice"),
+        pytest.param(
+            '{"id": "1", "answer": 3}', r"a\.jsonl:1\b.*answer is 3\b.*text.*leave the row out", id="not text"
+        ),
+        pytest.param('{"id": "1", "answer": "x"}\n' * 2, r"1 ids.*twice.*\(1\).*Keep", id="twice"),
         pytest.param(
             '{"id": "1", "answer": "x"}\n{"id": "2", "answer": "no", "answer": "yes"}',
-            r"a.jsonl:2: not JSON \(key 'answer' appears twice: line 1 column 1",
+            r"a\.jsonl:2\b.*not JSON.*'answer'.*twice.*id and answer",
             id="a key twice",
         ),
     ],
@@ -229,7 +229,7 @@ def test_answers_of_several_tasks_make_one_run(prepared, tmp_path, capsys):
 )
 def test_what_was_asked_is_never_taken_for_the_answer(prepared, tmp_path, line):
     (tmp_path / "answers.jsonl").write_text(json.dumps(line))
-    with pytest.raises(InputError, match=r"answers\.jsonl:1: answer is .*, and an answer is a text"):
+    with pytest.raises(InputError, match=r"answers\.jsonl:1\b.*answer is .*text.*leave the row out"):
         read_answers(tmp_path / "answers.jsonl", "vqarad")
 
 
@@ -273,7 +273,7 @@ def test_counts_that_cannot_be_are_refused(prepared, tmp_path, of):
     manifest = json.loads((run / "run.json").read_text())
     manifest["tasks"]["vqarad"]["of"] = of
     (run / "run.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"is not a run folder|tells of 900 questions of vqarad, the split has 8"):
+    with pytest.raises(InputError, match=r"not a run folder.*stllava-eval run|\b900 questions of vqarad\b.*\b8\b"):
         board([run])
 
 
@@ -281,7 +281,7 @@ def test_answers_that_were_cut_off_are_no_run(prepared, tmp_path):
     run = small_run(tmp_path / "run", right)
     lines = (run / "answers.jsonl").read_text().splitlines(keepends=True)
     (run / "answers.jsonl").write_text("".join(lines[:5]))
-    with pytest.raises(InputError, match="5 answers of vqarad, 8 were asked"):
+    with pytest.raises(InputError, match=r"\b5 answers of vqarad\b.*\b8\b.*asked.*stllava-eval run"):
         read_run(run)
 
 
@@ -327,7 +327,7 @@ def test_a_run_folder_with_a_key_twice_is_no_run(prepared, tmp_path, file):
     key = "checkpoint" if file == "run.json" else "answer"
     text = (folder / file).read_text()
     (folder / file).write_text(text.replace(f'"{key}": ', f'"{key}": "another", "{key}": ', 1))
-    with pytest.raises(InputError, match=f"a is not a run folder .*key '{key}' appears twice"):
+    with pytest.raises(InputError, match=rf"/a\b.*not a run folder.*'{key}'.*twice.*stllava-eval run"):
         read_run(folder)
 
 

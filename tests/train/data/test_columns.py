@@ -154,13 +154,13 @@ def test_what_is_not_mapped_or_not_learnt_is_named(folder, record, entry, expect
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [
-        ({"formatting": "chatml"}, r"mine: formatting is \"chatml\"\. Give one of alpaca, sharegpt, openai"),
-        ({"ranking": "yes"}, r"mine: ranking is \"yes\"\. Give true or false"),
-        ({"columns": {"promt": "ask"}}, "mine: columns: promt: unknown. Choose of .*prompt"),
-        ({"columns": {"prompt": 3}}, "mine: columns: prompt is 3, not a name that the file has"),
-        ({"columns": ["prompt"]}, r"mine: columns: \[\"prompt\"\]: no object"),
-        ({"columns": {"response": "reply"}}, "mine: columns: none for prompt, which formatting alpaca needs"),
-        ({"formatting": "sharegpt", "tags": {"role": "x"}}, "mine: tags: role: unknown. Choose of"),
+        ({"formatting": "chatml"}, r"mine: formatting.*\"chatml\".*alpaca, sharegpt, openai"),
+        ({"ranking": "yes"}, r"mine: ranking.*\"yes\".*true or false"),
+        ({"columns": {"promt": "ask"}}, r"mine: columns: promt\b.*unknown.*prompt\b"),
+        ({"columns": {"prompt": 3}}, r"mine: columns: prompt\b.*\b3\b.*name.*Give"),
+        ({"columns": ["prompt"]}, r"mine: columns.*\[\"prompt\"\].*object.*Give"),
+        ({"columns": {"response": "reply"}}, r"mine: columns.*none for prompt\b.*alpaca.*Name"),
+        ({"formatting": "sharegpt", "tags": {"role": "x"}}, r"mine: tags: role\b.*unknown.*role_tag"),
     ],
 )
 def test_a_wrong_entry_is_refused_with_its_place(folder, entry, expected):
@@ -175,10 +175,10 @@ def test_two_entries_that_disagree_and_a_broken_file_are_refused(folder):
     info.write_text(json.dumps({"a": ALPACA, "b": ALPACA}))
     assert read_conversations(file)[1] == []
     info.write_text(json.dumps({"a": ALPACA, "b": SHAREGPT}))
-    with pytest.raises(InputError, match=r"dataset_info\.json: a and b give data\.json different columns\. Keep one"):
+    with pytest.raises(InputError, match=r"dataset_info\.json.*a and b\b.*data\.json.*columns.*Keep"):
         read_conversations(file)
     info.write_text("{")
-    with pytest.raises(InputError, match=r"dataset_info\.json: cannot be read as JSON \(.*\)\. Fix or move it"):
+    with pytest.raises(InputError, match=r"dataset_info\.json.*JSON \(.*\).*move"):
         read_conversations(file)
 
 
@@ -213,9 +213,7 @@ def test_pairs_are_read_by_the_names_of_their_columns(folder, record, entry, suf
     assert read_published(file, folder, progress=False).pairs == [pair]
     assert pairs_to_learn(file, folder, progress=False) == [pair]
     (folder / "dataset_info.json").unlink()
-    with pytest.raises(
-        InputError, match=r"no known layout of pairs.* or map them in LLaMA-Factory's dataset_info\.json"
-    ):
+    with pytest.raises(InputError, match=r"data\.(json:1|parquet: row 1)\b.*no known layout.*map.*dataset_info\.json"):
         read_published(file, folder, progress=False)
 
 

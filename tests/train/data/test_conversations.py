@@ -97,7 +97,7 @@ def test_what_a_token_is_learnt_as(processor, folder):
 
 
 def test_a_template_that_a_checkpoint_lacks_is_refused(processor):
-    with pytest.raises(InputError, match=r"template 'v2': the checkpoint has default, v1, v1_sq\. Choose"):
+    with pytest.raises(InputError, match=r"template 'v2'.*default, v1, v1_sq\b.*v1 or v1_sq"):
         Encoder(processor, "v2", 4)
 
 
@@ -413,7 +413,7 @@ def test_a_system_text_is_refused_where_the_template_has_none(folder, processor)
     turns = "{% for message in messages %}{% generation %}{{ message['content'] }}{% endgeneration %}{% endfor %}"
     bare = SimpleNamespace(tokenizer=processor.tokenizer, chat_template={"v1": "{{ bos_token }}" + turns})
     ((one,), _) = read_conversations(write(folder, record("Q?", "A.", system="Be brief.")))
-    with pytest.raises(InputError, match=r'data\.json:2: a: its system text is "Be brief\.", and the .* has none that'):
+    with pytest.raises(InputError, match=r'data\.json:2: a\b.*system.*"Be brief\.".*template.*first question'):
         Encoder(bare, "v1", 4)(one, (False,))
 
 
@@ -565,11 +565,11 @@ def test_what_was_read_is_counted_with_its_pictures(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param('[{"id": 1},\n{"id" 2}]', r":2: no JSON \(Expecting ':' delimiter\)", id="broken"),
-        pytest.param('[\n{"id": 1}\n{"id": 2}]', r":3: no JSON \(a comma or \] is missing\)", id="no comma"),
-        pytest.param('[{"id": 1}, ', r":1: no JSON \(the closing \] is missing\)", id="cut short"),
-        pytest.param('[{"id": 1}] x', r":1: no JSON \(there is more behind", id="more"),
-        pytest.param("[" * 100_000, r":1: no JSON \(nested too deeply\)", id="deep"),
+        pytest.param('[{"id": 1},\n{"id" 2}]', r":2\b.*JSON.*':'.*[Ff]ix", id="broken"),
+        pytest.param('[\n{"id": 1}\n{"id": 2}]', r":3\b.*JSON.*comma.*missing.*[Ff]ix", id="no comma"),
+        pytest.param('[{"id": 1}, ', r":1\b.*JSON.*closing \] is missing.*[Ff]ix", id="cut short"),
+        pytest.param('[{"id": 1}] x', r":1\b.*JSON.*more behind.*[Ff]ix", id="more"),
+        pytest.param("[" * 100_000, r":1\b.*JSON.*nested.*[Ff]ix", id="deep"),
         pytest.param("[]", "it holds no record", id="empty"),
         pytest.param("", "it holds no record", id="nothing"),
     ],
@@ -581,7 +581,7 @@ def test_a_file_that_is_no_json_is_refused_with_its_line(tmp_path, text, message
 
 
 def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"data.json: cannot be read \(No such file"):
+    with pytest.raises(InputError, match=r"data\.json\b.*read.*No such file.*Pass"):
         read_conversations(tmp_path / "data.json")
     (tmp_path / "data.json").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InputError, match="it is not UTF-8"):
@@ -592,7 +592,7 @@ def test_a_pipe_is_refused_since_data_is_read_more_than_once():
     read, write = os.pipe()
     os.write(write, json.dumps([record("Q?", "A.")]).encode())
     os.close(write)
-    with pytest.raises(InputError, match=rf"/dev/fd/{read}: no regular file, .*\. Write it to a file first\."):
+    with pytest.raises(InputError, match=rf"/dev/fd/{read}\b.*regular.*Write.*file"):
         read_conversations(Path(f"/dev/fd/{read}"))
     os.close(read)
 
@@ -600,7 +600,7 @@ def test_a_pipe_is_refused_since_data_is_read_more_than_once():
 def test_a_key_that_appears_twice_is_refused(tmp_path):
     file = tmp_path / "data.json"
     file.write_text('[\n{"id": "a", "id": "b", "conversations": []}]')
-    with pytest.raises(InputError, match=r"data\.json:2: no JSON \(key 'id' appears twice\)\. Fix the file"):
+    with pytest.raises(InputError, match=r"data\.json:2\b.*JSON.*'id'.*twice.*[Ff]ix"):
         read_conversations(file)
 
 
@@ -608,10 +608,12 @@ def test_a_checkpoint_without_the_templates_is_refused_with_what_can_be_done(pro
     class Mistral:
         tokenizer, chat_template = processor.tokenizer, {"default": "", "mistral_instruct": ""}
 
-    with pytest.raises(InputError, match=r"has default, mistral_instruct\. Training needs v1 or v1_sq: start from"):
+    with pytest.raises(
+        InputError, match=r"template 'v1'.*default, mistral_instruct\b.*v1 or v1_sq\b.*another checkpoint"
+    ):
         Encoder(Mistral(), "v1", 4)
     Mistral.chat_template = {"default": "", "v1": ""}
-    with pytest.raises(InputError, match=r"template 'v1_sq': the checkpoint has default, v1\. Choose v1\."):
+    with pytest.raises(InputError, match=r"template 'v1_sq'.*default, v1\b.*Choose v1\."):
         Encoder(Mistral(), "v1_sq", 4)
 
 

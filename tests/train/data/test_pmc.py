@@ -183,7 +183,7 @@ def test_with_the_network_gone_the_run_ends_soon_and_says_so(server, tmp_path, m
     for number in range(200):
         wanted[str(number)] = Figure(tmp_path / f"{number}.jpg", f"{server.url}/{number}.tar.gz", f"PMC{number}/a.jpg")
         server.faults[f"/cloud/PMC{number}.1/a.jpg"] = [refuses(500)] * 5
-    with pytest.raises(InputError, match=r"^3 figures in a row could not be fetched, at last for: HTTP 500\. Look at"):
+    with pytest.raises(InputError, match=r"^3 figures.*fetched.*HTTP 500\b.*again"):
         fetch_figures(wanted, tmp_path / "manifest.jsonl", workers=2)
     assert len(server.asked) < 100
 
@@ -241,7 +241,7 @@ def test_packages_are_looked_for_where_ncbi_moved_them(published, today):
 
 def test_a_line_that_is_none_is_named(server, tmp_path):
     (tmp_path / "manifest.jsonl").write_text('{"id": "a", "found": true, "why": null, "sha256": "00"}\n[]\n')
-    with pytest.raises(InputError, match=r"manifest\.jsonl:2: not a line of this manifest, .* Remove the line"):
+    with pytest.raises(InputError, match=r"manifest\.jsonl:2\b.*not a line.*Remove"):
         fetch(server, tmp_path, "a.jpg")
 
 

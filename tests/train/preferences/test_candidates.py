@@ -235,7 +235,7 @@ def test_images_that_cannot_be_decoded_are_listed_and_counted(folder, tmp_path):
 def test_test_images_are_refused(prepared, folder, tmp_path):
     (folder / "test.png").write_bytes(png((60, 195, 90)))  # an image of the small test splits
     script = Script(lambda question: "Q?")
-    with pytest.raises(InputError, match=r"is test image vqarad/test-1\.png, pixel for pixel.* 1 images are of a test"):
+    with pytest.raises(InputError, match=r"test image vqarad/test-1\.png\b.*pixel.*\b1 images.*--allow-test-images"):
         write_candidates(script, ["test.png"], folder, tmp_path / "c.jsonl", CandidateSettings(), progress=False)
     write_candidates(script, ["test.png"], folder, tmp_path / "c.jsonl", CandidateSettings(), True, progress=False)
     assert read_manifest(tmp_path / "c.jsonl")["test_images"] == 1
@@ -256,11 +256,11 @@ def test_images_are_named_sorted_and_sampled(folder, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a/0.png\nno.png\n", r"list\.txt:2: no\.png: not in .*images\. Pass its folder"),
-        ("a/0.png\na/0.png\n", r"list\.txt:2: a/0\.png is in line 1 too"),
-        ("../a/0.png\n", r"list\.txt:1: \.\./a/0\.png: not a plain name in"),
-        ("./a/0.png\n", r"list\.txt:1: \./a/0\.png: not a plain name in"),
-        ("\n", r"list\.txt: it names no image"),
+        ("a/0.png\nno.png\n", r"list\.txt:2: no\.png\b.*not in.*--images"),
+        ("a/0.png\na/0.png\n", r"list\.txt:2: a/0\.png\b.*line 1\b.*once"),
+        ("../a/0.png\n", r"list\.txt:1: \.\./a/0\.png\b.*plain.*relative"),
+        ("./a/0.png\n", r"list\.txt:1: \./a/0\.png\b.*plain.*relative"),
+        ("\n", r"list\.txt\b.*no image.*Write"),
     ],
 )
 def test_a_list_of_images_with_a_slip_is_refused(folder, tmp_path, text, said):
@@ -272,10 +272,10 @@ def test_a_list_of_images_with_a_slip_is_refused(folder, tmp_path, text, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"answers": 1}, "answers=1: there is nothing to prefer"),
-        ({"questions": 0}, "questions=0: give a whole number from 1 on"),
-        ({"answer_temperature": 0.0}, r"answer_temperature=0\.0: give a number above 0"),
-        ({"question_top_p": 1.5}, r"question_top_p=1\.5: give a share above 0, up to 1"),
+        ({"answers": 1}, r"answers=1\b.*prefer.*\b2 or more"),
+        ({"questions": 0}, r"questions=0\b.*whole number.*from 1\b"),
+        ({"answer_temperature": 0.0}, r"answer_temperature=0\.0\b.*number above 0"),
+        ({"question_top_p": 1.5}, r"question_top_p=1\.5\b.*share.*up to 1\b"),
         ({"question_top_k": -1}, "question_top_k=-1"),
         ({"alike": 0.0}, r"alike=0\.0"),
         ({"redraws": -1}, "redraws=-1"),
@@ -309,7 +309,7 @@ def test_settings_out_of_range_are_refused(changes, said):
 def test_rows_that_are_no_candidates_are_refused_with_their_line(tmp_path, change, said):
     row = {"image": "a.png", "image_sha256": "0", "questions": []}
     (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | change) + "\n")
-    with pytest.raises(InputError, match=rf"c\.jsonl:2: no row of candidates \(.*{said}"):
+    with pytest.raises(InputError, match=rf"c\.jsonl:2\b.*candidates \(.*{said}.*stllava-train candidates"):
         read_candidates(tmp_path / "c.jsonl")
 
 

@@ -259,14 +259,14 @@ def test_a_folder_of_shards_is_read_as_one_file(tmp_path, images):
     assert main(call) == 0
     assert main(call) == 0  # the manifest knows the shards
     assert read_pairs(tmp_path / "pairs.jsonl") == [pair("1"), pair("2", "sub/b.png")]
-    with pytest.raises(InputError, match=r"a folder of shards. `stllava-train pairs --from .* makes one file of them"):
+    with pytest.raises(InputError, match=r"folder of shards.*stllava-train pairs --from .*/shards\b"):
         pairs_to_learn(folder, images, progress=False)
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("train-0.parquet", "test-0.parquet"), "its files test-0.parquet and train-0.parquet are not shards of one"),
+        (("train-0.parquet", "test-0.parquet"), r"test-0\.parquet and train-0\.parquet\b.*shards.*folder of their own"),
         (
             ("data-0.arrow", "state.json"),
             r"a folder that holds data-0.arrow, state.json, .*`stllava-train pairs --from`",
@@ -315,9 +315,9 @@ def test_a_weight_that_is_no_number_from_0_on_is_refused_in_one_line(tmp_path, i
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([{"weight": 1.0}, {}], "8: it has no weight, and others have one. Give each pair a weight, or none."),
-        ([{"weight": 0}, {"weight": 0.0}], "the weight of every pair is 0, so nothing would be learnt."),
-        ([{"weight": 1, "weighted_score": 1}, {}], "7: it has weight and weighted_score. Keep one of the two."),
+        ([{"weight": 1.0}, {}], r"\b8: .*no weight.*each pair"),
+        ([{"weight": 0}, {"weight": 0.0}], r"mmedpo\.json: .*weight of every pair.*\b0\b.*Raise"),
+        ([{"weight": 1, "weighted_score": 1}, {}], r"mmedpo\.json:2: 7\b.*weight and weighted_score\b.*Keep"),
     ],
 )
 def test_weights_that_contradict_each_other_are_refused(tmp_path, images, weights, message):
@@ -331,7 +331,7 @@ def test_our_own_rows_hold_a_weight_where_there_is_one_and_refuse_a_wrong_one(tm
     row = json.loads(file.read_text())
     assert row["weight"] == 0.5
     assert read_pairs(file) == [pair(weight=0.5)]
-    with pytest.raises(InputError, match=r'pairs.jsonl:1: weight is "0.5", not a number from 0 on.'):
+    with pytest.raises(InputError, match=r'pairs\.jsonl:1: weight\b.*"0\.5".*number from 0\b.*[Ff]ix'):
         read_pairs(write(file, row | {"weight": "0.5"}))
 
 
@@ -365,7 +365,7 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         "image cannot be read": 3,
     }
     with pytest.raises(
-        InputError, match=r"10 of its records make no pair .*empty chosen: 1.*`stllava-train pairs --from"
+        InputError, match=r"\b10 of its records.*no pair.*empty chosen: 1\b.*stllava-train pairs --from"
     ):
         pairs_to_learn(file, images, progress=False)
 
@@ -373,7 +373,7 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"question": "Where?", "answer": "Left."}, "its keys are question, answer: no known layout of pairs."),
+        ({"question": "Where?", "answer": "Left."}, r"question, answer\b.*no known layout.*dataset_info\.json"),
         ({"image": "a.png", "chosen": "Where? Left.", "rejected": "Where? Right."}, "no known layout of pairs."),
         (LAYOUTS["RLAIF-V"] | {"rejected": None}, r"idx \(rejected is null\): no known layout of pairs"),
         (
@@ -383,7 +383,7 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         ([1, 2], r"it is \[1, 2\]: no known layout"),
         (LAYOUTS["trl, messages"] | {"images": ["a.png", "sub/b.png"]}, "prompt|chosen: it names 2 pictures"),
         (LAYOUTS["trl, texts"] | {"images": []}, "holds <image> and the record names no image"),
-        (LAYOUTS["trl, messages of texts"] | {"images": []}, "it names no image. Add the one that it is about"),
+        (LAYOUTS["trl, messages of texts"] | {"images": []}, r"record-2\b.*names no image.*Add"),
         (LAYOUTS["trl, texts"] | {"images": ["https://x.org/a.png"]}, "is a web address"),
         (LAYOUTS["trl, messages"] | {"prompt": [USER, LEFT, USER]}, "turn 3 holds <image>"),
         (
@@ -398,32 +398,38 @@ def test_what_makes_no_pair_is_counted_by_why_and_dpo_wants_it_left_out_first(tm
         (LAYOUTS["ms-swift"] | {"system": "Be brief."}, "its system text is"),
         (
             LAYOUTS["ms-swift"] | {"messages": [USER, LEFT | {"loss": False}]},
-            "an answer's loss or weight is 0, and both answers of a pair are learnt",
+            r"loss or weight.*\b0\b.*both answers.*[Ll]eave",
         ),
         (LAYOUTS["LLaMA-Factory, Alpaca"] | {"history": [["Hi", "Hello"]]}, "its history is"),
         (
             LAYOUTS["trl, prompt inside and beside"] | {"prompt": "Which?"},
-            'its prompt is "Which\\?", and the question that is read is "Where is it\\?"',
+            r'prompt\b.*"Which\?".*question.*"Where is it\?".*Keep',
         ),
         (
             LAYOUTS["RLAIF-V"] | {"prompt": "Which?"},
-            'its question is "Where is it\\?", and the question that is read is "Which\\?". Keep one',
+            r'question\b.*"Where is it\?".*read.*"Which\?".*Keep',
         ),
         (LAYOUTS["RLAIF-V"] | {"instruction": "Be brief."}, 'its instruction is "Be brief."'),
-        (LAYOUTS["RLAIF-V"] | {"chosen": ["Left.", "On the left."]}, 'chosen: "Left." is in a list of texts'),
-        (LAYOUTS["ms-swift"] | {"rejected_response": ["Right.", "Up."]}, 'rejected_response: "Right." is in a list'),
+        (
+            LAYOUTS["RLAIF-V"] | {"chosen": ["Left.", "On the left."]},
+            r'chosen: "Left\.".*list of texts.*record of each',
+        ),
+        (
+            LAYOUTS["ms-swift"] | {"rejected_response": ["Right.", "Up."]},
+            r'rejected_response: "Right\.".*list of texts.*record of each',
+        ),
         ({"image_id": 7, "chosen": ["L", "M"], "rejected": ["R", "S"]}, "no known layout of pairs"),  # HA-DPO
-        (LAYOUTS["RLAIF-V"] | {"chosen_weight": 0.5}, "its chosen_weight is 0.5, and a pair has one weight"),
+        (LAYOUTS["RLAIF-V"] | {"chosen_weight": 0.5}, r"chosen_weight\b.*\b0\.5\b.*one weight.*Name"),
         (LAYOUTS["RLAIF-V"] | {"chosen": 3}, "chosen: turn 2 is 3"),
         (
             LAYOUTS["ms-swift"] | {"id": "8", "rejected_images": ["sub/b.png", "sub/c.png"]},
-            "8: its rejected answer is about 2 images, and one is read. Keep one.",
+            r"\b8: .*rejected.*\b2 images.*Keep",
         ),
         (
             LAYOUTS["RLAIF-V"] | {"image": "/etc/a.png"},
-            'image is "/etc/a.png", not a file\'s name relative to --images',
+            r'image\b.*"/etc/a\.png".*relative to --images\b.*Pass',
         ),
-        (LAYOUTS["RLAIF-V"] | {"image": "other/c.png"}, 'image is "other/c.png", not a file\'s name relative'),
+        (LAYOUTS["RLAIF-V"] | {"image": "other/c.png"}, r'image\b.*"other/c\.png".*relative to --images\b.*Pass'),
     ],
 )
 def test_a_record_that_is_no_pair_of_ours_is_refused_in_one_line(tmp_path, images, record, message):

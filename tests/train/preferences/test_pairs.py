@@ -189,12 +189,12 @@ def test_the_order_of_the_verdicts_changes_nothing():
     ],
 )
 def test_verdicts_on_other_candidates_are_refused(stranger):
-    with pytest.raises(InputError, match=r"#0: j judged answers . and . about image .* Pass the candidates that were"):
+    with pytest.raises(InputError, match=r"#0: j judged.*answers . and .\b.*image.*Pass the candidates"):
         make_pairs([candidate()], [stranger], Rule())
 
 
 def test_a_judge_without_verdicts_is_refused():
-    with pytest.raises(InputError, match=r"--judge gpt: no verdict is its. There are those of a, b."):
+    with pytest.raises(InputError, match=r"--judge gpt\b.*no verdict.*\ba, b\b"):
         make_pairs(
             [candidate()], both_orders("a.png#0", 8, 6, "b") + both_orders("a.png#0", 8, 6, "a"), Rule(), ["gpt"]
         )
@@ -251,16 +251,16 @@ def test_the_same_call_again_writes_the_same_bytes_and_another_is_refused(tmp_pa
     before = out.read_bytes()
     write_pairs(select_pairs(kept(pair("b"), pair("a"))), out, {})
     assert out.read_bytes() == before
-    with pytest.raises(InputError, match=r"pairs.jsonl: rows_sha256: .* choose another --out"):
+    with pytest.raises(InputError, match=r"pairs\.jsonl: rows_sha256\b.*--out"):
         write_pairs(select_pairs(kept(pair("b"))), out, {})
-    with pytest.raises(InputError, match=r"options.per_image: the rows in it were made with null, and this call has 1"):
+    with pytest.raises(InputError, match=r"options\.per_image\b.*\bnull\b.*\b1\b.*--out"):
         write_pairs(select_pairs(kept(pair("b"), pair("a")), PairOptions(per_image=1)), out, {})
     assert out.read_bytes() == before
 
 
 def test_a_file_of_something_else_is_not_written_over(tmp_path):
     out = write_rows(tmp_path / "candidates.jsonl", {"image": "a.png"})
-    with pytest.raises(InputError, match=r"its manifest candidates.json is not beside it"):
+    with pytest.raises(InputError, match=r"candidates\.jsonl\b.*manifest candidates\.json\b.*not beside.*--out"):
         write_pairs(select_pairs(kept(pair())), out, {})
     assert out.read_text() == '{"image": "a.png"}\n'
 
@@ -296,7 +296,7 @@ def test_a_wrong_row_is_refused_with_its_line(tmp_path, changes, message):
 
 
 def test_an_empty_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"pairs.jsonl: it holds no pair. Pass what `stllava-train pairs` wrote."):
+    with pytest.raises(InputError, match=r"pairs\.jsonl\b.*no pair\b.*stllava-train pairs"):
         read_pairs(write_rows(tmp_path / "pairs.jsonl"))
 
 
@@ -402,15 +402,13 @@ def test_every_option_says_how_many_it_leaves_out_and_each_file_is_balanced_by_i
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        pytest.param(PairOptions(per_image=0), r"--per-image 0\b.*no pair\b.*from 1\b", id="none of an image"),
+        pytest.param(PairOptions(held_out=1.0), r"--held-out 1\.0\b.*share.*from 0\b.*below 1\b", id="all held out"),
         pytest.param(
-            PairOptions(per_image=0), "--per-image 0: no pair. Give a number from 1 on.", id="none of an image"
-        ),
-        pytest.param(PairOptions(held_out=1.0), "--held-out 1.0: no share. Give a number from 0", id="all held out"),
-        pytest.param(
-            PairOptions(held_out=1e-9), "nothing is held out of 1 images. Give a larger share", id="none held out"
+            PairOptions(held_out=1e-9), r"--held-out 1e-09\b.*nothing.*\b1 images.*larger", id="none held out"
         ),
         pytest.param(
-            PairOptions(balance_length=True), r"no pair to learn from \(tie: 3; balance of lengths: 1\)", id="none"
+            PairOptions(balance_length=True), r"no pair.*tie: 3\b.*balance of lengths: 1\b.*[Jj]udge more", id="none"
         ),
     ],
 )
@@ -520,13 +518,11 @@ def test_every_format_holds_the_pairs_of_each_file(tmp_path, images):
 
 def test_a_format_without_its_images_is_refused_before_anything_is_written(tmp_path, images):
     made, out = select_pairs(kept(replace(pair(), image="none.png"))), tmp_path / "out" / "pairs.jsonl"
-    with pytest.raises(InputError, match=r"--format trl: its rows hold the images' paths. Pass their folder"):
+    with pytest.raises(InputError, match=r"--format trl\b.*paths.*--images"):
         write_pairs(made, out, {}, ["trl"])
-    with pytest.raises(InputError, match=r"a#0: its image none.png is not in .*images. Pass the folder of the images."):
+    with pytest.raises(InputError, match=r"a#0\b.*none\.png\b.*not in.*--images"):
         write_pairs(made, out, {}, ["ms-swift"], images)
-    with pytest.raises(
-        InputError, match=r"--format parquet: unknown. Choose of trl, authors, llama-factory, ms-swift."
-    ):
+    with pytest.raises(InputError, match=r"--format parquet\b.*unknown.*trl, authors, llama-factory, ms-swift"):
         write_pairs(made, out, {}, ["parquet"], images)
     assert not out.parent.exists()
 
@@ -646,9 +642,9 @@ def test_a_record_of_another_form_is_refused_with_its_line(tmp_path, images, hom
 
 def test_images_that_are_not_at_hand_are_refused(tmp_path, images, home):
     file = write_json_list(tmp_path / "dpo.json", published(image="none.png"))
-    with pytest.raises(InputError, match=r"a pair is read together with its image. Pass the folder of the images"):
+    with pytest.raises(InputError, match=r"dpo\.json\b.*together with its image.*--images"):
         read_published(file, None)
-    with pytest.raises(InputError, match=r"none.png cannot be read .* No image can be read. Pass the folder"):
+    with pytest.raises(InputError, match=r"none\.png\b.*read.*No image.*--images"):
         read(file, images)
 
 
@@ -694,8 +690,8 @@ def test_images_in_parquet_are_written_into_the_folder_and_nowhere_else(tmp_path
 
 def test_a_wrong_row_of_parquet_is_named_by_its_number(tmp_path, images, home):
     file = write_parquet(tmp_path / "dpo.parquet", published("0"), published("1", image="/a.png"))
-    with pytest.raises(InputError, match=r'dpo.parquet: row 2: 1: image is "/a.png"'):
+    with pytest.raises(InputError, match=r'dpo\.parquet: row 2: 1\b.*image.*"/a\.png".*--images'):
         read(file, images)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(InputError, match=r"dpo.parquet: cannot be read as parquet .* Download it again."):
+    with pytest.raises(InputError, match=r"dpo\.parquet\b.*read as parquet.*Download"):
         read(file, images)

@@ -359,7 +359,7 @@ def test_images_and_questions_of_a_prepared_test_split_are_leaks(tmp_path):
 
 def test_an_image_that_is_missing_or_another_one_is_refused(tmp_path):
     one = candidate(tmp_path, 0)
-    with pytest.raises(InputError, match=r"000.png: not the image that 000.png#0 is about"):
+    with pytest.raises(InputError, match=r"000\.png: not the image.*000\.png#0\b.*--images"):
         figures_of([replace(one, image_sha256="0" * 64)], [], tmp_path)
     with pytest.raises(InputError, match=r"gone.png cannot be read .*--images"):
         figures_of([replace(one, image="gone.png")], [], tmp_path)
@@ -414,7 +414,7 @@ def test_references_are_found_by_file_name_pixels_and_words(tmp_path):
 def test_an_unsound_file_of_references_is_refused(tmp_path):
     one = candidate(tmp_path, 0)
     conversations(tmp_path, ("Where?", ""), image=one.image)
-    with pytest.raises(InputError, match=r"turn 2 is empty.*stllava-train check .*names all 1 problems"):
+    with pytest.raises(InputError, match=r"turn 2\b.*empty.*stllava-train check .*\b1 problems"):
         read_references([tmp_path / "data.json"], [one])
 
 

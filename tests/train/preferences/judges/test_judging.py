@@ -362,7 +362,7 @@ def test_prices_are_those_of_the_model_or_of_what_it_is_a_snapshot_of(tmp_path):
 )
 def test_a_file_that_holds_no_prices_is_refused(tmp_path, text):
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(InputError, match=r"mine\.yaml: no list of prices \(.*Write a line a model"):
+    with pytest.raises(InputError, match=r"mine\.yaml.*list of prices.*Write.*NAME:"):
         read_price("a", tmp_path / "mine.yaml")
 
 
@@ -395,7 +395,10 @@ def test_a_server_that_bills_more_than_it_did_stops_the_run_within_a_few_request
 
 def test_an_image_that_was_exchanged_is_not_judged(images, tmp_path):
     (tmp_path / "0.png").write_bytes(png((1, 2, 3)))
-    with FaultServer(reply=fair) as there, pytest.raises(InputError, match=r"0\.png: not the image that 0\.png#0 asks"):
+    with (
+        FaultServer(reply=fair) as there,
+        pytest.raises(InputError, match=r"0\.png: not the image.*0\.png#0\b.*--images"),
+    ):
         verdicts(there.url, candidates(1), tmp_path)
     assert not there.requests
 
@@ -437,7 +440,7 @@ def test_a_budget_is_never_passed(images):
     spent = sum(one.cost for one in found)
     assert len(found) == len(there.requests) == 8  # of 20: after the ninth, a tenth might have been too much
     assert spent <= 1.0
-    with pytest.raises(InputError, match="--budget: no price of tiny is known"), FaultServer(reply=fair) as there:
+    with pytest.raises(InputError, match=r"--budget.*no price.*\btiny\b.*--prices"), FaultServer(reply=fair) as there:
         verdicts(there.url, some, images, budget=1.0)
 
 
@@ -598,16 +601,14 @@ def test_replies_that_were_paid_for_are_not_passed_over(images, written, tmp_pat
     with FaultServer(reply=fair) as there:
         batched(there.url, some, images, written, out)
         there.answer_batches()
-        with pytest.raises(InputError, match=r"batch-0 has replies to 4 questions that are not asked now\. Call with"):
+        with pytest.raises(InputError, match=r"batch-0\b.*\b4 questions.*not asked.*--sample, --repeat.*--preset"):
             batched(there.url, some[:2], images, written, out)
         assert batched(there.url, some, images, written, out) == {"scored": 7}
 
 
 def test_a_batch_that_could_pass_the_budget_is_not_handed_in(images, written, tmp_path):
     with FaultServer(reply=fair) as there:
-        with pytest.raises(
-            InputError, match=r"--budget: 8 questions in a batch could cost 0\.04 USD, and 0\.01 is left"
-        ):
+        with pytest.raises(InputError, match=r"--budget.*\b8 questions.*batch.*\b0\.04 USD.*\b0\.01\b.*--sample"):
             batched(there.url, candidates(4), images, written, tmp_path / "judged.jsonl", budget=0.01)
         assert not there.batches
 
@@ -651,10 +652,10 @@ def test_a_file_of_verdicts_on_other_candidates_is_not_added_to(written, tmp_pat
     out = tmp_path / "judged.jsonl"
     with open_verdicts(out, written, "ours") as ledger:
         ledger.add([row_of(*said((LOW, (8.0, 6.0))))])
-    with pytest.raises(InputError, match=r"preset: the rows in it were made with \"ours\", and this call"):
+    with pytest.raises(InputError, match=r"judged\.jsonl: preset\b.*\"ours\".*\"authors\".*--out"):
         open_verdicts(out, written, "authors")
     written.write_text("{} \n")
-    with pytest.raises(InputError, match=r"candidates\.sha256: the rows in it were made with"):
+    with pytest.raises(InputError, match=r"judged\.jsonl: candidates\.sha256\b.*rows.*--out"):
         open_verdicts(out, written, "ours")
     assert read_manifest(out)["stage"] == "judge"
 
@@ -682,7 +683,7 @@ def test_rows_that_are_no_verdicts_are_refused_with_their_line(tmp_path, change,
     (tmp_path / "j.jsonl").write_text(json.dumps(one) + "\n")
     assert read_verdicts(tmp_path / "j.jsonl") == [verdict]
     (tmp_path / "j.jsonl").write_text(json.dumps(one) + "\n" + json.dumps(one | change) + "\n")
-    with pytest.raises(InputError, match=rf"j\.jsonl:2: no verdict \(.*{wrong}"):
+    with pytest.raises(InputError, match=rf"j\.jsonl:2\b.*verdict \(.*{wrong}.*stllava-train judge"):
         read_verdicts(tmp_path / "j.jsonl")
 
 
@@ -712,7 +713,7 @@ def test_exact_knowledge_says_what_it_is_and_what_it_does_not_know():
 
 
 def test_without_a_sample_set_nothing_is_known(home):
-    with pytest.raises(InputError, match=r"--judge exact: no sample set is prepared\. Run `stllava-eval prepare"):
+    with pytest.raises(InputError, match=r"--judge exact.*no sample set.*stllava-eval prepare --sample"):
         sample_truths()
 
 

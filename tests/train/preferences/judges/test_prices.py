@@ -105,7 +105,9 @@ def test_the_budget_stops_a_judge_that_thinks(images, written, out):
 def test_after_twenty_replies_without_scores_no_more_are_paid(images, written, out):
     with FaultServer(reply=lambda request: "Both are good.") as there:
         for _ in range(2):
-            with pytest.raises(InputError, match=r"tiny: 20 replies in a row have no two scores \(20 unparsable; the"):
+            with pytest.raises(
+                InputError, match=r"tiny\b.*\b20 replies.*two scores.*20 unparsable.*--max-tokens.*--out"
+            ):
                 run(there.url, candidates(30), images, written, out, price=PRICE)
             assert len(there.requests) == 20
     assert cost(out) == pytest.approx(billed(there))
@@ -116,7 +118,7 @@ def test_what_a_server_refuses_before_the_first_score_is_asked_again_in_the_same
 ):
     with FaultServer(reply=lambda request: refuses(400, "logprobs are on")) as there:
         for calls in (1, 2):
-            with pytest.raises(InputError, match=r"\(20 refused; the last: HTTP 400: log.*with the same --out\.$"):
+            with pytest.raises(InputError, match=r"20 refused.*HTTP 400: log.*same --out\b"):
                 run(there.url, candidates(30), images, written, out, price=PRICE)
             assert len(there.requests) == 20 * calls
         there.reply = fair
@@ -142,7 +144,7 @@ def test_replies_that_become_useless_on_the_way_stop_it_too(images, written, out
         return fair(request) if len(there.requests) < 10 else "Both are good."
 
     with FaultServer(reply=tired) as there:
-        with pytest.raises(InputError, match=r"2\d replies in a row have no two scores"):
+        with pytest.raises(InputError, match=r"\b2\d replies.*two scores.*--out"):
             run(there.url, candidates(50), images, written, out, price=PRICE, concurrency=3)
         assert 29 <= len(there.requests) <= 33  # those under way are waited for, and paid
     assert cost(out) == pytest.approx(billed(there))
@@ -295,10 +297,10 @@ def test_what_failed_and_was_paid_is_not_forgotten_when_it_is_asked_again(images
 @pytest.mark.parametrize(
     ("status", "said", "message"),
     [
-        (402, "no", "the key's quota is used up"),
-        (429, "insufficient_quota", "the key's quota is used up"),
-        (400, "Your credit balance is too low", "the key's quota is used up"),
-        (400, "billing_hard_limit_reached", "the key's quota is used up"),
+        (402, "no", r"quota.*used up.*HTTP \d+.*OPENAI_API_KEY"),
+        (429, "insufficient_quota", r"quota.*used up.*HTTP \d+.*OPENAI_API_KEY"),
+        (400, "Your credit balance is too low", r"quota.*used up.*HTTP \d+.*OPENAI_API_KEY"),
+        (400, "billing_hard_limit_reached", r"quota.*used up.*HTTP \d+.*OPENAI_API_KEY"),
         (400, "API key not valid. Please pass a valid API key.", "the server refuses"),
         (401, "no", "the server refuses"),
         (403, "no", "the server refuses"),
@@ -345,7 +347,7 @@ def test_asking_whether_a_model_is_served_is_paid_too(images, written, out):
 def test_a_limit_that_the_server_refuses_is_no_fault_of_the_questions(images, written, out):
     said = "'max_tokens' or 'max_completion_tokens' is too large: 1024. This model's maximum context length is 900."
     with FaultServer(reply=lambda request: refuses(400, said)) as there:
-        with pytest.raises(InputError, match=r"the server refuses replies of 1024 tokens .* fewer with --max-tokens"):
+        with pytest.raises(InputError, match=r"refuses.*\b1024 tokens.*HTTP 400.*--max-tokens"):
             run(there.url, candidates(3), images, written, out, price=PRICE)
         assert len(there.requests) == 1
         assert cost(out) == 0  # an error is not billed
@@ -356,7 +358,7 @@ def test_a_limit_that_the_server_refuses_is_no_fault_of_the_questions(images, wr
 def test_a_server_that_does_not_know_the_limit_of_models_that_think_says_what_to_leave_out(images, written, out):
     said = '[{"type": "extra_forbidden", "loc": ["body", "max_completion_tokens"]}]'
     thinks = replace(OURS, thought=THOUGHT)
-    without = pytest.raises(InputError, match=r"does not take max_completion_tokens .* Leave --reasoning out")
+    without = pytest.raises(InputError, match=r"not take max_completion_tokens\b.*--reasoning")
     with FaultServer(reply=lambda request: refuses(422, said)) as there, without:
         run(there.url, candidates(3), images, written, out, price=PRICE, preset=thinks)
     assert cost(out) == 0
@@ -467,9 +469,7 @@ def test_a_batch_that_is_gone_says_so_and_what_to_do(images, written, out):
     with FaultServer(reply=fair) as there:
         batched(there.url, candidates(2), images, written, out)
         there.batches.clear()
-        with pytest.raises(
-            InputError, match=r"batch-0: HTTP 404: .* If it is gone, take batch-0 out of .*batches\.json"
-        ):
+        with pytest.raises(InputError, match=r"batch-0: HTTP 404\b.*take batch-0 out.*batches\.json"):
             batched(there.url, candidates(2), images, written, out)
 
 
@@ -545,7 +545,7 @@ def test_a_batch_that_was_not_begun_says_why_and_is_not_handed_in_by_the_same_ca
 
 def test_no_batch_is_handed_in_where_nobody_could_read_its_replies(images, written, out):
     with FaultServer(reply=lambda request: "Both are good.") as there:
-        with pytest.raises(InputError, match="20 replies in a row have no two scores"):
+        with pytest.raises(InputError, match=r"\b20 replies.*two scores.*--out"):
             batched(there.url, candidates(30), images, written, out)
         assert not there.batches
     assert cost(out) == pytest.approx(billed(there), rel=1e-12)
