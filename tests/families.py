@@ -29,6 +29,7 @@ CHATML = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}  # of Qwen2.5-VL and later
 TURNS = ["<|im_start|>", "<|im_end|>"]
 
 
@@ -48,87 +49,51 @@ def with_tokens(tokenizer: Any, *more: str, **named: str) -> tuple[Any, list[int
     return tokenizer, tokenizer.convert_tokens_to_ids(added)
 
 
+def _qwen(
+    tokenizer: Any, family: str, processor: str, text: dict[str, Any], vision: dict[str, Any], patch: int, *more: str
+) -> tuple[Any, Any]:
+    """A Qwen-VL: its classes' names begin with `family` and `processor`; `more` are further special tokens."""
+    import transformers
+
+    marks = ("<video>", "<|vision_start|>", "<|vision_end|>")
+    tokenizer, (*_, video, start, end) = with_tokens(tokenizer, *more, *marks)
+    config = getattr(transformers, f"{family}Config")(
+        text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": MROPE} | text,
+        vision_config={"depth": 2, "num_heads": 2} | vision,
+        image_token_id=3,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    side = 2 * patch  # px of a token: patches are merged 2 x 2
+    images = transformers.Qwen2VLImageProcessor(patch_size=patch, min_pixels=side**2, max_pixels=8 * side**2)
+    videos = "Qwen3VLVideoProcessor" if processor.startswith("Qwen3") else "Qwen2VLVideoProcessor"
+    return model, getattr(transformers, f"{processor}Processor")(
+        images,
+        tokenizer,
+        getattr(transformers, videos)(),
+        chat_template=CHATML.replace("IMAGE", "<|vision_start|><image><|vision_end|>"),
+    )
+
+
 def qwen2_vl(tokenizer: Any) -> tuple[Any, Any]:
     """Positions in three dimensions."""
-    from transformers import (
-        Qwen2VLConfig,
-        Qwen2VLForConditionalGeneration,
-        Qwen2VLImageProcessor,
-        Qwen2VLProcessor,
-        Qwen2VLVideoProcessor,
-    )
-
-    tokenizer, (*_, video, start, end) = with_tokens(tokenizer, "<video>", "<|vision_start|>", "<|vision_end|>")
-    model = Qwen2VLForConditionalGeneration(
-        Qwen2VLConfig(
-            text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": MROPE},
-            vision_config={"depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64},
-            image_token_id=3,
-            video_token_id=video,
-            vision_start_token_id=start,
-            vision_end_token_id=end,
-        )
-    )
-    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 8)
-    template = CHATML.replace("IMAGE", "<|vision_start|><image><|vision_end|>")
-    return model, Qwen2VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
+    vision = {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": 64}
+    return _qwen(tokenizer, "Qwen2VL", "Qwen2VL", {}, vision, 14)
 
 
-def qwen2_5_vl(tokenizer: Any) -> tuple[Any, Any]:
+def qwen2_5_vl(tokenizer: Any, *more: str) -> tuple[Any, Any]:
     """The same, with a windowed vision tower."""
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
-
-    tokenizer, (*_, video, start, end) = with_tokens(tokenizer, "<video>", "<|vision_start|>", "<|vision_end|>")
-    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
-    model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": MROPE},
-            vision_config=vision | {"fullatt_block_indexes": [1], "window_size": 56},
-            image_token_id=3,
-            video_token_id=video,
-            vision_start_token_id=start,
-            vision_end_token_id=end,
-        )
-    )
-    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 8)
-    template = CHATML.replace("IMAGE", "<|vision_start|><image><|vision_end|>")
-    return model, Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
+    vision = TOWER | {"fullatt_block_indexes": [1], "window_size": 56}
+    return _qwen(tokenizer, "Qwen2_5_VL", "Qwen2_5_VL", {}, vision, 14, *more)
 
 
 def qwen3_vl(tokenizer: Any) -> tuple[Any, Any]:
     """Interleaved positions in three dimensions, and features of the tower's inner layers (deepstack)."""
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
-
-    tokenizer, (*_, video, start, end) = with_tokens(tokenizer, "<video>", "<|vision_start|>", "<|vision_end|>")
-    vision = {"depth": 3, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
-    model = Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(
-            text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": MROPE | {"mrope_interleaved": True}},
-            vision_config=vision
-            | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64, "patch_size": 16},
-            image_token_id=3,
-            video_token_id=video,
-            vision_start_token_id=start,
-            vision_end_token_id=end,
-        )
-    )
-    images = Qwen2VLImageProcessor(
-        patch_size=16, min_pixels=32 * 32, max_pixels=32 * 32 * 8, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    template = CHATML.replace("IMAGE", "<|vision_start|><image><|vision_end|>")
-    return model, Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=template)
+    text = {"rope_parameters": MROPE | {"mrope_interleaved": True}}
+    vision = TOWER | {"depth": 3, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64, "patch_size": 16}
+    return _qwen(tokenizer, "Qwen3VL", "Qwen3VL", text, vision, 16)
 
 
 def gemma3(tokenizer: Any, window: int = 12) -> tuple[Any, Any]:
@@ -272,35 +237,12 @@ def smolvlm(tokenizer: Any) -> tuple[Any, Any]:
 
 def qwen3_5(tokenizer: Any) -> tuple[Any, Any]:
     """Most of its layers are recurrent: they keep a state and no keys and values of each token."""
-    from transformers import (
-        Qwen2VLImageProcessor,
-        Qwen3_5Config,
-        Qwen3_5ForConditionalGeneration,
-        Qwen3VLProcessor,
-        Qwen3VLVideoProcessor,
-    )
-
-    tokenizer, (*_, video, start, end) = with_tokens(tokenizer, "<video>", "<|vision_start|>", "<|vision_end|>")
-    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
-    linear = {f"linear_{what}": 8 for what in ("key_head_dim", "value_head_dim")}
-    linear |= {f"linear_num_{what}_heads": 2 for what in ("key", "value")}
-    layers = {"layer_types": ["linear_attention", "full_attention"]}
-    rope = {"rope_parameters": MROPE | {"mrope_interleaved": True, "partial_rotary_factor": 1.0}}
-    model = Qwen3_5ForConditionalGeneration(
-        Qwen3_5Config(
-            text_config=TEXT | linear | layers | rope | {"vocab_size": len(tokenizer)},
-            vision_config=vision | {"num_position_embeddings": 64, "patch_size": 16},
-            image_token_id=3,
-            video_token_id=video,
-            vision_start_token_id=start,
-            vision_end_token_id=end,
-        )
-    )
-    images = Qwen2VLImageProcessor(
-        patch_size=16, min_pixels=32 * 32, max_pixels=32 * 32 * 8, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
-    template = CHATML.replace("IMAGE", "<|vision_start|><image><|vision_end|>")
-    return model, Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=template)
+    text = {f"linear_{what}": 8 for what in ("key_head_dim", "value_head_dim")}
+    text |= {f"linear_num_{what}_heads": 2 for what in ("key", "value")}
+    text |= {"layer_types": ["linear_attention", "full_attention"]}
+    text |= {"rope_parameters": MROPE | {"mrope_interleaved": True, "partial_rotary_factor": 1.0}}
+    vision = TOWER | {"num_position_embeddings": 64, "patch_size": 16}
+    return _qwen(tokenizer, "Qwen3_5", "Qwen3VL", text, vision, 16)
 
 
 def mllama(tokenizer: Any) -> tuple[Any, Any]:

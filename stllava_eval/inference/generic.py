@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 ROWS = 8  # questions of a plain batch (our choice)
 
 
-ASKING = "v1_sq"  # the template in which a model of our own asks
-ASK = (  # our choice: what asks for a question where no template does
+ASKING_TEMPLATE = "v1_sq"  # the template in which a model of our own asks
+ASKING_INSTRUCTION = (  # our choice: what asks for a question where no template does
     "Now ask one question about this image that can be answered by looking at it. Reply with the question alone."
 )
 
@@ -75,7 +75,7 @@ class TransformersAnswerer(EngineAnswerer):
         InputError: The model cannot be loaded whole, or an argument or its chat template cannot be used.
     """
 
-    asks_with = ASK
+    asks_with = ASKING_INSTRUCTION
 
     def __init__(
         self,
@@ -173,20 +173,20 @@ class TransformersAnswerer(EngineAnswerer):
     def prompt(self, question: str | None, history: Sequence[tuple[str, str]] = (), template: str | None = None) -> str:
         """Return the prompt of the model's own chat template. See `Question`.
 
-        Where the model asks, an instruction (`ASK`) stands in the place of the question: only a model of our own stage
-        1 has learnt to ask by a template. `v1_sq`, in which such a model is asked, is the model's own template here.
+        Where the model asks, `ASKING_INSTRUCTION` is in the place of the question: only a model of our own stage 1 has
+        learnt to ask by a template. `v1_sq`, in which such a model is asked, is the model's own template here.
 
         Raises:
             InputError: The processor has no such template, or leaves earlier answers out.
         """
         templates = self.processor.chat_template
         named = template if isinstance(templates, dict) and template in templates else None
-        if template not in (None, ASKING, named):
+        if template not in (None, ASKING_TEMPLATE, named):
             raise InputError(f"{self.name}: its processor has no chat template {template}. Leave the template out.")
         messages: list[dict[str, Any]] = []
         for number, (asked, answer) in enumerate(history):
             messages += [user(asked, image=not number), self._reply(answer)]
-        messages.append(user(ASK if question is None else question, image=not history))
+        messages.append(user(ASKING_INSTRUCTION if question is None else question, image=not history))
         return self._render(self._messages(messages), **({"chat_template": named} if named else {}))
 
     def _reply(self, text: str) -> dict[str, Any]:

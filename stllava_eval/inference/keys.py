@@ -198,7 +198,10 @@ class PackedPrefixes(Prefixes):
         # scores K q: (heads, tokens, width); summed values V' w: (heads, width, tokens)
         packed = [(pack_groups(keys[0]), pack_groups(values[0].mT)) for keys, values in layers]
         self._slots[slot:] = [packed]
-        self.like = [(keys[:, :, :0], values[:, :, :0]) for keys, values in layers]
+        self.like = []
+        for keys, values in layers:  # of no tokens, and no views: those would keep the unpacked prefix in memory
+            shape = (1, keys.shape[1], 0)
+            self.like.append((keys.new_empty(*shape, keys.shape[3]), values.new_empty(*shape, values.shape[3])))
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """See `Prefixes`."""

@@ -49,7 +49,7 @@ class Adapter:
         folder: Holds adapter_config.json.
         file: Holds the tensors.
         rename: Brings a key of the file, without `PREFIX` or with it, to a weight's name in the network.
-        part: `language`, `vision` or `both` of a network of LLaVA's; `any` of a model of another family.
+        part: `language`, `vision` or `both`.
         naming: Brings a module's name in the network to the one that the configuration's patterns are about; None for
             LLaVA's networks, whose releases are known here.
     """
@@ -277,7 +277,7 @@ def _targeted(adapter: Adapter, network: Network, naming: Naming, given: Mapping
     """
     from peft.tuners.tuners_utils import check_target_module_exists  # heavy, and of use to adapters only
 
-    parts = {"language": r"model\.language_model\.|lm_head$", "vision": r"model\.vision_tower\.", "both": "", "any": ""}
+    parts = {"language": r"model\.language_model\.|lm_head$", "vision": r"model\.vision_tower\.", "both": ""}
     layers = {
         name: module
         for name, module in network.modules.items()

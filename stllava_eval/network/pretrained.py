@@ -126,7 +126,7 @@ class Pretrained:
                 first_few(unused),
             )
         for folder in self.adapters:
-            merge_adapter(model, folder)
+            _merge_adapter(model, folder)
         return model.to(device).eval()
 
 
@@ -239,8 +239,8 @@ def _has_tokenizer(folder: Path) -> bool:
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def merge_adapter(model: Any, folder: Path) -> int:
-    """Merge the LoRA in `folder` into a model's weights; return how many weights it changes.
+def _merge_adapter(model: Any, folder: Path) -> None:
+    """Merge the LoRA in `folder` into a model's weights.
 
     Every tensor of its file must belong to a layer that its configuration targets, and every targeted layer must be in
     the file. Names are those of any release of transformers: its own loader's rules bring them to the model's.
@@ -261,14 +261,13 @@ def merge_adapter(model: Any, folder: Path) -> int:
     with WeightFile(file) as weights:
         naming = _written_naming(list(weights.entries), rename)
         whole = {key: rename(key) for key in weights.entries if ".lora_" not in key}
-    updates = read_updates(Adapter(folder, file, rename, "any", naming), network, strays_are_copies=False)
+    updates = read_updates(Adapter(folder, file, rename, "both", naming), network, strays_are_copies=False)
     _check_updates(folder, updates, whole, network)
     with torch.no_grad(), WeightFile(file) as weights:
         for key, name in whole.items():  # of modules_to_save
             parameters[name].copy_(weights.get(key))  # type: ignore[index]  # its name has been checked
         for name, delta in updates.deltas.items():
             parameters[name].copy_(merged(parameters[name], [delta]))
-    return len(updates.deltas) + len(whole)
 
 
 def _check_updates(folder: Path, updates: Updates, whole: Mapping[str, str | None], network: Network) -> None:

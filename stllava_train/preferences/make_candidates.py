@@ -12,7 +12,7 @@ import torch
 
 from stllava_eval.errors import InputError
 from stllava_eval.inference.devices import torch_dtype
-from stllava_eval.inference.generic import ASK
+from stllava_eval.inference.generic import ASKING_INSTRUCTION
 from stllava_eval.inference.open import open_answerer
 from stllava_eval.network.checkpoint import Checkpoint, open_checkpoint
 from stllava_eval.network.pretrained import Pretrained, is_generic, open_pretrained
@@ -110,7 +110,7 @@ def _by_ray(
     opened: Pretrained | Checkpoint = open_pretrained(name) if generic else open_checkpoint(name)
     identity = {"name": checkpoint, "sha256": opened.sha256, "dtype": used_dtype}
     if generic:
-        identity["asks_with"] = ASK
+        identity["asks_with"] = ASKING_INSTRUCTION
     make_rows = partial(
         candidates_by_ray, settings=settings, workers=workers, name=name, dtype=used_dtype.removeprefix("torch.")
     )

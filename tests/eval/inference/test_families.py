@@ -11,7 +11,7 @@ from loguru import logger
 from PIL import Image
 
 from stllava_eval.errors import InputError
-from stllava_eval.inference.generic import ASK, TransformersAnswerer
+from stllava_eval.inference.generic import ASKING_INSTRUCTION, TransformersAnswerer
 from stllava_eval.inference.types import Answer, Question, Sampling, cut_at_stop
 
 ASKED = [
@@ -60,7 +60,7 @@ def some_questions(seed: int, count: int, images: int = 4) -> list[Question]:
 def generated(answerer: TransformersAnswerer, question: Question, **settings) -> Answer:
     """What `generate` makes of one question alone, from the model's own template and processor."""
     processor, messages = answerer.processor, []
-    turns = [*question.history, (ASK if question.text is None else question.text, None)]
+    turns = [*question.history, (ASKING_INSTRUCTION if question.text is None else question.text, None)]
     for number, (asked, said) in enumerate(turns):
         image = [] if number else [{"type": "image"}]
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": asked}]})
@@ -178,7 +178,7 @@ def test_a_model_asks_by_an_instruction_and_further_rounds_share_what_was_said(f
 
     came = dict(answerer.answer([first], progress=False, on_answer=on_answer))
     assert [came[0].text, came[1].text] == [generated(answerer, question).text for question in (first, *further)]
-    assert ASK in answerer.prompt(None, further[0].history)
+    assert ASKING_INSTRUCTION in answerer.prompt(None, further[0].history)
 
 
 @pytest.mark.parametrize("folder", ["qwen2_vl", "idefics3"], indirect=True)

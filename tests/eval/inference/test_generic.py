@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_tokenizer
-from families import write_family
+from families import TEXT, qwen2_5_vl, write_family
 from loguru import logger
 from PIL import Image
 
@@ -26,17 +26,6 @@ TEMPLATE = (
 )
 COLOURS = ["red", "green", "black"]
 TEXTS = ["Is there a mass?", "What organ is shown?", "Why?", "Where is the liver?"]
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 
 
 def save(folder: Path, model, processor, ends: tuple[int, ...] = (2,), unsaid: tuple[int, ...] = ()) -> Path:
@@ -100,43 +89,17 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-CHATML_TOKENS = ["<video>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<think>", "</think>"]
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory) -> Path:
     """Qwen2.5-VL: positions in three dimensions, images of many sizes, and an end token that ends a turn."""
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
-
-    tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    tokenizer.add_special_tokens({"additional_special_tokens": CHATML_TOKENS})
-    video, start, end, vision_start, vision_end, *marks = tokenizer.convert_tokens_to_ids(CHATML_TOKENS)
-    turns = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": turns},
-            vision_config=vision | {"fullatt_block_indexes": [1], "window_size": 56},
-            image_token_id=3,
-            video_token_id=video,
-            vision_start_token_id=vision_start,
-            vision_end_token_id=vision_end,
-        )
-    )
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=28 * 28 * 8),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=CHATML,
-    )
-    unsaid = (3, video, start, vision_start, vision_end, *marks)
+    model, processor = qwen2_5_vl(write_tokenizer(tmp_path_factory.mktemp("tokenizer")), "<think>", "</think>")
+    processor.chat_template = CHATML
+    marks = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<video>", "<think>", "</think>"]
+    unsaid = (3, *processor.tokenizer.convert_tokens_to_ids(marks))
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     return save(tmp_path_factory.mktemp("qwen"), model, processor, (2, end), unsaid)
 
 

@@ -9,7 +9,7 @@ from families import SHARED, UNSHARED, write_family
 from loguru import logger
 from PIL import Image
 
-from stllava_eval.inference.generic import ASK
+from stllava_eval.inference.generic import ASKING_INSTRUCTION
 from stllava_eval.inference.open import open_answerer
 from stllava_eval.inference.types import Question
 from stllava_eval.lmms.model_args import ASKING, CHECKPOINT
@@ -24,7 +24,7 @@ ROWS = [
 
 def test_the_page_names_every_family_that_is_tested():
     assert {row[1] for row in ROWS} == SHARED.keys() | UNSHARED.keys()
-    assert " ".join(PAGE.split()).count(ASK) == 1
+    assert " ".join(PAGE.split()).count(ASKING_INSTRUCTION) == 1
 
 
 @pytest.mark.parametrize("family", SHARED | UNSHARED)

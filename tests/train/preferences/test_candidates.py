@@ -16,7 +16,7 @@ from PIL import Image
 
 from stllava_eval.errors import InputError
 from stllava_eval.inference.answerer import Answerer
-from stllava_eval.inference.generic import ASK
+from stllava_eval.inference.generic import ASKING_INSTRUCTION
 from stllava_eval.inference.types import Answer, Question, Sampling
 from stllava_train.preferences import candidates as module
 from stllava_train.preferences.candidates import (
@@ -376,7 +376,7 @@ def test_a_model_of_another_family_asks_by_an_instruction_and_resumes(family, fo
     counts = make_candidates(checkpoint, folder, whole, settings, sample=4, progress=False)
     assert (counts["images"], counts["questions"]) == (4, 8)
     assert counts["candidates"] > 0
-    assert read_manifest(whole)["checkpoint"]["asks_with"] == ASK
+    assert read_manifest(whole)["checkpoint"]["asks_with"] == ASKING_INSTRUCTION
     rows = whole.read_text().splitlines(keepends=True)
     assert len({question["question"] for row in map(json.loads, rows) for question in row["questions"]}) > 4
     # as after a kill: two rows are there, and the manifest says that the job goes on
