@@ -227,6 +227,17 @@ def validation(home):
         )
 
 
+# of the tiny networks of the tests: 4 patches of 14 px, and a text model whose answers end in some ten tokens
+TINY_VISION = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"image_size": 28, "patch_size": 14},
+}
+TINY_TEXT = {
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+}
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A random LLaVA whose answers depend on the image and the question and end by themselves."""
@@ -243,25 +254,8 @@ def write_checkpoint(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=CLIPVisionConfig(
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                image_size=28,
-                patch_size=14,
-            ),
-            text_config=LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=2048,
-                bos_token_id=1,
-                eos_token_id=2,
-                pad_token_id=0,
-            ),
+            vision_config=CLIPVisionConfig(**TINY_VISION),
+            text_config=LlamaConfig(vocab_size=len(tokenizer), **TINY_TEXT),
             image_token_id=3,
         )
     )

@@ -7,20 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import write_tokenizer
+from conftest import TINY_TEXT, TINY_VISION, write_tokenizer
 
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 2048,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+TEXT = TINY_TEXT | {"num_key_value_heads": 2, "head_dim": 16}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -107,10 +96,7 @@ def gemma3(tokenizer: Any, window: int = 12) -> tuple[Any, Any]:
     model = Gemma3ForConditionalGeneration(
         Gemma3Config(
             text_config=TEXT | layers | {"vocab_size": len(tokenizer), "query_pre_attn_scalar": 16},
-            vision_config={
-                **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-                **{"image_size": 56, "patch_size": 14, "vision_use_head": False},
-            },
+            vision_config=TINY_VISION | {"image_size": 56, "vision_use_head": False},
             mm_tokens_per_image=4,
             boi_token_index=boi,
             eoi_token_index=eoi,
@@ -142,10 +128,7 @@ def internvl(tokenizer: Any) -> tuple[Any, Any]:
     model = InternVLForConditionalGeneration(
         InternVLConfig(
             text_config=TEXT | {"model_type": "qwen2", "vocab_size": len(tokenizer)},
-            vision_config={
-                **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-                **{"image_size": [28, 28], "patch_size": [14, 14]},
-            },
+            vision_config=TINY_VISION | {"image_size": [28, 28], "patch_size": [14, 14]},
             image_token_id=context,
             image_seq_length=1,
         )
@@ -176,11 +159,7 @@ def llava_onevision(tokenizer: Any) -> tuple[Any, Any]:
     model = LlavaOnevisionForConditionalGeneration(
         LlavaOnevisionConfig(
             text_config=TEXT | {"model_type": "qwen2", "vocab_size": len(tokenizer)},
-            vision_config={
-                **{"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64},
-                **{"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
-                "vision_use_head": False,
-            },
+            vision_config=TINY_VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
             image_token_index=3,
             video_token_index=video,
             image_grid_pinpoints=pinpoints,
@@ -207,10 +186,7 @@ def _idefics(tokenizer: Any, config: Any, network: Any) -> tuple[Any, Any]:
     model = network(
         config(
             text_config=TEXT | {"model_type": "llama", "vocab_size": len(tokenizer)},
-            vision_config={
-                **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-                **{"image_size": 28, "patch_size": 7},
-            },
+            vision_config=TINY_VISION | {"patch_size": 7},
             image_token_id=3,
             scale_factor=2,
             tie_word_embeddings=False,

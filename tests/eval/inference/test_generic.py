@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tokenizer
+from conftest import TINY_VISION, write_tokenizer
 from families import TEXT, qwen2_5_vl, write_family
 from loguru import logger
 from PIL import Image
@@ -56,12 +56,9 @@ def llava_next(tmp_path_factory) -> Path:
     tokenizer = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     torch.manual_seed(0)
     pinpoints = [[28, 56], [56, 28], [56, 56]]
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
     model = LlavaNextForConditionalGeneration(
         LlavaNextConfig(
-            vision_config=vision,
+            vision_config=CLIPVisionConfig(**TINY_VISION),
             text_config=LlamaConfig(vocab_size=len(tokenizer), **TEXT),
             image_token_index=3,
             image_grid_pinpoints=pinpoints,

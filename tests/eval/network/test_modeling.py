@@ -5,11 +5,11 @@ import golden
 import numpy as np
 import pytest
 import torch
+from author_layouts import make
 from conftest import ROOT
 from PIL import Image
 from rounding import FLOAT32, assert_same
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig
 
 from stllava_eval.network.configuration import StllavaMedConfig
 from stllava_eval.network.modeling import PrototypeExtractor, StllavaMedForConditionalGeneration
@@ -17,30 +17,10 @@ from stllava_eval.network.processing import make_processor
 
 
 def config(**options) -> StllavaMedConfig:
-    return StllavaMedConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=28,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=60,
-            pad_token_id=0,
-        ),
-        **{"image_token_index": 60, "num_prototypes": 3, "image_seq_length": 4} | options,
-    )
+    return make(**options).config
 
 
-def network(**options) -> StllavaMedForConditionalGeneration:
-    torch.manual_seed(0)
-    return StllavaMedForConditionalGeneration(config(**options)).eval()
+network = make  # the small network of tests/author_layouts.py, with the weights of seed 0
 
 
 # --- the golden values of the authors' modules ------------------------------------------------------------------------
