@@ -48,14 +48,16 @@ def pack_linears(model: nn.Module) -> int:
         for parameter in module.parameters(recurse=False):
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     packed = 0
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            # exactly nn.Linear: a subclass may compute something else
-            if type(child) is not nn.Linear or holders[id(child.weight)] > 1 or not _can_pack(child):
+    # the layers themselves are in no list: each weight is freed as soon as it is packed
+    for module in [module for module in model.modules() if next(module.children(), None) is not None]:
+        for name in [name for name, child in module.named_children() if type(child) is nn.Linear]:
+            layer = module.get_submodule(name)
+            assert isinstance(layer, nn.Linear)  # and no subclass, which may compute something else
+            if holders[id(layer.weight)] > 1 or not _can_pack(layer):
                 continue
-            if not packed and not _is_equal(child):
+            if not packed and not _is_equal(layer):
                 return 0
-            setattr(module, name, PackedLinear(child))
+            setattr(module, name, PackedLinear(layer))
             packed += 1
     return packed
 

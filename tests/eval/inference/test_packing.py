@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +70,18 @@ def test_a_model_in_training_keeps_its_weights(checkpoint):
     policy = open_checkpoint(str(checkpoint)).model(torch.device("cpu"), torch.float32)
     answering = Answerer(str(checkpoint), model=policy).model
     assert not any(isinstance(module, PackedLinear) for module in answering.modules())
+
+
+def test_a_weight_is_freed_as_soon_as_it_is_packed(monkeypatch):
+    """Otherwise a network would need twice its memory for a while."""
+    from stllava_eval.inference import packing
+
+    network = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
+    weights = [weakref.ref(layer) for layer in network]
+    there: list[int] = []
+    packed = packing._packed
+    monkeypatch.setattr(
+        packing, "_packed", lambda weight: there.append(sum(ref() is not None for ref in weights)) or packed(weight)
+    )
+    assert pack_linears(network) == 5
+    assert there[-5:] == [5, 4, 3, 2, 1]
